@@ -1,0 +1,236 @@
+"""What the engine asks of a family, and nothing else. Imports torch alone (and numpy for hashing).
+
+Legend of the shape suffixes: B rows of a micro-batch, G rows of the global batch, T text tokens, N image tokens,
+D width, H height, W width of a picture.
+
+Words: a *stream* is a member of the mixture (pairs, images, text). A *place* is the position of a sample in its
+stream: the n-th sample that the stream ever yields has place n, whatever the number of processes. A *row* is the
+position of a sample inside the global batch of one step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Sums = dict[str, Tensor]  # name -> 0-dim sum over rows; divided later by a count that comes from labels alone
+
+
+# ---------------------------------------------------------------------------------------------- randomness
+
+
+def hash64(*parts: str | int) -> int:
+    """A stable 64-bit number for a tuple of names and numbers; the same on every machine and every run."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _mix64(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64: a bijection of 64-bit numbers whose output looks random."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniform64(seed: int, index: np.ndarray) -> np.ndarray:
+    """One float64 in [0, 1) for each index, a pure function of (seed, index)."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        bits = _mix64(_mix64(index.astype(np.uint64) * golden + np.uint64(seed)) + golden)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class Key:
+    """The position that every random choice of a step is a function of.
+
+    Choices per row of the global batch come from ``uniform``: equal on any layout. Dropout and the like come from
+    torch's generator after ``reseed``: equal at a fixed micro-batch.
+    """
+
+    seed: int
+    stream: str
+    step: int
+
+    def uniform(self, name: str, rows: Tensor) -> Tensor:
+        """One number in [0, 1) for each row of the GLOBAL batch. rows: int64 (any shape). float64, on CPU."""
+        seed = hash64(self.seed, self.stream, self.step, name)
+        return torch.from_numpy(uniform64(seed, rows.cpu().numpy()))
+
+    def reseed(self, micro_batch: int) -> None:
+        """Seed torch's generators before a forward; micro_batch: its number within the GLOBAL batch."""
+        torch.manual_seed(hash64(self.seed, self.stream, self.step, "forward", micro_batch) % 2**63)
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass
+class Images:
+    pixels_BCHW: Tensor  # uint8; normalised on the device by the method
+    same_B: Tensor  # int64; equal number = the same picture or concept: never each other's negatives
+    sizes_B2: Tensor | None = None  # (height, width) before padding; only where pictures are padded
+
+
+@dataclass
+class Texts:
+    ids_BT: Tensor  # int64
+    mask_BT: Tensor  # bool; True = a real token
+    same_B: Tensor  # int64; as in Images. Image and text of one row differ in a false pair
+    segments_BT: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """One micro-batch. Tensors live on CPU until the method moves them with ``to``."""
+
+    stream: str
+    rows_B: Tensor  # int64, the rows of the global batch that stand here; one contiguous slice
+    places_B: Tensor  # int64
+    images: tuple[Images, ...] = ()
+    texts: tuple[Texts, ...] = ()
+    targets: dict[str, Tensor] = field(default_factory=dict)  # ragged ones flat, with the row of each
+    number: int = 0  # of this micro-batch within the global batch; what Key.reseed takes
+    bad: tuple[str, ...] = ()  # one sentence for each sample that was replaced
+
+    def __len__(self) -> int:
+        return len(self.rows_B)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device`."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        def each(part: Any) -> Any:
+            return type(part)(**{name: move(value) for name, value in vars(part).items()})
+
+        return replace(
+            self,
+            rows_B=move(self.rows_B),
+            places_B=move(self.places_B),
+            images=tuple(each(image) for image in self.images),
+            texts=tuple(each(text) for text in self.texts),
+            targets={name: move(value) for name, value in self.targets.items()},
+        )
+
+
+class Sample(TypedDict, total=False):
+    """What a source yields: undecoded, untokenized. Absent keys are absent, not None."""
+
+    image: bytes  # an encoded picture
+    text: str
+    texts: list[str]  # several captions of one picture: one is chosen by place
+    same_image: int  # equal number = same picture or concept
+    same_text: int
+    label: int
+    name: str  # how to name this sample in a message: file, line, member
+
+
+class Source(Protocol):
+    """Somewhere that samples come from, addressed by row. Cheap to pickle: workers open their own files."""
+
+    def __len__(self) -> int: ...
+
+    def blocks(self) -> Sequence[range]:
+        """Ranges of rows that are cheap to read together; in order and covering all rows exactly once."""
+        ...
+
+    def read(self, image_row: int, text_row: int) -> Sample:
+        """The picture of one row with the text of another (they differ only in a false pair). Raises BadSample."""
+        ...
+
+    def lengths(self) -> Sequence[int] | None:
+        """Length of each text in characters, where it is known without reading; else None."""
+        ...
+
+
+Collate = Callable[[list[Sample], "Tensor", "Tensor"], Batch]  # samples, rows_B, places_B
+
+
+@dataclass
+class Stream:
+    """One member of the mixture. The batch sizes belong to the stream, the number of processes does not."""
+
+    name: str
+    source: Source
+    collate: Any  # see data/loader.py: turns decoded samples of one micro-batch into a Batch
+    batch: int  # rows of the global batch
+    micro_batch: int  # rows of one forward; divides batch
+    ratio: float = 1.0  # share of the steps
+
+
+class Mixture(Protocol):
+    """Which stream a step draws from, where in it the step begins, and the batches themselves."""
+
+    def stream_at(self, step: int) -> Stream: ...
+
+    def place_at(self, step: int) -> int:
+        """Place of the first row of this step's global batch within its stream."""
+        ...
+
+    def loader(self, step: int, rank: int, world: int, stop: int) -> Iterator[list[Batch]]:
+        """This process's micro-batches of each step in [step, stop), in order."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------- method
+
+
+@dataclass
+class Rows:
+    """What couples the samples of a batch, and the marks that `couple` needs. Everything is gathered.
+
+    rows: name -> [B, D], gathered with gradient. marks: name -> [B, ...], gathered without.
+    """
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    marks: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(nn.Module, ABC):
+    """Model + objectives = what one training step does with a batch.
+
+    The student is ``.model``; teacher, queue, centre and a frozen image tokenizer are other modules and buffers.
+    A method never calls a collective and never divides by a count of its own batch: it returns sums, and
+    ``train/step.py`` divides them by counts of the global batch.
+    """
+
+    model: nn.Module
+    weights: dict[str, float]  # of each loss; 0 = never computed
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> Sums:
+        """What each loss is divided by, from labels alone. 0-dim tensors."""
+
+    def embed(self, batch: Batch) -> tuple[Rows, Any]:
+        """What couples samples, and states that `separate` may use again. Default: nothing couples."""
+        return Rows(), None
+
+    def couple(self, mine: Rows, everyone: Rows) -> Sums:
+        """Losses of my rows against all rows (contrastive, ITC, KoLeo)."""
+        return {}
+
+    @abstractmethod
+    def separate(self, batch: Batch, rows: Rows, states: Any, counts: Sums, key: Key) -> Sums:
+        """Every other loss. `counts` are the global ones. A name "stat/..." is no loss: it is summed over the
+        global batch and handed to `after_step` and to the log."""
+
+    def after_step(self, step: int, everyone: Rows, stats: Sums) -> None:
+        """EMA, enqueue, centre, clamp of the logit scale: once per accepted step."""
+        return None
+
+    def exported(self) -> nn.Module:
+        """What a model folder holds and evaluation sees. Default: the student."""
+        return self.model
+
+    def schedule(self, step: int) -> None:
+        """Set temperatures, momentum and the like for this step: pure functions of the step."""
+        return None
