@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypedDict
 
@@ -152,9 +152,6 @@ class Source(Protocol):
         ...
 
 
-Collate = Callable[[list[Sample], "Tensor", "Tensor"], Batch]  # samples, rows_B, places_B
-
-
 @dataclass
 class Stream:
     """One member of the mixture. The batch sizes belong to the stream, the number of processes does not."""
@@ -210,6 +207,10 @@ class Method(nn.Module, ABC):
     def counts(self, batch: Batch) -> Sums:
         """What each loss is divided by, from labels alone. 0-dim tensors."""
 
+    def divisors(self, counts: Sums) -> Sums:
+        """From counts summed over the global batch to what each loss is divided by. Default: the counts."""
+        return counts
+
     def embed(self, batch: Batch) -> tuple[Rows, Any]:
         """What couples samples, and states that `separate` may use again. Default: nothing couples."""
         return Rows(), None
@@ -225,7 +226,6 @@ class Method(nn.Module, ABC):
 
     def after_step(self, step: int, everyone: Rows, stats: Sums) -> None:
         """EMA, enqueue, centre, clamp of the logit scale: once per accepted step."""
-        return None
 
     def exported(self) -> nn.Module:
         """What a model folder holds and evaluation sees. Default: the student."""
@@ -233,4 +233,3 @@ class Method(nn.Module, ABC):
 
     def schedule(self, step: int) -> None:
         """Set temperatures, momentum and the like for this step: pure functions of the step."""
-        return None

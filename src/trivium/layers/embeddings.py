@@ -1,0 +1,67 @@
+"""From pixels and token ids to the first states of an encoder.
+
+B batch, N patches (row-major), T text tokens, D width, P side of a patch in pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping patches, each through one linear map: what a stride-P convolution computes, without im2col.
+
+    The weight is [D, 3 * P * P] in the order of a convolution's [D, 3, P, P], flattened.
+    """
+
+    def __init__(self, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.projection = nn.Linear(3 * patch_size * patch_size, width)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        B, C, H, W = pixels_BCHW.shape
+        P = self.patch_size
+        assert H % P == 0 and W % P == 0, f"a picture of {H}x{W} does not divide into {P}-pixel patches"
+        patches = pixels_BCHW.view(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)
+        return self.projection(patches.reshape(B, (H // P) * (W // P), C * P * P))
+
+
+def interpolate_positions(position_ND: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Patch positions learned on one grid, resampled to another: bicubic to the explicit size, corners not aligned.
+
+    position_ND: [grid height * grid width, D] without the class token. Same grid: returned as it is.
+    """
+    if grid == new_grid:
+        return position_ND
+    height, width = grid
+    table = position_ND.reshape(1, height, width, -1).permute(0, 3, 1, 2)
+    table = F.interpolate(table, size=new_grid, mode="bicubic", align_corners=False)
+    return table.permute(0, 2, 3, 1).reshape(new_grid[0] * new_grid[1], -1)
+
+
+class BertEmbeddings(nn.Module):
+    """Word + position + segment, then LayerNorm (Devlin et al. 2019, figure 2)."""
+
+    def __init__(
+        self, vocab_size: int, width: int, max_length: int, num_segments: int, eps: float, pad_id: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.word = nn.Embedding(vocab_size, width, padding_idx=pad_id)
+        self.position = nn.Embedding(max_length, width)
+        self.segment = nn.Embedding(num_segments, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+        T = ids_BT.shape[1]
+        assert T <= len(self.position.weight), f"{T} tokens, but positions for {len(self.position.weight)}"
+        segment = self.segment.weight[0] if segments_BT is None else self.segment(segments_BT)
+        return self.dropout(self.norm(self.word(ids_BT) + self.position.weight[:T] + segment))
+
+
+def prepend(token_11D: Tensor, x_BLD: Tensor) -> Tensor:
+    """A learned token in front of every sequence."""
+    return torch.cat([token_11D.to(x_BLD.dtype).expand(len(x_BLD), -1, -1), x_BLD], dim=1)

@@ -1,0 +1,31 @@
+"""Small heads that several families share. D width, V classes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MaskedHead(nn.Module):
+    """Linear, GELU, LayerNorm, Linear to V classes: BERT's prediction head. Rows in, rows out: [..., D] -> [..., V]."""
+
+    def __init__(self, width: int, num_classes: int, eps: float) -> None:
+        super().__init__()
+        self.transform = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.decoder = nn.Linear(width, num_classes)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.decoder(self.norm(F.gelu(self.transform(rows))))
+
+
+class MatchingHead(nn.Module):
+    """Linear, tanh, Linear to two classes: 1 = the picture and the text belong together."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.transform = nn.Linear(width, width)
+        self.decoder = nn.Linear(width, 2)
+
+    def forward(self, class_BD: Tensor) -> Tensor:
+        return self.decoder(self.transform(class_BD).tanh())

@@ -1,0 +1,46 @@
+"""The pre-norm transformer block and a stack of them.
+
+B batch, L positions, Q query positions, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trivium.layers.attention import SelfAttention, take_rows
+
+
+class PreNormBlock(nn.Module):
+    """x + Attention(LN(x)), then x + MLP(LN(x)), with exact (erf) GELU."""
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int, eps: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps)
+        self.attention = SelfAttention(width, num_heads, dropout)
+        self.mlp_norm = nn.LayerNorm(width, eps)
+        self.mlp_in = nn.Linear(width, mlp_width)
+        self.mlp_out = nn.Linear(mlp_width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+        """[B, L, D] -> [B, L, D], or [B, Q, D] at the positions `rows` alone (see SelfAttention)."""
+        attended = self.attention(self.attention_norm(x_BLD), mask_BL, rows)
+        x_BQD = (x_BLD if rows is None else take_rows(x_BLD, rows)) + self.dropout(attended)
+        return x_BQD + self.dropout(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BQD)))))
+
+
+class PreNormEncoder(nn.Module):
+    """A stack of pre-norm blocks. The final norm belongs to the caller: some want the states before it."""
+
+    def __init__(
+        self, width: int, num_layers: int, num_heads: int, mlp_width: int, eps: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PreNormBlock(width, num_heads, mlp_width, eps, dropout) for _ in range(num_layers))
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+        """`rows`: the last block computes these positions alone; exact, since its keys still come from all."""
+        for block in self.blocks[:-1]:
+            x_BLD = block(x_BLD, mask_BL)
+        return self.blocks[-1](x_BLD, mask_BL, rows)

@@ -1,0 +1,257 @@
+"""What one FLAVA training step does with a batch (FLAVA section 3.2 and 3.3).
+
+    pairs    unmasked pass of both towers -> contrastive; masked pass of all three encoders -> MMM x 2, ITM
+    images   masked pass of the image tower -> MIM
+    text     masked pass of the text tower -> MLM
+
+Only that: the public ports also run an unmasked pass in the unimodal batches, which no loss reads.
+False pairs are dropped from the contrastive rows and from MMM, but stay as contrastive columns (the matching gate).
+If every pair of the global batch is false, the gate is open and all rows count, as in the public ports.
+
+B rows, N patches, T text tokens, M masked positions of the batch, R rows of the masked pass, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trivium.layers.attention import padded_index
+from trivium.models.flava import MAX_LOGIT_SCALE, Flava
+from trivium.objectives.contrastive import contrastive
+from trivium.objectives.masked import masked_prediction
+from trivium.objectives.matching import matching
+from trivium.train.protocol import Batch, Key, Method, Rows, Sums
+
+LOSSES = ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")
+
+
+class ImageTokenizer(Protocol):
+    """What turns pixels into codes: the dVAE, or a k-means codebook of patches."""
+
+    num_codes: int
+    stride: int  # pixels of its own input to one code
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Pixels in [0, 1] -> codes int64 [B, H / stride * W / stride], row-major."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How uint8 pixels are normalised on the device."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class FlavaMethod(Method):
+    """FLAVA's six objectives.
+
+    Args:
+        image_tokenizer: frozen; None where batches carry their codes (`targets["codes"]`).
+        weights: of each of the six losses; 0 = never computed.
+        masked_share: share of the pairs that go through the masked pass (MMM and ITM). 1 is the paper. Less is
+            cheaper and **changes training**: the contrastive loss still sees every pair.
+    """
+
+    model: Flava
+    image_tokenizer: ImageTokenizer | None
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: Flava,
+        image_tokenizer: ImageTokenizer | None,
+        pixels: Pixels,
+        weights: dict[str, float] | None = None,
+        masked_share: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.image_tokenizer = image_tokenizer
+        self.weights = dict.fromkeys(LOSSES, 1.0) | (weights or {})
+        assert set(self.weights) == set(LOSSES), f"no such loss: {sorted(set(self.weights) - set(LOSSES))}"
+        self.masked_share = masked_share
+        self.register_buffer("mean", torch.tensor(pixels.mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(pixels.std).view(1, 3, 1, 1) * 255, persistent=False)
+
+    # What each loss is divided by. "all/..." stands beside what the gate cuts, for the case that it opens.
+
+    def counts(self, batch: Batch) -> Sums:
+        targets = batch.targets
+        if not batch.texts:
+            return {"mim": targets["image_mask"].sum()}
+        if not batch.images:
+            return {"mlm": targets["selected"].sum()}
+        matched_B = targets["matched"]
+        masked_R = self._masked_rows(batch)
+        patches_R, words_R = targets["image_mask"][masked_R].sum(1), targets["selected"][masked_R].sum(1)
+        return {
+            "itm": torch.tensor(len(masked_R)),
+            "contrastive": matched_B.sum(),
+            "mmm_image": (patches_R * matched_B[masked_R]).sum(),
+            "mmm_text": (words_R * matched_B[masked_R]).sum(),
+            "all/contrastive": torch.tensor(len(batch)),
+            "all/mmm_image": patches_R.sum(),
+            "all/mmm_text": words_R.sum(),
+            "matched": matched_B.sum(),
+        }
+
+    def divisors(self, counts: Sums) -> Sums:
+        if "matched" in counts and counts["matched"] == 0:
+            return counts | {name: counts[f"all/{name}"] for name in ("contrastive", "mmm_image", "mmm_text")}
+        return counts
+
+    # The unmasked pass: only the class tokens leave it.
+
+    def embed(self, batch: Batch) -> tuple[Rows, Any]:
+        if not (batch.images and batch.texts) or not self.weights["contrastive"]:
+            return Rows(), None
+        text = batch.texts[0]
+        pixels_BCHW = self._pixels(batch.images[0].pixels_BCHW)
+        mask_BT = self._text_mask(text.mask_BT)
+        image = self.model.encode_image(pixels_BCHW, rows=1)
+        words = self.model.encode_text(text.ids_BT.to(self.mean.device), mask_BT, rows=1)
+        marks = {
+            "row": batch.rows_B,
+            "kept": batch.targets["matched"],
+            "same_image": batch.images[0].same_B,
+            "same_text": text.same_B,
+        }
+        rows = {"image": image.projected, "text": words.projected}
+        return Rows(rows, {name: mark.to(self.mean.device) for name, mark in marks.items()}), None
+
+    def couple(self, mine: Rows, everyone: Rows) -> Sums:
+        if not mine.rows:
+            return {}
+        gate_is_open = ~everyone.marks["kept"].any()
+        loss = contrastive(
+            mine.rows["image"],
+            mine.rows["text"],
+            everyone.rows["image"],
+            everyone.rows["text"],
+            self.model.logit_scale,
+            mine.marks["row"],
+            everyone.marks["row"],
+            kept_B=mine.marks["kept"] | gate_is_open,
+            same_image_B=mine.marks["same_image"],
+            same_text_B=mine.marks["same_text"],
+            same_image_G=everyone.marks["same_image"],
+            same_text_G=everyone.marks["same_text"],
+        )
+        return {"contrastive": loss}
+
+    # The masked pass.
+
+    def separate(self, batch: Batch, rows: Rows, states: Any, counts: Sums, key: Key) -> Sums:
+        if not batch.texts:
+            return self._masked_image(batch)
+        if not batch.images:
+            return self._masked_text(batch)
+        return self._masked_pair(batch, gate_is_open=bool(counts["matched"] == 0))
+
+    def _masked_image(self, batch: Batch) -> Sums:
+        masked_BN = batch.targets["image_mask"]
+        index_BQ, positions = _needed(F.pad(masked_BN, (1, 0)))  # the class token stands in front
+        pixels_BCHW = self._pixels(batch.images[0].pixels_BCHW)
+        image = self.model.encode_image(pixels_BCHW, self._to(masked_BN), self._to(index_BQ))
+        codes_M = self._codes(batch, torch.arange(len(batch)))[self._to(masked_BN)]
+        logits_MV = self.model.mim_head(image.tokens.flatten(0, 1)[self._to(positions[0])])
+        return {"mim": masked_prediction(logits_MV, codes_M)}
+
+    def _masked_text(self, batch: Batch) -> Sums:
+        text, selected_BT = batch.texts[0], batch.targets["selected"]
+        index_BQ, positions = _needed(selected_BT)
+        words = self.model.encode_text(
+            self._to(batch.targets["masked_ids"]), self._text_mask(text.mask_BT), None, self._to(index_BQ)
+        )
+        logits_MV = self.model.mlm_head(words.tokens.flatten(0, 1)[self._to(positions[0])])
+        return {"mlm": masked_prediction(logits_MV, self._to(text.ids_BT[selected_BT]))}
+
+    def _masked_pair(self, batch: Batch, gate_is_open: bool) -> Sums:
+        wanted = [name for name in ("itm", "mmm_image", "mmm_text") if self.weights[name]]
+        masked_R = self._masked_rows(batch)
+        if not wanted or not len(masked_R):
+            return {}
+        matched_R = batch.targets["matched"][masked_R]
+        kept_R = matched_R | gate_is_open
+        masked_RN, selected_RT = batch.targets["image_mask"][masked_R], batch.targets["selected"][masked_R]
+        image = self.model.encode_image(self._pixels(batch.images[0].pixels_BCHW[masked_R]), self._to(masked_RN))
+        words = self.model.encode_text(
+            self._to(batch.targets["masked_ids"][masked_R]), self._text_mask(batch.texts[0].mask_BT[masked_R])
+        )
+        # Order of the fused sequence: its class token, the image's class token, patches, text.
+        class_R1 = torch.ones(len(masked_R), 1, dtype=torch.bool)
+        patches_RN, words_RT = masked_RN & kept_R[:, None], selected_RT & kept_R[:, None]
+        index_RQ, (class_R, _, patch_M, word_M) = _needed(class_R1, ~class_R1, patches_RN, words_RT)
+        fused = self.model.fuse(image, words, self._to(index_RQ))
+        tokens = fused.tokens.flatten(0, 1)
+        sums: Sums = {}
+        if "itm" in wanted:
+            sums["itm"] = matching(self.model.itm_head(tokens[self._to(class_R)]), self._to(matched_R))
+        if "mmm_image" in wanted:
+            codes_M = self._codes(batch, masked_R)[self._to(patches_RN)]
+            sums["mmm_image"] = masked_prediction(self.model.mmm_image_head(tokens[self._to(patch_M)]), codes_M)
+        if "mmm_text" in wanted:
+            ids_M = self._to(batch.texts[0].ids_BT[masked_R][words_RT])
+            sums["mmm_text"] = masked_prediction(self.model.mmm_text_head(tokens[self._to(word_M)]), ids_M)
+        return sums
+
+    def after_step(self, step: int, everyone: Rows, stats: Sums) -> None:
+        self.model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+
+    # Small things of the passes above. Indices are made on CPU, where reading them costs no wait for a device.
+
+    def _masked_rows(self, batch: Batch) -> Tensor:
+        """Rows of this micro-batch that take the masked pass: an even share of the global batch, by row number."""
+        if self.masked_share == 1.0:
+            return torch.arange(len(batch))
+        share = (batch.rows_B + 1) * self.masked_share
+        return (share.floor() > (share - self.masked_share).floor()).nonzero()[:, 0]
+
+    def _to(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.mean.device, non_blocking=True)
+
+    def _pixels(self, pixels_BCHW: Tensor) -> Tensor:
+        return (self._to(pixels_BCHW) - self.mean) / self.std
+
+    def _text_mask(self, mask_BT: Tensor) -> Tensor | None:
+        """None where nothing is padded: attention without a mask is the faster one."""
+        return None if bool(mask_BT.all()) else self._to(mask_BT)
+
+    def _codes(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Codes of the pictures of these rows, int64 [R, N]: from the batch, else from the image tokenizer."""
+        if "codes" in batch.targets:
+            return self._to(batch.targets["codes"][rows])
+        assert self.image_tokenizer is not None, "neither codes in the batch nor an image tokenizer"
+        pixels_RCHW = self._to(batch.images[-1].pixels_BCHW[rows])
+        with torch.no_grad():
+            return self.image_tokenizer.encode(pixels_RCHW.to(self.mean.dtype) / 255)
+
+
+def _needed(*parts: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Which positions of a sequence the last block must compute, and where each part's positions stand then.
+
+    Args:
+        parts: bool [B, L_i], side by side the sequence; True = needed. On CPU.
+
+    Returns:
+        index_BQ: positions, padded (see padded_index), and for each part the flat int64 places of its needed
+        positions in [B * Q], in row-major order.
+    """
+    needed_BL = torch.cat(parts, dim=1)
+    index_BQ = padded_index(needed_BL)
+    Q = index_BQ.shape[1]
+    valid_BQ = torch.arange(Q) < needed_BL.sum(1, keepdim=True)
+    ends = torch.tensor([0, *[part.shape[1] for part in parts]]).cumsum(0).tolist()
+    places = tuple(
+        (valid_BQ & (index_BQ >= first) & (index_BQ < last)).flatten().nonzero()[:, 0]
+        for first, last in zip(ends[:-1], ends[1:], strict=True)
+    )
+    return index_BQ, places

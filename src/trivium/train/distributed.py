@@ -1,0 +1,124 @@
+"""Collectives, as few as the contract needs; with one process each of them does nothing.
+
+B rows on this process, G rows on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trivium.train.protocol import Rows, Sums
+
+
+def start() -> None:
+    """Join the process group when torchrun started us; without its variables, stay a single process."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl")
+    else:
+        dist.init_process_group("gloo")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_processes(sums: Sums) -> Sums:
+    """Add up named 0-dim tensors over processes in one message. Every process must hold the same names."""
+    if world() == 1 or not sums:
+        return sums
+    names = sorted(sums)
+    home = sums[names[0]].device
+    packed = torch.stack([sums[name].detach().double().to(home) for name in names]).to(_device())
+    dist.all_reduce(packed)
+    return dict(zip(names, packed.to(home).unbind(), strict=True))
+
+
+def any_process(flag: bool) -> bool:
+    """True where at least one process says so; every process gets the same answer."""
+    if world() == 1:
+        return flag
+    vote = torch.tensor(float(flag), device=_device())
+    dist.all_reduce(vote)
+    return bool(vote.item() > 0)
+
+
+def _device() -> torch.device:
+    """Where the collectives of this process group want their tensors."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+class _Gather(torch.autograd.Function):
+    """All processes' rows in rank order; the gradient is summed over processes and sliced back.
+
+    Each process computes the loss of its own rows against all rows, so the gradient of one row is spread over
+    every process: the sum is its true gradient (Eq. 1 of CLIP with a global batch). ``torch.distributed.nn`` has
+    the same thing under names that changed between releases, hence these lines.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mine_BD: Tensor) -> Tensor:
+        ctx.num_rows = len(mine_BD)
+        everyone = [torch.empty_like(mine_BD) for _ in range(world())]
+        dist.all_gather(everyone, mine_BD.contiguous())
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad_GD = grads[0].contiguous()
+        dist.all_reduce(grad_GD)
+        first = rank() * ctx.num_rows
+        return grad_GD[first : first + ctx.num_rows]
+
+
+def gather(mine: Rows) -> Rows:
+    """Rows of all processes, with gradient for `rows` and without for `marks`. Same number of rows everywhere."""
+    if world() == 1:
+        return mine
+    marks: dict[str, Tensor] = {}
+    for name, mark_B in mine.marks.items():
+        everyone = [torch.empty_like(mark_B) for _ in range(world())]
+        dist.all_gather(everyone, mark_B.contiguous())
+        marks[name] = torch.cat(everyone)
+    return Rows({name: _Gather.apply(rows_BD) for name, rows_BD in mine.rows.items()}, marks)
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter], bytes_per_message: int = 64 << 20) -> None:
+    """Sum over processes the gradients that exist, many tensors to a message.
+
+    All processes draw the same stream at a step, so the same parameters have gradients everywhere.
+    """
+    if world() == 1:
+        return
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    while grads:
+        size, bucket = 0, list[Tensor]()
+        dtype = grads[0].dtype
+        while grads and grads[0].dtype == dtype and (not bucket or size < bytes_per_message):
+            bucket.append(grads.pop(0))
+            size += bucket[-1].numel() * bucket[-1].element_size()
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        dist.all_reduce(flat)
+        for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(part.view_as(grad))

@@ -1,0 +1,202 @@
+"""The one place where a training step happens.
+
+A step means the same on one process and on many, in one micro-batch or in several:
+
+* every loss is a sum over rows, divided by a count that comes from labels alone and is summed over the global
+  batch before the first backward;
+* what couples rows (`embed` and `couple`) is split off from what does not (`separate`), so that accumulation over
+  micro-batches is GradCache (Gao et al. 2021): the contrastive loss still sees the whole global batch;
+* gradients are summed over processes, never averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trivium.train import distributed
+from trivium.train.protocol import Batch, Key, Method, Rows, Sums
+
+Context = Callable[[], AbstractContextManager]
+
+
+@dataclass
+class StepResult:
+    losses: dict[str, float]  # name -> mean over the global batch, unweighted
+    stats: dict[str, float]  # name -> sum over the global batch
+    counts: dict[str, float]  # what each loss was divided by
+    grad_norm: float  # before clipping
+    accepted: bool  # False: the gradient was not finite, nothing changed
+
+
+def backward(
+    method: Method, batches: Sequence[Batch], key: Key, autocast: Context = nullcontext
+) -> tuple[Sums, Sums, Rows]:
+    """Forward and backward of this process's micro-batches; gradients are left in ``.grad``, not yet summed over
+    processes.
+
+    Returns:
+        sums of every loss and stat over this process's rows, the divisors of the global batch, and the coupled rows
+        of all processes, detached.
+    """
+    counts = _divisors(method, batches)
+    if len(batches) == 1:
+        batch = batches[0]
+        key.reseed(batch.number)
+        with autocast():
+            rows, states = method.embed(batch)
+            everyone = distributed.gather(rows)
+            sums = method.couple(rows, everyone) | method.separate(batch, rows, states, counts, key)
+        _total(method, sums, counts).backward()
+        return _detached(sums), counts, _frozen(everyone)
+
+    rows_of, leaves, everyone, sums = _couple_cached(method, batches, key, autocast, counts)
+    for index, batch in enumerate(batches):
+        key.reseed(batch.number)
+        with autocast():
+            rows, states = method.embed(batch)
+            separate = method.separate(batch, rows, states, counts, key)
+        total = _total(method, separate, counts)
+        for name, rows_BD in rows.rows.items():
+            grad = leaves.rows[name].grad
+            if grad is not None:
+                total = total + (rows_BD.float() * grad[rows_of[index]].to(rows_BD.device).float()).sum()
+        total.backward()
+        for name, value in _detached(separate).items():
+            sums[name] = sums.get(name, 0) + value
+    return sums, counts, _frozen(everyone)
+
+
+def _couple_cached(
+    method: Method, batches: Sequence[Batch], key: Key, autocast: Context, counts: Sums
+) -> tuple[list[slice], Rows, Rows, Sums]:
+    """First pass of GradCache: rows without graph, then the coupled losses on them as leaves."""
+    parts = []
+    for batch in batches:
+        key.reseed(batch.number)
+        with torch.no_grad(), autocast():
+            parts.append(method.embed(batch)[0])
+    ends = torch.tensor([0, *[len(batch) for batch in batches]]).cumsum(0).tolist()
+    rows_of = [slice(first, last) for first, last in zip(ends[:-1], ends[1:], strict=True)]
+    leaves = Rows(
+        {name: torch.cat([part.rows[name] for part in parts]).requires_grad_() for name in parts[0].rows},
+        {name: torch.cat([part.marks[name] for part in parts]) for name in parts[0].marks},
+    )
+    if not leaves.rows:
+        return rows_of, leaves, leaves, {}
+    with autocast():
+        everyone = distributed.gather(leaves)
+        sums = method.couple(leaves, everyone)
+    if sums:
+        _total(method, sums, counts).backward()
+    return rows_of, leaves, everyone, _detached(sums)
+
+
+def step(
+    method: Method,
+    batches: Sequence[Batch],
+    key: Key,
+    optimizer: torch.optim.Optimizer,
+    *,
+    clip: str = "none",
+    clip_norm: float = 1.0,
+    autocast: Context = nullcontext,
+) -> StepResult:
+    """One update from this process's micro-batches of one global batch.
+
+    A gradient that is not finite on any process skips the update on all of them: parameters, optimizer and every
+    other state stay as they were to the bit.
+
+    Args:
+        clip: "none"; "global": scale all gradients to a joint norm of at most `clip_norm`; "per_tensor": each.
+    """
+    method.train()
+    method.schedule(key.step)
+    optimizer.zero_grad(set_to_none=True)
+    sums, counts, everyone = backward(method, batches, key, autocast)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    distributed.sum_gradients(parameters)
+
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(grads)])
+    norm = norms.norm()
+    sums = distributed.sum_over_processes({**sums, "/bad": (~norm.isfinite()).double()})
+    accepted = sums.pop("/bad").item() == 0
+    if accepted:
+        if clip == "global":
+            torch._foreach_mul_(grads, (clip_norm / (norm + 1e-6)).clamp(max=1.0).item())
+        elif clip == "per_tensor":
+            scales = (clip_norm / (norms + 1e-6)).clamp(max=1.0)
+            for grad, scale in zip(grads, scales.to(grads[0].dtype), strict=True):
+                grad.mul_(scale)
+        optimizer.step()
+        with torch.no_grad():
+            method.after_step(key.step, everyone, {k: v for k, v in sums.items() if k.startswith("stat/")})
+    optimizer.zero_grad(set_to_none=True)
+    return _result(sums, counts, float(norm), accepted)
+
+
+def measure(
+    method: Method, global_batches: Iterable[Sequence[Batch]], key: Key, autocast: Context = nullcontext
+) -> dict[str, float]:
+    """The same losses without graph, dropout or update: means over all the batches given.
+
+    Each element is this process's micro-batches of one global batch; contrastive rows see that batch alone.
+    """
+    was_training = method.training
+    method.eval()
+    sums: Sums = {}
+    counts: Sums = {}
+    with torch.no_grad(), autocast():
+        for batches in global_batches:
+            divisors = _divisors(method, batches)
+            embedded = [method.embed(batch) for batch in batches]
+            rows = Rows(
+                {name: torch.cat([rows.rows[name] for rows, _ in embedded]) for name in embedded[0][0].rows},
+                {name: torch.cat([rows.marks[name] for rows, _ in embedded]) for name in embedded[0][0].marks},
+            )
+            found = [method.couple(rows, distributed.gather(rows)) if rows.rows else {}]
+            for batch, (part, states) in zip(batches, embedded, strict=True):
+                found.append(method.separate(batch, part, states, divisors, key))
+            for name, value in [item for part in found for item in part.items()]:
+                sums[name] = sums.get(name, 0) + value.double()
+            for name, value in divisors.items():
+                counts[name] = counts.get(name, 0) + value
+    method.train(was_training)
+    return _result(distributed.sum_over_processes(sums), counts, 0.0, True).losses
+
+
+def _divisors(method: Method, batches: Sequence[Batch]) -> Sums:
+    counts: Sums = {}
+    for batch in batches:
+        for name, value in method.counts(batch).items():
+            counts[name] = counts.get(name, 0) + value.double()
+    return method.divisors(distributed.sum_over_processes(counts))
+
+
+def _total(method: Method, sums: Sums, counts: Sums) -> Tensor:
+    """Sum of weight x sum / count over the losses present; a count of 0 divides by 1."""
+    terms = [
+        method.weights[name] * value / counts[name].clamp(min=1).to(value.device, value.dtype)
+        for name, value in sums.items()
+        if not name.startswith("stat/")
+    ]
+    return torch.stack([term.float() if term.dtype != torch.float64 else term for term in terms]).sum()
+
+
+def _frozen(rows: Rows) -> Rows:
+    return Rows({name: rows_BD.detach() for name, rows_BD in rows.rows.items()}, rows.marks)
+
+
+def _detached(sums: Sums) -> Sums:
+    return {name: value.detach().double() for name, value in sums.items()}
+
+
+def _result(sums: Sums, counts: Sums, grad_norm: float, accepted: bool) -> StepResult:
+    losses = {n: float(v / counts[n].clamp(min=1).to(v.device)) for n, v in sums.items() if not n.startswith("stat/")}
+    stats = {name[5:]: float(value) for name, value in sums.items() if name.startswith("stat/")}
+    return StepResult(losses, stats, {n: float(counts[n]) for n in losses}, grad_norm, accepted)
