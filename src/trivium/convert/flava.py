@@ -1,0 +1,453 @@
+"""FLAVA's weights in the layouts of Hugging Face transformers and of torchmultimodal, in and out.
+
+One table, made from the config, says where every tensor of ours stands in the Hugging Face layout; torchmultimodal's
+names follow from those by renaming. What differs beside names:
+
+* they keep queries, keys and values apart, we keep one matrix with the rows of q, k, v in that order;
+* their patch projection is a convolution [D, 3, P, P], ours the same numbers as [D, 3 * P * P];
+* their logit scale has no dimension, ours one;
+* they hold the bias of a masked head twice (``bias`` and ``decoder.bias``), one tensor under two names;
+* ``position_ids`` and ``token_type_ids`` are counting numbers, not weights: ignored.
+
+D width, P side of a patch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trivium.errors import TriviumError
+from trivium.models.flava import Flava, FlavaConfig
+
+State = dict[str, Tensor]
+HEADS = ("mim_head", "mlm_head", "mmm_image_head", "mmm_text_head", "itm_head")
+# Files may lack these as a whole: a bare FlavaModel has no heads, torchmultimodal's no logit scale.
+OPTIONAL = (*(f"{head}." for head in HEADS), "image.mask_token", "logit_scale", "image.pooler.", "text.pooler.",
+            "multimodal.pooler.")  # fmt: skip
+_IGNORED = re.compile(r"(^|\.)(position_ids|token_type_ids)$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor of ours stands in the Hugging Face layout."""
+
+    ours: str
+    theirs: tuple[str, ...]  # several: pieces that are stacked (q, k, v), or one tensor under several names (tied)
+    kind: str = "plain"  # plain | stacked | tied
+    shape: tuple[int, ...] | None = None  # of theirs, where it differs from ours
+
+
+def places(config: FlavaConfig) -> Iterator[Place]:
+    """The whole table for a model of this config, under the names of FlavaForPreTraining."""
+    P, side = config.patch_size, config.grid
+    yield Place("logit_scale", ("flava.logit_scale",), shape=())
+    for name in ("image_projection", "text_projection"):
+        yield from _pair(name, f"flava.{name}")
+    for tower in ("image", "text"):
+        yield from _pair(f"multimodal.{tower}_projection", f"flava.{tower}_to_mm_projection")
+    image = "flava.image_model.embeddings"
+    yield Place("image.class_token", (f"{image}.cls_token",))
+    yield Place("image.mask_token", (f"{image}.mask_token",))
+    yield Place("image.positions", (f"{image}.position_embeddings",), shape=(1, 1 + side**2, config.width))
+    projection = f"{image}.patch_embeddings.projection"
+    yield Place("image.patches.projection.weight", (f"{projection}.weight",), shape=(config.width, 3, P, P))
+    yield Place("image.patches.projection.bias", (f"{projection}.bias",))
+    text = "flava.text_model.embeddings"
+    for ours, theirs in (("word", "word"), ("position", "position"), ("segment", "token_type")):
+        yield Place(f"text.embeddings.{ours}.weight", (f"{text}.{theirs}_embeddings.weight",))
+    yield from _pair("text.embeddings.norm", f"{text}.LayerNorm")
+    yield Place("multimodal.class_token", ("flava.multimodal_model.cls_token",))
+    layers = {"image": config.image_layers, "text": config.text_layers, "multimodal": config.multimodal_layers}
+    for tower, num_layers in layers.items():
+        theirs = f"flava.{tower}_model"
+        for n in range(num_layers):
+            yield from _block(f"{tower}.encoder.blocks.{n}", f"{theirs}.encoder.layer.{n}")
+        yield from _pair(f"{tower}.norm", f"{theirs}.layernorm")
+        yield from _pair(f"{tower}.pooler", f"{theirs}.pooler.dense")
+    for head in HEADS[:4]:
+        yield from _pair(f"{head}.transform", f"{head}.transform.dense")
+        yield from _pair(f"{head}.norm", f"{head}.transform.LayerNorm")
+        yield Place(f"{head}.decoder.weight", (f"{head}.decoder.weight",))
+        yield Place(f"{head}.decoder.bias", (f"{head}.decoder.bias", f"{head}.bias"), "tied")
+    yield from _pair("itm_head.transform", "itm_head.pooler.dense")
+    yield from _pair("itm_head.decoder", "itm_head.seq_relationship")
+
+
+def _pair(ours: str, theirs: str) -> Iterator[Place]:
+    for part in ("weight", "bias"):
+        yield Place(f"{ours}.{part}", (f"{theirs}.{part}",))
+
+
+def _block(ours: str, theirs: str) -> Iterator[Place]:
+    yield from _pair(f"{ours}.attention_norm", f"{theirs}.layernorm_before")
+    for part in ("weight", "bias"):
+        pieces = tuple(f"{theirs}.attention.attention.{piece}.{part}" for piece in ("query", "key", "value"))
+        yield Place(f"{ours}.attention.qkv.{part}", pieces, "stacked")
+    yield from _pair(f"{ours}.attention.out", f"{theirs}.attention.output.dense")
+    yield from _pair(f"{ours}.mlp_norm", f"{theirs}.layernorm_after")
+    yield from _pair(f"{ours}.mlp_in", f"{theirs}.intermediate.dense")
+    yield from _pair(f"{ours}.mlp_out", f"{theirs}.output.dense")
+
+
+# ------------------------------------------------------------------------------------- Hugging Face transformers
+
+
+def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[FlavaConfig, State]:
+    """Weights of FlavaForPreTraining, or of a bare FlavaModel, and its config.json -> ours.
+
+    Keys of an image codebook are left for `convert.dalle`. The state lacks what the file lacks as a whole (OPTIONAL).
+
+    Raises:
+        TriviumError: another family or an unsupported variant (names what differs); missing, unexpected or
+            wrongly shaped tensors (the first five and how many).
+    """
+    ours = config_from_hf(config)
+    bare = not any(key.startswith("flava.") for key in state)
+    names = {f"flava.{key}" if bare and not key.startswith((*HEADS, "image_codebook.")) else key: key for key in state}
+    return ours, _take({name: state[key] for name, key in names.items()}, ours, lambda name: name)
+
+
+def to_hf(state: Mapping[str, Tensor], config: FlavaConfig) -> State:
+    """Our weights under the names of FlavaForPreTraining; the tied biases under both names. Tensors may be views."""
+    return {name: tensor for place in places(config) for name, tensor in _give(place, state)}
+
+
+def config_from_hf(config: Mapping[str, Any]) -> FlavaConfig:
+    """The config.json of a FlavaModel or FlavaForPreTraining -> ours. Absent fields have the library's defaults.
+
+    Raises:
+        TriviumError: another family, or a variant that this model does not have; the sentence names the field.
+    """
+    family = config.get("model_type", "flava")
+    if family != "flava":
+        raise TriviumError(f'config.json says model_type "{family}" where "flava" is needed: give a FLAVA checkpoint')
+    sections = {name: {**(config.get(f"{name}_config") or {}), **(config.get(f"{name}_config_dict") or {})}
+                for name in ("image", "text", "multimodal")}  # fmt: skip
+
+    def agreed(field: str, default: Any) -> Any:
+        values = {name: section.get(field, default) for name, section in sections.items()}
+        if len(set(values.values())) > 1:
+            said = ", ".join(f"{name} {value}" for name, value in values.items())
+            raise TriviumError(f"config.json: {field} must be one for all three encoders of FLAVA, but is {said}")
+        return values["image"]
+
+    def only(where: str, section: Mapping[str, Any], field: str, value: Any) -> None:
+        if section.get(field, value) != value:
+            raise TriviumError(f"config.json: {where}.{field} is {section[field]!r}, only {value!r} is supported")
+
+    for name, section in sections.items():
+        only(f"{name}_config", section, "hidden_act", "gelu")
+        only(f"{name}_config", section, "qkv_bias", True)
+    only("image_config", sections["image"], "num_channels", 3)
+    only("multimodal_config", sections["multimodal"], "use_cls_token", True)
+    width = agreed("hidden_size", 768)
+    only("config", config, "hidden_size", width)
+    rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    image, text = sections["image"], sections["text"]
+    return FlavaConfig(
+        width=width,
+        num_heads=agreed("num_attention_heads", 12),
+        mlp_width=agreed("intermediate_size", 3072),
+        image_layers=image.get("num_hidden_layers", 12),
+        text_layers=text.get("num_hidden_layers", 12),
+        multimodal_layers=sections["multimodal"].get("num_hidden_layers", 6),
+        image_size=_side(image.get("image_size", 224), "image_size"),
+        patch_size=_side(image.get("patch_size", 16), "patch_size"),
+        vocab_size=text.get("vocab_size", 30522),
+        max_length=text.get("max_position_embeddings", 512),
+        num_segments=text.get("type_vocab_size", 2),
+        pad_id=text.get("pad_token_id", 0) or 0,
+        num_codes=image.get("vocab_size", 8192),
+        projection_width=config.get("projection_dim", 768),
+        eps=agreed("layer_norm_eps", 1e-12),
+        dropout=max(float(section.get(rate, 0.0)) for section in sections.values() for rate in rates),
+    )
+
+
+def config_to_hf(config: FlavaConfig, codebook: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Our config as the config.json of FlavaForPreTraining.
+
+    Args:
+        codebook: its image_codebook_config; None = the folder holds no image codebook.
+    """
+    shared = {
+        "hidden_size": config.width,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_width,
+        "layer_norm_eps": config.eps,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "qkv_bias": True,
+    }
+    return {
+        "architectures": ["FlavaForPreTraining"],
+        "model_type": "flava",
+        "hidden_size": config.width,
+        "layer_norm_eps": config.eps,
+        "projection_dim": config.projection_width,
+        "init_codebook": codebook is not None,
+        "image_config": {
+            **shared,
+            "model_type": "flava_image_model",
+            "num_hidden_layers": config.image_layers,
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "num_channels": 3,
+            "mask_token": True,
+            "vocab_size": config.num_codes,
+        },
+        "text_config": {
+            **shared,
+            "model_type": "flava_text_model",
+            "num_hidden_layers": config.text_layers,
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.max_length,
+            "type_vocab_size": config.num_segments,
+            "pad_token_id": config.pad_id,
+        },
+        "multimodal_config": {
+            **shared,
+            "model_type": "flava_multimodal_model",
+            "num_hidden_layers": config.multimodal_layers,
+            "use_cls_token": True,
+        },
+        "image_codebook_config": {"model_type": "flava_image_codebook", **(codebook or {})},
+    }
+
+
+def _side(value: Any, field: str) -> int:
+    sides = {value} if isinstance(value, int) else set(value)
+    if len(sides) != 1:
+        raise TriviumError(f"config.json: image_config.{field} is {value}, only squares are supported")
+    return int(sides.pop())
+
+
+# ---------------------------------------------------------------------------------------------- torchmultimodal
+
+_RENAMED = [
+    # Order matters: the first that fits at a place wins, then the next rule looks at the result.
+    (r"^flava\.image_model\.", "model.image_encoder."),
+    (r"^flava\.text_model\.", "model.text_encoder."),
+    (r"^flava\.multimodal_model\.", "model.mm_encoder."),
+    (r"^flava\.logit_scale$", "loss.contrastive_loss.logit_scale"),
+    (r"^flava\.", "model."),
+    (r"\.attention\.attention\.(query|key|value)\.", r".attention.\1."),
+    (r"\.attention\.output\.dense\.", ".attention.output."),
+    (r"\.layernorm_before\.", ".attention_layernorm."),
+    (r"\.layernorm_after\.", ".feedforward_layernorm."),
+    (r"\.intermediate\.dense\.", ".feedforward.model.0."),
+    (r"(\.layer\.\d+)\.output\.dense\.", r"\1.feedforward.model.2."),
+    (r"\.embeddings\.LayerNorm\.", ".embeddings.layer_norm."),
+    (r"^itm_head\.pooler\.", "loss.itm_loss.pooler."),
+    (r"^itm_head\.seq_relationship\.", "loss.itm_loss.cls.seq_relationship."),
+    (r"^(mim|mlm)_head\.", r"loss.\1_loss.cls."),
+    (r"^mmm_image_head\.", "loss.mmm_loss.mim.cls."),
+    (r"^mmm_text_head\.", "loss.mmm_loss.mlm.cls."),
+    (r"\.cls\.transform\.dense\.", ".cls.dense."),
+    (r"\.cls\.transform\.LayerNorm\.", ".cls.layer_norm."),
+]
+
+
+def torchmultimodal_name(name: str) -> str:
+    """A Hugging Face name of FlavaForPreTraining -> the name in torchmultimodal's flava_model_for_pretraining."""
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def from_torchmultimodal(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[FlavaConfig, State]:
+    """A state dict of torchmultimodal's FLAVA (with or without its losses) -> ours. Sizes are read from the shapes.
+
+    Args:
+        num_heads: attention heads, which no shape tells; None = heads of 64, as in every published size.
+    """
+    if not any(key.startswith("model.") for key in state):  # FLAVAModel alone
+        state = {key if key.startswith(("loss.", "image_codebook.")) else f"model.{key}": state[key] for key in state}
+    config = _config_from_shapes(state, num_heads)
+    return config, _take(state, config, torchmultimodal_name)
+
+
+def to_torchmultimodal(state: Mapping[str, Tensor], config: FlavaConfig) -> State:
+    """Our weights under the names of torchmultimodal's flava_model_for_pretraining."""
+    return {torchmultimodal_name(name): tensor for name, tensor in to_hf(state, config).items()}
+
+
+def config_to_torchmultimodal(config: FlavaConfig) -> dict[str, Any]:
+    """The arguments of torchmultimodal's `flava_model_for_pretraining` that make a model of this size."""
+    towers = {"image": config.image_layers, "text": config.text_layers, "multimodal": config.multimodal_layers}
+    arguments: dict[str, Any] = {}
+    for tower, num_layers in towers.items():
+        arguments |= {
+            f"{tower}_hidden_size": config.width,
+            f"{tower}_num_attention_heads": config.num_heads,
+            f"{tower}_num_hidden_layers": num_layers,
+            f"{tower}_intermediate_size": config.mlp_width,
+            f"{tower}_layer_norm_eps": config.eps,
+        }
+    return arguments | {
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "vocab_size": config.vocab_size,
+        "pad_token_id": config.pad_id,
+        "type_vocab_size": config.num_segments,
+        "max_position_embeddings": config.max_length,
+        "hidden_size": config.width,
+        "text_and_image_proj_size": config.projection_width,
+        "image_vocab_size": config.num_codes,
+        "text_vocab_size": config.vocab_size,
+        "use_image_masking": True,
+    }
+
+
+def _config_from_shapes(state: Mapping[str, Tensor], num_heads: int | None) -> FlavaConfig:
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in state:
+            raise TriviumError(f"no tensor {name}: this is no FLAVA state dict in torchmultimodal's layout")
+        return tuple(state[name].shape)
+
+    def layers(tower: str) -> int:
+        numbers = [re.match(rf"model\.{tower}_encoder\.encoder\.layer\.(\d+)\.", key) for key in state]
+        return 1 + max((int(match[1]) for match in numbers if match), default=-1)
+
+    width, _, patch_size, _ = shape("model.image_encoder.embeddings.patch_embeddings.projection.weight")
+    grid = math.isqrt(shape("model.image_encoder.embeddings.position_embeddings")[1] - 1)
+    if num_heads is None and width % 64:
+        raise TriviumError(
+            f"the number of attention heads is not in the file and width {width} is no multiple of 64: put a "
+            'config.json with {"image_num_attention_heads": n} beside the weights'
+        )
+    codes = "loss.mim_loss.cls.decoder.weight"
+    text = "model.text_encoder.embeddings"
+    return FlavaConfig(
+        width=width,
+        num_heads=num_heads or width // 64,
+        mlp_width=shape("model.image_encoder.encoder.layer.0.feedforward.model.0.weight")[0],
+        image_layers=layers("image"),
+        text_layers=layers("text"),
+        multimodal_layers=layers("mm"),
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        vocab_size=shape(f"{text}.word_embeddings.weight")[0],
+        max_length=shape(f"{text}.position_embeddings.weight")[0],
+        num_segments=shape(f"{text}.token_type_embeddings.weight")[0],
+        num_codes=shape(codes)[0] if codes in state else FlavaConfig.num_codes,
+        projection_width=shape("model.image_projection.weight")[0],
+    )
+
+
+# ------------------------------------------------------------------------------------------ moving the tensors
+
+
+def _take(state: Mapping[str, Tensor], config: FlavaConfig, rename: Callable[[str], str]) -> State:
+    """Tensors of theirs -> ours, every one accounted for."""
+    left = {key for key in state if not key.startswith("image_codebook.") and not _IGNORED.search(key)}
+    expected = _shapes(config)
+    taken: State = {}
+    missing: list[str] = []
+    for place in places(config):
+        names = [rename(name) for name in place.theirs]
+        there = [name for name in names if name in state]
+        if len(there) < len(names) and not (place.kind == "tied" and there):
+            missing += [name for name in names if name not in state]
+            continue
+        left -= set(there)
+        pieces = [state[name] for name in there]
+        tensor = torch.cat(pieces) if place.kind == "stacked" else pieces[0]
+        wanted = expected[place.ours]
+        if tuple(tensor.shape) not in (wanted, place.shape):
+            raise TriviumError(
+                f"{there[0]} has shape {list(tensor.shape)} where its config makes {list(place.shape or wanted)}: "
+                "weights and config belong to different models"
+            )
+        taken[place.ours] = tensor.reshape(wanted)
+    # A file may lack a whole optional part, never half of one, and never anything else.
+    ours_of = {rename(name): place.ours for place in places(config) for name in place.theirs}
+    whole = [part for part in OPTIONAL if not any(name.startswith(part) for name in taken)]
+    missing = [name for name in missing if not ours_of[name].startswith(tuple(whole))]
+    if missing or left:
+        found = [_listed("misses", missing), _listed("has unexpected", sorted(left))]
+        raise TriviumError(f"this FLAVA checkpoint {' and '.join(part for part in found if part)}")
+    return taken
+
+
+def _give(place: Place, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    tensor = state[place.ours]
+    if place.kind == "stacked":
+        yield from zip(place.theirs, tensor.chunk(3), strict=True)
+        return
+    for name in place.theirs:
+        yield name, tensor if place.shape is None else tensor.reshape(place.shape)
+
+
+def _listed(verb: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{verb} {len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:5])}{more})"
+
+
+def _shapes(config: FlavaConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Flava(config).state_dict().items()}
+
+
+# ----------------------------------------------------------------------------------------------------- from BERT
+
+
+def text_from_bert(state: Mapping[str, Tensor], config: FlavaConfig) -> tuple[State, list[str]]:
+    """What a BERT (Hugging Face layout) can give to FLAVA's text side: embeddings and the head of masked words.
+
+    BERT's blocks normalise after each sublayer, FLAVA's before: the blocks do not carry over. Positions beyond
+    `config.max_length` are cut off; both MLM heads, `mlm_head` and `mmm_text_head`, take BERT's where it has one.
+
+    Returns:
+        A part of our state dict, and the names of BERT's tensors that were left out.
+
+    Raises:
+        TriviumError: no BERT, or one of another width or vocabulary.
+    """
+    prefix = "bert." if any(key.startswith("bert.") for key in state) else ""
+    embeddings = f"{prefix}embeddings"
+    word = state.get(f"{embeddings}.word_embeddings.weight")
+    if word is None:
+        raise TriviumError(f"no tensor {embeddings}.word_embeddings.weight: this is no BERT in Hugging Face's layout")
+    if tuple(word.shape) != (config.vocab_size, config.width):
+        raise TriviumError(
+            f"this BERT has {word.shape[0]} words of width {word.shape[1]}, the model {config.vocab_size} of width "
+            f"{config.width}: choose a BERT of the same width and its own vocabulary"
+        )
+    sources = {f"text.embeddings.{ours}.weight": f"{embeddings}.{theirs}_embeddings.weight"
+               for ours, theirs in (("word", "word"), ("position", "position"), ("segment", "token_type"))}  # fmt: skip
+    for part in ("weight", "bias"):
+        sources[f"text.embeddings.norm.{part}"] = f"{embeddings}.LayerNorm.{part}"
+    if "cls.predictions.transform.dense.weight" in state:
+        for head in ("mlm_head", "mmm_text_head"):
+            for part in ("weight", "bias"):
+                sources[f"{head}.transform.{part}"] = f"cls.predictions.transform.dense.{part}"
+                sources[f"{head}.norm.{part}"] = f"cls.predictions.transform.LayerNorm.{part}"
+            tied = "cls.predictions.decoder.weight"  # tied to the words: many files leave it out
+            sources[f"{head}.decoder.weight"] = tied if tied in state else f"{embeddings}.word_embeddings.weight"
+            sources[f"{head}.decoder.bias"] = "cls.predictions.bias"
+    taken = {}
+    expected = _shapes(config)
+    for ours, theirs in sources.items():
+        if theirs not in state:
+            raise TriviumError(f"this BERT misses the tensor {theirs}")
+        tensor = state[theirs]
+        if ours == "text.embeddings.position.weight":
+            tensor = tensor[: config.max_length]
+        if tuple(tensor.shape) != expected[ours]:
+            raise TriviumError(
+                f"{theirs} of this BERT has shape {list(tensor.shape)}, {list(expected[ours])} is needed"
+            )
+        taken[ours] = tensor.clone()
+    used = set(sources.values()) | {"cls.predictions.decoder.bias"}
+    return taken, sorted(key for key in state if key not in used and not _IGNORED.search(key))
