@@ -1,0 +1,161 @@
+"""Decoded pictures to the pixels that a model sees: crop boxes, resizing, the evaluation transform, normalisation.
+
+Pixels stay uint8 until they are on the device, where ``normalize`` makes them numbers around 0.
+
+Legend: B pictures, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trivium.data.decode import decode
+from trivium.errors import TriviumError
+
+Triple = tuple[float, float, float]
+CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)  # what FLAVA, too, normalises with
+CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
+
+Filter = Literal["bilinear", "bicubic", "lanczos", "box"]
+RESAMPLING = {name: Image.Resampling[name.upper()] for name in get_args(Filter)}
+Crop = Literal["squash", "center"]
+
+# Changes brightness and the like in the space of luma and two chromas (ITU-R BT.601), whose axis of grey is the first.
+_YIQ_FROM_RGB = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_RGB_FROM_YIQ = np.linalg.inv(_YIQ_FROM_RGB)
+
+
+class CropBox(NamedTuple):
+    """A part of a picture, in its pixels."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+def random_crop_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> CropBox:
+    """A box with a random share of the area (`scale`) and a random width / height (`ratio`, uniform in its logarithm).
+
+    The "Inception crop" (Szegedy et al. 2015) in the form of torchvision's RandomResizedCrop: ten tries, then the
+    largest centred box within `ratio`.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return CropBox(left, top, box_width, box_height)
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    box_width, box_height = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
+    return CropBox((width - box_width) // 2, (height - box_height) // 2, box_width, box_height)
+
+
+def resize(
+    image_HWC: np.ndarray, size: int | tuple[int, int], box: CropBox | None = None, filter: str = "bicubic"
+) -> np.ndarray:
+    """uint8 [H, W, 3], or the part of it in `box`, at `size` (a side, or height and width), antialiased. uint8."""
+    height, width = (size, size) if isinstance(size, int) else size
+    corners = None if box is None else (box.left, box.top, box.left + box.width, box.top + box.height)
+    return np.asarray(Image.fromarray(image_HWC).resize((width, height), RESAMPLING[filter], box=corners))
+
+
+def color_jitter(rng: np.random.Generator, image_HWC: np.ndarray, strength: float) -> np.ndarray:
+    """Brightness, contrast and saturation times 1 ± `strength`, hue turned by up to `strength` / 2 of a half circle.
+
+    One linear map of the colours, so that flat drawings stay flat. uint8 in, uint8 out.
+    """
+    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, size=3).clip(min=0)
+    hue = rng.uniform(-strength, strength) * math.pi / 2
+    turn = saturation * np.array([[math.cos(hue), -math.sin(hue)], [math.sin(hue), math.cos(hue)]])
+    yiq = np.eye(3)
+    yiq[1:, 1:] = turn
+    matrix = brightness * contrast * (_RGB_FROM_YIQ @ yiq @ _YIQ_FROM_RGB)
+    mean_luma = brightness * float(image_HWC.reshape(-1, 3).mean(axis=0) @ _YIQ_FROM_RGB[0])
+    jittered_HWC = image_HWC @ matrix.T.astype(np.float32) + np.float32((1 - contrast) * mean_luma)
+    return np.rint(jittered_HWC).clip(0, 255).astype(np.uint8)
+
+
+def normalize(
+    pixels_BCHW: Tensor, mean: Triple = CLIP_MEAN, std: Triple = CLIP_STD, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(pixels / 255 - mean) / std by channel, on the device where the uint8 pixels are."""
+    mean_C11 = torch.tensor(mean, device=pixels_BCHW.device).view(-1, 1, 1)
+    std_C11 = torch.tensor(std, device=pixels_BCHW.device).view(-1, 1, 1)
+    return ((pixels_BCHW.float() / 255 - mean_C11) / std_C11).to(dtype)
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """How a picture is prepared for a trained model; ``preprocessor.json`` of a model folder holds these fields."""
+
+    size: int = 224  # pixels on a side
+    filter: Filter = "bicubic"
+    mean: Triple = CLIP_MEAN  # of pixels in [0, 1]; for `normalize`
+    std: Triple = CLIP_STD
+    crop: Crop = "squash"  # both sides to size, whatever the aspect (FLAVA); "center": the short side, then the middle
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or self.size < 1:
+            raise TriviumError(f"the size of an image transform must be a whole number of pixels, not {self.size!r}")
+        if self.filter not in get_args(Filter):
+            raise TriviumError(f"no filter {self.filter!r} for an image transform: use {', '.join(get_args(Filter))}")
+        if self.crop not in get_args(Crop):
+            raise TriviumError(f"no crop {self.crop!r} for an image transform: use {' or '.join(get_args(Crop))}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+                raise TriviumError(f"the {name} of an image transform must be three numbers, not {values!r}")
+        if not all(value > 0 for value in self.std):
+            raise TriviumError(f"the std of an image transform must be above 0, not {self.std!r}")
+
+    def __call__(self, picture: bytes | np.ndarray | Image.Image) -> Tensor:
+        """uint8 [3, size, size] of an encoded picture, uint8 [H, W, 3] or a Pillow picture. Raises DecodeError."""
+        if isinstance(picture, Image.Image):
+            picture = np.asarray(picture.convert("RGB"))
+        image_HWC = decode(picture) if isinstance(picture, bytes) else picture
+        height, width, _ = image_HWC.shape
+        if self.crop == "center":
+            short = min(height, width)
+            height, width = self.size * height // short, self.size * width // short
+            top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+            image_HWC = resize(image_HWC, (height, width), filter=self.filter)
+            image_HWC = image_HWC[top : top + self.size, left : left + self.size]
+        elif (height, width) != (self.size, self.size):
+            image_HWC = resize(image_HWC, self.size, filter=self.filter)
+        return torch.from_numpy(np.array(image_HWC.transpose(2, 0, 1), order="C"))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ImageTransform:
+        """Raises TriviumError for what is no JSON, a field that does not exist, or a value that cannot be."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise TriviumError(f"the image transform (preprocessor.json) is no JSON: {error}") from None
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or (unknown := sorted(values.keys() - set(known))):
+            named = f"has a field {unknown[0]!r}" if isinstance(values, dict) else "is no JSON object"
+            raise TriviumError(f"the image transform (preprocessor.json) {named}; its fields are {', '.join(known)}")
+        for name in ("mean", "std"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        return cls(**values)
