@@ -97,17 +97,23 @@ def mask_tokens(
     ids: int64 [T]. special: ids that are never selected nor drawn. Returns (masked_ids int64 [T], selected bool [T]);
     selected may be empty.
     """
-    num_tokens = len(ids)
-    select, fate, replacement = rng.random((3, num_tokens))
-    specials = sorted(special)
-    ordinary = ~np.isin(ids, specials)
+    is_special, ordinary_ids = _vocabulary(frozenset(special), vocab_size)
+    select, fate, replacement = rng.random((3, len(ids)))
+    maskable = ~is_special[ids]
     if continues is not None:
-        begins = ~(continues[ids] & ordinary)
-        first_piece = np.maximum.accumulate(np.where(begins, np.arange(num_tokens), 0))
-        select = select[first_piece]
-    selected = (select < probability) & ordinary
-    random_ids = (replacement * (vocab_size - len(specials))).astype(np.int64)
-    for special_id in specials:  # step over each special id, in rising order
-        random_ids += random_ids >= special_id
-    masked_ids = np.where(selected & (fate < 0.8), mask_id, ids)
-    return np.where(selected & (fate >= 0.9), random_ids, masked_ids), selected
+        begins = ~(continues[ids] & maskable)
+        select = select[np.maximum.accumulate(np.where(begins, np.arange(len(ids)), 0))]  # of the word's first piece
+    selected = (select < probability) & maskable
+    masked_ids = ids.copy()
+    masked_ids[selected & (fate < 0.8)] = mask_id
+    randomised = selected & (fate >= 0.9)
+    masked_ids[randomised] = ordinary_ids[(replacement[randomised] * len(ordinary_ids)).astype(np.int64)]
+    return masked_ids, selected
+
+
+@functools.lru_cache(maxsize=16)
+def _vocabulary(special: frozenset[int], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which ids are special, bool [vocab_size], and the ids that are not."""
+    is_special = np.zeros(vocab_size, dtype=bool)
+    is_special[list(special)] = True
+    return is_special, np.flatnonzero(~is_special)

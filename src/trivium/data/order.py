@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,8 @@ class Draws:
 def keyed_generator(*parts: str | int) -> np.random.Generator:
     """A generator whose whole stream is a function of `parts`; made in about 5 microseconds."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=32).digest()
-    return np.random.Generator(np.random.PCG64(_Words(np.frombuffer(digest, dtype=np.uint64))))
+    words: Any = _Words(np.frombuffer(digest, dtype=np.uint64))  # numpy takes it, its stubs do not know
+    return np.random.Generator(np.random.PCG64(words))
 
 
 class _Words(np.random.bit_generator.ISeedSequence):

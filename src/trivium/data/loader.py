@@ -1,0 +1,254 @@
+"""The micro-batches of a run, read by worker processes, in an order that does not depend on how many there are.
+
+A step's global batch is the run of places that begins at ``place_at(step)``. It is cut into micro-batches of equal
+size, numbered over the whole of it; a process reads the numbers rank * k to (rank + 1) * k - 1. A worker is handed
+(step, number) and needs nothing else, because every choice is a function of the seed and the place: workers hold no
+state, and a run that resumes asks for the steps that are left.
+
+A sample that cannot be read is replaced by another (by seed, stream, place and attempt), so a batch never shrinks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from trivium.data.decode import DecodeError
+from trivium.data.order import Draws, Order, pair_rows, rotate_captions
+from trivium.errors import BadSample, TriviumError
+from trivium.train.protocol import Batch, Sample, Source, Stream
+
+MAX_ATTEMPTS = 20  # substitutes for one place, before the source as a whole is called unreadable
+PREFETCH = 4  # micro-batches that each worker keeps ready
+
+
+class StreamCollate(Protocol):
+    """What the loader asks of a stream's collate (see data/collate.py)."""
+
+    false_pairs: float  # probability of a place to take part in the rotation of captions
+    sort_by_length: bool  # inside a global batch
+
+    def prepare(self, sample: Sample, draws: Draws) -> Any:
+        """One sample, decoded and tokenized and masked. Raises BadSample, DecodeError."""
+        ...
+
+    def batch(
+        self, stream: str, prepared: Sequence[Any], rows_B: Tensor, places_B: Tensor, number: int, bad: Sequence[str]
+    ) -> Batch: ...
+
+
+class GlobalBatch(NamedTuple):
+    """Which samples stand in the rows of one step's global batch. All int64 [G]."""
+
+    places: np.ndarray
+    image_rows: np.ndarray
+    text_rows: np.ndarray
+
+
+class StreamReader:
+    """Reads any micro-batch of a stream. Lives in each worker."""
+
+    def __init__(self, stream: Stream, seed: int, window: int = 16) -> None:
+        self.stream = stream
+        self.collate: StreamCollate = stream.collate
+        self.seed = seed
+        self.order = Order(len(stream.source), stream.source.blocks(), seed, stream.name, window)
+        lengths = stream.source.lengths() if self.collate.sort_by_length else None
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        self._planned: tuple[int, GlobalBatch] | None = None
+
+    def plan(self, first_place: int) -> GlobalBatch:
+        """The global batch that begins at `first_place`; sorted by length of the text where the collate asks for it."""
+        if self._planned is None or self._planned[0] != first_place:
+            places = np.arange(first_place, first_place + self.stream.batch)
+            image_rows, text_rows = pair_rows(places, self.order, self.collate.false_pairs, self.seed, self.stream.name)
+            if self.lengths is not None:
+                by_length = np.argsort(self.lengths[text_rows], kind="stable")
+                places, image_rows, text_rows = places[by_length], image_rows[by_length], text_rows[by_length]
+            self._planned = (first_place, GlobalBatch(places, image_rows, text_rows))
+        return self._planned[1]
+
+    def micro_batch(self, first_place: int, number: int) -> Batch:
+        """Micro-batch `number` of the global batch that begins at `first_place`."""
+        plan = self.plan(first_place)
+        rows = range(number * self.stream.micro_batch, (number + 1) * self.stream.micro_batch)
+        prepared: list[Any] = []
+        bad: list[str] = []
+        for row in rows:
+            image_row, text_row = int(plan.image_rows[row]), int(plan.text_rows[row])
+            prepared.append(self._read_or_replace(int(plan.places[row]), image_row, text_row, bad))
+        rows_B = torch.arange(rows.start, rows.stop)
+        places_B = torch.from_numpy(plan.places[rows.start : rows.stop].copy())
+        return self.collate.batch(self.stream.name, prepared, rows_B, places_B, number, bad)
+
+    def _read_or_replace(self, place: int, image_row: int, text_row: int, bad: list[str]) -> Any:
+        draws = Draws(self.seed, self.stream.name, place)
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                return read(self.stream.source, self.collate, image_row, text_row, draws)
+            except BadSample as error:
+                bad.append(str(error))
+                image_row = text_row = self.order.substitute(place, attempt)
+        raise TriviumError(
+            f"stream {self.stream.name!r}: {MAX_ATTEMPTS} samples in a row could not be read, the last of them"
+            f" {bad[-1]}; check the data before training on it"
+        )
+
+
+def read(source: Source, collate: StreamCollate, image_row: int, text_row: int, draws: Draws) -> Any:
+    """One prepared sample. Raises BadSample with the name of the sample, for whatever cause."""
+    sample = source.read(image_row, text_row)
+    sample.setdefault("name", f"row {image_row}")
+    sample.setdefault("same_image", image_row)
+    sample.setdefault("same_text", text_row)
+    try:
+        return collate.prepare(sample, draws)
+    except DecodeError as error:
+        raise BadSample(sample["name"], "", str(error)) from None
+
+
+# ------------------------------------------------------------------------------------------------- workers
+
+
+class _MicroBatches(Dataset[Any]):
+    """Micro-batches by (first place, number, stream). A user's mistake comes back as a value: raised in the worker it
+    would reach the user wrapped in a traceback."""
+
+    def __init__(self, readers: dict[str, StreamReader]) -> None:
+        self.readers = readers
+
+    def __getitem__(self, at: tuple[str, int, int]) -> Batch | TriviumError:
+        stream, first_place, number = at
+        try:
+            return self.readers[stream].micro_batch(first_place, number)
+        except TriviumError as error:
+            return error
+
+
+class _Index(torch.utils.data.Sampler[Any]):
+    """Hands out what `numbers` makes, lazily: a run may have more steps than fit a list."""
+
+    def __init__(self, numbers: Callable[[], Iterable[tuple[str, int, int]]]) -> None:
+        self.numbers = numbers
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.numbers())
+
+
+def micro_batches(
+    readers: dict[str, StreamReader], numbers: Callable[[], Iterable[tuple[str, int, int]]], workers: int
+) -> Iterator[Batch]:
+    """The micro-batches (stream, first place, number) in the order given, read by `workers` processes (0 = this one).
+
+    Raises TriviumError where a worker found a user's mistake, or ended (killed, out of memory).
+    """
+    loader = DataLoader(
+        _MicroBatches(readers),
+        sampler=_Index(numbers),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        generator=torch.Generator(),  # else it would draw from torch's global one
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, TriviumError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and ("killed by signal" in str(error) or "exited unexp" in str(error)):
+            raise TriviumError(
+                f"a worker that reads the data ended unexpectedly ({error}): most often memory ran out;"
+                " try fewer workers or a smaller micro-batch"
+            ) from None
+        raise
+
+
+# --------------------------------------------------------------------------------------- unreadable samples
+
+
+class SkipMeter:
+    """Counts replaced samples when their batch is consumed (not when it is prefetched), and says when it is too many.
+
+    path: skipped.jsonl, one line for each replaced sample, appended. A run that resumes counts anew and may write
+    the lines of a repeated step again; each line tells its step. Every process counts what it reads itself.
+    """
+
+    def __init__(self, path: str | Path | None, rate: float = 0.01, window: int = 10_000, at_least: int = 20) -> None:
+        """Fatal: more than `rate` of the last `window` samples, and more than `at_least` of them."""
+        self.path = None if path is None else Path(path)
+        self.rate = rate
+        self.window = window
+        self.at_least = at_least
+        self.total = 0  # replaced so far
+        self._recent: deque[tuple[int, int]] = deque()  # (samples, replaced) of each batch in the window
+        self._recent_samples = 0
+        self._recent_bad = 0
+        self._last: deque[str] = deque(maxlen=3)
+
+    def count(self, step: int, batches: Sequence[Batch]) -> None:
+        """Take note of the micro-batches of one step. Raises TriviumError above the rate."""
+        for batch in batches:
+            self._recent.append((len(batch), len(batch.bad)))
+            self._recent_samples += len(batch)
+            self._recent_bad += len(batch.bad)
+            while self._recent_samples - self._recent[0][0] >= self.window:
+                samples, bad = self._recent.popleft()
+                self._recent_samples -= samples
+                self._recent_bad -= bad
+            if batch.bad:
+                self.total += len(batch.bad)
+                self._last.extend(batch.bad)
+                self._write(step, batch)
+        if self._recent_bad > max(self.at_least, self.rate * self._recent_samples):
+            raise TriviumError(
+                f"{self._recent_bad} of the last {self._recent_samples} samples could not be read, more than"
+                f" {self.rate:.1%}: check the data; the last were {'; '.join(self._last)}"
+            )
+
+    def _write(self, step: int, batch: Batch) -> None:
+        if self.path is None:
+            return
+        lines = [json.dumps({"step": step, "stream": batch.stream, "sample": why}) + "\n" for why in batch.bad]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation_batches(
+    source: Source, collate: StreamCollate, batch: int, limit: int | None = None, stream: str = "evaluation"
+) -> Iterator[Batch]:
+    """Batches for validation, the same at every call: the rows in order, or `limit` of them evenly spread.
+
+    Every choice is keyed by the row, so masks and losses repeat; give a collate with ``train=False``. False pairs
+    are drawn inside each batch at the collate's rate. The last batch may be smaller. An unreadable sample is left
+    out, since a substitute would count twice, and named in ``bad``. Raises TriviumError where none is left.
+    """
+    num_rows = len(source) if limit is None else min(limit, len(source))
+    rows = np.arange(num_rows) * len(source) // max(num_rows, 1)
+    read_any = False
+    for number, start in enumerate(range(0, num_rows, batch)):
+        image_rows = rows[start : start + batch]
+        text_rows = rotate_captions(image_rows, image_rows, collate.false_pairs, 0, stream)
+        prepared, places, bad = [], [], []
+        for image_row, text_row in zip(image_rows.tolist(), text_rows.tolist(), strict=True):
+            try:
+                prepared.append(read(source, collate, image_row, text_row, Draws(0, stream, image_row)))
+                places.append(image_row)
+            except BadSample as error:
+                bad.append(str(error))
+        if prepared:
+            read_any = True
+            yield collate.batch(stream, prepared, torch.arange(len(places)), torch.tensor(places), number, bad)
+    if not read_any:
+        raise TriviumError(f"no sample of {stream!r} could be read: check the data")

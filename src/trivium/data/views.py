@@ -1,0 +1,86 @@
+"""The views that a model and an image tokenizer get of one picture: which crop, flipped or not, at which size.
+
+Both views of a picture show the same crop, so that each code belongs to the patch at its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from trivium.data.decode import decode
+from trivium.data.order import keyed_generator
+from trivium.data.transforms import CropBox, random_crop_box, resize
+
+
+@dataclass(frozen=True)
+class View:
+    """Which part of a picture is shown. box: None = all of it."""
+
+    box: CropBox | None = None
+    flip: bool = False
+
+
+WHOLE = View()
+
+
+@dataclass(frozen=True)
+class Views:
+    """How views are drawn and rendered. The defaults are FLAVA's: crops of 90 to 100 % of the area, no flip."""
+
+    size: int  # of the model's view, in pixels: square, the aspect ratio is not kept
+    filter: str = "bicubic"
+    codebook_size: int | None = None  # of the image tokenizer's view (Lanczos); None = it looks at the model's view
+    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    flip: float = 0.0  # probability of a mirrored view
+    max_pixels: int = 64_000_000  # of a picture as stored: larger ones are refused from the header alone
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """uint8 [H, W, 3]. Raises DecodeError."""
+        return decode(data, max_pixels=self.max_pixels)
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> View:
+        """A random view of a picture of height x width pixels."""
+        flip = bool(rng.random() < self.flip)
+        if self.crop_scale == (1.0, 1.0):
+            return View(None, flip)
+        return View(random_crop_box(rng, height, width, self.crop_scale, self.crop_ratio), flip)
+
+    def numbered(self, digest: bytes, number: int, height: int, width: int) -> View:
+        """View `number` of the picture with this sha256: 0 is the whole picture, the others are drawn once for ever."""
+        if number == 0:
+            return WHOLE
+        return self.draw(keyed_generator("view", digest.hex(), number), height, width)
+
+    def for_model(self, picture_HWC: np.ndarray, view: View) -> np.ndarray:
+        """uint8 [3, size, size]."""
+        return _render(picture_HWC, view, self.size, self.filter)
+
+    def for_codebook(self, picture_HWC: np.ndarray, view: View) -> np.ndarray:
+        """What the image tokenizer is to look at: uint8 [3, codebook_size, codebook_size]."""
+        if self.codebook_size is None:
+            return self.for_model(picture_HWC, view)
+        return _render(picture_HWC, view, self.codebook_size, "lanczos")
+
+    def codebook_settings(self) -> dict[str, Any]:
+        """All that decides which pixels the image tokenizer sees: part of the key of a code cache."""
+        settings = asdict(self)
+        if self.codebook_size is not None:
+            settings |= {"size": self.codebook_size, "filter": "lanczos"}
+        del settings["codebook_size"], settings["max_pixels"]
+        return settings
+
+
+def _render(picture_HWC: np.ndarray, view: View, size: int, filter: str) -> np.ndarray:
+    height, width, _ = picture_HWC.shape
+    box = view.box
+    if box is not None and (box.top, box.left, box.height, box.width) == (0, 0, height, width):
+        box = None
+    if box is not None or (height, width) != (size, size):
+        picture_HWC = resize(picture_HWC, size, box=box, filter=filter)
+    if view.flip:
+        picture_HWC = picture_HWC[:, ::-1]
+    return np.ascontiguousarray(picture_HWC.transpose(2, 0, 1))
