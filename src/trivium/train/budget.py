@@ -1,0 +1,63 @@
+"""Budgets of time and memory, turned into numbers of the recipe once, before a run begins.
+
+``--train.minutes 8`` becomes a number of steps and ``--train.micro-batch auto`` a number of rows; the recipe writes
+both into config.json, so that repeating or resuming the run does not measure again.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+
+import torch
+
+from trivium.errors import TriviumError
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python ran out of memory, on a GPU or in main memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def largest_micro_batch(try_one: Callable[[int], None], most: int) -> int:
+    """What ``--train.micro-batch auto`` means: `most` rows, halved until `try_one` runs without memory running out.
+
+    try_one: a forward and backward with so many rows, of the stream that needs most memory.
+    """
+    rows = most
+    while True:
+        try:
+            try_one(rows)
+            return rows
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if rows == 1:
+                raise TriviumError("out of memory with a single sample at once: use a smaller --size") from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rows //= 2
+
+
+def calibrate(one_step: Callable[[int], None], stream_at: Callable[[int], str], minutes: float) -> int:
+    """How many steps fit into the minutes, from timing a few: about 3 % of the budget, at least 4 steps.
+
+    The first step of each stream is not counted (it allocates and compiles). Streams are weighted by how often they
+    are drawn, so that a few steps of the rare ones do not mislead.
+    """
+    seconds: dict[str, list[float]] = defaultdict(list)
+    started, step = time.perf_counter(), 0
+    while step < 4 or time.perf_counter() - started < 0.03 * 60 * minutes:
+        begin = time.perf_counter()
+        one_step(step)
+        seconds[stream_at(step)].append(time.perf_counter() - begin)
+        step += 1
+    typical = {stream: statistics.median(times[1:] or times) for stream, times in seconds.items()}
+    drawn = Counter(stream_at(step) for step in range(1000))
+    known = {stream: count for stream, count in drawn.items() if stream in typical}
+    mean = sum(typical[stream] * count for stream, count in known.items()) / sum(known.values())
+    return max(1, int(60 * minutes / mean))

@@ -1,0 +1,144 @@
+"""The run folder: config.json, passport.json, metrics.jsonl, skipped.jsonl, and checkpoints/ below.
+
+The passport says what made the run: the configuration's digest, versions, machine, command and date, and one more
+entry for each time that it was resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivium.errors import TriviumError
+from trivium.train import checkpoint, config, precision
+from trivium.train.config import Config
+
+# Options that a resumed run may change: they alter what is seen or kept, not what is learned.
+FREE = (
+    *("train.device", "train.workers", "train.threads", "train.compile", "train.tensorboard", "train.minutes"),
+    *("train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.evaluate_every"),
+)
+
+
+class RunFolder:
+    """Paths inside a run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.skipped = path / "skipped.jsonl"
+        self.passport = path / "passport.json"
+        self.checkpoints = path / "checkpoints"
+
+
+def create(path: Path, settings: Config) -> RunFolder:
+    """Begin a run in a new or empty folder.
+
+    Raises:
+        TriviumError: a run stands there already.
+    """
+    folder = RunFolder(path)
+    if (path / "config.json").exists() or folder.metrics.exists() or checkpoint.all_of(folder.checkpoints):
+        raise TriviumError(f"{path} holds a run already: continue it with --resume, or name another folder with --out")
+    try:
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        _write_json(folder.passport, {"config_sha256": settings.digest(), **circumstances(), "resumed": []})
+        folder.metrics.touch()
+        folder.skipped.touch()
+        config.save(settings, path / "config.json")  # last: a folder with a config is a run
+    except OSError as error:
+        raise TriviumError(f"{path} cannot be made a run folder ({error.strerror}): name another with --out") from error
+    return folder
+
+
+def reopen(path: Path, settings: Config) -> RunFolder:
+    """Open the folder of a run that is to be resumed with the same configuration.
+
+    Raises:
+        TriviumError: no run stands there, or it was started with other values.
+    """
+    if not (path / "config.json").is_file():
+        raise TriviumError(f"{path} holds no run to resume: leave out --resume to begin one")
+    before = config.load(path)
+    changed = [
+        name
+        for name in sorted(before.values.keys() | settings.values.keys())
+        if name not in FREE and before.values.get(name) != settings.values.get(name)
+    ]
+    if changed:
+        name = changed[0]
+        more = f" (and {len(changed) - 1} more differ)" if len(changed) > 1 else ""
+        raise TriviumError(
+            f"{path} was started with {name} = {before.values.get(name)}, not {settings.values.get(name)}{more}: "
+            "resume it as it was, or begin a new run with --init from its checkpoint"
+        )
+    return RunFolder(path)
+
+
+def rewind(folder: RunFolder, step: int) -> None:
+    """Before resuming after `step` done steps: forget the lines of later steps and remove half-written checkpoints.
+
+    Results of that very step are forgotten too: the trainer evaluates again, since a kill may have come before.
+    """
+    checkpoint.remove_leftovers(folder.checkpoints)
+    for path in (folder.metrics, folder.skipped):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _belongs_before(line, step)]
+        config.write_whole(path, "".join(line + "\n" for line in kept))
+    try:
+        passport = json.loads(folder.passport.read_text(encoding="utf-8"))
+        passport["resumed"].append({"step": step, **circumstances()})
+    except (OSError, ValueError, KeyError, TypeError):
+        raise TriviumError(f"{folder.passport}: damaged or missing; put it back or begin a new run") from None
+    _write_json(folder.passport, passport)
+
+
+def _belongs_before(line: str, step: int) -> bool:
+    try:
+        entry = json.loads(line)
+        return entry["step"] < step or (entry["step"] == step and "results" not in entry)
+    except (ValueError, KeyError, TypeError):  # a kill cut the line short
+        return False
+
+
+def circumstances() -> dict[str, Any]:
+    """What a run was made with: versions, machine, command, date."""
+    return {"versions": versions(), "machine": machine(), "command": shlex.join(sys.argv), "date": _now()}
+
+
+def versions() -> dict[str, str]:
+    from trivium import __version__
+
+    packages = {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")}
+    return {"trivium": __version__, "python": platform.python_version(), **packages}
+
+
+def machine() -> dict[str, Any]:
+    """cpu, its class ("AMX", "AVX512", "AVX2"), cores that this process may use, threads, GPUs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cpu": precision.cpu_name(),
+        "class": precision.cpu_class(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "system": platform.system(),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    config.write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,373 @@
+"""The loop around the step: loader -> step -> log -> save -> evaluate. It knows no family.
+
+``step`` is the whole position of a run: order, masks, dropout and schedules are functions of it, so a checkpoint holds
+no random state and no loader state, and 10 + 10 steps are 20 steps to the bit on the same layout.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import nn
+
+from trivium.errors import TriviumError
+from trivium.train import checkpoint, distributed, optim, precision, run_folder
+from trivium.train.budget import calibrate, is_out_of_memory
+from trivium.train.config import Config
+from trivium.train.logs import Log
+from trivium.train.optim import Optim
+from trivium.train.precision import Precision
+from trivium.train.protocol import Batch, Key, Method, Mixture, Stream
+from trivium.train.run_folder import RunFolder
+from trivium.train.step import Context, StepResult
+from trivium.train.step import step as take_step
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Train:
+    """How a run proceeds; the part of a recipe that every family shares."""
+
+    steps: int = 1000
+    minutes: float | None = None  # a time budget; `steps_in` turns it into `steps` once, before the run begins
+    seed: int = 0
+    micro_batch: int | Literal["auto"] | None = None  # rows of one forward; None: as each stream says
+    precision: Precision = "auto"
+    device: str = "auto"
+    threads: int | None = None  # of torch; None: as torch finds best
+    workers: int = 1  # processes that decode samples; 0: none
+    compile: bool = False  # torch.compile for each block: faster steps after a slow start
+    save_every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep_last: int = 2  # checkpoints
+    keep_every: int | None = None  # those at multiples of so many steps stay for good
+    evaluate_every: int | None = None  # None: at the end alone
+    log_every: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "save_every", "keep_last", "log_every"):
+            if getattr(self, name) < 1:
+                raise TriviumError(f"train.{name} is {getattr(self, name)}: it must be at least 1")
+
+    def evaluates_after(self, done: int) -> bool:
+        return done == self.steps or (self.evaluate_every is not None and done % self.evaluate_every == 0)
+
+
+@dataclass
+class Run:
+    """A whole run, as a recipe makes it."""
+
+    method: Method
+    mixture: Mixture
+    optim: Optim
+    train: Train
+    export: checkpoint.Export  # writes the model folder of `method.exported()`
+    config: Config
+    evaluate: Callable[[Method], dict[str, Any] | None] | None = None  # called in eval mode, without gradient
+    blocks: Callable[[], Iterable[nn.Module]] | None = None  # what torch.compile is given, one by one
+
+
+@dataclass
+class Outcome:
+    done: int  # steps
+    seconds: float  # of the whole run, evaluations included
+    signal: signal.Signals | None  # what stopped the run before its last step
+    results: dict[str, Any] | None  # of the last evaluation
+
+    @property
+    def exit_code(self) -> int:
+        return 130 if self.signal == signal.SIGINT else 0
+
+
+def train(run: Run, out: Path, *, resume: bool = False) -> Outcome:
+    """Train to the last step, or until Ctrl-C or SIGTERM; then everything is saved. out: the run folder.
+
+    Raises:
+        TriviumError: a run stands in `out` already, or none to resume; memory or disk are full; the gradient was not
+            finite three times in a row; too many samples were bad.
+    """
+    settings = run.train
+    folder, optimizer, autocast, state = begin(run, out, resume)
+    first = int(state["step"])
+    log = Log(
+        folder.metrics,
+        first=first,
+        total=settings.steps,
+        seconds_before=state["seconds"],
+        quiet=distributed.rank() > 0,
+        tensorboard=settings.tensorboard,
+    )
+    replaced = Replaced(folder.skipped)
+
+    def save(done: int) -> None:
+        state.update(step=done, seconds=log.seconds())
+        checkpoint.save(folder.checkpoints, done, run.method, optimizer, run.export, state)
+        checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every)
+
+    def measured(done: int) -> dict[str, Any] | None:
+        results = _first_process_does(partial(evaluate, run))
+        if results is not None:
+            log.results(done, results)
+        return results
+
+    with log, StopSignals() as stop, closing(_steps(run, first, settings.steps)) as steps:
+        # A run that was killed while it evaluated does that again: its old lines are gone.
+        results = measured(first) if first and settings.evaluates_after(first) else None
+        skipped_in_a_row = 0
+        clock = time.perf_counter()
+        for step, stream, batches in steps:
+            result = one_step(run, optimizer, step, batches, autocast)
+            done = step + 1
+            lr = run.optim.lr * optim.learning_rate(run.optim, step, settings.steps)
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            log.step(done, stream.name, result, lr=lr, samples=stream.batch, seconds=seconds)
+            replaced.note(done, batches)
+            skipped_in_a_row = 0 if result.accepted else skipped_in_a_row + 1
+            if skipped_in_a_row == 3:
+                raise TriviumError(_not_finite(done, batches))
+
+            stopping = distributed.any_process(stop.received is not None)
+            if done % settings.log_every == 0:
+                log.flush()
+            if stopping or done == settings.steps or done % settings.save_every == 0:
+                log.flush()
+                _first_process_does(partial(save, done))
+                clock = time.perf_counter()
+            if stopping and done < settings.steps:
+                log.say(f"saved after step {done} of {settings.steps}; --resume continues from here")
+                return Outcome(done, log.seconds(), stop.received or signal.SIGTERM, results)
+            if settings.evaluates_after(done):
+                results = measured(done)
+                clock = time.perf_counter()
+    return Outcome(settings.steps, log.seconds(), None, results)
+
+
+def _steps(run: Run, first: int, stop: int) -> Generator[tuple[int, Stream, list[Batch]]]:
+    """(number, stream, this process's micro-batches) of each step in [first, stop)."""
+    loader = run.mixture.loader(first, distributed.rank(), distributed.world(), stop)
+    for step, batches in enumerate(loader, start=first):
+        yield step, run.mixture.stream_at(step), batches
+
+
+def one_step(
+    run: Run, optimizer: torch.optim.Optimizer, step: int, batches: Sequence[Batch], autocast: Context
+) -> StepResult:
+    """Step number `step` (0 is the first) of a run, with the rate and the decay that belong to it."""
+    stream = run.mixture.stream_at(step)
+    optim.set_step(optimizer, run.optim, step, run.train.steps)
+    try:
+        return take_step(
+            run.method,
+            batches,
+            Key(run.train.seed, stream.name, step),
+            optimizer,
+            clip=run.optim.clip,
+            clip_norm=run.optim.clip_norm,
+            autocast=autocast,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = max(1, stream.micro_batch // 2)
+        raise TriviumError(
+            f"out of memory in a step of stream {stream.name} with {stream.micro_batch} samples at once: "
+            f"use --train.micro-batch {smaller} (the batch stays the same), or --train.micro-batch auto"
+        ) from error
+
+
+def evaluate(run: Run) -> dict[str, Any] | None:
+    """What the recipe measures, in eval mode; the method is left as it was."""
+    if run.evaluate is None:
+        return None
+    training = run.method.training
+    run.method.eval()
+    with torch.no_grad():
+        results = run.evaluate(run.method)
+    run.method.train(training)
+    return results
+
+
+def steps_in(run: Run, minutes: float) -> int:
+    """Steps that this run would take in the minutes on this machine. Works on a copy: the run itself stays new."""
+    device = precision.choose_device(run.train.device)
+    if run.train.threads is not None:
+        torch.set_num_threads(run.train.threads)
+    run = replace(run, method=copy.deepcopy(run.method).to(device))
+    optimizer = optim.build(run.method, run.optim)
+    autocast = partial(precision.autocast, device, precision.choose(run.train.precision, device))
+    loader: Iterator[list[Batch]] = run.mixture.loader(0, distributed.rank(), distributed.world(), 10**9)
+
+    def one(step: int) -> None:
+        one_step(run, optimizer, step, next(loader), autocast)
+
+    with closing(cast(Any, loader)):
+        return calibrate(one, lambda step: run.mixture.stream_at(step).name, minutes)
+
+
+# ---------------------------------------------------------------------------------------- beginning and resuming
+
+
+def begin(run: Run, out: Path, resume: bool) -> tuple[RunFolder, torch.optim.Optimizer, Context, dict[str, Any]]:
+    """Make the run folder or reopen it, and put method and optimizer where the run stands.
+
+    Returns: folder, optimizer, the context of forwards, and what the next checkpoint's state.json will say.
+    """
+    settings = run.train
+    distributed.start()
+    say: Callable[[str], None] = print if distributed.rank() == 0 else lambda sentence: None
+    device = precision.choose_device(settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    run.method.to(device)
+    optimizer = optim.build(run.method, run.optim)
+    _first_process_does(lambda: (run_folder.reopen if resume else run_folder.create)(out, run.config))
+    folder = RunFolder(out)
+
+    step, seconds, layout = 0, 0.0, _layout(run, device)
+    found = _checkpoint_to_resume(folder, say) if resume else None
+    if found is not None:
+        saved = checkpoint.restore(found, run.method, optimizer)
+        step, seconds = int(saved["step"]), float(saved["seconds"])
+        layout = _settled_layout(layout, saved["layout"], settings.precision, say)
+        say(f"resuming after step {step} of {settings.steps}")
+    if resume:
+        _first_process_does(lambda: run_folder.rewind(folder, step))
+    if settings.compile and run.blocks is not None:
+        for block in run.blocks():
+            block.compile()
+    state = {
+        "step": step,
+        "seconds": seconds,
+        "seed": settings.seed,
+        "config_sha256": run.config.digest(),
+        "versions": run_folder.versions(),
+        "layout": layout,
+    }
+    return folder, optimizer, partial(precision.autocast, device, layout["precision"]), state
+
+
+def _checkpoint_to_resume(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
+    """The newest sound checkpoint; None where the run ended before its first."""
+    found = checkpoint.newest(folder.checkpoints, say)
+    if found is None and checkpoint.all_of(folder.checkpoints):
+        raise TriviumError(f"{folder.checkpoints}: every checkpoint is damaged; begin a new run in another folder")
+    if found is None:
+        say(f"{folder.path} holds no checkpoint yet: beginning at step 0")
+    return found
+
+
+def _layout(run: Run, device: torch.device) -> dict[str, Any]:
+    """What the last bit of the weights depends on, besides the recipe."""
+    streams = [run.mixture.stream_at(step) for step in range(min(run.train.steps, 1000))]
+    return {
+        "processes": distributed.world(),
+        "micro_batch": {stream.name: stream.micro_batch for stream in streams},
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "precision": precision.choose(run.train.precision, device),
+    }
+
+
+def _settled_layout(
+    now: dict[str, Any], saved: dict[str, Any], asked: Precision, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """A precision that was measured once stays for the run; any other difference is said aloud."""
+    if asked == "auto" and now["device"] == saved["device"]:
+        now = {**now, "precision": saved["precision"]}
+    changed = [f"{name} {saved[name]} before, {now[name]} now" for name in now if now[name] != saved.get(name)]
+    if changed:
+        say(f"the last bits may differ from a run that was never stopped: {'; '.join(changed)}")
+    return now
+
+
+def _first_process_does(action: Callable[[], T]) -> T | None:
+    """Run an action on the first process while the others wait; an error there stops all of them."""
+    result, error = None, None
+    if distributed.rank() == 0:
+        try:
+            result = action()
+        except TriviumError as raised:
+            error = raised
+    if distributed.any_process(error is not None):
+        raise error or TriviumError("the first process stopped: its message says why")
+    return result
+
+
+# --------------------------------------------------------------------------------------------- what may go wrong
+
+
+class StopSignals:
+    """Notes Ctrl-C and SIGTERM, so that the step in hand is finished and saved. A second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker of the loader: Ctrl-C is its parent's affair
+            if number == signal.SIGTERM:
+                os._exit(0)
+            return
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        os.write(2, f"\n{self.received.name}: finishing this step and saving\n".encode())  # print may be interrupted
+
+
+class Replaced:
+    """Logs the samples that the loader replaced, and stops the run above 1 % of 10,000 consumed ones."""
+
+    def __init__(self, path: Path, window: int = 10_000, rate: float = 0.01) -> None:
+        self.path, self.window, self.rate = path, window, rate
+        self.seen = self.bad = 0
+
+    def note(self, done: int, batches: Sequence[Batch]) -> None:
+        sentences = [(batch.stream, sentence) for batch in batches for sentence in batch.bad]
+        if sentences:
+            lines = [json.dumps({"step": done, "stream": stream, "sample": text}) + "\n" for stream, text in sentences]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        self.bad += len(sentences)
+        self.seen += sum(len(batch) for batch in batches)
+        if distributed.any_process(self.bad > self.rate * self.window):
+            last = f", the last of them {sentences[-1][1]}" if sentences else ""
+            raise TriviumError(
+                f"{self.bad} of the last {self.seen} samples were bad (more than {self.rate:.0%} of {self.window})"
+                f"{last}: see {self.path} and mend or remove them"
+            )
+        if self.seen >= self.window:
+            self.seen = self.bad = 0
+
+
+def _not_finite(step: int, batches: Sequence[Batch]) -> str:
+    places = torch.cat([batch.places_B for batch in batches])
+    return (
+        f"the gradient was not finite in three steps in a row, the last of them step {step} with places "
+        f"{int(places.min())} to {int(places.max())} of stream {batches[0].stream}: lower --optim.lr, "
+        "or look at these samples"
+    )
