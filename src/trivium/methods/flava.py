@@ -114,7 +114,7 @@ class FlavaMethod(Method):
         if not (batch.images and batch.texts) or not self.weights["contrastive"]:
             return Rows(), None
         text = batch.texts[0]
-        pixels_BCHW = self._pixels(batch.images[0].pixels_BCHW)
+        pixels_BCHW = self.pixels(batch.images[0].pixels_BCHW)
         mask_BT = self._text_mask(text.mask_BT)
         image = self.model.encode_image(pixels_BCHW, rows=1)
         words = self.model.encode_text(text.ids_BT.to(self.mean.device), mask_BT, rows=1)
@@ -159,9 +159,9 @@ class FlavaMethod(Method):
     def _masked_image(self, batch: Batch) -> Sums:
         masked_BN = batch.targets["image_mask"]
         index_BQ, positions = _needed(F.pad(masked_BN, (1, 0)))  # the class token stands in front
-        pixels_BCHW = self._pixels(batch.images[0].pixels_BCHW)
+        pixels_BCHW = self.pixels(batch.images[0].pixels_BCHW)
         image = self.model.encode_image(pixels_BCHW, self._to(masked_BN), self._to(index_BQ))
-        codes_M = self._codes(batch, torch.arange(len(batch)))[self._to(masked_BN)]
+        codes_M = self.codes(batch, torch.arange(len(batch)))[self._to(masked_BN)]
         logits_MV = self.model.mim_head(image.tokens.flatten(0, 1)[self._to(positions[0])])
         return {"mim": masked_prediction(logits_MV, codes_M)}
 
@@ -177,12 +177,12 @@ class FlavaMethod(Method):
     def _masked_pair(self, batch: Batch, gate_is_open: bool) -> Sums:
         wanted = [name for name in ("itm", "mmm_image", "mmm_text") if self.weights[name]]
         masked_R = self._masked_rows(batch)
-        if not wanted or not len(masked_R):
+        if not wanted:
             return {}
         matched_R = batch.targets["matched"][masked_R]
         kept_R = matched_R | gate_is_open
         masked_RN, selected_RT = batch.targets["image_mask"][masked_R], batch.targets["selected"][masked_R]
-        image = self.model.encode_image(self._pixels(batch.images[0].pixels_BCHW[masked_R]), self._to(masked_RN))
+        image = self.model.encode_image(self.pixels(batch.images[0].pixels_BCHW[masked_R]), self._to(masked_RN))
         words = self.model.encode_text(
             self._to(batch.targets["masked_ids"][masked_R]), self._text_mask(batch.texts[0].mask_BT[masked_R])
         )
@@ -196,7 +196,7 @@ class FlavaMethod(Method):
         if "itm" in wanted:
             sums["itm"] = matching(self.model.itm_head(tokens[self._to(class_R)]), self._to(matched_R))
         if "mmm_image" in wanted:
-            codes_M = self._codes(batch, masked_R)[self._to(patches_RN)]
+            codes_M = self.codes(batch, masked_R)[self._to(patches_RN)]
             sums["mmm_image"] = masked_prediction(self.model.mmm_image_head(tokens[self._to(patch_M)]), codes_M)
         if "mmm_text" in wanted:
             ids_M = self._to(batch.texts[0].ids_BT[masked_R][words_RT])
@@ -212,20 +212,21 @@ class FlavaMethod(Method):
         """Rows of this micro-batch that take the masked pass: an even share of the global batch, by row number."""
         if self.masked_share == 1.0:
             return torch.arange(len(batch))
-        share = (batch.rows_B + 1) * self.masked_share
-        return (share.floor() > (share - self.masked_share).floor()).nonzero()[:, 0]
+        row_B = batch.rows_B.double()
+        chosen_B = ((row_B + 1) * self.masked_share).floor() > (row_B * self.masked_share).floor()
+        return chosen_B.nonzero()[:, 0]
 
     def _to(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.mean.device, non_blocking=True)
 
-    def _pixels(self, pixels_BCHW: Tensor) -> Tensor:
+    def pixels(self, pixels_BCHW: Tensor) -> Tensor:
         return (self._to(pixels_BCHW) - self.mean) / self.std
 
     def _text_mask(self, mask_BT: Tensor) -> Tensor | None:
         """None where nothing is padded: attention without a mask is the faster one."""
         return None if bool(mask_BT.all()) else self._to(mask_BT)
 
-    def _codes(self, batch: Batch, rows: Tensor) -> Tensor:
+    def codes(self, batch: Batch, rows: Tensor) -> Tensor:
         """Codes of the pictures of these rows, int64 [R, N]: from the batch, else from the image tokenizer."""
         if "codes" in batch.targets:
             return self._to(batch.targets["codes"][rows])

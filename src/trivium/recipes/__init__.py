@@ -1,0 +1,7 @@
+"""Recipes by name: functions that return a whole run as a tree of dataclasses (see train/config.py)."""
+
+from __future__ import annotations
+
+from trivium.recipes.flava import flava
+
+RECIPES = {"flava": flava}

@@ -1,0 +1,107 @@
+"""How every benchmark here measures: ours and the peer in one process, interleaved A B A B, on an idle machine."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivium.train import precision
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def refuse_a_busy_machine(limit: float = 1.0) -> None:
+    """A busy neighbour costs a factor of 4 to 6 here: better no figure than a wrong one."""
+    load = os.getloadavg()[0]
+    print(f"load average {load:.2f}", file=sys.stderr)
+    if load > limit:
+        sys.exit(f"the machine is busy (load average {load:.2f} > {limit:g}): wait, or stop what runs")
+
+
+def seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def interleaved(ours: Callable[[], object], peer: Callable[[], object]) -> tuple[list[float], list[float]]:
+    """Seconds of each, A B A B after one warm-up: 5 rounds, or 3 where a round takes over 30 seconds."""
+    warm = seconds(ours) + seconds(peer)
+    rounds = 3 if warm > 30 else 5
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        times[0].append(seconds(ours))
+        times[1].append(seconds(peer))
+    return times
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """Bytes that a call needs at its worst, above what is resident before it (Linux; on CUDA torch's own count)."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def row(ours: list[float], peer: list[float], memory: tuple[int, int] | None = None) -> dict[str, Any]:
+    """One case of a results file: medians, their ratio, and all the times."""
+    result: dict[str, Any] = {
+        "ours": statistics.median(ours),
+        "peer": statistics.median(peer),
+        "ratio": statistics.median(peer) / statistics.median(ours),
+        "ours_min": min(ours),
+        "peer_min": min(peer),
+        "rounds": len(ours),
+    }
+    if memory is not None:
+        result |= {"memory_ratio": memory[0] / memory[1], "ours_bytes": memory[0], "peer_bytes": memory[1]}
+    return result
+
+
+def write(name: str, results: dict[str, Any], **more: Any) -> Path:
+    """results/NAME.json with machine, versions and command."""
+    import transformers
+
+    machine = {
+        "cpu": precision.cpu_name(),
+        "class": precision.cpu_class(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    document = {
+        "machine": machine,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "command": " ".join(["python", *sys.argv]),
+        "results": results,
+        **more,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"wrote {path}", file=sys.stderr)
+    return path

@@ -1,0 +1,48 @@
+"""`trivium demo`: FLAVA from nothing on real drawings and words, and a page that shows what it learned."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from trivium.cli import pretrain as pretrain_verb
+from trivium.errors import TriviumError
+from trivium.recipes.flava import FlavaRecipe, flava
+
+TRAINING_MINUTES = 7.5  # the whole command: about 10 on two cores
+QUICK_MINUTES = 0.75
+
+
+def demo(*, quick: bool = False, out: Path | None = None, minutes: float | None = None) -> int:
+    """Pretrain a small FLAVA on the embedded drawings and texts, evaluate it and write a report.
+
+    Args:
+        quick: a first picture wall within two minutes; the model has then seen little.
+        out: the run folder to make; by default demo, or demo-2, demo-3 where that stands already.
+        minutes: of training, instead of the 7.5 of the full demo.
+    """
+    if minutes is not None and minutes <= 0:
+        raise TriviumError(f"--minutes {minutes:g}: the demo needs more than 0 minutes to train")
+    if out is None:
+        out = _fresh(Path("demo"))
+    elif out.exists():
+        raise TriviumError(f"{out} exists already: give a folder that does not, or remove it")
+    budget = minutes or (QUICK_MINUTES if quick else TRAINING_MINUTES)
+    print(f"FLAVA from nothing: {budget:g} minutes of training, then a report in {out}", file=sys.stderr)
+    prepared = demo_recipe(budget).prepare("flava", {"size": "tiny"})
+    return pretrain_verb.run(pretrain_verb.with_budget(prepared), out)
+
+
+def demo_recipe(minutes: float) -> FlavaRecipe:
+    """The tiny recipe under a time budget."""
+    recipe = flava("tiny")
+    return replace(recipe, train=replace(recipe.train, minutes=minutes, save_every=10**9, keep_last=1))
+
+
+def _fresh(folder: Path) -> Path:
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
