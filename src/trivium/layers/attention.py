@@ -36,16 +36,17 @@ class SelfAttention(nn.Module):
                 values come from all positions, so the result is exact.
         """
         B, L, D = x_BLD.shape
+        H, E = self.num_heads, D // self.num_heads  # spelled out: an empty batch leaves -1 ambiguous
         if rows is None:
-            query, key, value = self.qkv(x_BLD).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            query, key, value = self.qkv(x_BLD).view(B, L, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
         else:
             weight_q, weight_kv = self.qkv.weight.split([D, 2 * D])
             bias_q, bias_kv = self.qkv.bias.split([D, 2 * D])
             query = F.linear(take_rows(x_BLD, rows), weight_q, bias_q)
-            query = query.view(B, query.shape[1], self.num_heads, -1).transpose(1, 2)
-            key, value = F.linear(x_BLD, weight_kv, bias_kv).view(B, L, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            query = query.view(B, query.shape[1], H, E).transpose(1, 2)
+            key, value = F.linear(x_BLD, weight_kv, bias_kv).view(B, L, 2, H, E).permute(2, 0, 3, 1, 4)
         attended = attend(query, key, value, mask_BL, self.dropout if self.training else 0.0)
-        return self.out(attended.transpose(1, 2).reshape(B, -1, D))
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 def take_rows(x_BLD: Tensor, rows: Tensor | int) -> Tensor:
@@ -60,5 +61,5 @@ def padded_index(mask_BL: Tensor) -> Tensor:
 
     The padding repeats whatever positions come next: compute them, then ignore them. Call it on CPU: Q is read.
     """
-    num_rows = max(1, int(mask_BL.sum(1).max()))
+    num_rows = max([1, *mask_BL.sum(1).tolist()])
     return torch.argsort(mask_BL.to(torch.uint8), dim=1, descending=True, stable=True)[:, :num_rows]

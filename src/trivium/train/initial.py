@@ -13,7 +13,8 @@ from trivium.train.protocol import hash64
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, std: float = 0.02, zeros: tuple[str, ...] = ()) -> None:
-    """Draw every parameter of two or more dimensions from N(0, std); one-dimensional ones stay as constructed.
+    """Draw every parameter of two or more dimensions from N(0, std); biases start at zero, and other one-dimensional
+    ones (norms, the logit scale) stay as constructed.
 
     Embedding rows of padding stay zero. The class token, the mask token and the positions are drawn too: zeros under
     a LayerNorm of eps 1e-12 have a gradient of norm 1e5 at the first step, which silences everything else after
@@ -25,7 +26,7 @@ def initialise(module: nn.Module, seed: int, std: float = 0.02, zeros: tuple[str
         if isinstance(submodule, nn.Embedding) and submodule.padding_idx is not None
     }
     for name, parameter in module.named_parameters():
-        if name in zeros:
+        if name in zeros or (parameter.ndim == 1 and name.endswith("bias")):  # torch draws biases from its own state
             parameter.zero_()
         elif parameter.ndim >= 2 and parameter.numel():
             generator = torch.Generator().manual_seed(hash64(seed, name) % 2**63)

@@ -64,7 +64,7 @@ def backward(
         for name, rows_BD in rows.rows.items():
             grad = leaves.rows[name].grad
             if grad is not None:
-                total = total + (rows_BD.float() * grad[rows_of[index]].to(rows_BD.device).float()).sum()
+                total = total + (rows_BD * grad[rows_of[index]]).sum()
         total.backward()
         for name, value in _detached(separate).items():
             sums[name] = sums.get(name, 0) + value
@@ -185,6 +185,8 @@ def _total(method: Method, sums: Sums, counts: Sums) -> Tensor:
         for name, value in sums.items()
         if not name.startswith("stat/")
     ]
+    if not terms:  # a micro-batch whose only loss is a coupled one, taken care of in the first pass
+        return torch.zeros(())
     return torch.stack([term.float() if term.dtype != torch.float64 else term for term in terms]).sum()
 
 
