@@ -1,4 +1,6 @@
-"""manifest.json: what files a folder holds, so that a cut or a changed one is found before it is used.
+"""Folders that are whole: written at once or not at all, and checked before they are used.
+
+manifest.json says what files a folder holds:
 
     {"files": {"model.safetensors": {"bytes": 1234, "sha256": "..."}, ...}}
 
@@ -10,7 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from trivium.errors import TriviumError
 
@@ -60,3 +67,36 @@ def verify_manifest(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its place, synced, when the block ends well.
+
+    Raises:
+        TriviumError: `folder` holds something already, or cannot be written; nothing half-written stays.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise TriviumError(f"{folder} exists already and is not empty: name a new folder, or remove it first")
+    beside = folder.with_name(f".tmp-{folder.name}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)  # left by a killed process
+        beside.mkdir()
+        yield beside
+        for path in [*beside.rglob("*"), beside]:
+            _sync(path)
+        beside.rename(folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        raise TriviumError(f"{folder} could not be written ({error}): free some space or check the folder") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

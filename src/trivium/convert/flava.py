@@ -1,7 +1,6 @@
-"""FLAVA's weights in the layouts of Hugging Face transformers and of torchmultimodal, in and out.
+"""FLAVA's weights in the layout of Hugging Face transformers, in and out, and a start from a BERT.
 
-One table, made from the config, says where every tensor of ours stands in the Hugging Face layout; torchmultimodal's
-names follow from those by renaming. What differs beside names:
+One table, made from the config, says where every tensor of ours stands there. What differs beside names:
 
 * they keep queries, keys and values apart, we keep one matrix with the rows of q, k, v in that order;
 * their patch projection is a convolution [D, 3, P, P], ours the same numbers as [D, 3 * P * P];
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trivium.convert.weights import State, listed
 from trivium.errors import TriviumError
 from trivium.models.flava import Flava, FlavaConfig
 
-State = dict[str, Tensor]
 HEADS = ("mim_head", "mlm_head", "mmm_image_head", "mmm_text_head", "itm_head")
 # Files may lack these as a whole: a bare FlavaModel has no heads, torchmultimodal's no logit scale.
 OPTIONAL = (*(f"{head}." for head in HEADS), "image.mask_token", "logit_scale", "image.pooler.", "text.pooler.",
@@ -111,7 +111,7 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Fla
     ours = config_from_hf(config)
     bare = not any(key.startswith("flava.") for key in state)
     names = {f"flava.{key}" if bare and not key.startswith((*HEADS, "image_codebook.")) else key: key for key in state}
-    return ours, _take({name: state[key] for name, key in names.items()}, ours, lambda name: name)
+    return ours, take({name: state[key] for name, key in names.items()}, ours, lambda name: name)
 
 
 def to_hf(state: Mapping[str, Tensor], config: FlavaConfig) -> State:
@@ -230,123 +230,10 @@ def _side(value: Any, field: str) -> int:
     return int(sides.pop())
 
 
-# ---------------------------------------------------------------------------------------------- torchmultimodal
-
-_RENAMED = [
-    # Order matters: the first that fits at a place wins, then the next rule looks at the result.
-    (r"^flava\.image_model\.", "model.image_encoder."),
-    (r"^flava\.text_model\.", "model.text_encoder."),
-    (r"^flava\.multimodal_model\.", "model.mm_encoder."),
-    (r"^flava\.logit_scale$", "loss.contrastive_loss.logit_scale"),
-    (r"^flava\.", "model."),
-    (r"\.attention\.attention\.(query|key|value)\.", r".attention.\1."),
-    (r"\.attention\.output\.dense\.", ".attention.output."),
-    (r"\.layernorm_before\.", ".attention_layernorm."),
-    (r"\.layernorm_after\.", ".feedforward_layernorm."),
-    (r"\.intermediate\.dense\.", ".feedforward.model.0."),
-    (r"(\.layer\.\d+)\.output\.dense\.", r"\1.feedforward.model.2."),
-    (r"\.embeddings\.LayerNorm\.", ".embeddings.layer_norm."),
-    (r"^itm_head\.pooler\.", "loss.itm_loss.pooler."),
-    (r"^itm_head\.seq_relationship\.", "loss.itm_loss.cls.seq_relationship."),
-    (r"^(mim|mlm)_head\.", r"loss.\1_loss.cls."),
-    (r"^mmm_image_head\.", "loss.mmm_loss.mim.cls."),
-    (r"^mmm_text_head\.", "loss.mmm_loss.mlm.cls."),
-    (r"\.cls\.transform\.dense\.", ".cls.dense."),
-    (r"\.cls\.transform\.LayerNorm\.", ".cls.layer_norm."),
-]
-
-
-def torchmultimodal_name(name: str) -> str:
-    """A Hugging Face name of FlavaForPreTraining -> the name in torchmultimodal's flava_model_for_pretraining."""
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def from_torchmultimodal(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[FlavaConfig, State]:
-    """A state dict of torchmultimodal's FLAVA (with or without its losses) -> ours. Sizes are read from the shapes.
-
-    Args:
-        num_heads: attention heads, which no shape tells; None = heads of 64, as in every published size.
-    """
-    if not any(key.startswith("model.") for key in state):  # FLAVAModel alone
-        state = {key if key.startswith(("loss.", "image_codebook.")) else f"model.{key}": state[key] for key in state}
-    config = _config_from_shapes(state, num_heads)
-    return config, _take(state, config, torchmultimodal_name)
-
-
-def to_torchmultimodal(state: Mapping[str, Tensor], config: FlavaConfig) -> State:
-    """Our weights under the names of torchmultimodal's flava_model_for_pretraining."""
-    return {torchmultimodal_name(name): tensor for name, tensor in to_hf(state, config).items()}
-
-
-def config_to_torchmultimodal(config: FlavaConfig) -> dict[str, Any]:
-    """The arguments of torchmultimodal's `flava_model_for_pretraining` that make a model of this size."""
-    towers = {"image": config.image_layers, "text": config.text_layers, "multimodal": config.multimodal_layers}
-    arguments: dict[str, Any] = {}
-    for tower, num_layers in towers.items():
-        arguments |= {
-            f"{tower}_hidden_size": config.width,
-            f"{tower}_num_attention_heads": config.num_heads,
-            f"{tower}_num_hidden_layers": num_layers,
-            f"{tower}_intermediate_size": config.mlp_width,
-            f"{tower}_layer_norm_eps": config.eps,
-        }
-    return arguments | {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "vocab_size": config.vocab_size,
-        "pad_token_id": config.pad_id,
-        "type_vocab_size": config.num_segments,
-        "max_position_embeddings": config.max_length,
-        "hidden_size": config.width,
-        "text_and_image_proj_size": config.projection_width,
-        "image_vocab_size": config.num_codes,
-        "text_vocab_size": config.vocab_size,
-        "use_image_masking": True,
-    }
-
-
-def _config_from_shapes(state: Mapping[str, Tensor], num_heads: int | None) -> FlavaConfig:
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in state:
-            raise TriviumError(f"no tensor {name}: this is no FLAVA state dict in torchmultimodal's layout")
-        return tuple(state[name].shape)
-
-    def layers(tower: str) -> int:
-        numbers = [re.match(rf"model\.{tower}_encoder\.encoder\.layer\.(\d+)\.", key) for key in state]
-        return 1 + max((int(match[1]) for match in numbers if match), default=-1)
-
-    width, _, patch_size, _ = shape("model.image_encoder.embeddings.patch_embeddings.projection.weight")
-    grid = math.isqrt(shape("model.image_encoder.embeddings.position_embeddings")[1] - 1)
-    if num_heads is None and width % 64:
-        raise TriviumError(
-            f"the number of attention heads is not in the file and width {width} is no multiple of 64: put a "
-            'config.json with {"image_num_attention_heads": n} beside the weights'
-        )
-    codes = "loss.mim_loss.cls.decoder.weight"
-    text = "model.text_encoder.embeddings"
-    return FlavaConfig(
-        width=width,
-        num_heads=num_heads or width // 64,
-        mlp_width=shape("model.image_encoder.encoder.layer.0.feedforward.model.0.weight")[0],
-        image_layers=layers("image"),
-        text_layers=layers("text"),
-        multimodal_layers=layers("mm"),
-        image_size=grid * patch_size,
-        patch_size=patch_size,
-        vocab_size=shape(f"{text}.word_embeddings.weight")[0],
-        max_length=shape(f"{text}.position_embeddings.weight")[0],
-        num_segments=shape(f"{text}.token_type_embeddings.weight")[0],
-        num_codes=shape(codes)[0] if codes in state else FlavaConfig.num_codes,
-        projection_width=shape("model.image_projection.weight")[0],
-    )
-
-
 # ------------------------------------------------------------------------------------------ moving the tensors
 
 
-def _take(state: Mapping[str, Tensor], config: FlavaConfig, rename: Callable[[str], str]) -> State:
+def take(state: Mapping[str, Tensor], config: FlavaConfig, rename: Callable[[str], str]) -> State:
     """Tensors of theirs -> ours, every one accounted for."""
     left = {key for key in state if not key.startswith("image_codebook.") and not _IGNORED.search(key)}
     expected = _shapes(config)
@@ -373,7 +260,7 @@ def _take(state: Mapping[str, Tensor], config: FlavaConfig, rename: Callable[[st
     whole = [part for part in OPTIONAL if not any(name.startswith(part) for name in taken)]
     missing = [name for name in missing if not ours_of[name].startswith(tuple(whole))]
     if missing or left:
-        found = [_listed("misses", missing), _listed("has unexpected", sorted(left))]
+        found = [listed("misses", missing), listed("has unexpected", sorted(left))]
         raise TriviumError(f"this FLAVA checkpoint {' and '.join(part for part in found if part)}")
     return taken
 
@@ -387,16 +274,35 @@ def _give(place: Place, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
         yield name, tensor if place.shape is None else tensor.reshape(place.shape)
 
 
-def _listed(verb: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{verb} {len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:5])}{more})"
-
-
 def _shapes(config: FlavaConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Flava(config).state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------------- a whole model
+
+
+def build(config: FlavaConfig, state: Mapping[str, Tensor], seed: int = 0) -> tuple[Flava, list[str]]:
+    """A model with these weights in float32; what they lack (OPTIONAL parts) is drawn from the seed, N(0, 0.02).
+
+    Returns:
+        The model, and the names of the parts that were drawn.
+    """
+    with torch.device("meta"):
+        model = Flava(config)
+    whole = {name: state[name].float() if name in state else _drawn(name, tensor.shape, seed)
+             for name, tensor in model.state_dict().items()}  # fmt: skip
+    model.load_state_dict(whole, assign=True)
+    return model, [part.rstrip(".") for part in OPTIONAL if any(n.startswith(part) and n not in state for n in whole)]
+
+
+def _drawn(name: str, shape: torch.Size, seed: int) -> Tensor:
+    if name == "logit_scale":
+        return torch.full(shape, math.log(1 / 0.07))
+    if len(shape) == 1:
+        return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
 
 
 # ----------------------------------------------------------------------------------------------------- from BERT
