@@ -1,0 +1,311 @@
+"""What every source of samples shares, and the two plainest: a folder of pictures and a file of text lines.
+
+Row and number. Image and text of one true row always get the same number (``same_image == same_text``), so a false pair
+is one whose numbers differ. Rows that show the same picture file share their number; every other row has its own. Equal
+captions of different pictures are not merged: that would have to merge their pictures too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from trivium.errors import BadSample, TriviumError
+from trivium.train.protocol import Sample, hash64
+
+Kind = Literal["pairs", "images", "text"]
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+INDEX_SUFFIX = ".tar.index.parquet"  # of the sidecars of tar shards, which are no data
+TEXT_LIMIT = 65_536  # characters of one text that are read; `cut_texts` counts the longer ones
+PICTURE_LIMIT = 256 * 2**20  # bytes of one encoded picture
+BLOCK = 1024  # rows to a block where nothing in the files suggests another number
+
+
+class RowSource(ABC):
+    """A ``Source`` whose rows have a picture, captions, or both. Subclasses say where these are."""
+
+    kind: Kind
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def where(self, row: int) -> tuple[str, str]:
+        """File, and line or member inside it, of a row: how messages name it."""
+
+    @abstractmethod
+    def picture(self, row: int) -> bytes:
+        """The encoded picture. Raises BadSample."""
+
+    @abstractmethod
+    def captions(self, row: int) -> list[str]:
+        """Its captions as they stand in the file. Raises BadSample."""
+
+    def identity(self, row: int) -> str:
+        """What the number of a row is made from: equal only where the picture is the same file."""
+        return "\n".join((os.path.abspath(self.where(row)[0]), self.where(row)[1]))
+
+    def label(self, row: int) -> int | None:
+        """The class of the picture, where it has one."""
+        return None
+
+    def blocks(self) -> Sequence[range]:
+        return [range(start, min(start + BLOCK, len(self))) for start in range(0, len(self), BLOCK)]
+
+    def lengths(self) -> Sequence[int] | None:
+        return None
+
+    def cut_texts(self) -> int:
+        """How many texts are longer than TEXT_LIMIT characters, and therefore read only up to there."""
+        lengths = self.lengths()
+        return 0 if lengths is None else int((np.asarray(lengths) > TEXT_LIMIT).sum())
+
+    def read(self, image_row: int, text_row: int) -> Sample:
+        """The picture of one row with the text of another. Raises BadSample."""
+        sample: Sample = {}
+        if self.kind != "text":
+            sample["image"] = self.picture(image_row)
+            sample["same_image"] = hash64(self.identity(image_row)) >> 1  # 63 bits: it must fit into an int64
+            label = self.label(image_row)
+            if label is not None:
+                sample["label"] = label
+        if self.kind != "images":
+            texts = self._texts(text_row)
+            if len(texts) == 1:
+                sample["text"] = texts[0]
+            else:
+                sample["texts"] = texts
+            sample["same_text"] = hash64(self.identity(text_row)) >> 1
+        sample["name"] = self._name(text_row if self.kind == "text" else image_row)
+        if image_row != text_row and self.kind == "pairs":
+            sample["name"] += f" with the text of {self._name(text_row)}"
+        return sample
+
+    def _texts(self, row: int) -> list[str]:
+        texts = [text[:TEXT_LIMIT].strip() for text in self.captions(row)]
+        texts = [text for text in texts if text]
+        if not texts:
+            raise self.bad(row, "its text is empty")
+        return texts
+
+    def _name(self, row: int) -> str:
+        file, where = self.where(row)
+        return f"{file} ({where})" if where else file
+
+    def bad(self, row: int, why: str) -> BadSample:
+        return BadSample(*self.where(row), why)
+
+    def picture_file(self, row: int, path: str) -> bytes:
+        """The bytes of the picture file that a row names. Raises BadSample in the name of the row."""
+        named = "" if self.where(row)[0] == path else f" {path}"
+        try:
+            facts = os.stat(path)
+            if not stat.S_ISREG(facts.st_mode):
+                raise self.bad(row, f"its picture{named} is no ordinary file")
+            if facts.st_size > PICTURE_LIMIT:
+                raise self.bad(row, f"its picture{named} has {facts.st_size:,} bytes, more than {PICTURE_LIMIT:,}")
+            data = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise self.bad(row, f"its picture{named} does not exist") from None
+        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
+            raise self.bad(row, f"its picture{named} cannot be read: {error}") from None
+        if not data:
+            raise self.bad(row, f"its picture{named} has zero bytes")
+        return data
+
+    def utf8(self, row: int, data: bytes) -> str:
+        """Text of a row. Raises BadSample where it is not UTF-8."""
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            what = f"byte 0x{data[error.start]:02x} at position {error.start}"
+            raise self.bad(row, f"its text is not UTF-8 ({what}); convert the file to UTF-8") from None
+
+
+class RandomFile:
+    """Ranges of a file's bytes: opened at first use, by each process for itself; safe to share between threads."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Shorter than asked where the file ends early."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.pread(self._descriptor, stop - start, start)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "_descriptor": None}
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+# ----------------------------------------------------------------------------------------------- a folder
+
+
+class Folder(RowSource):
+    """Pictures below a folder, in the order of their paths. Hidden files and other suffixes are no pictures.
+
+    kind "pairs": the caption of ``a/photo.jpg`` is ``a/photo.txt``, one caption a line. With `classes`, the class of a
+    picture is the first folder on its path, by number in ``class_names``.
+    """
+
+    def __init__(self, path: str | Path, kind: Kind, classes: bool = False) -> None:
+        assert kind != "text"
+        self.kind = kind
+        self.root = str(path)
+        pictures = sorted(file for file in walk(self.root) if file.lower().endswith(PICTURE_SUFFIXES))
+        if not pictures:
+            raise TriviumError(_no_pictures(self.root))
+        self.class_names: list[str] = []
+        if classes:
+            self.class_names = sorted({file.split("/")[0] for file in pictures if "/" in file})
+            if stray := next((file for file in pictures if "/" not in file), None):
+                raise TriviumError(f"{self.root}/{stray} lies in no class folder: move each picture into its class")
+        self._pictures = pa.array(pictures, pa.large_string())  # a million paths stay one compact buffer
+        if kind == "pairs" and not any(os.path.exists(self._caption_file(row)) for row in range(len(self))):
+            raise TriviumError(
+                f"no picture in {self.root} has a caption: photo.txt must stand beside photo.jpg; for pictures without "
+                "captions use --data.images"
+            )
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def where(self, row: int) -> tuple[str, str]:
+        return f"{self.root}/{self._pictures[row].as_py()}", ""
+
+    def picture(self, row: int) -> bytes:
+        return self.picture_file(row, self.where(row)[0])
+
+    def captions(self, row: int) -> list[str]:
+        path = self._caption_file(row)
+        try:
+            with open(path, "rb") as file:
+                # A character takes at most 4 bytes; what is cut off of the last one is left out.
+                data = file.read(4 * TEXT_LIMIT + 4)
+        except FileNotFoundError:
+            raise self.bad(row, f"it has no caption: {path} does not exist") from None
+        except OSError as error:
+            raise self.bad(row, f"its caption cannot be read: {error}") from None
+        if len(data) == 4 * TEXT_LIMIT + 4:
+            data = data[: 4 * TEXT_LIMIT].decode("utf-8", "ignore").encode()
+        return self.utf8(row, data.removeprefix(b"\xef\xbb\xbf")).splitlines()
+
+    def label(self, row: int) -> int | None:
+        return self.class_names.index(self._pictures[row].as_py().split("/")[0]) if self.class_names else None
+
+    def cut_texts(self) -> int:
+        def size(row: int) -> int:
+            path = self._caption_file(row)
+            return os.path.getsize(path) if os.path.exists(path) else 0
+
+        large = [row for row in range(len(self)) if self.kind == "pairs" and size(row) > TEXT_LIMIT]
+        return sum(len(line) > TEXT_LIMIT for row in large for line in self.captions(row))
+
+    def _caption_file(self, row: int) -> str:
+        return os.path.splitext(self.where(row)[0])[0] + ".txt"
+
+
+def walk(root: str) -> Iterator[str]:
+    """Files below a folder, relative to it, with "/". Links to folders are followed, each folder once."""
+    visited: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = os.path.relpath(folder, root).replace(os.sep, "/")
+        for name in files:
+            if not name.startswith("."):
+                yield name if inside == "." else f"{inside}/{name}"
+
+
+def _no_pictures(root: str) -> str:
+    """Why a folder gives no rows, and what may have been meant."""
+    for suffix in (".parquet", ".tar", ".csv", ".tsv", ".jsonl"):
+        if any(file.endswith(suffix) and not file.endswith(INDEX_SUFFIX) for file in walk(root)):
+            return f'{root} holds no picture but {suffix} files: name those you mean, as in "{root}/train-*{suffix}"'
+    return f"{root} holds no picture ({', '.join(PICTURE_SUFFIXES)}), nor does any folder below it"
+
+
+# -------------------------------------------------------------------------------------------- lines of text
+
+
+class TextLines(RowSource):
+    """A text file, one sample a line. Blank lines separate and are no samples.
+
+    A line of more than `window` words is cut into windows of `window` words, each a sample; ``long_lines`` counts them.
+    """
+
+    kind: Kind = "text"
+
+    def __init__(self, path: str | Path, window: int = 64) -> None:
+        self._file = RandomFile(str(path))
+        self.long_lines = 0
+        starts, stops, lines = array("q"), array("q"), array("q")
+        offset = 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                begin = offset + 3 * (number == 1 and line.startswith(b"\xef\xbb\xbf"))
+                stop = offset + len(line)
+                if stop - begin < 2 * window:  # too short to hold more words
+                    windows = [(begin, stop)] if line.strip() else []
+                else:
+                    windows = _windows(line, offset, begin, window)
+                    self.long_lines += len(windows) > 1
+                for start, end in windows:
+                    starts.append(start)
+                    stops.append(end)
+                    lines.append(number)
+                offset = stop
+        self._starts, self._stops, self._lines = (np.frombuffer(column, np.int64) for column in (starts, stops, lines))
+        if not len(self):
+            raise TriviumError(f"{path} holds no text: one sample stands on each line")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, row: int) -> tuple[str, str]:
+        first = int(np.searchsorted(self._lines, self._lines[row]))
+        more = first != row or (row + 1 < len(self) and self._lines[row + 1] == self._lines[row])
+        return self._file.path, f"line {self._lines[row]}" + (f", window {row - first + 1}" if more else "")
+
+    def picture(self, row: int) -> bytes:
+        raise AssertionError("text has no pictures")
+
+    def captions(self, row: int) -> list[str]:
+        return [self.utf8(row, self._file.read(int(self._starts[row]), int(self._stops[row])))]
+
+    def lengths(self) -> Sequence[int] | None:
+        """In bytes, which are at least as many as characters."""
+        return self._stops - self._starts  # type: ignore[return-value]  # an array serves as the sequence
+
+    def cut_texts(self) -> int:
+        long = np.flatnonzero(self._stops - self._starts > TEXT_LIMIT)
+        texts = (self._file.read(int(self._starts[row]), int(self._stops[row])) for row in long)
+        return sum(len(text.decode("utf-8", "replace").strip()) > TEXT_LIMIT for text in texts)
+
+
+def _windows(line: bytes, offset: int, begin: int, window: int) -> list[tuple[int, int]]:
+    """Bounds in the file of each run of `window` words of a line that stands at `offset`."""
+    words = [(offset + match.start(), offset + match.end()) for match in re.finditer(rb"\S+", line)]
+    if len(words) <= window:
+        return [(begin, offset + len(line))] if words else []
+    runs = (words[first : first + window] for first in range(0, len(words), window))
+    return [(max(begin, run[0][0]), run[-1][1]) for run in runs]

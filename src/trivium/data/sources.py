@@ -1,0 +1,143 @@
+"""Samples from files of one's own: ``open_source`` recognises what a path holds; ``Concat`` joins several.
+
+| form | file | where |
+|---|---|---|
+| folder of pictures, with or without photo.txt beside photo.jpg | ``files.py`` | ``Folder`` |
+| plain text, one line a sample | ``files.py`` | ``TextLines`` |
+| CSV, TSV, JSONL, Parquet | ``tables.py`` | ``Csv``, ``Tsv``, ``Jsonl``, ``ParquetFiles`` |
+| tar shards | ``shards.py`` | ``TarShards`` |
+
+A source is read by one thread of a process at a time, and is cheap to send to a worker, which opens files anew.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trivium.data.files import INDEX_SUFFIX, PICTURE_SUFFIXES, Folder, Kind, TextLines, walk
+from trivium.data.shards import TarShards
+from trivium.data.tables import Csv, Jsonl, ParquetFiles, Tsv
+from trivium.errors import TriviumError
+from trivium.train.protocol import Sample, Source
+
+TEXT_TABLES: dict[str, type[Csv] | type[Jsonl]] = {".csv": Csv, ".tsv": Tsv, ".jsonl": Jsonl, ".ndjson": Jsonl}
+SUFFIXES = (*TEXT_TABLES, ".parquet", ".tar", ".txt")
+
+
+class Concat:
+    """Several sources one after another, as one."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = list(sources)
+        self._starts = np.cumsum([0, *map(len, self.sources)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def blocks(self) -> Sequence[range]:
+        return [
+            range(int(start) + block.start, int(start) + block.stop)
+            for start, source in zip(self._starts, self.sources, strict=False)
+            for block in source.blocks()
+        ]
+
+    def lengths(self) -> Sequence[int] | None:
+        """None where any of the sources does not know them."""
+        lengths = [source.lengths() for source in self.sources]
+        known = [np.asarray(length) for length in lengths if length is not None]
+        return np.concatenate(known) if len(known) == len(lengths) else None  # type: ignore[return-value]
+
+    def cut_texts(self) -> int:
+        return sum(getattr(source, "cut_texts", int)() for source in self.sources)
+
+    def read(self, image_row: int, text_row: int) -> Sample:
+        (first, image_row), (second, text_row) = self._find(image_row), self._find(text_row)
+        if first == second:
+            return self.sources[first].read(image_row, text_row)
+        sample = self.sources[first].read(image_row, image_row)
+        other = self.sources[second].read(text_row, text_row)
+        for key in ("text", "texts", "same_text"):
+            sample.pop(key, None)  # type: ignore[misc]
+            if key in other:
+                sample[key] = other[key]
+        if "name" in sample and "name" in other:
+            sample["name"] += f" with the text of {other['name']}"
+        return sample
+
+    def _find(self, row: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return number, row - int(self._starts[number])
+
+
+def open_source(
+    kind: Kind,
+    paths: Sequence[str | Path],
+    *,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    root: str | Path | None = None,
+    window: int = 64,
+) -> Source:
+    """The samples that `paths` hold: files, folders, or patterns such as ``shards/*.tar``, joined in this order.
+
+    kind: "pairs" (a picture and its captions), "images" or "text". The columns are found by their usual names where
+    they are not named; paths in a table are relative to `root`, else to the table's own folder. `window`: words at most
+    in a sample of plain text. Raises TriviumError for a path that does not exist, holds nothing, or nothing we read.
+    """
+    assert kind in ("pairs", "images", "text")
+    if not paths:
+        raise TriviumError(f"no path is given for --data.{kind}: name a folder or a file")
+    sources: list[Source] = []
+    # Neighbouring Parquet files, and neighbouring shards, become one source: they share one cache.
+    for form, group in itertools.groupby(_expand(kind, paths), key=_form):
+        files = list(group)
+        if form == ".parquet":
+            sources.append(ParquetFiles(files, kind, image_column, text_column, root))
+        elif form == ".tar":
+            sources.append(TarShards(files, kind, text_column))
+        elif form in TEXT_TABLES:
+            sources += [TEXT_TABLES[form](file, kind, image_column, text_column, root) for file in files]
+        elif kind == "text":
+            sources += [TextLines(file, window) for file in files]
+        elif form == ".txt":
+            raise TriviumError(f"{files[0]} is plain text and has no pictures: give it to --data.text")
+        else:
+            sources += [Folder(file, kind) for file in files]
+    return sources[0] if len(sources) == 1 else Concat(sources)
+
+
+def _expand(kind: Kind, paths: Sequence[str | Path]) -> Iterator[str]:
+    """The files and folders that paths and patterns stand for; for text, a folder stands for its .txt files."""
+    for path in map(str, paths):
+        if not os.path.exists(path):
+            found = [file for file in sorted(glob.glob(path, recursive=True)) if not file.endswith(INDEX_SUFFIX)]
+            if not found:
+                what = "matches no file" if glob.has_magic(path) else "does not exist"
+                raise TriviumError(f"{path} {what}: check the path (seen from {os.getcwd()})")
+            yield from found
+        elif kind == "text" and os.path.isdir(path):
+            texts = sorted(file for file in walk(path) if file.lower().endswith(".txt"))
+            if not texts:
+                raise TriviumError(f"{path} holds no .txt file: name the files that you mean")
+            yield from (f"{path}/{file}" for file in texts)
+        else:
+            yield path
+
+
+def _form(path: str) -> str:
+    """What a path holds: its suffix in small letters, or "folder". Raises TriviumError."""
+    if os.path.isdir(path):
+        return "folder"
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in PICTURE_SUFFIXES:
+        raise TriviumError(f"{path} is a single picture: name the folder it lies in")
+    if suffix not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
+        raise TriviumError(f"{path} has a suffix we do not know; give a folder of pictures or a file of {known}")
+    return suffix

@@ -1,0 +1,400 @@
+"""Samples that are rows of a table: CSV, TSV, JSONL and Parquet.
+
+Text tables are scanned once, for the byte offset of each row, and read row by row: a broken row costs that row alone,
+and a million rows cost 16 MB. Parquet is read by row groups, the last of which are kept.
+
+Easy to get wrong: a CSV field may hold line breaks; a TSV has no quoting, a quote there is a plain character.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import threading
+from abc import abstractmethod
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from trivium.data.files import TEXT_LIMIT, Kind, RandomFile, RowSource
+from trivium.errors import BadSample, TriviumError
+
+IMAGE_COLUMNS = ("image", "file", "filepath", "path", "url")  # taken, in any case, where no column is named
+TEXT_COLUMNS = ("caption", "captions", "text", "title")
+CACHE_BYTES = 256 * 2**20  # of row groups, in each process
+
+_csv_lock = threading.Lock()
+os.register_at_fork(before=_csv_lock.acquire, after_in_parent=_csv_lock.release, after_in_child=_csv_lock.release)
+
+
+def find_column(path: str, columns: Sequence[str], named: str | None, usual: Sequence[str], option: str) -> str:
+    """The column that was `named`, or the one with a `usual` name. Raises TriviumError with the columns there are."""
+    have = f"its columns are {', '.join(columns)}"
+    if named is not None:
+        if named not in columns:
+            raise TriviumError(f'{path} has no column "{named}"; {have}: name one of them with --data.{option}')
+        return named
+    found = [column for column in columns if column.lower() in usual]
+    if len(found) == 1:
+        return found[0]
+    trouble = (
+        f"more than one column that may be meant ({', '.join(found)})" if found else f"no column {'|'.join(usual)}"
+    )
+    raise TriviumError(f"{path} has {trouble}; {have}: name one of them with --data.{option}")
+
+
+class Table(RowSource):
+    """Rows with named cells: a picture cell (a path below `root`, or the bytes) and a text cell (one or several)."""
+
+    image_column: str | None = None
+    text_column: str | None = None
+    root: str
+
+    @abstractmethod
+    def cell(self, row: int, column: str) -> Any:
+        """Raises BadSample."""
+
+    def picture(self, row: int) -> bytes:
+        assert self.image_column is not None
+        cell = self.cell(row, self.image_column)
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if isinstance(data, bytes):
+            if not data:
+                raise self.bad(row, "its picture has zero bytes")
+            return data
+        path = self._picture_path(cell)
+        if path is None:
+            raise self.bad(row, f'its column "{self.image_column}" names no picture')
+        return self.picture_file(row, path)
+
+    def captions(self, row: int) -> list[str]:
+        assert self.text_column is not None
+        cell = self.cell(row, self.text_column)
+        texts = cell if isinstance(cell, list) else [] if cell is None else [cell]
+        if not all(isinstance(text, str) for text in texts):
+            raise self.bad(row, f'its column "{self.text_column}" holds no text')
+        return texts
+
+    def identity(self, row: int) -> str:
+        if self.image_column is None:
+            return super().identity(row)
+        return self._picture_path(self.cell(row, self.image_column)) or super().identity(row)
+
+    def refuse_web_addresses(self) -> None:
+        """Raises TriviumError where the first row names its picture by address: every other row would fail, too."""
+        try:
+            cell = None if self.image_column is None else self.cell(0, self.image_column)
+        except BadSample:
+            return
+        if isinstance(cell, str) and cell.startswith(("http://", "https://")):
+            file = self.where(0)[0]
+            raise TriviumError(f"{file} names pictures by web address ({cell}): download them and name the files")
+
+    def _picture_path(self, cell: object) -> str | None:
+        path = cell.get("path") if isinstance(cell, dict) else cell
+        return os.path.abspath(os.path.join(self.root, path)) if isinstance(path, str) and path.strip() else None
+
+
+# --------------------------------------------------------------------------------- one text file, one row a line
+
+
+class TextTable(Table):
+    """What CSV and JSONL share: where each row begins and ends in the file, and on which line."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        kind: Kind,
+        image_column: str | None = None,
+        text_column: str | None = None,
+        root: str | Path | None = None,
+    ) -> None:
+        self.kind = kind
+        self.root = str(Path(path).parent if root is None else root)
+        self.columns: list[str] = []
+        self._file = RandomFile(str(path))
+        self._last: tuple[int, Mapping[str, Any]] = (-1, {})
+        starts, stops, lines = array("q"), array("q"), array("q")
+        with open(path, "rb") as file:
+            for start, stop, line in self._scan(file):
+                starts.append(start)
+                stops.append(stop)
+                lines.append(line)
+        self._starts, self._stops, self._lines = (np.frombuffer(column, np.int64) for column in (starts, stops, lines))
+        if kind != "text":
+            self.image_column = find_column(str(path), self.columns, image_column, IMAGE_COLUMNS, "image-column")
+        if kind != "images":
+            self.text_column = find_column(str(path), self.columns, text_column, TEXT_COLUMNS, "text-column")
+        if not len(self):
+            raise TriviumError(f"{path} has no rows below its header: give a table with at least one")
+        self.refuse_web_addresses()
+
+    @abstractmethod
+    def _scan(self, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
+        """Start, stop and line number of each row; sets `columns`. Raises TriviumError."""
+
+    @abstractmethod
+    def _parse(self, row: int, text: str) -> Mapping[str, Any]:
+        """The cells of a row by column. Raises BadSample."""
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, row: int) -> tuple[str, str]:
+        return self._file.path, f"line {self._lines[row]}"
+
+    def cell(self, row: int, column: str) -> Any:
+        last_row, record = self._last
+        if last_row != row:
+            record = self._parse(row, self.utf8(row, self._file.read(int(self._starts[row]), int(self._stops[row]))))
+            self._last = (row, record)
+        if column not in record:
+            raise self.bad(row, f'it has no "{column}"')
+        return record[column]
+
+    def cut_texts(self) -> int:
+        if self.kind == "images":
+            return 0
+        cut = 0
+        for row in np.flatnonzero(self._stops - self._starts > TEXT_LIMIT).tolist():
+            with suppress(BadSample):
+                cut += sum(len(text) > TEXT_LIMIT for text in self.captions(row))
+        return cut
+
+
+class Csv(TextTable):
+    """A CSV with a header line; below, a TSV."""
+
+    dialect: Mapping[str, Any] = {"delimiter": ","}
+
+    def _scan(self, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
+        offset = start = number = 0
+        last = (0, 0)  # where the last record starts, and its line
+
+        def lines() -> Iterator[str]:
+            nonlocal offset
+            for line in file:
+                offset += len(line)
+                yield line.decode("utf-8", "surrogateescape")  # a line that is not UTF-8 is its own row's trouble
+
+        with _long_fields():
+            records = csv.reader(lines(), **self.dialect)
+            try:
+                for cells in records:
+                    if cells and self.columns:
+                        yield start, offset, number + 1
+                    elif cells:
+                        self.columns = self._header(cells)
+                    last, start, number = (start, number + 1), offset, records.line_num
+            except csv.Error as error:
+                raise TriviumError(f"{file.name} (line {records.line_num}) is no CSV: {error}") from None
+        if not self.columns:
+            raise TriviumError(f"{file.name} is empty: its first line must name the columns")
+        if number > last[1] and self._never_closes(last[0], offset):
+            raise TriviumError(
+                f"{file.name}: a quote opened in the row at line {last[1]} never closes: close or double it"
+            )
+
+    def _never_closes(self, start: int, stop: int) -> bool:
+        """Whether the rest of the file was taken for one quoted field."""
+        text = self._file.read(start, stop).decode("utf-8", "surrogateescape")
+        try:
+            with _long_fields():
+                list(csv.reader(io.StringIO(text, newline=""), strict=True, **self.dialect))
+        except csv.Error as error:
+            return "unexpected end" in str(error)
+        return False
+
+    def _header(self, cells: list[str]) -> list[str]:
+        columns = [cell.removeprefix("\ufeff").strip() for cell in cells]
+        if any("\0" in column or not _is_utf8(column) for column in columns):
+            raise TriviumError(f"{self._file.path} (line 1) is not UTF-8: convert the file to UTF-8")
+        return columns
+
+    def _parse(self, row: int, text: str) -> Mapping[str, Any]:
+        with _long_fields():
+            try:
+                [cells] = csv.reader(io.StringIO(text, newline=""), strict=True, **self.dialect)
+            except csv.Error as error:
+                raise self.bad(row, f"it is no CSV row ({error}): a quote inside a quoted field is doubled") from None
+        if len(cells) != len(self.columns):
+            raise self.bad(
+                row, f"it has {len(cells)} fields, the header {len(self.columns)}: put fields with commas in quotes"
+            )
+        return dict(zip(self.columns, cells, strict=True))
+
+
+class Tsv(Csv):
+    """Fields between tabs. A quote is a plain character, so a field holds neither a tab nor a line break."""
+
+    dialect: Mapping[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+
+
+class Jsonl(TextTable):
+    """One JSON object a line; a caption may be a list of captions."""
+
+    def _scan(self, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
+        offset = 0
+        for number, line in enumerate(file, start=1):
+            start, offset = offset, offset + len(line)
+            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                start, line = 3, line[3:]
+            if not line.strip():
+                continue
+            if not self.columns and (record := _json_object(line)):
+                self.columns = list(record)
+            yield start, offset, number
+        if not self.columns:
+            raise TriviumError(f"{file.name} holds no JSON object: write one to a line, as {{...}}")
+
+    def _parse(self, row: int, text: str) -> Mapping[str, Any]:
+        record = _json_object(text.encode())
+        if record is None:
+            raise self.bad(row, "it is no JSON object")
+        return record
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """The limit on a field's length belongs to the whole process: lifted for us alone, and put back."""
+    with _csv_lock:
+        limit = csv.field_size_limit(2**31 - 1)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(limit)
+
+
+def _is_utf8(text: str) -> bool:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") == text
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+# ------------------------------------------------------------------------------------------------- Parquet
+
+
+class ParquetFiles(Table):
+    """Rows of one or more Parquet files. Pictures are bytes, ``{bytes, path}`` or paths; a caption may be a list.
+
+    A block is a row group: files with row groups of a few thousand rows shuffle and read best.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        kind: Kind,
+        image_column: str | None = None,
+        text_column: str | None = None,
+        root: str | Path | None = None,
+    ) -> None:
+        self.kind = kind
+        self.paths = [str(path) for path in paths]
+        self.root = str(Path(paths[0]).parent if root is None else root)
+        groups = [(file, group, rows) for file in range(len(paths)) for group, rows in enumerate(self._rows(file))]
+        self._first_rows = [sum(rows for other, _, rows in groups if other < file) for file in range(len(paths))]
+        self._groups = [(file, group) for file, group, rows in groups if rows]
+        self._starts = np.cumsum([0] + [rows for _, _, rows in groups if rows])
+        self._cache: OrderedDict[tuple[int, str], pa.ChunkedArray] = OrderedDict()
+        self._lengths: np.ndarray | None = None
+        names_files = False
+        for number, path in enumerate(self.paths):
+            schema = self._open(number).schema_arrow
+            if kind != "text":
+                held = [
+                    field.name for field in schema if _holds_pictures(field) and field.name.lower() in IMAGE_COLUMNS
+                ]
+                named = image_column or (held[0] if len(held) == 1 else None)
+                self.image_column = image_column = find_column(path, schema.names, named, IMAGE_COLUMNS, "image-column")
+                names_files |= not _holds_pictures(schema.field(image_column))
+            if kind != "images":
+                self.text_column = text_column = find_column(
+                    path, schema.names, text_column, TEXT_COLUMNS, "text-column"
+                )
+        if not self._groups:
+            raise TriviumError(f"{', '.join(self.paths)} has no rows: give a table with at least one")
+        if names_files:
+            self.refuse_web_addresses()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def blocks(self) -> Sequence[range]:
+        return [range(int(a), int(b)) for a, b in itertools.pairwise(self._starts)]
+
+    def where(self, row: int) -> tuple[str, str]:
+        """Rows are counted from 0 within a file, as Parquet's own tools do."""
+        file = self._groups[self._group(row)][0]
+        return self.paths[file], f"row {row - self._first_rows[file]}"
+
+    def cell(self, row: int, column: str) -> Any:
+        group = self._group(row)
+        return self._column(group, column)[row - int(self._starts[group])].as_py()
+
+    def lengths(self) -> Sequence[int] | None:
+        """In characters; of several captions the longest."""
+        if self.kind == "images":
+            return None
+        if self._lengths is None:
+            columns = (self._column(group, self.text_column or "") for group in range(len(self._groups)))
+            self._lengths = np.concatenate([_text_lengths(column) for column in columns])
+        return self._lengths  # type: ignore[return-value]  # an array serves as the sequence
+
+    def _group(self, row: int) -> int:
+        return int(np.searchsorted(self._starts, row, side="right")) - 1
+
+    def _column(self, group: int, column: str) -> pa.ChunkedArray:
+        """A column of a row group, from the cache or the file. Raises BadSample."""
+        if (group, column) in self._cache:
+            self._cache.move_to_end((group, column))
+            return self._cache[group, column]
+        file, number = self._groups[group]
+        try:
+            values = self._open(file).read_row_group(number, columns=[column])[column]
+        except (pa.ArrowException, OSError) as error:
+            raise BadSample(self.paths[file], f"row group {number}", f"it cannot be read: {error}") from None
+        self._cache[group, column] = values
+        while len(self._cache) > 2 and sum(kept.nbytes for kept in self._cache.values()) > CACHE_BYTES:
+            self._cache.popitem(last=False)
+        return values
+
+    def _rows(self, file: int) -> list[int]:
+        facts = self._open(file).metadata
+        return [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
+
+    def _open(self, file: int) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self.paths[file])
+        except (pa.ArrowException, OSError) as error:
+            raise TriviumError(f"{self.paths[file]} is no readable Parquet file: {error}") from None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_cache": OrderedDict()}
+
+
+def _holds_pictures(field: pa.Field) -> bool:
+    return pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type) or pa.types.is_struct(field.type)
+
+
+def _text_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return pc.fill_null(pc.utf8_length(column), 0).to_numpy().astype(np.int64)
+    texts = (cell if isinstance(cell, list) else [cell] for cell in column.to_pylist())
+    return np.array([max((len(text) for text in cell if isinstance(text, str)), default=0) for cell in texts], np.int64)
