@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from drawn import DrawnSource, tokenizer
 from torch import Tensor
 
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextCollate, TextInput
-from trivium.data.loader import SkipMeter, StreamReader, evaluation_batches
+from trivium.data.loader import SkipMeter, StreamReader, evaluation_batches, worker_failure
 from trivium.data.mixture import StreamMixture
 from trivium.data.order import Order, pair_rows
 from trivium.data.views import Views
@@ -130,6 +131,15 @@ def test_sorting_by_length_moves_samples_but_chooses_none(plain: list[list[Batch
     assert padding[1] < padding[0]
 
 
+def test_sorting_needs_lengths() -> None:
+    class Unmeasured(DrawnSource):
+        def lengths(self) -> None:
+            return None
+
+    with pytest.raises(TriviumError, match="'pairs' cannot be sorted by length"):
+        mixture(source=Unmeasured(50), collate=replace(PAIRS, sort_by_length=True))
+
+
 BAD = {"bad_text": frozenset({3, 40}), "bad_image": frozenset({7, 22})}
 
 
@@ -173,6 +183,17 @@ def test_a_worker_that_dies_is_told() -> None:
     source = DrawnSource(50, kills=frozenset(range(50)))
     with pytest.raises(TriviumError, match="a worker that reads the data ended unexpectedly"):
         list(mixture(1, source=source).loader(0, 0, 1, 10))
+
+
+def test_only_the_end_of_a_worker_is_told_as_such() -> None:
+    assert worker_failure(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
+    assert worker_failure(RuntimeError("the loss is not finite")) is None
+
+
+def test_readers_travel_to_workers_that_are_not_forked(plain: list[list[Batch]]) -> None:
+    readers = pickle.loads(pickle.dumps(mixture().readers))
+    first = plain[0][0]
+    assert equal([[first]], [[readers[first.stream].micro_batch(int(first.places_B[0]), 0)]])
 
 
 def test_reading_leaves_the_global_generator_alone() -> None:

@@ -82,11 +82,13 @@ def build(
     crops: int = 4,
     batch: int = 64,
     rows_per_part: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Write the codes of every picture of `source` to `out`; a build that was cut short goes on where it stopped.
 
     encode: uint8 pixels [B, 3, H, W] -> int64 codes [B, N]. Finished parts wait in a folder beside `out` until all
-    are there; then `out` appears at once and the folder goes. Returns one sentence for each picture that could not be
+    are there; then `out` appears at once and the folder goes. progress: called with the rows done and all rows after
+    each part. Returns one sentence for each picture that could not be
     read: it is left out of the cache, and training will replace its sample.
     """
     out = Path(out)
@@ -97,12 +99,13 @@ def build(
     for start in range(0, len(source), rows_per_part):
         rows = range(start, min(start + rows_per_part, len(source)))
         paths.append(parts / f"rows-{rows.start:012d}-{rows.stop:012d}.safetensors")
-        if paths[-1].exists() and settings.items() <= _read_header(paths[-1]).items():
-            continue
-        pictures, skipped = _read_pictures(source, rows, views)
-        codes = _encode(pictures, views, encode, crops, batch)
-        digests = np.array([np.frombuffer(digest, np.uint8) for digest in pictures], dtype=np.uint8).reshape(-1, 32)
-        _write(paths[-1], {"pictures": digests, "codes": codes}, settings | {"skipped": skipped})
+        if not (paths[-1].exists() and settings.items() <= _read_header(paths[-1]).items()):
+            pictures, skipped = _read_pictures(source, rows, views)
+            codes = _encode(pictures, views, encode, crops, batch)
+            digests = np.frombuffer(b"".join(pictures), dtype=np.uint8).reshape(-1, 32)
+            _write(paths[-1], {"pictures": digests, "codes": codes}, settings | {"skipped": skipped})
+        if progress is not None:
+            progress(rows.stop, len(source))
     skipped = _merge(paths, out, settings)
     for path in parts.iterdir():
         path.unlink()
@@ -120,12 +123,16 @@ def _read_pictures(source: Source, rows: range, views: Views) -> tuple[dict[byte
         except BadSample as error:
             skipped.append(str(error))
             continue
+        name = sample.get("name", f"row {row}")
+        if "image" not in sample:
+            skipped.append(f"{name}: has no picture")
+            continue
         digest = picture_digest(sample["image"])
         if digest not in pictures:
             try:
                 pictures[digest] = views.decode(sample["image"])
             except DecodeError as error:
-                skipped.append(f"{sample.get('name', f'row {row}')}: {error}")
+                skipped.append(f"{name}: {error}")
     return pictures, skipped
 
 

@@ -11,6 +11,7 @@ A sample that cannot be read is replaced by another (by seed, stream, place and 
 from __future__ import annotations
 
 import json
+import resource
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from trivium.errors import BadSample, TriviumError
 from trivium.train.protocol import Batch, Sample, Source, Stream
 
 MAX_ATTEMPTS = 20  # substitutes for one place, before the source as a whole is called unreadable
+MAX_OPEN_FILES = 8192
 PREFETCH = 4  # micro-batches that each worker keeps ready
 
 
@@ -61,8 +63,15 @@ class StreamReader:
         self.collate: StreamCollate = stream.collate
         self.seed = seed
         self.order = Order(len(stream.source), stream.source.blocks(), seed, stream.name, window)
-        lengths = stream.source.lengths() if self.collate.sort_by_length else None
-        self.lengths = None if lengths is None else np.asarray(lengths)
+        self.lengths: np.ndarray | None = None
+        if self.collate.sort_by_length:
+            lengths = stream.source.lengths()
+            if lengths is None:
+                raise TriviumError(
+                    f"stream {stream.name!r} cannot be sorted by length: its source does not know the lengths of its"
+                    " texts without reading them; turn sort_by_length off"
+                )
+            self.lengths = np.asarray(lengths)
         self._planned: tuple[int, GlobalBatch] | None = None
 
     def plan(self, first_place: int) -> GlobalBatch:
@@ -105,10 +114,8 @@ class StreamReader:
 
 def read(source: Source, collate: StreamCollate, image_row: int, text_row: int, draws: Draws) -> Any:
     """One prepared sample. Raises BadSample with the name of the sample, for whatever cause."""
-    sample = source.read(image_row, text_row)
-    sample.setdefault("name", f"row {image_row}")
-    sample.setdefault("same_image", image_row)
-    sample.setdefault("same_text", text_row)
+    named = Sample(name=f"row {image_row}", same_image=image_row, same_text=text_row)
+    sample: Sample = {**named, **source.read(image_row, text_row)}
     try:
         return collate.prepare(sample, draws)
     except DecodeError as error:
@@ -150,6 +157,8 @@ def micro_batches(
 
     Raises TriviumError where a worker found a user's mistake, or ended (killed, out of memory).
     """
+    if workers:
+        _allow_open_files()
     loader = DataLoader(
         _MicroBatches(readers),
         sampler=_Index(numbers),
@@ -164,12 +173,32 @@ def micro_batches(
                 raise batch
             yield batch
     except RuntimeError as error:
-        if "DataLoader worker" in str(error) and ("killed by signal" in str(error) or "exited unexp" in str(error)):
-            raise TriviumError(
-                f"a worker that reads the data ended unexpectedly ({error}): most often memory ran out;"
-                " try fewer workers or a smaller micro-batch"
-            ) from None
-        raise
+        failure = worker_failure(error)
+        if failure is None:
+            raise
+        raise failure from None
+
+
+def worker_failure(error: RuntimeError) -> TriviumError | None:
+    """What to tell the user where `error` says that a worker ended; else None.
+
+    torch may raise it from a signal handler, anywhere in the main thread: whoever runs the steps asks here too.
+    """
+    text = str(error)
+    if "DataLoader worker" not in text or not ("killed by signal" in text or "exited unexpectedly" in text):
+        return None
+    return TriviumError(
+        f"a worker that reads the data ended unexpectedly ({text}): most often memory ran out; try fewer workers or a"
+        " smaller micro-batch"
+    )
+
+
+def _allow_open_files() -> None:
+    """Each tensor from a worker is an open file until it is freed, and 1024, the usual limit, is soon reached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 # --------------------------------------------------------------------------------------- unreadable samples

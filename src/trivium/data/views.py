@@ -12,7 +12,7 @@ import numpy as np
 
 from trivium.data.decode import decode
 from trivium.data.order import keyed_generator
-from trivium.data.transforms import CropBox, random_crop_box, resize
+from trivium.data.transforms import CropBox, Filter, random_crop_box, resize
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Views:
     """How views are drawn and rendered. The defaults are FLAVA's: crops of 90 to 100 % of the area, no flip."""
 
     size: int  # of the model's view, in pixels: square, the aspect ratio is not kept
-    filter: str = "bicubic"
+    filter: Filter = "bicubic"
     codebook_size: int | None = None  # of the image tokenizer's view (Lanczos); None = it looks at the model's view
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
@@ -74,7 +74,7 @@ class Views:
         return settings
 
 
-def _render(picture_HWC: np.ndarray, view: View, size: int, filter: str) -> np.ndarray:
+def _render(picture_HWC: np.ndarray, view: View, size: int, filter: Filter) -> np.ndarray:
     height, width, _ = picture_HWC.shape
     box = view.box
     if box is not None and (box.top, box.left, box.height, box.width) == (0, 0, height, width):
