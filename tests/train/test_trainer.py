@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
+import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from tiny_run import Recipe, TinyMixture, make, real_mixture, with_train
 
 from trivium.errors import TriviumError
-from trivium.train import budget, checkpoint, optim, trainer
+from trivium.train import budget, checkpoint, distributed, optim, trainer
 from trivium.train.optim import Optim
 from trivium.train.protocol import Batch
 from trivium.train.trainer import Outcome, Run, train
@@ -87,38 +89,75 @@ def test_ten_and_ten_steps_are_twenty_with_the_real_loader(tmp_path: Path, worke
     assert "tiny.csv (line 3): no such picture" in skipped
 
 
-def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, tiny_run.__file__, str(folder), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+def start(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Run tiny_run.py as a forked process; returns exit code (negative: killed by that signal), stdout, stderr."""
+
+    def child() -> None:
+        for number, file in ((1, out), (2, err)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.argv = ["tiny_run.py", str(folder), *arguments]
+        sys.exit(tiny_run.main())
+
+    folder.mkdir(exist_ok=True)
+    out, err = folder.with_name("stdout"), folder.with_name("stderr")
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode is not None
+    return process.exitcode, out.read_text(), err.read_text()
 
 
 def test_signals_in_a_process_of_its_own(straight: Path, tmp_path: Path) -> None:
     """SIGTERM saves and exits with 0, Ctrl-C saves and exits with 130; a third start finishes the run."""
-    first = start(tmp_path, "term", "7")
-    assert first.returncode == 0, first.stderr
-    assert "saved after step 7 of 20; --resume continues from here" in first.stdout
-    second = start(tmp_path, "int", "12", "--resume")
-    assert second.returncode == 130, second.stderr
-    assert "resuming after step 7 of 20" in second.stdout
-    third = start(tmp_path, "none", "0", "--resume")
-    assert third.returncode == 0, third.stderr
-    assert "Traceback" not in first.stderr + second.stderr + third.stderr
-    assert_same_state(straight, tmp_path, 20)
+    run = tmp_path / "run"
+    code, out, err = start(run, "term", "7")
+    assert (code, "Traceback" in err) == (0, False), err
+    assert "saved after step 7 of 20; --resume continues from here" in out
+    assert "SIGTERM: finishing this step and saving" in err
+    code, out, err = start(run, "int", "12", "--resume")
+    assert (code, "Traceback" in err) == (130, False), err
+    assert "resuming after step 7 of 20" in out
+    code, out, err = start(run, "none", "0", "--resume")
+    assert (code, "Traceback" in err) == (0, False), err
+    assert "resuming after step 12 of 20" in out
+    assert_same_state(straight, run, 20)
 
 
 def test_killed_in_a_save(straight: Path, tmp_path: Path) -> None:
-    killed = start(tmp_path, "kill-in-save", "10")
-    assert killed.returncode == -signal.SIGKILL
-    assert (tmp_path / "checkpoints" / ".tmp-step-00000010").is_dir()
-    again = start(tmp_path, "none", "0", "--resume")
-    assert again.returncode == 0, again.stderr
-    assert "resuming after step 5 of 20" in again.stdout
-    assert_same_state(straight, tmp_path, 20)
-    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
-    steps = [(line["step"], line["stream"]) for line in metrics_of(tmp_path)]
+    run = tmp_path / "run"
+    assert start(run, "kill-in-save", "10")[0] == -signal.SIGKILL
+    assert (run / "checkpoints" / ".tmp-step-00000010").is_dir()
+    code, out, err = start(run, "none", "0", "--resume")
+    assert code == 0, err
+    assert "resuming after step 5 of 20" in out
+    assert_same_state(straight, run, 20)
+    assert not list((run / "checkpoints").glob(".tmp-*"))
+    steps = [(line["step"], line["stream"]) for line in metrics_of(run)]
     assert len(steps) == len(set(steps))  # no doubles of steps 6 to 9
+
+
+@pytest.mark.slow
+def test_killed_anywhere(straight: Path, tmp_path: Path) -> None:
+    """SIGKILL at 15 moments spread over a run that saves at every step: each time the rest equals a straight run."""
+    for number in range(15):
+        run = tmp_path / str(number)
+
+        def child(run: Path = run) -> None:
+            sys.stdout = (run.parent / "stdout").open("w")
+            train(make(with_train(save_every=1, log_every=1)), run)
+            os._exit(0)
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        while not (run / "config.json").exists():
+            time.sleep(0.001)
+        time.sleep(number * 0.2)
+        process.kill()
+        process.join()
+        train(make(with_train(save_every=1, log_every=1)), run, resume=True)
+        assert_same_state(straight, run, 20)
+        assert metrics_of(straight) == metrics_of(run)
 
 
 def test_a_damaged_checkpoint_is_passed_over(
@@ -163,6 +202,59 @@ def test_killed_before_the_first_checkpoint(straight: Path, tmp_path: Path) -> N
     assert metrics_of(straight) == metrics_of(tmp_path)
 
 
+# --------------------------------------------------------------------------------------------- two processes
+
+
+def on_two_processes(action: Callable[[int], None]) -> None:
+    """Run `action(rank)` on two forked gloo processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def child(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        action(rank)
+        distributed.stop()
+
+    processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_two_processes_stop_together_and_resume(straight: Path, tmp_path: Path) -> None:
+    """A signal that reaches the second process alone stops both after the same step; both halves make a whole."""
+
+    def whole(rank: int) -> None:
+        train(make(with_train(log_every=1)), tmp_path / "whole")
+
+    def first_half(rank: int) -> None:
+        run = make(with_train(log_every=1))
+        outcome = train(stopped_at(run, 7) if rank == 1 else run, tmp_path / "halves")
+        assert (outcome.done, outcome.signal) == (7, signal.SIGTERM)
+
+    def second_half(rank: int) -> None:
+        train(make(with_train(log_every=1)), tmp_path / "halves", resume=True)
+
+    for action in (whole, first_half, second_half):
+        on_two_processes(action)
+    assert_same_state(tmp_path / "whole", tmp_path / "halves", 20)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "halves")
+    one, two = state_of(straight, 20), state_of(tmp_path / "whole", 20)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_mistake_on_the_first_process_stops_both(straight: Path) -> None:
+    def again(rank: int) -> None:
+        with pytest.raises(TriviumError, match="holds a run already" if rank == 0 else "the first process stopped"):
+            train(make(with_train(log_every=1)), straight)
+
+    on_two_processes(again)
+
+
 # --------------------------------------------------------------------------------------------- the run folder
 
 
@@ -203,7 +295,7 @@ def test_what_a_run_folder_holds(straight: Path) -> None:
     assert state["config_sha256"] == passport["config_sha256"]
     assert state["layout"] == {
         "processes": 1,
-        "micro_batch": {"pairs": 4, "text": 6},
+        "micro_batch": {"pairs": 4, "text": 3},
         "threads": 1,
         "device": "cpu",
         "precision": "fp32",
@@ -301,7 +393,7 @@ def test_running_out_of_memory_names_the_dial(tmp_path: Path) -> None:
             torch.empty(1 << 60, dtype=torch.uint8)
 
     run.method.before_accept = exhaust  # type: ignore[assignment]
-    with pytest.raises(TriviumError, match=r"stream text with 6 samples at once: use --train\.micro-batch 3 "):
+    with pytest.raises(TriviumError, match=r"stream text with 3 samples at once: use --train\.micro-batch 1 "):
         train(run, tmp_path)
     other = make()
 

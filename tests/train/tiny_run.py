@@ -32,7 +32,7 @@ from trivium.train.protocol import Batch, Key, Method, Mixture, Rows, Sample, St
 from trivium.train.trainer import Run, Train, train
 
 WIDTH = 6
-SIZES = {"pairs": (8, 4), "text": (6, 6)}  # global batch, micro-batch
+SIZES = {"pairs": (8, 4), "text": (6, 3)}  # global batch, micro-batch
 
 
 class Model(nn.Module):
@@ -131,7 +131,8 @@ class TinyMixture:
                 batches.append(
                     Batch(stream.name, rows_B, place + rows_B, targets=targets, number=len(batches), bad=bad)
                 )
-            yield batches
+            share = len(batches) // world
+            yield batches[rank * share : (rank + 1) * share]
 
 
 @dataclass
