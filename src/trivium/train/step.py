@@ -30,7 +30,7 @@ class StepResult:
     stats: dict[str, float]  # name -> sum over the global batch
     counts: dict[str, float]  # what each loss was divided by
     grad_norm: float  # before clipping
-    accepted: bool  # False: the gradient was not finite, nothing changed
+    accepted: bool  # False: a gradient or a loss was not finite, nothing changed
 
 
 def backward(
@@ -108,7 +108,7 @@ def step(
 ) -> StepResult:
     """One update from this process's micro-batches of one global batch.
 
-    A gradient that is not finite on any process skips the update on all of them: parameters, optimizer and every
+    A gradient or a loss that is not finite on any process skips the update on all of them: parameters, optimizer and every
     other state stay as they were to the bit.
 
     Args:
@@ -124,8 +124,9 @@ def step(
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.stack([norm.double() for norm in torch._foreach_norm(grads)])
     norm = norms.norm()
-    sums = distributed.sum_over_processes({**sums, "/bad": (~norm.isfinite()).double()})
-    accepted = sums.pop("/bad").item() == 0
+    agreed = distributed.sum_over_processes({**sums, "/norm": norm})  # what is not finite anywhere is so in the sum
+    accepted = bool(torch.stack([value.to(norm.device) for value in agreed.values()]).isfinite().all())
+    sums = {name: value for name, value in agreed.items() if name != "/norm"}
     if accepted:
         if clip == "global":
             torch._foreach_mul_(grads, (clip_norm / (norm + 1e-6)).clamp(max=1.0).item())

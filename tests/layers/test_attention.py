@@ -1,0 +1,103 @@
+"""Attention and the encoder against their plain forms: values and gradients, float64.
+
+B batch, L positions, Q query positions, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trivium.layers.attention import SelfAttention, padded_index, take_rows
+from trivium.layers.transformer import PreNormEncoder
+
+B, L, D, HEADS = 3, 7, 24, 4
+
+
+def plain_attention(module: SelfAttention, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """Three projections and a softmax written out, one head at a time."""
+    query, key, value = (
+        torch.nn.functional.linear(x_BLD, weight, bias)
+        for weight, bias in zip(module.qkv.weight.chunk(3), module.qkv.bias.chunk(3), strict=True)
+    )
+    heads = []
+    for query_BLE, key_BLE, value_BLE in zip(*(t.chunk(HEADS, dim=-1) for t in (query, key, value)), strict=True):
+        scores_BLL = query_BLE @ key_BLE.transpose(1, 2) / math.sqrt(D // HEADS)
+        if mask_BL is not None:
+            scores_BLL = scores_BLL.masked_fill(~mask_BL[:, None, :], float("-inf"))
+        heads.append(scores_BLL.softmax(-1) @ value_BLE)
+    return module.out(torch.cat(heads, dim=-1))
+
+
+def value_and_gradients(output: Tensor, weight: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return [output, *torch.autograd.grad((output * weight).sum(), inputs)]
+
+
+def assert_all_close(mine: list[Tensor], plain: list[Tensor]) -> None:
+    for a, b in zip(mine, plain, strict=True):
+        assert float((a - b).detach().abs().max()) <= 1e-10 * max(1.0, float(b.detach().abs().max()))
+
+
+def random_mask() -> Tensor:
+    mask_BL = torch.arange(L) < torch.tensor([L, 2, 5])[:, None]
+    assert mask_BL[:, 0].all()
+    return mask_BL
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_projection_and_kernel_equal_plain_attention(masked: bool) -> None:
+    module = SelfAttention(D, HEADS).double()
+    x_BLD = torch.randn(B, L, D, dtype=torch.float64, requires_grad=True)
+    mask_BL = random_mask() if masked else None
+    weight, inputs = torch.randn_like(x_BLD), (x_BLD, *module.parameters())
+    assert_all_close(
+        value_and_gradients(module(x_BLD, mask_BL), weight, *inputs),
+        value_and_gradients(plain_attention(module, x_BLD, mask_BL), weight, *inputs),
+    )
+
+
+def test_masked_positions_change_nothing() -> None:
+    module, mask_BL = SelfAttention(D, HEADS).double(), random_mask()
+    x_BLD = torch.randn(B, L, D, dtype=torch.float64)
+    changed_BLD = torch.where(mask_BL[:, :, None], x_BLD, 100 * torch.randn_like(x_BLD))
+    assert torch.equal(module(x_BLD, mask_BL)[mask_BL], module(changed_BLD, mask_BL)[mask_BL])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, L, torch.tensor([[0, 6], [1, 0], [4, 2]]), torch.tensor([[5], [5], [0]])])
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_encoder_at_some_rows_equals_the_same_rows_of_the_whole(
+    num_layers: int, rows: Tensor | int, masked: bool
+) -> None:
+    encoder = PreNormEncoder(D, num_layers, HEADS, 2 * D, 1e-12).double()
+    x_BLD = torch.randn(B, L, D, dtype=torch.float64, requires_grad=True)
+    mask_BL = random_mask() if masked else None
+    whole = take_rows(encoder(x_BLD, mask_BL), rows)
+    weight, inputs = torch.randn_like(whole), (x_BLD, *encoder.parameters())
+    assert_all_close(
+        value_and_gradients(encoder(x_BLD, mask_BL, rows), weight, *inputs),
+        value_and_gradients(whole, weight, *inputs),
+    )
+
+
+def test_a_repeated_row_adds_its_gradient_twice() -> None:
+    x_BLD = torch.randn(1, L, D, dtype=torch.float64, requires_grad=True)
+    take_rows(x_BLD, torch.tensor([[2, 2, 5]])).sum().backward()
+    assert x_BLD.grad is not None
+    assert x_BLD.grad[0, :, 0].tolist() == [0, 0, 2, 0, 0, 1, 0]
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), max_size=6))
+def test_padded_index_lists_the_true_positions_in_order_and_then_others(mask: list[list[bool]]) -> None:
+    mask_BL = torch.tensor(mask, dtype=torch.bool).view(len(mask), 5)
+    index_BQ = padded_index(mask_BL)
+    assert index_BQ.shape == (len(mask), max([1, *(sum(row) for row in mask)]))
+    for row, index in zip(mask, index_BQ.tolist(), strict=True):
+        wanted = [place for place, needed in enumerate(row) if needed]
+        assert index[: len(wanted)] == wanted
+        assert len(set(index)) == len(index)  # the filling is other positions, never one twice
