@@ -16,7 +16,7 @@ from trivium.data.codes import CodeCache, build, picture_digest
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextInput
 from trivium.data.mixture import StreamMixture
 from trivium.data.views import Views
-from trivium.errors import TriviumError
+from trivium.errors import BadSample, TriviumError
 from trivium.train.protocol import Batch, Stream
 
 VIEWS = Views(size=16, codebook_size=8, crop_scale=(0.4, 1.0), flip=0.5)
@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, cache_path: Path) -> None:
     cache = CodeCache(cache_path, VIEWS, HASH)
     with pytest.raises(TriviumError, match="has 16 codes a picture, but the model has 64 patches"):
         ImageInput(VIEWS, patch=2, codes=cache)
-    with pytest.raises(TriviumError, match=r"x\.csv \(line 4\): the code cache .* does not hold this picture"):
+    with pytest.raises(BadSample, match=r"x\.csv \(line 4\): the code cache .* does not hold this picture"):
         cache.lookup(picture_digest(b"unknown"), 1, "x.csv (line 4)")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(cache_path.read_bytes()[:-10])
@@ -151,12 +151,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, cache_path: Path) -> None:
         build(DrawnSource(2), VIEWS, lambda pixels: encode(pixels) + 70_000, HASH, tmp_path / "large.safetensors")
 
 
-def test_a_stale_cache_stops_the_run_with_one_sentence(tmp_path: Path) -> None:
+def test_pictures_that_the_cache_lacks_are_replaced_and_too_many_end_the_run(tmp_path: Path) -> None:
     build(DrawnSource(20), VIEWS, encode, HASH, tmp_path / "few.safetensors", crops=2)
     images = ImageInput(VIEWS, patch=4, codes=CodeCache(tmp_path / "few.safetensors", VIEWS, HASH))
-    for workers in (0, 1):
-        with pytest.raises(TriviumError, match=r"^drawn\.csv \(line 2\d\): the code cache \S+ does not hold"):
-            run(images, workers)
+    batches = run(images)
+    assert {int(row) for batch in batches for row in batch.images[0].same_B} == set(range(20))
+    sentences = [why for batch in batches for why in batch.bad]
+    assert len(sentences) >= 30  # rows 20 to 29, in three epochs
+    assert all("does not hold this picture: build it again" in why for why in sentences)
+    mixture = StreamMixture([Stream("images", DrawnSource(30, height=21), ImageCollate(images), 10, 5)], seed=0)
+    with pytest.raises(TriviumError, match=r"20 samples in a row could not be read.*few\.safetensors does not hold"):
+        next(mixture.loader(0, 0, 1, 1))
 
 
 def test_a_cache_travels_to_other_processes(cache_path: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,14 @@ class CodeCache:
         return len(self._digests)
 
     def lookup(self, digest: bytes, number: int, name: str) -> np.ndarray:
-        """Codes of view `number` (0 = whole, 1 to `crops`) of a picture: int64 [N]. name: of the sample."""
+        """Codes of view `number` (0 = whole, 1 to `crops`) of a picture: int64 [N]. name: of the sample.
+
+        Raises BadSample for a picture that the cache does not hold: one of them is replaced like any unreadable
+        sample (its caption may have been bad when the cache was built), many of them end the run.
+        """
         row = int(np.searchsorted(self._digests, np.bytes_(digest)))
         if row == len(self) or self._digests[row] != np.bytes_(digest):
-            raise TriviumError(f"{name}: the code cache {self.path} does not hold this picture: build it again")
+            raise BadSample(name, "", f"the code cache {self.path} does not hold this picture: build it again")
         return self._codes[row : row + 1, number : number + 1].astype(np.int64).reshape(-1)
 
 
@@ -81,15 +85,15 @@ def build(
     out: str | Path,
     crops: int = 4,
     batch: int = 64,
-    rows_per_part: int = 1024,
+    rows_per_part: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Write the codes of every picture of `source` to `out`; a build that was cut short goes on where it stopped.
 
     encode: uint8 pixels [B, 3, H, W] -> int64 codes [B, N]. Finished parts wait in a folder beside `out` until all
     are there; then `out` appears at once and the folder goes. progress: called with the rows done and all rows after
-    each part. Returns one sentence for each picture that could not be
-    read: it is left out of the cache, and training will replace its sample.
+    each part. Returns one sentence for each picture that could not be read: it is left out of the cache, and training
+    will replace its sample.
     """
     out = Path(out)
     settings = _settings(views, tokenizer_hash) | {"crops": crops}
@@ -100,8 +104,8 @@ def build(
         rows = range(start, min(start + rows_per_part, len(source)))
         paths.append(parts / f"rows-{rows.start:012d}-{rows.stop:012d}.safetensors")
         if not (paths[-1].exists() and settings.items() <= _read_header(paths[-1]).items()):
-            pictures, skipped = _read_pictures(source, rows, views)
-            codes = _encode(pictures, views, encode, crops, batch)
+            pictures, skipped = _render(source, rows, views, crops)
+            codes = _encode(pictures, encode, crops, batch)
             digests = np.frombuffer(b"".join(pictures), dtype=np.uint8).reshape(-1, 32)
             _write(paths[-1], {"pictures": digests, "codes": codes}, settings | {"skipped": skipped})
         if progress is not None:
@@ -113,8 +117,9 @@ def build(
     return skipped
 
 
-def _read_pictures(source: Source, rows: range, views: Views) -> tuple[dict[bytes, np.ndarray], list[str]]:
-    """The decoded pictures of some rows by digest, each once, and one sentence for each that is unreadable."""
+def _render(source: Source, rows: range, views: Views, crops: int) -> tuple[dict[bytes, np.ndarray], list[str]]:
+    """Of each picture in some rows, by digest, all views: uint8 [1 + crops, 3, H, W]. And one sentence for each
+    picture that is unreadable."""
     pictures: dict[bytes, np.ndarray] = {}
     skipped = []
     for row in rows:
@@ -130,34 +135,24 @@ def _read_pictures(source: Source, rows: range, views: Views) -> tuple[dict[byte
         digest = picture_digest(sample["image"])
         if digest not in pictures:
             try:
-                pictures[digest] = views.decode(sample["image"])
+                picture_HWC = views.decode(sample["image"])
             except DecodeError as error:
                 skipped.append(f"{name}: {error}")
+                continue
+            height, width, _ = picture_HWC.shape
+            chosen = [views.numbered(digest, number, height, width) for number in range(1 + crops)]
+            pictures[digest] = np.stack([views.for_codebook(picture_HWC, view) for view in chosen])
     return pictures, skipped
 
 
 def _encode(
-    pictures: dict[bytes, np.ndarray], views: Views, encode: Callable[[Tensor], Tensor], crops: int, batch: int
+    pictures: dict[bytes, np.ndarray], encode: Callable[[Tensor], Tensor], crops: int, batch: int
 ) -> np.ndarray:
     """uint16 [P, 1 + crops, N]; [0, 1 + crops, 0] where no picture was readable."""
-
-    def pixels() -> Iterator[np.ndarray]:
-        for digest, picture in pictures.items():
-            for number in range(1 + crops):
-                yield views.for_codebook(picture, views.numbered(digest, number, *picture.shape[:2]))
-
-    found = []
-    waiting: list[np.ndarray] = []
-    for view in pixels():
-        waiting.append(view)
-        if len(waiting) == batch:
-            found.append(encode(torch.from_numpy(np.stack(waiting))).cpu().numpy())
-            waiting = []
-    if waiting:
-        found.append(encode(torch.from_numpy(np.stack(waiting))).cpu().numpy())
-    if not found:
+    if not pictures:
         return np.empty((0, 1 + crops, 0), dtype=np.uint16)
-    codes = np.concatenate(found)
+    pixels_BCHW = torch.from_numpy(np.concatenate(list(pictures.values())))
+    codes = torch.cat([encode(some_BCHW).cpu() for some_BCHW in pixels_BCHW.split(batch)]).numpy()
     if codes.max() > np.iinfo(np.uint16).max:
         raise TriviumError(f"code {codes.max()} does not fit the cache: it holds codebooks of at most 65,536 codes")
     return codes.astype(np.uint16).reshape(len(pictures), 1 + crops, -1)
