@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,19 +43,7 @@ FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {"flava": (FlavaConfig,
 Picture = str | Path | bytes | Image.Image | np.ndarray
 Pictures = Picture | Sequence[Picture] | Tensor
 Strings = str | Sequence[str]
-
-
-class ImageTokenizer(Protocol):
-    """What turns pixels into codes: `DVae` or `PatchCodebook`."""
-
-    kind: str
-    num_codes: int
-    stride: int  # pixels of its own view to one code
-
-    def encode(self, pixels_BCHW: Tensor) -> Tensor: ...
-    def decode(self, codes_BN: Tensor) -> Tensor | None: ...
-    def input_size(self, picture_size: int, patch_size: int) -> int: ...
-    def config_dict(self) -> dict[str, Any]: ...
+ImageTokenizer = DVae | PatchCodebook
 
 
 @dataclass
@@ -157,7 +145,7 @@ class Bundle:
                 self.tokenizer.save(beside / "tokenizer.json")
             if self.labels is not None:
                 _write(beside / "labels.json", json.dumps(self.labels, indent=1, ensure_ascii=False) + "\n")
-            if isinstance(self.image_tokenizer, nn.Module):
+            if self.image_tokenizer is not None:
                 _save_tensors(self.image_tokenizer, beside / "image_tokenizer.safetensors")
             write_manifest(beside)
 
@@ -220,7 +208,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     for sentence in said:
         warnings.warn(sentence, stacklevel=2)
     bundle.model.to(device)
-    if isinstance(bundle.image_tokenizer, nn.Module):
+    if bundle.image_tokenizer is not None:
         bundle.image_tokenizer.to(device)
     return bundle
 
@@ -235,11 +223,10 @@ def load_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -
     tokenizer = read_foreign(Path(path)).image_tokenizer if folder is None else _own_image_tokenizer(folder)
     if tokenizer is None:
         raise TriviumError(f"{path} holds no image tokenizer")
-    tokenizer.to(device)
-    return tokenizer
+    return tokenizer.to(device)
 
 
-def save_image_tokenizer(tokenizer: DVae | PatchCodebook, folder: str | Path) -> None:
+def save_image_tokenizer(tokenizer: ImageTokenizer, folder: str | Path) -> None:
     """A folder with an image tokenizer alone: config.json, image_tokenizer.safetensors and a manifest."""
     with written_beside(Path(folder)) as beside:
         config = {"family": "image_tokenizer", "image_tokenizer": _tokenizer_entry(tokenizer)}
@@ -296,7 +283,7 @@ def open_own(folder: Path) -> Bundle:
     )
 
 
-def _own_image_tokenizer(folder: Path) -> DVae | PatchCodebook | None:
+def _own_image_tokenizer(folder: Path) -> ImageTokenizer | None:
     entry = read_json(folder / "config.json").get("image_tokenizer")
     if not entry:
         return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from safetensors.torch import save_file
 
 from trivium.convert import ADAPTERS, FORMATS, processor, read_foreign
@@ -16,63 +17,60 @@ from trivium.models.dvae import DVae
 from trivium.models.flava import Flava
 
 
-def convert(
-    path: str | Path, to: str, out: str | Path, from_: str | None = None, say: Callable[[str], None] = print
-) -> None:
-    """Read any checkpoint that `trivium.load` takes and write it in another layout, whole or not at all.
+def convert(path: Path, *, to: str, out: Path, from_: Annotated[str | None, tyro.conf.arg(name="from")] = None) -> None:
+    """Read a checkpoint of any layout and write it in another, whole or not at all.
 
     Args:
-        path: run folder, checkpoint, model folder, or a foreign file or folder.
-        to: "trivium" (a model folder), "hf-flava" or "torchmultimodal-flava".
+        path: a run folder, checkpoint, model folder, or a file or folder of another library.
+        to: trivium (a model folder), hf-flava or torchmultimodal-flava.
         out: a folder that does not exist yet, or is empty.
-        from_: the layout of `path`, where its keys should not decide.
-        say: gets one sentence for each thing that the user should know.
+        from_: the layout of PATH, where its tensors' names should not decide: hf-flava, torchmultimodal-flava, dalle.
 
-    Raises:
-        TriviumError: as `load`; a layout that has no place for this model; `out` is taken.
+    Raises TriviumError as `trivium.load` does, where a layout has no place for this model, and where `out` is taken.
     """
     if to not in FORMATS:
         raise TriviumError(f"no format is called {to!r}: choose one of {', '.join(FORMATS)}")
     said: list[str] = []
-    folder = model_folder(Path(path), said) if from_ is None else None
+    folder = model_folder(path, said) if from_ is None else None
     if folder is not None:
         bundle = open_own(folder)
     else:
-        foreign = read_foreign(Path(path), from_)
+        foreign = read_foreign(path, from_)
         if foreign.config is None and foreign.image_tokenizer is not None and to == "trivium":
             save_image_tokenizer(foreign.image_tokenizer, out)
-            return say(f"{out} holds the image tokenizer ({foreign.image_tokenizer.num_codes:,} codes)")
+            print(f"{out} holds the image tokenizer ({foreign.image_tokenizer.num_codes:,} codes)")
+            return
         bundle, said = bundle_of(foreign)
     for sentence in said:
-        say(sentence)
+        print(sentence)
     if to == "trivium":
         bundle.save(out)
     else:
-        _write_foreign(bundle, to, Path(out), say)
-    return say(f"{out} holds the model in the layout {to}")
+        _write_foreign(bundle, to, out)
+    print(f"{out} holds the model in the layout {to}")
 
 
-def _write_foreign(bundle: Bundle, to: str, out: Path, say: Callable[[str], None]) -> None:
+def _write_foreign(bundle: Bundle, to: str, out: Path) -> None:
     model, image_tokenizer = bundle.model, bundle.image_tokenizer
     write = ADAPTERS[to].write
     assert write is not None
     if not isinstance(model, Flava):
         raise TriviumError(f"{to} is a layout of FLAVA, and this model is of the family {bundle.family}")
     if image_tokenizer is not None and not isinstance(image_tokenizer, DVae):
-        say(f"left out: {to} has no place for an image tokenizer of the kind {image_tokenizer.kind}")
+        print(f"left out: {to} has no place for an image tokenizer of the kind {image_tokenizer.kind}")
         image_tokenizer = None
     if isinstance(image_tokenizer, DVae) and image_tokenizer.decoder is not None:
-        say(f"left out: {to} has no place for the decoder of the image tokenizer")
+        print(f"left out: {to} has no place for the decoder of the image tokenizer")
     state, config = write(model, image_tokenizer)
     with written_beside(out) as folder:
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         _write_json(folder / "config.json", config)
         if to == "hf-flava":
-            _write_processor(bundle, folder, say)
+            _write_processor(bundle, folder)
 
 
-def _write_processor(bundle: Bundle, folder: Path, say: Callable[[str], None]) -> None:
+def _write_processor(bundle: Bundle, folder: Path) -> None:
     """What FlavaProcessor.from_pretrained reads."""
     assert isinstance(bundle.model, Flava)
     transform, config = bundle.transform, bundle.model.config
@@ -83,7 +81,7 @@ def _write_processor(bundle: Bundle, folder: Path, say: Callable[[str], None]) -
     )  # fmt: skip
     _write_json(folder / "preprocessor_config.json", preprocessor)
     if bundle.tokenizer is None:
-        say("left out: the tokenizer files, since the checkpoint came without a tokenizer")
+        print("left out: the tokenizer files, since the checkpoint came without a tokenizer")
         return
     bundle.tokenizer.save(folder / "tokenizer.json")
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

@@ -61,7 +61,7 @@ class PatchCodebook(nn.Module):
     @classmethod
     @torch.no_grad()
     def fit(
-        cls, batches: Iterable[Tensor], num_codes: int, patch_size: int, iterations: int = 10, seed: int = 0
+        cls, pixels: Tensor | Iterable[Tensor], num_codes: int, patch_size: int, iterations: int = 10, seed: int = 0
     ) -> PatchCodebook:
         """Find the centres: k-means++ seeds (Arthur and Vassilvitskii 2007), then Lloyd's iterations.
 
@@ -69,11 +69,12 @@ class PatchCodebook(nn.Module):
         that no patch is nearest to moves to the patch that is farthest from its own. Equal for equal arguments.
 
         Args:
-            batches: uint8 pictures [B, 3, H, W], sides multiples of the patch.
+            pixels: uint8 pictures [B, 3, H, W], or batches of such; sides are multiples of the patch.
             iterations: on the smaller set, before the last.
         """
         generator = torch.Generator().manual_seed(seed)
-        patches_ME = _kept([patches_of(pixels, patch_size) for pixels in batches], generator)
+        batches = [pixels] if isinstance(pixels, Tensor) else pixels
+        patches_ME = _kept([patches_of(batch_BCHW, patch_size) for batch_BCHW in batches], generator)
         assert len(patches_ME) >= num_codes, f"{num_codes} codes need as many patches, {len(patches_ME)} were given"
         some_ME = patches_ME[: PATCHES_PER_CODE * num_codes]
         centres_KE = _seeds(some_ME[: max(4096, 4 * num_codes)], num_codes, generator)
