@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trivium.errors import TriviumError
 from trivium.train import precision
 
 CPU = torch.device("cpu")
@@ -50,3 +51,8 @@ def test_class_of_a_processor(tmp_path: Path, flags: str, expected: str) -> None
 def test_device() -> None:
     assert precision.choose_device("cpu") == CPU
     assert precision.choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(TriviumError, match=r"--train\.device potato cannot be used here .*: use auto or cpu"):
+        precision.choose_device("potato")
+    if not torch.cuda.is_available():
+        with pytest.raises(TriviumError, match=r"--train\.device cuda cannot be used here"):
+            precision.choose_device("cuda")

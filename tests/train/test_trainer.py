@@ -76,6 +76,7 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one(straight: Path, tmp_pat
     assert [entry["step"] for entry in passport["resumed"]] == [at]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_ten_and_ten_steps_are_twenty_with_the_real_loader(tmp_path: Path, workers: int) -> None:
     recipe = with_train(log_every=1)
@@ -429,7 +430,7 @@ def test_options_out_of_range() -> None:
 # ------------------------------------------------------------------------------------------------------- budgets
 
 
-def test_micro_batch_auto_halves_until_it_fits() -> None:
+def test_micro_batch_auto_goes_down_until_it_fits() -> None:
     tried = []
 
     def attempt(rows: int) -> None:
@@ -438,13 +439,30 @@ def test_micro_batch_auto_halves_until_it_fits() -> None:
             torch.empty(1 << 60, dtype=torch.uint8)
 
     assert budget.largest_micro_batch(attempt, 128) == 16
-    assert tried == [128, 64, 32, 16]
+    assert budget.largest_micro_batch(attempt, 100) == 10  # 25 has no room, 12 does not divide 100
+    assert tried == [128, 64, 32, 16, 100, 50, 25, 10]
 
     def never(rows: int) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
     with pytest.raises(TriviumError, match="single sample"):
         budget.largest_micro_batch(never, 4)
+
+
+def test_every_stream_is_tried_for_memory() -> None:
+    """The stream that runs out is the rare one; the run that was tried stays new."""
+    run = make()
+    before = {name: tensor.clone() for name, tensor in run.method.state_dict().items()}
+    trainer.try_streams(run)
+
+    def exhaust(step: int) -> None:
+        if run.mixture.stream_at(step).name == "text":
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    run.method.before_accept = exhaust  # type: ignore[assignment]
+    with pytest.raises(budget.OutOfMemory, match="stream text"):
+        trainer.try_streams(run)
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.method.state_dict().items())
 
 
 def test_minutes_become_steps_weighted_by_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,15 +486,36 @@ def test_steps_in_leaves_the_run_as_it_was(straight: Path, tmp_path: Path) -> No
     assert_same_state(straight, tmp_path, 20)
 
 
-def test_compiled_blocks_keep_their_names(straight: Path, tmp_path: Path) -> None:
-    run = make(with_train(compile=True, steps=20))
-    compiled = []
+def test_a_changed_layout_is_said_and_a_measured_precision_stays() -> None:
+    said: list[str] = []
+    saved = {"processes": 2, "threads": 1, "device": "cpu", "precision": "bf16"}
+    now = {"processes": 1, "threads": 1, "device": "cpu", "precision": "fp32"}
+    assert trainer._settled_layout(now, saved, "auto", said.append)["precision"] == "bf16"
+    assert said == ["the last bits may differ from a run that was never stopped: processes 2 before, 1 now"]
+    moved = trainer._settled_layout({**now, "device": "cuda"}, saved, "auto", said.append)
+    assert moved["precision"] == "fp32"  # another device measures anew
+    assert "precision bf16 before, fp32 now" in said[1]
 
-    class Block(torch.nn.Module):
-        def compile(self, *args: Any, **kwargs: Any) -> None:
-            compiled.append(self)
 
-    run.blocks = lambda: [Block(), Block()]
-    run.train = replace(run.train, steps=2)
+def test_a_run_that_failed_at_once_may_be_started_anew(tmp_path: Path) -> None:
+    class NoData(TinyMixture):
+        def loader(self, step: int, rank: int, world: int, stop: int) -> Any:
+            raise TriviumError("no such file")
+            yield
+
+    with pytest.raises(TriviumError, match="no such file"):
+        train(make(None, NoData()), tmp_path)
+    other = Recipe(optim=replace(Recipe().optim, lr=0.5))
+    assert train(make(other), tmp_path).done == 20
+    assert json.loads((tmp_path / "config.json").read_text())["values"]["optim.lr"] == 0.5
+
+
+@pytest.mark.slow
+def test_compiled_blocks_keep_their_names_and_their_numbers(straight: Path, tmp_path: Path) -> None:
+    run = make(with_train(compile=True, log_every=1))
+    run.blocks = lambda: list(run.method.model.blocks)  # type: ignore[arg-type]
     train(run, tmp_path)
-    assert len(compiled) == 2
+    assert run.method.model.blocks[0]._compiled_call_impl is not None
+    one, two = state_of(straight, 20), state_of(tmp_path, 20)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)

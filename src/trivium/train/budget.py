@@ -14,44 +14,49 @@ from collections.abc import Callable
 import torch
 
 from trivium.errors import TriviumError
+from trivium.train import distributed
+
+
+class OutOfMemory(TriviumError):
+    """Memory ran out in a step; the sentence names the dial."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python ran out of memory, on a GPU or in main memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+    return isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
-def largest_micro_batch(try_one: Callable[[int], None], most: int) -> int:
-    """What ``--train.micro-batch auto`` means: `most` rows, halved until `try_one` runs without memory running out.
+def largest_micro_batch(try_one: Callable[[int], None], batch: int) -> int:
+    """What ``--train.micro-batch auto`` means: `batch` rows, then about half as many, until `try_one` has room.
 
-    try_one: a forward and backward with so many rows, of the stream that needs most memory.
+    Only divisors of the batch are tried. try_one: takes a step with so many rows at once, see ``trainer.try_streams``.
     """
-    rows = most
+    rows = batch
     while True:
         try:
             try_one(rows)
             return rows
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             if not is_out_of_memory(error):
                 raise
             if rows == 1:
                 raise TriviumError("out of memory with a single sample at once: use a smaller --size") from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        rows //= 2
+        rows = next(fewer for fewer in range(rows // 2, 0, -1) if batch % fewer == 0)
 
 
 def calibrate(one_step: Callable[[int], None], stream_at: Callable[[int], str], minutes: float) -> int:
     """How many steps fit into the minutes, from timing a few: about 3 % of the budget, at least 4 steps.
 
     The first step of each stream is not counted (it allocates and compiles). Streams are weighted by how often they
-    are drawn, so that a few steps of the rare ones do not mislead.
+    are drawn, so that a few steps of the rare ones do not mislead. Every process gets the same answer.
     """
     seconds: dict[str, list[float]] = defaultdict(list)
     started, step = time.perf_counter(), 0
-    while step < 4 or time.perf_counter() - started < 0.03 * 60 * minutes:
+    while distributed.any_process(step < 4 or time.perf_counter() - started < 0.03 * 60 * minutes):
         begin = time.perf_counter()
         one_step(step)
         seconds[stream_at(step)].append(time.perf_counter() - begin)
@@ -59,5 +64,6 @@ def calibrate(one_step: Callable[[int], None], stream_at: Callable[[int], str], 
     typical = {stream: statistics.median(times[1:] or times) for stream, times in seconds.items()}
     drawn = Counter(stream_at(step) for step in range(1000))
     known = {stream: count for stream, count in drawn.items() if stream in typical}
-    mean = sum(typical[stream] * count for stream, count in known.items()) / sum(known.values())
-    return max(1, int(60 * minutes / mean))
+    mean = torch.tensor(sum(typical[stream] * count for stream, count in known.items()) / sum(known.values()))
+    mean = distributed.sum_over_processes({"seconds": mean})["seconds"] / distributed.world()
+    return max(1, int(60 * minutes / mean.item()))

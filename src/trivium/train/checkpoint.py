@@ -151,7 +151,8 @@ def _save_method(method: nn.Module, folder: Path) -> None:
         content = _content(tensor)
         if content not in held:
             held[content] = ("training/method.safetensors", name)
-            rest[name] = tensor.clone()  # of its own: a slice of a bigger tensor cannot be saved alone
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            rest[name] = tensor if whole else tensor.clone()  # a slice of a bigger tensor cannot be saved alone
         places[name] = held[content]
     save_file(rest, folder / "training" / "method.safetensors")
     _write_json(folder / "training" / "tensors.json", places)

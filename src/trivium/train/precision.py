@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 
+from trivium.errors import TriviumError
+
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -65,8 +67,13 @@ def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> Abstra
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" takes a GPU where there is one."""
+    """ "auto" takes a GPU where there is one. Raises TriviumError where this machine lacks what was named."""
     if name != "auto":
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise TriviumError(f"--train.device {name} cannot be used here ({reason}): use auto or cpu") from error
         return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())

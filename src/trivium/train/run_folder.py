@@ -41,19 +41,19 @@ class RunFolder:
 
 
 def create(path: Path, settings: Config) -> RunFolder:
-    """Begin a run in a new or empty folder.
+    """Begin a run in a folder where none stands, or one that ended before it logged or saved anything.
 
     Raises:
         TriviumError: a run stands there already.
     """
     folder = RunFolder(path)
-    if (path / "config.json").exists() or folder.metrics.exists() or checkpoint.all_of(folder.checkpoints):
+    if checkpoint.all_of(folder.checkpoints) or (folder.metrics.exists() and folder.metrics.stat().st_size):
         raise TriviumError(f"{path} holds a run already: continue it with --resume, or name another folder with --out")
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         _write_json(folder.passport, {"config_sha256": settings.digest(), **circumstances(), "resumed": []})
-        folder.metrics.touch()
-        folder.skipped.touch()
+        for log in (folder.metrics, folder.skipped):
+            log.write_bytes(b"")
         config.save(settings, path / "config.json")  # last: a folder with a config is a run
     except OSError as error:
         raise TriviumError(f"{path} cannot be made a run folder ({error.strerror}): name another with --out") from error

@@ -12,20 +12,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from trivium.errors import TriviumError
 from trivium.train import checkpoint, distributed, optim, precision, run_folder
-from trivium.train.budget import calibrate, is_out_of_memory
+from trivium.train.budget import OutOfMemory, calibrate, is_out_of_memory
 from trivium.train.config import Config
 from trivium.train.logs import Log
 from trivium.train.optim import Optim
@@ -183,7 +183,7 @@ def one_step(
         if not is_out_of_memory(error):
             raise
         smaller = max(1, stream.micro_batch // 2)
-        raise TriviumError(
+        raise OutOfMemory(
             f"out of memory in a step of stream {stream.name} with {stream.micro_batch} samples at once: "
             f"use --train.micro-batch {smaller} (the batch stays the same), or --train.micro-batch auto"
         ) from error
@@ -203,19 +203,33 @@ def evaluate(run: Run) -> dict[str, Any] | None:
 
 def steps_in(run: Run, minutes: float) -> int:
     """Steps that this run would take in the minutes on this machine. Works on a copy: the run itself stays new."""
+    run, optimizer, autocast = _trial(run)
+
+    def one(step: int) -> None:
+        one_step(run, optimizer, step, next(steps)[2], autocast)
+
+    with closing(_steps(run, 0, 10**9)) as steps:
+        return calibrate(one, lambda step: run.mixture.stream_at(step).name, minutes)
+
+
+def try_streams(run: Run) -> None:
+    """One step of each stream, on a copy: raises OutOfMemory where one of them does not fit (micro-batch "auto")."""
+    run, optimizer, autocast = _trial(run)
+    first_of = {run.mixture.stream_at(step).name: step for step in reversed(range(min(run.train.steps, 1000)))}
+    for first in first_of.values():
+        with closing(_steps(run, first, first + 1)) as steps:
+            one_step(run, optimizer, first, next(steps)[2], autocast)
+
+
+def _trial(run: Run) -> tuple[Run, torch.optim.Optimizer, Context]:
+    """A copy of the run on its device, to be thrown away."""
+    distributed.start()
     device = precision.choose_device(run.train.device)
     if run.train.threads is not None:
         torch.set_num_threads(run.train.threads)
     run = replace(run, method=copy.deepcopy(run.method).to(device))
-    optimizer = optim.build(run.method, run.optim)
     autocast = partial(precision.autocast, device, precision.choose(run.train.precision, device))
-    loader: Iterator[list[Batch]] = run.mixture.loader(0, distributed.rank(), distributed.world(), 10**9)
-
-    def one(step: int) -> None:
-        one_step(run, optimizer, step, next(loader), autocast)
-
-    with closing(cast(Any, loader)):
-        return calibrate(one, lambda step: run.mixture.stream_at(step).name, minutes)
+    return run, optim.build(run.method, run.optim), autocast
 
 
 # ---------------------------------------------------------------------------------------- beginning and resuming
