@@ -115,6 +115,12 @@ def test_a_mistake_gives_one_sentence(path: str, value: object, sentence: str) -
 
 
 def test_whole_numbers_are_numbers() -> None:
+    written = Tree(Rate(lr=1), weights={"mim": 1, "itm": 0})
+    assert json.dumps(config.leaves(written)["rate.lr"]) == "1.0"  # one configuration, one digest
+    assert config.leaves(written) == config.leaves(config.set_leaves(written, config.leaves(written)))
+    assert config.set_leaves(written, {"weights.itm": 0.5}).weights == {"mim": 1, "itm": 0.5}
+    with pytest.raises(TriviumError, match=r'weights\.itm takes a number, not "x"'):
+        config.set_leaves(written, {"weights.itm": "x"})
     lr = config.set_leaves(Tree(), {"rate.lr": 1}).rate.lr
     assert lr == 1.0
     assert type(lr) is float

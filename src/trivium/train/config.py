@@ -42,18 +42,18 @@ class Config:
 # -------------------------------------------------------------------------------------------- the tree's leaves
 
 
-def leaves(tree: Any) -> dict[str, Any]:
+def leaves(tree: Any, annotation: Any = None) -> dict[str, Any]:
     """Every leaf of a tree of dataclasses by its dotted path, as a JSON value.
 
     Dataclasses, dicts with string keys and tuples or lists that hold dataclasses are branches; everything else is
-    a leaf (a tuple of numbers too).
+    a leaf (a tuple of numbers too). annotation: of the tree itself, where it is a dict.
     """
     found: dict[str, Any] = {}
-    for name, _, value in _children(tree):
+    for name, wanted, value in _children(tree, annotation):
         if _is_branch(value):
-            found |= {f"{name}.{path}": leaf for path, leaf in leaves(value).items()}
+            found |= {f"{name}.{path}": leaf for path, leaf in leaves(value, wanted).items()}
         else:
-            found[name] = _to_json(value)
+            found[name] = _to_json(float(value) if wanted is float else value)  # 1 where 1.0 is meant
     return found
 
 
@@ -67,18 +67,18 @@ def set_leaves(tree: Any, values: Mapping[str, Any]) -> Any:
     for path in values:
         if path not in known:
             raise TriviumError(_no_such_path(path, list(known)))
-    return _replaced(tree, values, "")
+    return _replaced(tree, None, values, "")
 
 
-def _replaced(tree: Any, values: Mapping[str, Any], prefix: str) -> Any:
+def _replaced(tree: Any, annotation: Any, values: Mapping[str, Any], prefix: str) -> Any:
     changed: dict[str, Any] = {}
-    for name, annotation, value in _children(tree):
+    for name, wanted, value in _children(tree, annotation):
         path = prefix + name
         if _is_branch(value):
             if any(given.startswith(path + ".") for given in values):
-                changed[name] = _replaced(value, values, path + ".")
+                changed[name] = _replaced(value, wanted, values, path + ".")
         elif path in values:
-            changed[name] = _from_json(values[path], annotation, path)
+            changed[name] = _from_json(values[path], wanted, path)
     if dataclasses.is_dataclass(tree):
         return dataclasses.replace(tree, **changed)  # type: ignore[type-var]
     if isinstance(tree, dict):
@@ -86,14 +86,15 @@ def _replaced(tree: Any, values: Mapping[str, Any], prefix: str) -> Any:
     return type(tree)(changed.get(str(index), value) for index, value in enumerate(tree))
 
 
-def _children(tree: Any) -> list[tuple[str, Any, Any]]:
+def _children(tree: Any, annotation: Any) -> list[tuple[str, Any, Any]]:
     """(name, annotation, value) of what hangs directly below a branch."""
     if dataclasses.is_dataclass(tree):
         hints = get_type_hints(type(tree))
         return [(f.name, hints[f.name], getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.init]
-    if isinstance(tree, dict):
-        return [(key, type(value), value) for key, value in tree.items()]
-    return [(str(index), type(value), value) for index, value in enumerate(tree)]
+    if isinstance(tree, dict):  # dict[str, float] says what its values are
+        wanted = get_args(annotation)[1] if get_origin(annotation) is dict else Any
+        return [(key, wanted, value) for key, value in tree.items()]
+    return [(str(index), Any, value) for index, value in enumerate(tree)]
 
 
 def _is_branch(value: Any) -> bool:
