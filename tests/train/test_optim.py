@@ -23,6 +23,9 @@ class Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.image_encoder = self._tower(3)
+        self.image_encoder.stack = nn.Module()  # one level deeper than in the other tower
+        self.image_encoder.stack.blocks = self.image_encoder.blocks
+        del self.image_encoder.blocks
         self.text_encoder = self._tower(2)
         self.head = nn.Linear(4, 4)
         self.logit_scale = nn.Parameter(torch.ones(1))
@@ -89,7 +92,7 @@ def test_what_is_not_decayed() -> None:
     groups = groups_of(model, optim.build(model, Optim(weight_decay=0.1)))
     decayed = {name for name, group in groups.items() if group["weight_decay"] > 0}
     assert decayed == {
-        *(f"image_encoder.blocks.{n}.1.weight" for n in range(3)),
+        *(f"image_encoder.stack.blocks.{n}.1.weight" for n in range(3)),
         *(f"text_encoder.blocks.{n}.1.weight" for n in range(2)),
         *(f"{tower}.patch_embedding.weight" for tower in ("image_encoder", "text_encoder")),
         "head.weight",
@@ -102,7 +105,7 @@ def test_layer_decay_counts_from_the_top_of_each_tower() -> None:
     groups = groups_of(model, optim.build(model, Optim(lr=1.0, layer_decay=0.5)))
     rate = {name: group["lr"] for name, group in groups.items()}
     assert rate["head.weight"] == rate["image_encoder.norm.weight"] == rate["logit_scale"] == 1
-    assert [rate[f"image_encoder.blocks.{n}.1.weight"] for n in range(3)] == [0.125, 0.25, 0.5]
+    assert [rate[f"image_encoder.stack.blocks.{n}.1.weight"] for n in range(3)] == [0.125, 0.25, 0.5]
     assert [rate[f"text_encoder.blocks.{n}.1.weight"] for n in range(2)] == [0.25, 0.5]
     assert rate["image_encoder.class_token"] == rate["image_encoder.patch_embedding.weight"] == 0.5**4
     assert rate["text_encoder.position_embedding"] == 0.5**3

@@ -130,7 +130,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 _BLOCK = re.compile(r"^(?P<stack>.*?)\.(?P<number>\d+)\.")  # "model.text_encoder.blocks" and "3"
-_INPUT = re.compile(r"embed|patch|position|class_token|cls_token|mask_token")
+_INPUT = re.compile(r"(^|\.)(\w*embed\w*|patch\w*|position\w*|class_token|cls_token|mask_token)(\.|$)")
 
 
 def _depths(names: list[str]) -> dict[str, int]:
@@ -143,14 +143,18 @@ def _depths(names: list[str]) -> dict[str, int]:
 
 def _blocks_above(name: str, depths: dict[str, int]) -> int:
     """How far below the top of its tower a parameter stands: 0 for heads and final norms, 1 for the last block,
-    depth + 1 for the embeddings."""
+    depth + 1 for the embeddings. Their tower is the stack of blocks whose path has most in common with theirs."""
     if match := _BLOCK.match(name):
         return depths[match["stack"]] - int(match["number"])
-    for stack, depth in depths.items():
-        tower = stack.rpartition(".")[0] + "."
-        if name.startswith(tower) and _INPUT.search(name.removeprefix(tower)):
-            return depth + 1
-    return 0
+    if not depths or not _INPUT.search(name):
+        return 0
+    _, depth = max((_parts_in_common(name, stack), depth) for stack, depth in depths.items())
+    return depth + 1
+
+
+def _parts_in_common(left: str, right: str) -> int:
+    pairs = zip(left.split("."), right.split("."), strict=False)
+    return next((number for number, (one, other) in enumerate(pairs) if one != other), 0)
 
 
 # ------------------------------------------------------------------------------------------------ state by name
