@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 # A torch that $(PYTHON) already has is one that somebody fitted to this machine's driver: it is used as it is, through
 # --system-site-packages. Where there is none, constraints.txt says which one is installed. pip's own settings
@@ -40,13 +40,13 @@ clean:
 
 $(BIN)/python:
 	@echo "making $(VENV), once; this takes a few minutes"
-	if $(PYTHON) -c '$(HAS_TORCH)'; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	@if $(PYTHON) -c '$(HAS_TORCH)'; then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
 
 # The interpreter is an order-only prerequisite: its date says nothing about what is installed.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	if $(BIN)/python -c '$(HAS_TORCH)'; then $(PIP) -e .; else $(PIP) -c constraints.txt -e .; fi
+	@if $(BIN)/python -c '$(HAS_TORCH)'; then $(PIP) -e .; else $(PIP) -c constraints.txt -e .; fi
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[dev]'
+	@$(PIP) -e '.[dev]'
 	@touch $@
