@@ -1,0 +1,146 @@
+"""FLAVA's method against its plain form: every position through every encoder, losses as the paper writes them.
+
+float64: values and gradients within 1e-10. B rows, N patches, T text tokens, V classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.flava_batches import TINY, flava_method, gradients, make_batch, random_flava, split
+from trivium.methods.flava import LOSSES, FlavaMethod
+from trivium.models.flava import Flava
+from trivium.train.protocol import Batch, Key
+from trivium.train.step import backward
+
+
+def plain_losses(model: Flava, batch: Batch, chosen: list[int] | None = None) -> dict[str, Tensor]:
+    """Means over the batch, without any trick. chosen: rows that take the masked pass; None = all."""
+    targets = batch.targets
+    if batch.images:
+        pixels_BCHW = (batch.images[0].pixels_BCHW.double() / 255 - 0.5) / 0.25
+    if batch.stream == "images":
+        tokens = model.encode_image(pixels_BCHW, targets["image_mask"]).tokens[:, 1:]
+        logits_BNV = model.mim_head(tokens)
+        return {"mim": F.cross_entropy(logits_BNV[targets["image_mask"]], targets["codes"][targets["image_mask"]])}
+    text = batch.texts[0]
+    if batch.stream == "text":
+        logits_BTV = model.mlm_head(model.encode_text(targets["masked_ids"], text.mask_BT).tokens)
+        return {"mlm": F.cross_entropy(logits_BTV[targets["selected"]], text.ids_BT[targets["selected"]])}
+
+    matched_B = targets["matched"]
+    kept_B = matched_B | ~matched_B.any()
+    image_BD = F.normalize(model.image_projection(model.encode_image(pixels_BCHW).tokens[:, 0]), dim=-1)
+    text_BD = F.normalize(model.text_projection(model.encode_text(text.ids_BT, text.mask_BT).tokens[:, 0]), dim=-1)
+    logits_BB = model.logit_scale.exp() * image_BD @ text_BD.T
+    answer_B = torch.arange(len(batch))
+    both = [F.cross_entropy(logits[kept_B], answer_B[kept_B]) for logits in (logits_BB, logits_BB.T)]
+    losses = {"contrastive": (both[0] + both[1]) / 2}
+
+    row = torch.arange(len(batch)) if chosen is None else torch.tensor(chosen)
+    masked_RN, selected_RT, kept_R = targets["image_mask"][row], targets["selected"][row], kept_B[row]
+    image = model.encode_image(pixels_BCHW[row], masked_RN)
+    words = model.encode_text(targets["masked_ids"][row], text.mask_BT[row])
+    tokens = model.fuse(image, words).tokens
+    N = masked_RN.shape[1]
+    losses["itm"] = F.cross_entropy(model.itm_head(tokens[:, 0]), matched_B[row].long())
+    patches_RN, words_RT = masked_RN & kept_R[:, None], selected_RT & kept_R[:, None]
+    image_logits, text_logits = model.mmm_image_head(tokens[:, 2 : 2 + N]), model.mmm_text_head(tokens[:, 2 + N :])
+    losses["mmm_image"] = F.cross_entropy(image_logits[patches_RN], targets["codes"][row][patches_RN])
+    losses["mmm_text"] = F.cross_entropy(text_logits[words_RT], text.ids_BT[row][words_RT])
+    return losses
+
+
+def assert_equals_plain(method: FlavaMethod, batch: Batch, chosen: list[int] | None = None) -> None:
+    sums, counts, _ = backward(method, [batch], Key(0, batch.stream, 0))
+    mine = {name: value / counts[name] for name, value in sums.items()}
+    my_grads = {name: grad.clone() for name, grad in gradients(method.model).items()}
+    method.zero_grad(set_to_none=True)
+    plain = {n: v for n, v in plain_losses(method.model, batch, chosen).items() if method.weights[n]}
+    torch.stack([method.weights[name] * value for name, value in plain.items()]).sum().backward()
+    assert set(mine) == set(plain)
+    for name, value in plain.items():
+        assert float(mine[name]) == pytest.approx(value.item(), rel=1e-10), name
+    plain_grads = gradients(method.model)
+    assert set(my_grads) == set(plain_grads), set(my_grads) ^ set(plain_grads)
+    for name, grad in plain_grads.items():
+        assert float((my_grads[name] - grad).abs().max()) <= 1e-10 * max(1.0, float(grad.abs().max())), name
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(
+    ("stream", "false_rows"),
+    [
+        ("images", ()),
+        ("text", ()),
+        ("pairs", ()),
+        ("pairs", (0, 4)),
+        ("pairs", (0, 1, 2, 4, 5)),
+        ("pairs", tuple(range(6))),
+    ],
+)
+def test_only_the_needed_rows_are_computed_and_nothing_changes(
+    stream: str, false_rows: tuple[int, ...], padded: bool
+) -> None:
+    assert_equals_plain(flava_method(random_flava()), make_batch(stream, 6, false_rows=false_rows, padded=padded))
+
+
+def test_pads_that_the_multimodal_encoder_sees() -> None:
+    assert_equals_plain(flava_method(random_flava(replace(TINY, pads_visible=True))), make_batch("pairs", 6))
+
+
+def test_a_share_of_the_pairs_takes_the_masked_pass_and_all_take_the_contrastive_one() -> None:
+    batch = make_batch("pairs", 8, false_rows=(1, 5))
+    assert_equals_plain(flava_method(random_flava(), masked_share=0.5), batch, chosen=[1, 3, 5, 7])
+
+
+@pytest.mark.parametrize("dropped", [name for name in LOSSES if name not in ("mim", "mlm")])
+def test_a_loss_of_weight_zero_is_not_computed_and_the_others_are_as_before(dropped: str) -> None:
+    method = flava_method(random_flava(), weights={dropped: 0.0, "itm": 0.25} | {dropped: 0.0})
+    assert_equals_plain(method, make_batch("pairs", 6, false_rows=(2,)))
+
+
+@given(st.integers(1, 40), st.floats(0.01, 1.0), st.data())
+def test_the_share_is_even_and_no_micro_batch_changes_who_is_in_it(
+    rows: int, share: float, data: st.DataObject
+) -> None:
+    method = flava_method(random_flava(), masked_share=share)
+    parts = data.draw(st.sampled_from([n for n in range(1, rows + 1) if rows % n == 0]))
+    batch = Batch("pairs", torch.arange(rows), torch.arange(rows))
+    chosen = [int(part.rows_B[row]) for part in split(batch, parts) for row in method._masked_rows(part)]
+    assert chosen == method._masked_rows(batch).tolist()
+    assert abs(len(chosen) - rows * share) < 1
+    for first in range(rows):  # any window holds its share of rows, give or take one
+        inside = sum(first <= row < first + 10 for row in chosen)
+        assert abs(inside - min(10, rows - first) * share) < 1 + 1e-9 + share
+
+
+def test_codes_come_from_the_tokenizer_where_the_batch_has_none() -> None:
+    class ThirdPixel:
+        num_codes, stride = TINY.num_codes, 8
+
+        def encode(self, pixels_BCHW: Tensor) -> Tensor:
+            assert float(pixels_BCHW.min()) >= 0 and float(pixels_BCHW.max()) <= 1
+            return (pixels_BCHW[:, 0, ::8, ::8] * 16).long().flatten(1)
+
+    batch = make_batch("images", 4)
+    online, cached = flava_method(random_flava()), flava_method(random_flava())
+    online.image_tokenizer = ThirdPixel()
+    codes_BN = ThirdPixel().encode(batch.images[0].pixels_BCHW.double() / 255)
+    without = replace(batch, targets={"image_mask": batch.targets["image_mask"]})
+    with_codes = replace(batch, targets=batch.targets | {"codes": codes_BN})
+    sums, _, _ = backward(online, [without], Key(0, "images", 0))
+    expected, _, _ = backward(cached, [with_codes], Key(0, "images", 0))
+    assert torch.equal(sums["mim"], expected["mim"])
+
+
+def test_an_unknown_loss_name_is_refused() -> None:
+    with pytest.raises(AssertionError, match="clip"):
+        flava_method(random_flava(), weights={"clip": 1.0})
