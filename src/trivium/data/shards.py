@@ -34,6 +34,7 @@ from trivium.train.protocol import hash64
 PARTS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json", "cls": "cls"}
 LIMITS = {"image": PICTURE_LIMIT, "text": 2**26, "json": 2**26, "cls": 2**10}  # bytes of a member that is read
 OPEN_SHARDS = 64  # file handles and indexes that a process keeps
+ABSENT = -1  # stands for null once an index is open
 FORMAT = "1"  # of the index; another number builds it anew
 SCHEMA = pa.schema(
     [
@@ -204,7 +205,7 @@ class TarShards(RowSource):
         self.paths = [str(path) for path in paths]
         self.text_column = text_column
         self.notes: list[str] = []  # one sentence for each thing that an index leaves out
-        self._open: OrderedDict[int, tuple[RandomFile, pa.Table]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[RandomFile, dict[str, Any]]] = OrderedDict()
         self._rows: list[np.ndarray] = []  # of each shard: which rows of its index are samples
         self._sizes: list[int] = []  # of each shard: rows of its index
         lengths = []
@@ -266,7 +267,7 @@ class TarShards(RowSource):
     def _part(self, row: int, part: str) -> bytes | None:
         """The bytes of a member, checked. Raises BadSample."""
         offset, length = self._fact(row, f"{part}_offset"), self._fact(row, f"{part}_length")
-        if offset is None:
+        if offset == ABSENT:
             return None
         if length > LIMITS[part]:
             raise self.bad(row, f"its {part} has {length:,} bytes, more than {LIMITS[part]:,}")
@@ -279,17 +280,20 @@ class TarShards(RowSource):
 
     def _fact(self, row: int, column: str) -> Any:
         shard = self._shard(row)
-        return self._opened(shard)[1][column][int(self._rows[shard][row - self._starts[shard]])].as_py()
+        return self._opened(shard)[1][column][int(self._rows[shard][row - self._starts[shard]])]
 
     def _shard(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
-    def _opened(self, shard: int) -> tuple[RandomFile, pa.Table]:
+    def _opened(self, shard: int) -> tuple[RandomFile, dict[str, Any]]:
+        """A shard and its index by column, kept while it is among the last ones read."""
         if shard not in self._open:
             index = open_index(self.paths[shard])
             if index.num_rows != self._sizes[shard]:
                 raise TriviumError(f"{self.paths[shard]} was changed while it was in use: start again")
-            self._open[shard] = (RandomFile(self.paths[shard]), index)
+            facts = {name: index[name].fill_null(ABSENT).to_numpy() for name in index.column_names if name != "key"}
+            facts["key"] = index["key"].to_pylist()
+            self._open[shard] = (RandomFile(self.paths[shard]), facts)
         self._open.move_to_end(shard)
         while len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)

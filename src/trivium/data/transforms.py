@@ -120,7 +120,7 @@ class ImageTransform:
             raise TriviumError(f"no crop {self.crop!r} for an image transform: use {' or '.join(get_args(Crop))}")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+            if not isinstance(values, tuple) or [isinstance(value, int | float) for value in values] != [True] * 3:
                 raise TriviumError(f"the {name} of an image transform must be three numbers, not {values!r}")
         if not all(value > 0 for value in self.std):
             raise TriviumError(f"the std of an image transform must be above 0, not {self.std!r}")
@@ -134,7 +134,7 @@ class ImageTransform:
         if self.crop == "center":
             short = min(height, width)
             height, width = self.size * height // short, self.size * width // short
-            top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+            top, left = (height - self.size) // 2, (width - self.size) // 2
             image_HWC = resize(image_HWC, (height, width), filter=self.filter)
             image_HWC = image_HWC[top : top + self.size, left : left + self.size]
         elif (height, width) != (self.size, self.size):

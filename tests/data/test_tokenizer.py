@@ -1,0 +1,298 @@
+"""Tokenizers: BERT's behaviour to the id, learned vocabularies that repeat, files of other languages."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
+from trivium.errors import TriviumError
+
+CAPTIONS = [
+    "A red mug on a wooden table .",
+    "Two dogs are running through the snow.",
+    "The lighthouse's lamp, unlit (at noon)!",
+    "a café in München serves naïve crêpes",
+    "dogs running, mugs standing, tables turning",
+    "snow on the wooden lighthouse",
+] * 3
+GERMAN = ["Ein roter Becher auf dem Holztisch", "Zwei Hunde laufen durch den Schnee", "Straßenbahn in München"] * 4
+JAPANESE = ["木のテーブルの上の赤いマグカップ", "二匹の犬が雪の中を走っている", "海辺の灯台と青い空"] * 4
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> list[str]:
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789.,!?()'-\"çñüöß木赤い")
+    words = ["red", "mug", "dog", "the", "on", "wooden", "light", "##house", "##s", "##ing", "run", "##n", "table"]
+    pieces = [*BERT_SPECIALS, *words, *letters, *(f"##{letter}" for letter in letters if letter.isalnum())]
+    return list(dict.fromkeys(pieces))
+
+
+def reference(vocabulary: list[str], folder: Path, lowercase: bool) -> object:
+    from transformers import BertTokenizerFast
+
+    file = folder / "vocab.txt"
+    file.write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    return BertTokenizerFast(vocab=str(file), do_lower_case=lowercase)
+
+
+HARD = [
+    *CAPTIONS,
+    *JAPANESE,
+    "",
+    "   ",
+    "unwanted\u200brunning\tred\nmug\x00dog\ufffd",
+    "RED Mug-DOG's ÇA ÑU Üöß",
+    "[MASK] red [SEP] mug",
+    "x" * 101,
+    "e\u0301 \u1e9e 🐕‍🦺 ２３",
+]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_word_pieces_are_berts(vocabulary: list[str], tmp_path: Path, lowercase: bool) -> None:
+    bert = reference(vocabulary, tmp_path, lowercase)
+    ours = Tokenizer.wordpiece(vocabulary, lowercase)
+    for max_length in (512, 6):
+        theirs = bert(HARD, max_length=max_length, truncation=True)["input_ids"]  # type: ignore[operator]
+        assert ours.encode(HARD, max_length) == theirs
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=40))
+def test_word_pieces_are_berts_on_any_text(
+    text: str, vocabulary: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if not hasattr(test_word_pieces_are_berts_on_any_text, "bert"):
+        bert = reference(vocabulary, tmp_path_factory.mktemp("bert"), True)
+        test_word_pieces_are_berts_on_any_text.bert = bert  # type: ignore[attr-defined]
+    bert = test_word_pieces_are_berts_on_any_text.bert  # type: ignore[attr-defined]
+    assert Tokenizer.wordpiece(vocabulary).encode([text], 512) == bert([text])["input_ids"]
+
+
+def test_a_cut_text_keeps_its_ends(vocabulary: list[str]) -> None:
+    tokenizer = Tokenizer.wordpiece(vocabulary)
+    [ids] = tokenizer.encode(["red mug on the wooden table"], max_length=4)
+    assert ids == [tokenizer.cls_id, vocabulary.index("red"), vocabulary.index("mug"), tokenizer.sep_id]
+    assert tokenizer.encode(["red"], max_length=2) == [[tokenizer.cls_id, tokenizer.sep_id]]
+
+
+def test_padding(vocabulary: list[str]) -> None:
+    tokenizer = Tokenizer.wordpiece(vocabulary)
+    ids_BT, mask_BT = tokenizer.pad([[2, 7, 3], [2, 3]])
+    assert ids_BT.tolist() == [[2, 7, 3], [2, 3, tokenizer.pad_id]]
+    assert mask_BT.tolist() == [[True, True, True], [True, True, False]]
+    assert (ids_BT.dtype, mask_BT.dtype) == (torch.int64, torch.bool)
+    assert tokenizer.pad([[2, 3]], length=5)[0].shape == (1, 5)
+
+
+def test_decode_leaves_special_tokens_out(vocabulary: list[str]) -> None:
+    tokenizer = Tokenizer.wordpiece(vocabulary)
+    [ids] = tokenizer.encode(["red lighthouse"], 10)
+    assert tokenizer.decode(ids) == tokenizer.decode(torch.tensor(ids)) == "red lighthouse"
+
+
+def test_roles_and_what_continues_a_word(vocabulary: list[str]) -> None:
+    tokenizer = Tokenizer.wordpiece(vocabulary)
+    assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id) == (
+        0,
+        1,
+        2,
+        3,
+        4,
+    )
+    assert tokenizer.special_ids == (0, 1, 2, 3, 4)
+    assert tokenizer.vocab_size == len(vocabulary)
+    assert tokenizer.continues.tolist() == [piece.startswith("##") for piece in vocabulary]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [(["a", "b", "a"], "'a' twice"), (["[PAD]", "[UNK]", "a"], r"lacks \[CLS\], \[SEP\], \[MASK\]")],
+)
+def test_a_wrong_vocabulary(pieces: list[str], message: str) -> None:
+    with pytest.raises(TriviumError, match=message):
+        Tokenizer.wordpiece(pieces)
+
+
+# --------------------------------------------------------------------------------------------------- learned
+
+LEARN = """
+import json, sys
+from trivium.data.tokenizer import Tokenizer
+texts = json.loads(sys.stdin.read())
+tokenizer = Tokenizer.train(texts, 150)
+print(json.dumps([tokenizer._tokenizer.id_to_token(number) for number in range(tokenizer.vocab_size)]))
+"""
+
+
+def test_the_same_text_in_any_order_and_process_gives_the_same_vocabulary() -> None:
+    """Each process has its own hash seeds, in Python and in the library."""
+    vocabularies = set()
+    for seed in range(2):
+        texts = random.Random(seed).sample(CAPTIONS + GERMAN, len(CAPTIONS + GERMAN))
+        run = subprocess.run(
+            [sys.executable, "-c", LEARN], input=json.dumps(texts), capture_output=True, text=True, check=True
+        )
+        vocabularies.add(run.stdout)
+    assert len(vocabularies) == 1
+    pieces = json.loads(vocabularies.pop())
+    assert pieces[:5] == list(BERT_SPECIALS)
+    assert len(pieces) == 150
+
+
+def test_a_learned_vocabulary_covers_its_text() -> None:
+    tokenizer = Tokenizer.train(CAPTIONS + GERMAN + JAPANESE, 400)
+    encoded = tokenizer.encode(CAPTIONS + GERMAN + JAPANESE, 512)
+    assert not any(tokenizer.unk_id in ids for ids in encoded)
+    [lighthouse] = tokenizer.encode(["lighthouse"], 10)
+    assert len(lighthouse) == 3  # frequent enough for a piece of its own
+    assert tokenizer.special_ids == (0, 1, 2, 3, 4)
+
+
+def test_a_vocabulary_too_small_for_its_characters() -> None:
+    with pytest.raises(TriviumError, match="vocabulary of 20 cannot hold the characters"):
+        Tokenizer.train(CAPTIONS, 20)
+
+
+# ----------------------------------------------------------------------------------------------------- files
+
+
+def unigram(texts: list[str], folder: Path) -> Path:
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("texts", [GERMAN, JAPANESE], ids=["german", "japanese"])
+def test_a_unigram_file_of_another_language(texts: list[str], tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(unigram(texts, tmp_path))
+    [ids] = tokenizer.encode(texts[:1], 64)  # the file's own truncation to 3 and padding to 9 do not count
+    assert (ids[0], ids[-1]) == (tokenizer.cls_id, tokenizer.sep_id) == (0, 2)
+    assert tokenizer.decode(ids) == texts[0]
+    assert tokenizer.unk_id not in ids
+    assert (tokenizer.pad_id, tokenizer.mask_id) == (1, 4)
+    pieces = [tokenizer._tokenizer.id_to_token(number) for number in ids[1:-1]]
+    assert [bool(tokenizer.continues[number]) for number in ids[1:-1]] == [piece[0] != "▁" for piece in pieces]
+    assert not tokenizer.continues[list(tokenizer.special_ids)].any()
+
+
+def bytelevel_bpe(texts: list[str], folder: Path, **options: object) -> Path:
+    tokenizer = tokenizers.Tokenizer(models.BPE(**options))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<pad>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_a_byte_level_file_and_a_missing_mask(tmp_path: Path) -> None:
+    file = bytelevel_bpe(GERMAN + JAPANESE, tmp_path)
+    tokenizer = Tokenizer.from_file(file)
+    [ids] = tokenizer.encode(["Zwei Hunde"], 64)
+    starts = [number for number in ids[1:-1] if not tokenizer.continues[number]]
+    assert len(starts) == 2
+    with pytest.raises(TriviumError, match=r"tokenizer.json has no mask token: .* must hold \[MASK\] or <mask>$"):
+        _ = tokenizer.mask_id
+
+
+def test_a_file_that_marks_ends_of_words_cannot_mask_whole_words(tmp_path: Path) -> None:
+    vocabulary = {"<s>": 0, "</s>": 1, "a</w>": 2, "b": 3}
+    tokenizers.Tokenizer(models.BPE(vocabulary, [], end_of_word_suffix="</w>")).save(str(tmp_path / "clip.json"))
+    with pytest.raises(TriviumError, match=r"clip.json marks where a word ends"):
+        _ = Tokenizer.from_file(tmp_path / "clip.json").continues
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model": {"type": "Magic"}}', "\xff"])
+def test_a_broken_file(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(TriviumError, match=r"tokenizer\.json"):
+        Tokenizer.from_file(file)
+    with pytest.raises(TriviumError, match="does not exist"):
+        Tokenizer.from_file(tmp_path / "none.json")
+
+
+def test_saved_loaded_and_pickled_it_stays_the_same(vocabulary: list[str], tmp_path: Path) -> None:
+    tokenizer = Tokenizer.wordpiece(vocabulary)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+    for copy in (Tokenizer.from_file(tmp_path / "tokenizer.json"), pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.encode(HARD, 30) == tokenizer.encode(HARD, 30)
+        assert copy.special_ids == tokenizer.special_ids
+        assert copy.continues.tolist() == tokenizer.continues.tolist()
+
+
+def test_a_saved_file_makes_whole_sequences_in_other_programs(vocabulary: list[str], tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.wordpiece(vocabulary)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    other = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert other(CAPTIONS)["input_ids"] == tokenizer.encode(CAPTIONS, 512)
+
+
+def test_a_full_disk_leaves_the_old_file(
+    vocabulary: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        Tokenizer.wordpiece(vocabulary).save(file)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+FORK = """
+import os
+from trivium.data.tokenizer import Tokenizer
+tokenizer = Tokenizer.train(["a red mug"] * 9, 40)
+ids = tokenizer.encode(["a red mug"] * 1000, 8)
+child = os.fork()
+if child == 0:
+    os._exit(0 if tokenizer.encode(["a red mug"] * 1000, 8) == ids else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_worker_encodes_without_a_word() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    run = subprocess.run([sys.executable, "-c", FORK], env=environment, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_nothing_warns(vocabulary: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Tokenizer.wordpiece(vocabulary).encode(HARD, 16)
