@@ -155,4 +155,4 @@ def _show_warnings_as_sentences() -> None:
     warnings.showwarning = show
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", category=UserWarning, module=r"(trivium|__main__)(\..*)?$")
+        warnings.filterwarnings("default", category=UserWarning, module=r"trivium(\..*)?$")

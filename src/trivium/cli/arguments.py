@@ -68,7 +68,7 @@ def _binding(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints[name]
         if parameter.kind is not parameter.KEYWORD_ONLY:
-            hint = tyro.conf.Positional[hint]  # type: ignore[misc]
+            hint = tyro.conf.Positional[hint]  # type: ignore[misc, valid-type]
         if name != "overrides":
             parameters.append(parameter.replace(annotation=hint))
     del bound.__wrapped__
