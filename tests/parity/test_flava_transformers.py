@@ -7,19 +7,21 @@ is zero, stay below 1e-9 and 1e-6 of the norm of their key weight's gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import FlavaConfig as TheirConfig
-from transformers import FlavaForPreTraining
+from transformers import FlavaForPreTraining, FlavaImageCodebook, FlavaImageCodebookConfig
 
 from tests.flava_batches import TINY, flava_method, make_batch, random_flava
+from trivium.convert.dalle import to_hf as codebook_to_hf
 from trivium.convert.flava import config_from_hf, config_to_hf, from_hf, to_hf
+from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.flava import Flava, FlavaConfig
-from trivium.train.protocol import Batch, Key
+from trivium.train.protocol import Batch, Images, Key
 from trivium.train.step import backward
 
 BASE = FlavaConfig()
@@ -278,3 +280,34 @@ def test_segments_of_a_text_agree() -> None:
     mine = ours.encode_text(text.ids_BT, text.mask_BT, segments_BT).tokens
     there = theirs.flava.text_model(text.ids_BT, attention_mask=text.mask_BT.long(), token_type_ids=segments_BT)
     assert torch.allclose(mine, there.last_hidden_state, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", [Case("images"), Case("pairs", false_rows=(1,))], ids=["images", "pairs"])
+def test_codes_made_during_the_step_agree_with_the_image_codebook(case: Case) -> None:
+    ours, theirs = both_models(TINY, torch.float64)
+    tokenizer = DVae(DVaeConfig(width=16, num_codes=TINY.num_codes)).double()
+    view = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)  # a picture of its own: the tokenizer's view
+    mapped = 0.8 * view.double() / 255 + 0.1
+    with torch.no_grad():  # or else one code is the largest everywhere
+        tokenizer.encoder.head.bias -= tokenizer.encoder(mapped).mean((0, 2, 3))
+    state, config = codebook_to_hf(tokenizer)
+    theirs.image_codebook = FlavaImageCodebook(FlavaImageCodebookConfig(**config)).double()
+    theirs.image_codebook.load_state_dict(state)
+
+    batch = make_batch(case.stream, 4, false_rows=case.false_rows, padded=case.padded)
+    arguments = their_arguments(batch, case)
+    del arguments["mim_labels"]
+    output = theirs(**arguments, codebook_pixel_values=mapped)
+    output.loss.backward()
+
+    targets = {name: target for name, target in batch.targets.items() if name != "codes"}
+    batch = replace(batch, images=(*batch.images, Images(view, batch.images[0].same_B)), targets=targets)
+    method = flava_method(ours)
+    method.image_tokenizer = tokenizer.frozen(torch.float64)
+    codes_BN = method.codes(batch, torch.arange(4))
+    assert torch.equal(codes_BN, theirs.image_codebook.get_codebook_indices(mapped).flatten(1))
+    assert len(codes_BN.unique()) > 3
+    sums, counts, _ = backward(method, [batch], Key(0, case.stream, 0))
+    name = "mim" if case.stream == "images" else "mmm_image"
+    assert float(sums[name] / counts[name]) == pytest.approx(output.loss_info[name].item(), rel=1e-9)
+    assert_same_gradients(ours, theirs)
