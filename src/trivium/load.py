@@ -14,12 +14,14 @@ B batch, C channels, H height, W width, T text tokens.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -397,3 +399,13 @@ def _repeated(encoded: Encoded, rows: int) -> Encoded:
         return encoded
     mask = None if encoded.mask is None else encoded.mask.expand(rows, -1)
     return Encoded(encoded.states.expand(rows, -1, -1), mask, encoded._norm, encoded._projection)
+
+
+class _CallableModule(ModuleType):
+    """Importing `trivium.load` puts this module where users expect the function: so calling it is calling that."""
+
+    def __call__(self, path: str | Path, device: str | torch.device = "cpu") -> Bundle:
+        return load(path, device)
+
+
+sys.modules[__name__].__class__ = _CallableModule
