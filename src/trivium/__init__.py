@@ -19,7 +19,9 @@ __all__ = ["Bundle", "TriviumError", "__version__", "load"]
 
 def __getattr__(name: str) -> object:
     if name in ("load", "Bundle"):
-        from trivium import load as module
+        import importlib
 
+        module = importlib.import_module("trivium.load")
+        globals()["load"] = module.load
         return getattr(module, name)
     raise AttributeError(f"module 'trivium' has no attribute {name!r}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from drawn import DrawnSource, tokenizer
 from torch import Tensor
 
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextCollate, TextInput
-from trivium.data.loader import SkipMeter, StreamReader, evaluation_batches, worker_failure
+from trivium.data.loader import StreamReader, evaluation_batches, worker_failure
 from trivium.data.mixture import StreamMixture
 from trivium.data.order import Order, pair_rows
 from trivium.data.views import Views
@@ -206,40 +204,6 @@ def batch_with(size: int, bad: int) -> Batch:
     return Batch(
         "pairs", torch.arange(size), torch.arange(size), bad=tuple(f"a.tar (x{n}.jpg): cut" for n in range(bad))
     )
-
-
-def test_the_meter_writes_what_was_replaced(tmp_path: Path) -> None:
-    meter = SkipMeter(tmp_path / "skipped.jsonl")
-    meter.count(4, [batch_with(100, 0), batch_with(100, 2)])
-    meter.count(5, [batch_with(100, 1)])
-    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert lines == [
-        {"step": step, "stream": "pairs", "sample": f"a.tar (x{n}.jpg): cut"} for step, n in [(4, 0), (4, 1), (5, 0)]
-    ]
-    assert meter.total == 3
-
-
-def test_the_meter_is_fatal_above_one_per_cent() -> None:
-    meter = SkipMeter(None)
-    for step in range(99):
-        meter.count(step, [batch_with(100, 1)])  # just 1 %: 99 of 9,900
-    meter.count(99, [batch_with(100, 1)])
-    with pytest.raises(
-        TriviumError, match=r"^101 of the last 10000 samples could not be read, more than 1\.0%.*x1\.jpg"
-    ):
-        meter.count(100, [batch_with(100, 2)])
-
-
-def test_the_meter_forgets_what_lies_behind_its_window() -> None:
-    meter = SkipMeter(None)
-    meter.count(0, [batch_with(4000, 20)])
-    for step in range(1, 40):
-        meter.count(step, [batch_with(1000, 0)])
-    meter.count(40, [batch_with(1000, 90)])  # 110 in all, 90 of them recent
-    early = SkipMeter(None)
-    early.count(0, [batch_with(100, 20)])  # a small number is no rate yet
-    with pytest.raises(TriviumError, match="21 of the last 200"):
-        early.count(1, [batch_with(100, 1)])
 
 
 def test_evaluation_repeats_and_names_what_it_leaves_out() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from trivium.recipes import RECIPES
 from trivium.recipes.finish import finish
 from trivium.recipes.flava import Prepared
 from trivium.train import checkpoint, config, trainer
+from trivium.train.budget import largest_micro_batch
 
 
 def pretrain(
@@ -69,14 +69,19 @@ def _resume(out: Path | None, changes: Mapping[str, Any]) -> int:
 
 
 def with_budget(prepared: Prepared) -> Prepared:
-    """Turn a time budget into a step count, once, before the run: it is written down as the run's steps."""
-    minutes = prepared.recipe.train.minutes
-    if minutes is None:
-        return prepared
-    steps = trainer.steps_in(prepared.run, minutes)
-    print(f"{minutes:g} minutes are about {steps} steps on this machine", file=sys.stderr)
-    settled = replace(prepared.recipe, train=replace(prepared.recipe.train, steps=steps, minutes=None))
-    return prepared.settled(settled)
+    """Settle what depends on this machine, once and before the run, and write it down as the run's own values:
+    the largest micro-batch that fits ("auto"), and how many steps fit into a time budget."""
+    settings = prepared.recipe.train
+    if settings.micro_batch == "auto":
+        batch = prepared.recipe.data.batch
+        rows = largest_micro_batch(lambda rows: trainer.try_streams(prepared.with_train(micro_batch=rows).run), batch)
+        prepared = prepared.with_train(micro_batch=rows)
+        print(f"micro-batches of {rows} of {batch} samples fit into memory", file=sys.stderr)
+    if settings.minutes is not None:
+        steps = trainer.steps_in(prepared.run, settings.minutes)
+        prepared = prepared.with_train(steps=steps, minutes=None)
+        print(f"{settings.minutes:g} minutes are about {steps} steps on this machine", file=sys.stderr)
+    return prepared
 
 
 def run(prepared: Prepared, out: Path, *, resume: bool = False) -> int:

@@ -21,6 +21,7 @@ from trivium.data.codes import CodeCache, picture_digest
 from trivium.data.masking import block_mask, mask_tokens
 from trivium.data.order import Draws
 from trivium.data.tokenizer import Tokenizer
+from trivium.data.transforms import color_jitter
 from trivium.data.views import WHOLE, Views
 from trivium.errors import BadSample, TriviumError
 from trivium.train.protocol import Batch, Images, Sample, Texts
@@ -48,6 +49,7 @@ class ImageInput:
     views: Views
     patch: int  # pixels on a side
     codes: CodeCache | None = None  # then the crops are the cache's own
+    color_jitter: float = 0.0  # strength of random changes of colour, in training alone (see transforms.py)
     cache_bytes: int = 0  # memory of each worker for decoded pictures; changes the speed alone
     _decoded: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
     _free_bytes: int = field(init=False, repr=False)
@@ -88,6 +90,9 @@ class ImageInput:
         grid = self.views.size // self.patch
         mask_N = block_mask(draws.generator("patches"), grid, grid)
         pixels_CHW = self.views.for_model(picture_HWC, view)
+        if train and self.color_jitter:
+            pixels_HWC = color_jitter(draws.generator("color"), pixels_CHW.transpose(1, 2, 0), self.color_jitter)
+            pixels_CHW = np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
         return PreparedImage(pixels_CHW, codebook_CHW, mask_N, codes_N, sample["same_image"])
 
     def _decode(self, data: bytes, digest: bytes) -> np.ndarray:

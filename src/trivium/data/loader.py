@@ -10,11 +10,9 @@ A sample that cannot be read is replaced by another (by seed, stream, place and 
 
 from __future__ import annotations
 
-import json
 import resource
-from collections import deque
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -150,6 +148,13 @@ class _Index(torch.utils.data.Sampler[Any]):
         return iter(self.numbers())
 
 
+def _leave_stopping_to_the_trainer(worker: int) -> None:
+    """Ctrl-C, and the SIGTERM that a scheduler sends to a whole process group, reach workers too: a worker that died of
+    it would break the step that the trainer still wants to finish and save. It ends workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def micro_batches(
     readers: dict[str, StreamReader], numbers: Callable[[], Iterable[tuple[str, int, int]]], workers: int
 ) -> Iterator[Batch]:
@@ -165,6 +170,7 @@ def micro_batches(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_leave_stopping_to_the_trainer,
         generator=torch.Generator(),  # else it would draw from torch's global one
     )
     try:
@@ -199,56 +205,6 @@ def _allow_open_files() -> None:
     wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-# --------------------------------------------------------------------------------------- unreadable samples
-
-
-class SkipMeter:
-    """Counts replaced samples when their batch is consumed (not when it is prefetched), and says when it is too many.
-
-    path: skipped.jsonl, one line for each replaced sample, appended. A run that resumes counts anew and may write
-    the lines of a repeated step again; each line tells its step. Every process counts what it reads itself.
-    """
-
-    def __init__(self, path: str | Path | None, rate: float = 0.01, window: int = 10_000, at_least: int = 20) -> None:
-        """Fatal: more than `rate` of the last `window` samples, and more than `at_least` of them."""
-        self.path = None if path is None else Path(path)
-        self.rate = rate
-        self.window = window
-        self.at_least = at_least
-        self.total = 0  # replaced so far
-        self._recent: deque[tuple[int, int]] = deque()  # (samples, replaced) of each batch in the window
-        self._recent_samples = 0
-        self._recent_bad = 0
-        self._last: deque[str] = deque(maxlen=3)
-
-    def count(self, step: int, batches: Sequence[Batch]) -> None:
-        """Take note of the micro-batches of one step. Raises TriviumError above the rate."""
-        for batch in batches:
-            self._recent.append((len(batch), len(batch.bad)))
-            self._recent_samples += len(batch)
-            self._recent_bad += len(batch.bad)
-            while self._recent_samples - self._recent[0][0] >= self.window:
-                samples, bad = self._recent.popleft()
-                self._recent_samples -= samples
-                self._recent_bad -= bad
-            if batch.bad:
-                self.total += len(batch.bad)
-                self._last.extend(batch.bad)
-                self._write(step, batch)
-        if self._recent_bad > max(self.at_least, self.rate * self._recent_samples):
-            raise TriviumError(
-                f"{self._recent_bad} of the last {self._recent_samples} samples could not be read, more than"
-                f" {self.rate:.1%}: check the data; the last were {'; '.join(self._last)}"
-            )
-
-    def _write(self, step: int, batch: Batch) -> None:
-        if self.path is None:
-            return
-        lines = [json.dumps({"step": step, "stream": batch.stream, "sample": why}) + "\n" for why in batch.bad]
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(lines))
 
 
 # ---------------------------------------------------------------------------------------------- evaluation

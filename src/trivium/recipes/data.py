@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trivium import load
 from trivium.data import embedded
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextCollate, TextInput
 from trivium.data.decode import DecodeError
@@ -19,6 +18,7 @@ from trivium.data.sources import open_source
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.views import WHOLE, Views
 from trivium.errors import BadSample, TriviumError
+from trivium.load import load_image_tokenizer
 from trivium.models.dvae import DVae
 from trivium.models.flava import FlavaConfig
 from trivium.models.patch_codebook import PatchCodebook
@@ -128,7 +128,7 @@ def make_image_tokenizer(
     Raises TriviumError where there is no picture to learn from.
     """
     if data.image_tokenizer != "patches":
-        return load.load_image_tokenizer(data.image_tokenizer)
+        return load_image_tokenizer(data.image_tokenizer)
     pictures = []
     for source in (sources.pairs, sources.images):
         for row in _spread(source, PICTURES_FOR_CODEBOOK // 2):
@@ -147,7 +147,7 @@ def make_image_tokenizer(
 
 def make_streams(data: Data, sources: Sources, views: Views, patch: int, tokenizer: Tokenizer) -> list[Stream]:
     """FLAVA's three streams, those whose data is there. Micro-batches are whole batches until the trainer says so."""
-    image = ImageInput(views, patch, cache_bytes=data.cache_megabytes << 20)
+    image = ImageInput(views, patch, color_jitter=data.color_jitter, cache_bytes=data.cache_megabytes << 20)
     text = TextInput(tokenizer, data.max_length, whole_words=data.whole_words)
     members = (
         ("pairs", sources.pairs, PairCollate(image, text, data.false_pairs), data.pairs_ratio),

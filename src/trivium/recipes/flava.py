@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trivium import load
 from trivium.data.loader import evaluation_batches
 from trivium.data.mixture import StreamMixture
 from trivium.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
+from trivium.load import Bundle, load
 from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
 from trivium.recipes.data import (
@@ -100,15 +102,29 @@ class Prepared:
 
     recipe: FlavaRecipe  # as it runs: with the vocabulary and the codes that were found
     run: Run
-    bundle: load.Bundle  # of the model that is being trained
+    bundle: Bundle  # of the model that is being trained
     validation: dict[str, list[Batch]]  # stream -> held-out batches
+    mixture_of: Callable[[Train], StreamMixture]
+    name: str  # of the recipe, and its arguments, as config.json states them
+    arguments: dict[str, Any]
+
+    def with_train(self, **changes: Any) -> Prepared:
+        """The same with some values of `train` settled: nothing is opened or learned again."""
+        recipe = replace(self.recipe, train=replace(self.recipe.train, **changes))
+        run = replace(
+            self.run,
+            train=recipe.train,
+            mixture=self.mixture_of(recipe.train),
+            config=Config(self.name, self.arguments, leaves(recipe)),
+        )
+        return replace(self, recipe=recipe, run=run)
 
 
 def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> Prepared:
     data, seed = recipe.data, recipe.train.seed
     sources = open_sources(data)
     start_from = resume_from or recipe.init
-    start = None if start_from is None else load.load(start_from)
+    start = None if start_from is None else load(start_from)
     if start is not None and not isinstance(start.model, Flava):
         raise TriviumError(f"{start_from} holds a model of the family {start.family}, not FLAVA")
 
@@ -131,19 +147,21 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     )
 
     model = Flava(model_config)
-    initialise(model, seed)
+    initialise(model, seed, std=0.02 * math.sqrt(768 / model_config.width))  # 0.02 at the published width
     if start is not None:
         model.load_state_dict(start.model.state_dict())
     weights = {loss: getattr(recipe.objectives, loss) for loss in LOSSES}
     method = FlavaMethod(model, image_tokenizer, Pixels(CLIP_MEAN, CLIP_STD), weights, recipe.objectives.masked_share)
     transform = ImageTransform(model_config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
-    bundle = load.Bundle("flava", model, tokenizer, transform, image_tokenizer, labels=None, max_length=data.max_length)
+    bundle = Bundle("flava", model, tokenizer, transform, image_tokenizer, labels=None, max_length=data.max_length)
 
     patch = model_config.patch_size
     streams = make_streams(data, sources, views, patch, tokenizer)
-    if isinstance(recipe.train.micro_batch, int):
-        streams = [replace(stream, micro_batch=recipe.train.micro_batch) for stream in streams]
-    mixture = StreamMixture(streams, seed, data.schedule, recipe.train.workers)
+
+    def mixture_of(train: Train) -> StreamMixture:
+        rows = train.micro_batch if isinstance(train.micro_batch, int) else data.batch
+        return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, data.schedule, train.workers)
+
     validation = {
         stream: list(evaluation_batches(source, collate, data.batch, _whole_batches(source, recipe), stream))
         for stream, source, collate in validation_streams(data, sources, views, patch, tokenizer)
@@ -151,7 +169,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     recipe = replace(recipe, model=model_config)
     run = Run(
         method,
-        mixture,
+        mixture_of(recipe.train),
         recipe.optim,
         recipe.train,
         export=bundle.save,
@@ -159,7 +177,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         evaluate=lambda method: {"losses": validation_losses(method, validation, seed)},
         blocks=model.blocks,
     )
-    return Prepared(recipe, run, bundle, validation)
+    return Prepared(recipe, run, bundle, validation, mixture_of, name, arguments)
 
 
 def _whole_batches(source: Source, recipe: FlavaRecipe) -> int:

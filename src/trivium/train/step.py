@@ -108,8 +108,8 @@ def step(
 ) -> StepResult:
     """One update from this process's micro-batches of one global batch.
 
-    A gradient or a loss that is not finite on any process skips the update on all of them: parameters, optimizer and every
-    other state stay as they were to the bit.
+    A gradient or a loss that is not finite on any process skips the update on all of them: parameters, optimizer and
+    every other state stay as they were to the bit.
 
     Args:
         clip: "none"; "global": scale all gradients to a joint norm of at most `clip_norm`; "per_tensor": each.
