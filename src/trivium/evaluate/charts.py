@@ -1,0 +1,115 @@
+"""Charts of a report: matplotlib figures as SVG inside data URIs, so that a page needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+INK, QUIET, LINE, ACCENT = "#22303c", "#7b8794", "#e4e7eb", "#1f7a8c"
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "svg.hashsalt": "trivium",  # the same chart gives the same bytes
+    "text.color": INK,
+    "axes.labelcolor": QUIET,
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+}
+SMOOTHED = 30  # points of a curve that are left after averaging neighbours
+
+Curve = Sequence[tuple[float, float]]  # (step, loss), by step
+
+
+def png_uri(picture_HWC: np.ndarray) -> str:
+    """uint8 [H, W, 3] as a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture_HWC).save(buffer, "PNG", optimize=True)
+    return uri("image/png", buffer.getvalue())
+
+
+def uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def loss_curve(title: str, curve: Curve, chance: float | None, final: float | None) -> str:
+    """One small chart: training loss over steps (log scale), chance dashed, the held-out loss at the end as a dot."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.1, 2.1), layout="constrained")
+        axes = figure.subplots()
+        points = np.asarray([point for point in curve if np.isfinite(point[1])], dtype=float).reshape(-1, 2)
+        if len(points):
+            axes.plot(points[:, 0], points[:, 1], color=ACCENT, alpha=0.25, linewidth=0.8)
+            smooth = _smoothed(points)
+            axes.plot(smooth[:, 0], smooth[:, 1], color=ACCENT, linewidth=1.8)
+            axes.set_xscale("log")
+        if chance is not None:
+            axes.axhline(chance, color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
+            axes.annotate(
+                "chance", (1, chance), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
+                ha="right", fontsize=8, color=QUIET,
+            )  # fmt: skip
+        if final is not None and np.isfinite(final) and len(points):
+            axes.plot(points[-1, 0], final, "o", color=INK, markersize=4, clip_on=False)
+        _limits(axes, points, [value for value in (chance, final) if value is not None])
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
+        return _svg(figure)
+
+
+def bars(rows: Mapping[str, tuple[float, float | None, float | None]], marked: str | None = None) -> str:
+    """Horizontal bars of shares, each (value, low, high) with its interval as a whisker; `marked` in the accent."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 0.36 * len(rows) + 0.5), layout="constrained")
+        axes = figure.subplots()
+        for place, (name, (value, low, high)) in enumerate(rows.items()):
+            axes.barh(place, 100 * value, color=ACCENT if name == marked else "#b8c4ce", height=0.62)
+            end = 100 * value
+            if low is not None and high is not None:
+                axes.plot([100 * low, 100 * high], [place, place], color=INK, linewidth=1)
+                end = 100 * high
+            axes.annotate(f"{100 * value:.1f} %", (end, place), xytext=(5, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(rows)), list(rows), color=INK)
+        axes.invert_yaxis()
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0, labelbottom=False)
+        axes.margins(x=0.12)
+        return _svg(figure)
+
+
+def _smoothed(points: np.ndarray) -> np.ndarray:
+    """Means of neighbours, in bins of equal width on the log axis."""
+    if len(points) <= SMOOTHED:
+        return points
+    edges = np.geomspace(max(points[0, 0], 1), points[-1, 0] + 1, SMOOTHED + 1)
+    bins = np.digitize(points[:, 0], edges)
+    return np.array([points[bins == number].mean(axis=0) for number in np.unique(bins)])
+
+
+def _limits(axes: Axes, points: np.ndarray, others: list[float]) -> None:
+    """The first steps of a run can stand far above the rest: they may leave the picture, chance may not."""
+    values = [value for value in others if np.isfinite(value)]
+    if len(points):
+        values += [float(points[:, 1].min()), float(np.quantile(points[:, 1], 0.98))]
+    if values:
+        room = 0.08 * (max(values) - min(values) or 1)
+        axes.set_ylim(min(values) - room, max(values) + room)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return uri("image/svg+xml", buffer.getvalue())

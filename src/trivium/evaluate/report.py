@@ -1,0 +1,229 @@
+"""One self-contained HTML page of what a model learned: no network, no other file, readable on a phone and on paper."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from trivium.evaluate import charts
+from trivium.evaluate.embedded import HEADLINE_READING, Evaluation
+from trivium.evaluate.results import Result, write_whole
+
+LOSS_TITLES = {
+    "contrastive": ("Contrastive", "find a picture's own words among those of the whole batch, and the reverse"),
+    "itm": ("Matching (ITM)", "say whether a picture and a text belong together"),
+    "mim": ("Masked picture (MIM)", "guess hidden patches of a picture from the patches around"),
+    "mlm": ("Masked text (MLM)", "guess hidden words of a text from the words around"),
+    "mmm_image": ("Masked picture, with text (MMM)", "guess hidden patches from the rest and the caption"),
+    "mmm_text": ("Masked text, with picture (MMM)", "guess hidden words of a caption from the rest and the picture"),
+}
+READING_TITLES = {
+    "projected": "projected (space shared with text)",
+    "class_token": "class token",
+    "mean_of_patches": "mean of patches",
+    "pixels": "16 × 16 pixels, no model",
+}
+CLASSIFIERS = {
+    "zero_shot": ("Zero-shot", "the nearest class name, read as text; no labelled picture used"),
+    "knn": ("Nearest neighbours", "the 20 most similar training drawings vote"),
+    "knn.other_concepts": ("The same, own concept left out", "the same thing in another style may not vote"),
+    "probe": ("Linear probe", "a linear classifier trained on frozen features"),
+}
+
+
+@dataclass
+class Report:
+    """All that a page shows. What is empty has no section."""
+
+    title: str
+    evaluation: Evaluation
+    losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # name -> (final, chance)
+    curves: Mapping[str, charts.Curve] = field(default_factory=dict)  # name -> (step, training loss)
+    seconds: Mapping[str, float] = field(default_factory=dict)  # "train", "total" and other parts of the command
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)  # leaves by their dotted path
+    command: str = ""
+    model_path: str = "RUN"  # how the commands under "Use it" name the model
+    note: str = ""  # a sentence under the headline
+
+
+def read_curves(metrics: Path) -> dict[str, list[tuple[float, float]]]:
+    """Training losses of a run's metrics.jsonl: name -> [(step, loss)]. A line that was cut off by a kill is left out;
+    a file that is not there has no curves."""
+    curves: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            losses = entry.get("losses", {}).items()
+            points = [(name, (float(entry["step"]), float(loss))) for name, loss in losses if loss is not None]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        for name, point in points:
+            curves[name].append(point)
+    return dict(curves)
+
+
+def write(path: Path, report: Report) -> None:
+    """Write the page whole or not at all. Raises TriviumError where the folder cannot be written to."""
+    write_whole(path, render(report))
+
+
+def render(report: Report) -> str:
+    """The page as a string."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "clock": clock, "webp": lambda data: charts.uri("image/webp", data)}
+    evaluation = report.evaluation
+    return environment.get_template("report.html").render(
+        report=report,
+        evaluation=evaluation,
+        headline=headline(evaluation),
+        losses=_losses(report),
+        retrieval=_retrieval(evaluation),
+        readings=_readings(evaluation),
+        classification=_classification(evaluation),
+        matching=[evaluation.results.get("itm.accuracy"), evaluation.results.get("itm.auroc")],
+        reconstructions=[
+            {
+                "name": sample.name,
+                "right": sample.right,
+                "num_masked": sample.num_masked,
+                "pictures": [
+                    (charts.png_uri(picture), label)
+                    for picture, label in (
+                        (sample.original, "original"),
+                        (sample.masked, "what the model sees"),
+                        (sample.from_picture, "its guess"),
+                        (sample.with_name, "its guess, told the name"),
+                        (sample.true_codes, "the true codes"),
+                    )
+                ],
+            }
+            for sample in evaluation.reconstructions
+        ],
+    )
+
+
+def headline(evaluation: Evaluation) -> list[str]:
+    """What the model can do, in a few sentences with numbers."""
+    results, sentences = evaluation.results, []
+    name = "retrieval.style.text_to_image_r10"
+    if name in results:
+        value, chance = results[name].value, evaluation.chance[name]
+        sentences.append(
+            f"Given the name of a thing, this model puts the right drawing among its first ten of 1,678, in a style"
+            f" that it never saw, {percent(value)} of the time: {_times(value, chance)} a blind guess"
+            f" ({percent(chance)})."
+        )
+    if "retrieval.concepts.text_to_image_r10" in results:
+        value = results["retrieval.concepts.text_to_image_r10"].value
+        sentences.append(f"For things that it never saw in any style it is {percent(value)}.")
+    if "knn.group" in results and "itm.auroc" in results:
+        sentences.append(
+            f"It sorts unseen drawings into nine groups with {percent(results['knn.group'].value)} right, and ranks a"
+            f" true pair of picture and name above a false one {percent(results['itm.auroc'].value)} of the time."
+        )
+    return sentences
+
+
+def percent(share: float | None) -> str:
+    if share is None or not math.isfinite(share):
+        return "–"
+    return f"{100 * share:.2f} %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _times(value: float, chance: float) -> str:
+    ratio = value / chance
+    return f"{ratio:.0f} times" if ratio >= 3 else f"{ratio:.1f} times"
+
+
+def _losses(report: Report) -> list[dict[str, Any]]:
+    found = []
+    for name, (title, meaning) in LOSS_TITLES.items():
+        final, chance = report.losses.get(name, (None, None))
+        curve = report.curves.get(name, [])
+        if final is None and not curve:
+            continue
+        below = None if final is None or chance is None or not chance else 1 - final / chance
+        found.append(
+            {
+                "title": title,
+                "meaning": meaning,
+                "final": final,
+                "chance": chance,
+                "below": below,
+                "chart": charts.loss_curve(title, curve, chance, final) if curve else None,
+            }
+        )
+    return found
+
+
+def _retrieval(evaluation: Evaluation) -> list[dict[str, Any]]:
+    rows = []
+    for protocol, title in (("style", "Known things, unseen style"), ("concepts", "Things never seen")):
+        for direction, asked in (("text_to_image", "name → drawing"), ("image_to_text", "drawing → name")):
+            prefix = f"retrieval.{protocol}.{direction}"
+            if f"{prefix}_r1" not in evaluation.results:
+                continue
+            recalls = [evaluation.results[f"{prefix}_r{cutoff}"] for cutoff in (1, 5, 10)]
+            rows.append(
+                {
+                    "title": title,
+                    "asked": asked,
+                    "recalls": recalls,
+                    "median_rank": evaluation.results[f"{prefix}_median_rank"],
+                    "chance": evaluation.chance[f"{prefix}_r10"],
+                }
+            )
+    return rows
+
+
+def _readings(evaluation: Evaluation) -> dict[str, Any] | None:
+    prefix = "retrieval.style.image_to_image"
+    found = {name: evaluation.results.get(f"{prefix}.{name}_r1") for name in READING_TITLES}
+    values = {name: result for name, result in found.items() if result is not None}
+    if not values:
+        return None
+    best = max((name for name in values if name != "pixels"), key=lambda name: values[name].value)
+    rows = {READING_TITLES[name]: (r.value, r.low, r.high) for name, r in values.items()}
+    return {
+        "chart": charts.bars(rows, marked=READING_TITLES[HEADLINE_READING]),
+        "alt": "; ".join(f"{title}: {percent(value)}" for title, (value, _, _) in rows.items()),
+        "best": READING_TITLES[best],
+        "n": values[best].n,
+        "beats_pixels": "pixels" in values and values[best].value > values["pixels"].value,
+    }
+
+
+def _classification(evaluation: Evaluation) -> list[dict[str, Any]]:
+    def entry(name: str) -> tuple[Result, float]:
+        return evaluation.results[name], evaluation.chance[name]
+
+    return [
+        {
+            "title": title,
+            "meaning": meaning,
+            "group": entry(f"{prefix}.group"),
+            "subgroup": entry(f"{prefix}.subgroup"),
+        }
+        for prefix, (title, meaning) in CLASSIFIERS.items()
+        if f"{prefix}.group" in evaluation.results
+    ]

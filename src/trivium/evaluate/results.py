@@ -1,0 +1,139 @@
+"""results.json: every figure of an evaluation under one name, with its interval and the number it rests on.
+
+    {schema, command, version, machine, seconds, results: {name: {value, low, high, n, published?}}}
+
+Intervals are percentile bootstraps (Efron 1979) of 95 %: the units (queries, pictures) are drawn again with
+replacement, always with the same seed, so a report made twice is the same report. N units.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trivium.errors import TriviumError
+
+SCHEMA = 1
+REPLICATES = 1000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Result:
+    """One figure. low and high: the ends of its 95 % interval, None where it has none. n: units it is taken over."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    published: float | None = None  # the same figure in a paper
+
+    def as_json(self) -> dict[str, float | int | None]:
+        entry = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        if self.published is not None:
+            entry["published"] = self.published
+        # JSON knows no NaN: a loss that diverged is null.
+        return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in entry.items()}
+
+
+Results = dict[str, Result]
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], num_units: int, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of a statistic.
+
+    Args:
+        statistic: takes the indices of the units drawn, int64 [N] with repeats, and returns a number.
+    """
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(num_units, size=num_units)) for _ in range(REPLICATES)]
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def mean_of(values: np.ndarray) -> Result:
+    """Mean of one value per unit (a hit, a correct answer), [N], with its interval."""
+    assert len(values), "the mean of nothing"
+    values = np.asarray(values, dtype=np.float64)
+    low, high = bootstrap(lambda drawn: float(values[drawn].mean()), len(values))
+    return Result(float(values.mean()), low, high, len(values))
+
+
+def median_of(values: np.ndarray) -> Result:
+    """Median of one value per unit, [N], with its interval."""
+    assert len(values), "the median of nothing"
+    values = np.asarray(values, dtype=np.float64)
+    low, high = bootstrap(lambda drawn: float(np.median(values[drawn])), len(values))
+    return Result(float(np.median(values)), low, high, len(values))
+
+
+def write(
+    path: Path,
+    results: Mapping[str, Result],
+    *,
+    command: str,
+    version: str,
+    machine: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> None:
+    """Write results.json whole or not at all.
+
+    `seconds` ("train", "total", ...) stands at the top and, as `seconds.train` and so on, among the results.
+
+    Raises:
+        TriviumError: the folder cannot be written to.
+    """
+    timed = {f"seconds.{name}": Result(value) for name, value in seconds.items()}
+    content = {
+        "schema": SCHEMA,
+        "command": command,
+        "version": version,
+        "machine": dict(machine),
+        "seconds": dict(seconds),
+        "results": {name: result.as_json() for name, result in {**timed, **results}.items()},
+    }
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> Results:
+    """The figures of a results.json.
+
+    Raises:
+        TriviumError: there is none, or it is not one of ours.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise TriviumError(f"{path}: schema {content['schema']}, this version reads {SCHEMA}; evaluate again")
+        return {
+            name: Result(**{**entry, "value": math.nan if entry["value"] is None else entry["value"]})
+            for name, entry in content["results"].items()
+        }
+    except OSError as error:
+        raise TriviumError(f"{path} cannot be read ({error.strerror}); evaluate first") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, TriviumError):
+            raise
+        raise TriviumError(f"{path}: not a results.json of ours ({error!r}); evaluate again") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old one or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise TriviumError(f"{path} cannot be written ({error.strerror}): free space or name another folder") from error

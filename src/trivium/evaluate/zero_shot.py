@@ -1,0 +1,40 @@
+"""Zero-shot classification (CLIP, Radford et al. 2021, section 3.1): a class is what its name looks like as text.
+
+    vector of a class = normalise(mean over its prompts of normalise(encode(prompt)));  answer = the nearest class
+
+B pictures, K classes, P prompts of a class, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+TEMPLATES = ("{}", "a picture of {}", "a drawing of {}")
+
+
+def prompts(class_name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
+    """The prompts of a class. A name that lists several things ("food & drink") gives prompts for each of them."""
+    parts = [part.strip() for part in re.split(r"[&/,]", class_name)]
+    return [template.format(part) for part in parts if part for template in templates]
+
+
+def class_vectors(names: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
+    """One vector of unit length per class, [K, D].
+
+    Args:
+        encode: texts -> [number of texts, D], in the space that images and texts share. Called once for all prompts.
+    """
+    of_class = [prompts(name) for name in names]
+    vectors = normalize(encode([prompt for group in of_class for prompt in group]), dim=-1)
+    means = [part.mean(dim=0) for part in vectors.split([len(group) for group in of_class])]
+    return normalize(torch.stack(means), dim=-1)
+
+
+def predict(images_BD: Tensor, classes_KD: Tensor) -> Tensor:
+    """The nearest class by cosine, int64 [B]."""
+    return (normalize(images_BD, dim=-1) @ classes_KD.T).argmax(dim=1)
