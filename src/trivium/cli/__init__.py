@@ -35,7 +35,6 @@ VERBS = {
     "embed": Verb("trivium.cli.embed:embed", "write the embeddings of a folder of pictures to a Parquet file"),
     "search": Verb("trivium.cli.search:search", "find pictures by a text or by another picture"),
     "convert": Verb("trivium.cli.convert:convert", "read and write the layouts of other libraries"),
-    "data": Verb("trivium.cli.data:data", "prepare data: image codes computed once"),
 }
 
 HELP = """\
