@@ -63,7 +63,8 @@ _TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).f
   p { margin: 0; color: #666; font-size: .9rem }
   main { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem }
   figure { margin: 0; border: 1px solid #e3e3e3; border-radius: 8px; overflow: hidden }
-  figure div { height: 11rem; display: flex; align-items: center; justify-content: center; color: #999; font-size: .85rem }
+  figure div { height: 11rem; display: flex; align-items: center; justify-content: center;
+               color: #999; font-size: .85rem }
   figure img { max-width: 100%; max-height: 100% }
   figcaption { padding: .4rem .6rem; font-size: .85rem; overflow-wrap: anywhere; border-top: 1px solid #eee }
   figcaption b { margin-right: .3rem }
