@@ -130,6 +130,9 @@ def test_extra_counting_buffers_are_ignored_and_either_name_of_a_tied_bias_will_
     _, ours = flava.from_hf(theirs, written)
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    theirs["mlm_head.bias"] = torch.ones(len(peers.WORDS))
+    with pytest.raises(TriviumError, match=r"mlm_head\.decoder\.bias and mlm_head\.bias are one tensor"):
+        flava.from_hf(theirs, written)
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,8 @@ def take(state: Mapping[str, Tensor], config: FlavaConfig, rename: Callable[[str
             continue
         left -= set(there)
         pieces = [state[name] for name in there]
+        if place.kind == "tied" and not all(torch.equal(piece, pieces[0]) for piece in pieces):
+            raise TriviumError(f"{' and '.join(there)} are one tensor in FLAVA, but differ here: the file is damaged")
         tensor = torch.cat(pieces) if place.kind == "stacked" else pieces[0]
         wanted = expected[place.ours]
         if tuple(tensor.shape) not in (wanted, place.shape):
