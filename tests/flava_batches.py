@@ -25,13 +25,14 @@ STREAMS = ("pairs", "images", "text")
 
 def random_flava(config: FlavaConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float64) -> Flava:
     """Every tensor drawn, biases, norms, class tokens and positions too: nothing is zero or one by luck."""
-    model = Flava(config).to(dtype)
+    with torch.device("meta"):
+        model = Flava(config).to(dtype)
+    model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name != "logit_scale":
-                centre = 1.0 if name.endswith("norm.weight") else 0.0
-                parameter.copy_(centre + 0.05 * torch.randn(parameter.shape, generator=generator))
+            centre = 1.0 if name.endswith("norm.weight") else 2.6 if name == "logit_scale" else 0.0
+            parameter.copy_(centre + 0.05 * torch.randn(parameter.shape, generator=generator))
         model.text.embeddings.word.weight[config.pad_id] = 0.0
     return model
 

@@ -111,11 +111,14 @@ def run_both(config: FlavaConfig, dtype: torch.dtype, case: Case, rows: int) -> 
 
     mine, yours = states(method, batch, case, output)
     their_grads = {name: p.grad for name, p in theirs.named_parameters(remove_duplicate=False) if p.grad is not None}
-    zeros = {name: torch.zeros_like(p) for name, p in ours.named_parameters()}
     my_grads = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    absent = {name for name in zeros if name not in my_grads}
-    flags = to_hf({name: torch.full_like(zero, float(name in absent)) for name, zero in zeros.items()}, config)
-    absent_there = {name for name, flag in flags.items() if bool(flag.flatten()[0])}
+
+    def filled(value: float) -> dict[str, Tensor]:  # one number seen as each tensor that has no gradient
+        return {n: p.new_tensor(value).expand_as(p) for n, p in ours.named_parameters() if n not in my_grads}
+
+    marked = to_hf({name: grad.new_zeros(()).expand_as(grad) for name, grad in my_grads.items()} | filled(1.0), config)
+    absent_there = {name for name, mark in marked.items() if mark.flatten()[0] == 1}
+    zeros = filled(0.0)
     in_their_names = {n: g for n, g in to_hf(zeros | my_grads, config).items() if n not in absent_there}
     for name in ("mim_head", "mlm_head", "mmm_image_head", "mmm_text_head"):  # the tied bias has one gradient
         their_grads.pop(f"{name}.bias", None)
