@@ -75,6 +75,10 @@ def test_the_leaf_says_what_its_words_mean(words: str, expected: Run) -> None:
     assert set_overrides(Run(), split_overrides(words.split())) == expected
 
 
+def test_one_word_may_stand_without_a_list() -> None:
+    assert set_overrides(Run(), {"title": "runs/a", "names": "b"}) == Run(title="runs/a", names=("b",))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

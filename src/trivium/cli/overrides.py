@@ -39,14 +39,14 @@ def split_overrides(words: Sequence[str]) -> dict[str, list[str]]:
     return {path: values or ["true"] for path, values in overrides.items()}
 
 
-def set_overrides(tree: Any, overrides: Mapping[str, Sequence[str]]) -> Any:
+def set_overrides(tree: Any, overrides: Mapping[str, str | Sequence[str]]) -> Any:
     """The recipe's tree with the leaves set from words; the type of each leaf says what its words mean.
 
     So ``7`` is a number for a number, a string for a string and a list of one for a list.
     Raises TriviumError as ``train.config.set_leaves`` does.
     """
     for path, words in overrides.items():
-        tree = _set_leaf(tree, path, words)
+        tree = _set_leaf(tree, path, [words] if isinstance(words, str) else words)
     return tree
 
 
