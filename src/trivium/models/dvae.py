@@ -145,7 +145,7 @@ class DVae(nn.Module):
     def frozen(self, dtype: torch.dtype = torch.float32) -> DVae:
         """This tokenizer made ready to be used and not trained: no gradients, channels last, in `dtype`.
 
-        float32 gives the exact codes. bfloat16 changes those whose two best logits nearly tie: only where it was measured
+        float32 gives the exact codes. bfloat16 changes those whose two best logits nearly tie: only where measured
         to be faster.
         """
         self.requires_grad_(False).eval().to(dtype)
