@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import normalize
 
 from trivium.evaluate import knn, losses, matching, retrieval, zero_shot
+from trivium.train.protocol import Batch, Images, Texts
 
 
 def brute_rank(scores: list[float], right: list[bool]) -> int:
@@ -169,3 +170,22 @@ def test_chances_of_all_six() -> None:
         }
     )
     assert losses.binary_entropy(0.0) == 0
+
+
+def test_labels_are_those_at_masked_positions_of_true_pairs() -> None:
+    image = Images(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.arange(2))
+    text = Texts(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool), torch.arange(2))
+    masks = {
+        "image_mask": torch.tensor([[True, False], [True, True]]),
+        "selected": torch.tensor([[False, True, True], [True, False, False]]),
+    }
+    rows = {"rows_B": torch.arange(2), "places_B": torch.arange(2)}
+    pairs = Batch(
+        "pairs", **rows, images=(image,), texts=(text,), targets=masks | {"matched": torch.tensor([True, False])}
+    )
+    alone = Batch("images", **rows, images=(image,), targets={"image_mask": masks["image_mask"]})
+    words = Batch("text", **rows, texts=(text,), targets={"selected": masks["selected"]})
+    found = losses.labels_of([pairs, alone, words, words], lambda batch: torch.tensor([[7, 8], [9, 10]]))
+    assert {name: labels.tolist() for name, labels in found.items()} == {
+        "mmm_image": [7], "mmm_text": [2, 3], "mim": [7, 9, 10], "mlm": [2, 3, 4, 2, 3, 4],
+    }  # fmt: skip

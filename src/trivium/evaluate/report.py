@@ -142,7 +142,7 @@ def headline(evaluation: Evaluation) -> list[str]:
 def percent(share: float | None) -> str:
     if share is None or not math.isfinite(share):
         return "–"
-    return f"{100 * share:.2f} %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
+    return f"{100 * share:.2f}\N{NO-BREAK SPACE}%" if 0 < share < 0.001 else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def clock(seconds: float) -> str:

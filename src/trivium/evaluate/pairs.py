@@ -1,0 +1,55 @@
+"""Retrieval on captioned pictures of one's own, several captions to a picture.
+
+Text to image: each caption against all pictures. Image to text: each picture against all captions; the best placed of
+its own counts. Ties count against us. Pictures that share a number (`same_image`) are right answers for each other.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trivium.data.decode import DecodeError, decode
+from trivium.errors import BadSample, TriviumError
+from trivium.evaluate import features, retrieval
+from trivium.evaluate.embedded import Evaluation
+from trivium.load import Bundle
+from trivium.train.protocol import Source
+
+
+def run(bundle: Bundle, source: Source, limit: int = 5000) -> Evaluation:
+    """Retrieval both ways over the first `limit` rows of a source.
+
+    Raises:
+        TriviumError: no row can be read.
+    """
+    pictures, concepts, captions, caption_concepts, bad = [], [], [], [], []
+    for row in range(min(limit, len(source))):
+        try:
+            sample = source.read(row, row)
+            picture_HWC = decode(sample["image"])
+        except (BadSample, DecodeError) as error:
+            bad.append(str(error))
+            continue
+        pictures.append(picture_HWC)
+        concepts.append(sample["same_image"])
+        texts = sample.get("texts") or [sample["text"]]
+        captions.extend(texts)
+        caption_concepts.extend([sample["same_text"]] * len(texts))
+    if not pictures:
+        raise TriviumError(f"none of the captioned pictures could be read; the first: {bad[0] if bad else 'no row'}")
+    images_BD = features.of_pictures(bundle, pictures).projected
+    texts_BD = features.of_texts(bundle, captions)
+    image_labels, text_labels = torch.tensor(concepts), torch.tensor(caption_concepts)
+    found = Evaluation()
+    for name, asked, candidates, labels, candidate_labels in (
+        ("text_to_image", texts_BD, images_BD, text_labels, image_labels),
+        ("image_to_text", images_BD, texts_BD, image_labels, text_labels),
+    ):
+        ranks = retrieval.ranks_by_cosine(asked, candidates, labels, candidate_labels)
+        found.results |= retrieval.summary(ranks, f"retrieval.pairs.{name}")
+        right = (labels[:, None] == candidate_labels).sum(1)
+        for cutoff in retrieval.CUTOFFS:
+            chance = retrieval.chance_recall(right, len(candidates), cutoff)
+            found.chance[f"retrieval.pairs.{name}_r{cutoff}"] = chance
+    found.not_applicable += [f"left out: {sentence}" for sentence in bad]
+    return found

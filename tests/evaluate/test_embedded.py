@@ -1,0 +1,229 @@
+"""The whole suite with a very small random model, and the page that shows it."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trivium.data.embedded import HELD_OUT_STYLE, corpus, emoji
+from trivium.data.tokenizer import Tokenizer
+from trivium.data.transforms import ImageTransform
+from trivium.evaluate import embedded, losses, report
+from trivium.evaluate.embedded import Evaluation
+from trivium.evaluate.results import Result
+from trivium.evaluate.walls import Picture, Query, Wall
+from trivium.load import Bundle
+from trivium.models.flava import Flava, FlavaConfig
+from trivium.models.patch_codebook import PatchCodebook
+
+RECALLS = [f"{direction}_r{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+REQUIRED = {
+    *(f"retrieval.{protocol}.{recall}" for protocol in ("style", "concepts") for recall in RECALLS),
+    "retrieval.style.image_to_image_r1",
+    *(f"{kind}.{level}" for kind in ("zero_shot", "knn", "probe") for level in ("group", "subgroup")),
+    *("itm.accuracy", "itm.auroc"),
+}
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(corpus(), 500)
+    shape = {"width": 16, "num_heads": 2, "mlp_width": 16, "image_layers": 1, "text_layers": 1, "multimodal_layers": 1}
+    config = FlavaConfig.of_size(
+        "tiny", **shape, patch_size=32, vocab_size=tokenizer.vocab_size, num_codes=8, projection_width=8
+    )
+    model = Flava(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    pixels = torch.stack([ImageTransform(64)(record.image) for record in emoji(HELD_OUT_STYLE)[:50]])
+    codebook = PatchCodebook.fit([pixels], num_codes=8, patch_size=32)
+    return Bundle("flava", model.eval(), tokenizer, ImageTransform(64), codebook)
+
+
+@pytest.fixture(scope="module")
+def evaluation(bundle: Bundle) -> Evaluation:
+    return embedded.run(bundle, false_share=0.3)
+
+
+def test_results_have_the_promised_names_and_sizes(evaluation: Evaluation) -> None:
+    found = evaluation.results
+    assert found.keys() >= REQUIRED
+    sizes = {name: found[name].n for name in sorted(REQUIRED)}
+    assert {n for name, n in sizes.items() if name.startswith("retrieval.style")} == {1366}
+    assert {n for name, n in sizes.items() if name.startswith("retrieval.concepts")} == {160}
+    assert {n for name, n in sizes.items() if name.startswith(("zero_shot", "knn", "probe"))} == {1652}
+    for result in found.values():
+        assert result.low is not None
+        assert result.high is not None
+        assert result.low <= result.value <= result.high
+
+
+def test_a_random_model_is_near_chance_and_pixels_are_where_they_were_measured(evaluation: Evaluation) -> None:
+    found, chance = evaluation.results, evaluation.chance
+    assert found["retrieval.style.text_to_image_r10"].value < 0.02
+    assert chance["retrieval.style.text_to_image_r10"] == pytest.approx(0.006, abs=1e-4)
+    assert found["itm.auroc"].value == pytest.approx(0.5, abs=0.05)
+    assert found["retrieval.style.image_to_image.pixels_r1"].value == pytest.approx(0.37, abs=0.01)
+
+
+def test_a_perfect_text_tower_is_seen_as_perfect(bundle: Bundle, evaluation: Evaluation) -> None:
+    """Names that get the vectors of their own pictures are found every time, byte-equal pictures or not."""
+    noto = embedded._drawings(bundle, emoji(HELD_OUT_STYLE), embedded.concept_numbers(emoji(HELD_OUT_STYLE)))
+    distinct = torch.nn.functional.one_hot(noto.concepts.unique(return_inverse=True)[1]).float()
+    perfect = embedded.Drawings(
+        noto.records, noto.pixels, embedded.ImageFeatures(distinct, distinct, distinct), noto.concepts
+    )
+    found = Evaluation()
+    embedded._retrieval(found, perfect, distinct)
+    assert {result.value for name, result in found.results.items() if "_r" in name} == {1.0}
+
+
+def test_false_partners_are_wrong_for_their_rows() -> None:
+    records = emoji(split="val")
+    concepts = embedded.concept_numbers(records)
+    partners = embedded.false_partners(records)
+    for record, partner in zip(records, partners, strict=True):
+        other = records[partner]
+        assert record.name != other.name
+        assert concepts[record.codepoints] != concepts[other.codepoints]
+    assert partners == embedded.false_partners(records)
+
+
+def test_reconstruction_keeps_what_was_not_hidden(evaluation: Evaluation) -> None:
+    assert evaluation.reconstructions
+    for sample in evaluation.reconstructions:
+        hidden = (sample.original != sample.masked).any(axis=-1)
+        blocks = hidden.reshape(2, 32, 2, 32).any(axis=(1, 3)).repeat(32, 0).repeat(32, 1)
+        assert np.array_equal(sample.from_picture[~blocks], sample.true_codes[~blocks])
+        assert sample.num_masked == 1
+        assert 0 <= sample.right <= 1
+
+
+def test_a_model_without_matching_is_told_so(bundle: Bundle, evaluation: Evaluation) -> None:
+    class Towers(torch.nn.Module):
+        pass
+
+    found = Evaluation()
+    noto = embedded.Drawings([], [], embedded.ImageFeatures(*[torch.zeros(0, 1)] * 3), torch.zeros(0))
+    embedded._matching(found, Bundle("towers", Towers(), None, bundle.transform), noto, noto, 0.5)
+    assert found.not_applicable == ["image-text matching: Towers has no `match`"]
+    assert not found.results
+
+
+# ------------------------------------------------------------------------------------------------- the page
+
+VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Fails on a tag that is not closed in order; collects what a browser would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "poster", "data")]
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+def full(evaluation: Evaluation) -> report.Report:
+    values = dict.fromkeys(losses.NAMES, (2.0, 2.5))
+    curves = {name: [(step, 3.0 - step / 100) for step in range(10, 100, 10)] for name in losses.NAMES}
+    return report.Report(
+        "Demo", evaluation, values, curves, {"train": 61.0, "total": 99.5}, {"cpu": "x", "gpus": []}, {"optim.lr": 0.1},
+        command="trivium demo",
+    )  # fmt: skip
+
+
+def test_page_is_well_formed_and_needs_nothing_else(evaluation: Evaluation) -> None:
+    text = report.render(full(evaluation))
+    page = Page(text)
+    assert page.images
+    assert all(source.startswith("data:image/") for source in page.loads)
+    assert all(image.get("alt") for image in page.images)
+    assert "script" not in page.tags
+    assert not re.search(r"@import|url\(", text)
+    for title in (
+        "Ask in words",
+        "What it was taught",
+        "Finding",
+        "Sorting",
+        "Filling in what is hidden",
+        "1 min 01 s",
+    ):
+        assert title in text
+
+
+def test_page_of_nothing_has_no_empty_section() -> None:
+    text = report.render(report.Report("Empty", Evaluation()))
+    Page(text)
+    for title in (
+        "Ask in words",
+        "What it was taught",
+        "Finding",
+        "Sorting",
+        "Telling",
+        "Filling in",
+        "Time and machine",
+    ):
+        assert title not in text
+    assert "Use it" in text
+
+
+def test_page_escapes_hostile_strings() -> None:
+    evil = "\"><script>alert('x')</script><img src=http://evil/x.png>"
+    picture = Picture(b"not a picture", evil, right=True)
+    wall = Wall(evil, evil, [Query(evil, picture, 1, [picture], True)])
+    hostile = report.Report(
+        evil, Evaluation(walls=[wall], not_applicable=[evil], seconds={evil: 1.0}), machine={evil: evil},
+        config={evil: evil}, command=evil, model_path=evil, note=evil,
+    )  # fmt: skip
+    page = Page(report.render(hostile))
+    assert "script" not in page.tags
+    assert all(source.startswith("data:image/") for source in page.loads)
+
+
+def test_page_shows_losses_that_diverged_or_have_no_curve() -> None:
+    shown = report.Report(
+        "x", Evaluation(), {"mim": (float("nan"), 2.0), "mlm": (3.0, 0.0)}, {"itm": [(1, float("nan"))]}
+    )
+    text = report.render(shown)
+    Page(text)
+    assert "nan" in text
+    assert "3.000" in text
+
+
+def test_headline_leads_with_the_figure(evaluation: Evaluation) -> None:
+    results = {"retrieval.style.text_to_image_r10": Result(0.27)}
+    (sentence,) = report.headline(Evaluation(results, {"retrieval.style.text_to_image_r10": 0.006}))
+    assert "27.0\N{NO-BREAK SPACE}% of the time: 45 times a blind guess" in sentence
+
+
+def test_curves_are_read_past_a_line_that_was_cut(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(
+        '{"step": 1, "stream": "images", "losses": {"mim": 6.5}}\n{"step": 2, "results": {}}\n'
+        '{"step": 2, "stream": "images", "losses": {"mim": null}}\n{"step": 3, "losses": {"mi'
+    )
+    assert report.read_curves(metrics) == {"mim": [(1.0, 6.5)]}
+    assert report.read_curves(tmp_path / "none.jsonl") == {}
