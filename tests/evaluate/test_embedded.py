@@ -16,6 +16,7 @@ from trivium.data.transforms import ImageTransform
 from trivium.evaluate import embedded, losses, report
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.results import Result
+from trivium.evaluate.retrieval import summary
 from trivium.evaluate.walls import Picture, Query, Wall
 from trivium.load import Bundle
 from trivium.models.flava import Flava, FlavaConfig
@@ -217,6 +218,16 @@ def test_headline_leads_with_the_figure(evaluation: Evaluation) -> None:
     results = {"retrieval.style.text_to_image_r10": Result(0.27)}
     (sentence,) = report.headline(Evaluation(results, {"retrieval.style.text_to_image_r10": 0.006}))
     assert "27.0\N{NO-BREAK SPACE}% of the time: 45 times a blind guess" in sentence
+
+
+def test_page_shows_captioned_pictures_of_ones_own() -> None:
+    ranks = torch.tensor([1, 3, 40])
+    found = summary(ranks, "retrieval.pairs.text_to_image")
+    text = report.render(report.Report("x", Evaluation(found, dict.fromkeys(found, 0.01))))
+    Page(text)
+    assert "Captioned pictures" in text
+    assert "66.7\N{NO-BREAK SPACE}% of the time: 67 times a blind guess" in text
+    assert "1,678" not in text
 
 
 def test_curves_are_read_past_a_line_that_was_cut(tmp_path: Path) -> None:

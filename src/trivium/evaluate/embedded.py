@@ -111,7 +111,7 @@ def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = l
                     gallery.records, gallery.of_model.projected, gallery.concepts,
                 ),
             ]  # fmt: skip
-            shown = torch.nonzero(held_out.split("test"))[:, 0].tolist()[::23]
+            shown = torch.nonzero(held_out.split("test"))[:, 0].tolist()[::27]
             found.reconstructions = reconstruction.reconstruct(
                 bundle, [held_out.pixels[row] for row in shown], [held_out.records[row].name for row in shown]
             )

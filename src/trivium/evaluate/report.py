@@ -24,6 +24,11 @@ LOSS_TITLES = {
     "mmm_image": ("Masked picture, with text (MMM)", "guess hidden patches from the rest and the caption"),
     "mmm_text": ("Masked text, with picture (MMM)", "guess hidden words of a caption from the rest and the picture"),
 }
+RETRIEVAL_TITLES = {
+    "style": "Known things, unseen style",
+    "concepts": "Things never seen",
+    "pairs": "Captioned pictures",
+}
 READING_TITLES = {
     "projected": "projected (space shared with text)",
     "class_token": "class token",
@@ -128,6 +133,13 @@ def headline(evaluation: Evaluation) -> list[str]:
             f" that it never saw, {percent(value)} of the time: {_times(value, chance)} a blind guess"
             f" ({percent(chance)})."
         )
+    name = "retrieval.pairs.text_to_image_r10"
+    if name in results:
+        value, chance = results[name].value, evaluation.chance[name]
+        sentences.append(
+            f"Given a caption, this model puts the right picture among its first ten {percent(value)} of the time:"
+            f" {_times(value, chance)} a blind guess ({percent(chance)})."
+        )
     if "retrieval.concepts.text_to_image_r10" in results:
         value = results["retrieval.concepts.text_to_image_r10"].value
         sentences.append(f"For things that it never saw in any style it is {percent(value)}.")
@@ -178,8 +190,8 @@ def _losses(report: Report) -> list[dict[str, Any]]:
 
 def _retrieval(evaluation: Evaluation) -> list[dict[str, Any]]:
     rows = []
-    for protocol, title in (("style", "Known things, unseen style"), ("concepts", "Things never seen")):
-        for direction, asked in (("text_to_image", "name → drawing"), ("image_to_text", "drawing → name")):
+    for protocol, title in RETRIEVAL_TITLES.items():
+        for direction, asked in (("text_to_image", "text → picture"), ("image_to_text", "picture → text")):
             prefix = f"retrieval.{protocol}.{direction}"
             if f"{prefix}_r1" not in evaluation.results:
                 continue
