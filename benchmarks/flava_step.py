@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from transformers import FlavaConfig as PeerConfig
 from transformers import FlavaForPreTraining
 
+from trivium.convert.dalle import to_hf as codebook_to_hf
 from trivium.convert.flava import config_to_hf, to_hf
-from trivium.convert.flava import codebook_to_hf
 from trivium.data.masking import block_mask
 from trivium.data.order import keyed_generator
 from trivium.layers import attention, embeddings, transformer
@@ -117,11 +117,11 @@ class Pair:
         tokenizer = DVae(codebook)
         model = Flava(config)
         initialise(model, 0)
-        names = {"num_groups": codebook.num_groups, "hidden_size": codebook.width, "vocab_size": codebook.num_codes}
-        peer_config = config_to_hf(config, names | {"num_blocks_per_group": codebook.blocks_per_group})
+        codebook_state, codebook_config = codebook_to_hf(tokenizer)
+        peer_config = config_to_hf(config, codebook_config)
         self.peer = FlavaForPreTraining(PeerConfig.from_dict(peer_config)).train().to(device)
         state = to_hf(model.state_dict(), config)
-        state |= {f"image_codebook.{name}": tensor for name, tensor in codebook_to_hf(tokenizer.state_dict()).items()}
+        state |= {f"image_codebook.{name}": tensor for name, tensor in codebook_state.items()}
         self.peer.load_state_dict(state, strict=False)
         self.method = FlavaMethod(model, tokenizer.frozen(), Pixels((0.5,) * 3, (0.25,) * 3)).to(device)
         options: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.1, "fused": True}
@@ -226,7 +226,7 @@ def three_projections(self: attention.SelfAttention, x: Tensor, mask: Any = None
     asked = x if rows is None else attention.take_rows(x, rows)
     parts = [F.linear(a, w, b) for a, w, b in zip((asked, x, x), weights, biases, strict=True)]
     heads = [part.view(len(x), part.shape[1], self.num_heads, -1).transpose(1, 2) for part in parts]
-    attended = attention.attend(*heads, mask, 0.0)
+    attended = attention.attend(heads[0], heads[1], heads[2], mask, 0.0)
     return self.out(attended.transpose(1, 2).reshape(len(x), -1, x.shape[2]))
 
 

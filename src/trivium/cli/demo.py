@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def demo(*, quick: bool = False, out: Path | None = None, minutes: float | None 
         out: the run folder to make; by default demo, or demo-2, demo-3 where that stands already.
         minutes: of training, instead of the 7.5 of the full demo.
     """
+    begun = time.perf_counter()
     if minutes is not None and minutes <= 0:
         raise TriviumError(f"--minutes {minutes:g}: the demo needs more than 0 minutes to train")
     if out is None:
@@ -31,7 +33,7 @@ def demo(*, quick: bool = False, out: Path | None = None, minutes: float | None 
     budget = minutes or (QUICK_MINUTES if quick else TRAINING_MINUTES)
     print(f"FLAVA from nothing: {budget:g} minutes of training, then a report in {out}", file=sys.stderr)
     prepared = demo_recipe(budget).prepare("flava", {"size": "tiny"})
-    return pretrain_verb.run(pretrain_verb.with_budget(prepared), out)
+    return pretrain_verb.run(pretrain_verb.with_budget(prepared), out, begun)
 
 
 def demo_recipe(minutes: float) -> FlavaRecipe:

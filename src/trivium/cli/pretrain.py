@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from trivium.cli.overrides import set_overrides
 from trivium.errors import TriviumError
-from trivium.recipes import RECIPES
-from trivium.recipes.finish import finish
+from trivium.recipes import RECIPES, finish
 from trivium.recipes.flava import Prepared
-from trivium.train import checkpoint, config, trainer
+from trivium.train import checkpoint, distributed, trainer
+from trivium.train import config as configuration
 from trivium.train.budget import largest_micro_batch
 
 
@@ -22,50 +24,52 @@ def pretrain(
     size: str | None = None,
     out: Path | None = None,
     init: str | None = None,
-    config_file: Path | None = None,
+    config: Path | None = None,
     resume: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> int:
-    """Train a model from a recipe.
+    """Train a model from a recipe. Every field of the recipe is a flag, such as --optim.lr 3e-4, --data.pairs a.csv
+    or --train.minutes 8; a name that does not exist is answered with the nearest one that does.
 
     Args:
         recipe: "flava", or a function of your own: my_run.py:shop. With --resume it may be a run folder.
         size: the recipe's one dial, such as tiny, small or base.
         out: the run folder; by default runs/RECIPE-SIZE-DATE.
         init: a model folder, run folder or foreign checkpoint to start from.
-        config_file: a config.json whose values are set before `overrides`.
+        config: a config.json whose values are set before `overrides`.
         resume: continue the run in `out` from its newest valid checkpoint.
         overrides: leaves by their dotted path, such as {"optim.lr": "3e-4"}.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C.
     """
+    begun = time.perf_counter()
     changes = dict(overrides or {})
     if init is not None:
         changes["init"] = init
     if resume:
-        return _resume(out, changes)
-    settings = config.Config(recipe, {} if size is None else {"size": size}, {})
-    if config_file is not None:
-        stated = config.load(config_file)
+        return _resume(out, changes, begun)
+    settings = configuration.Config(recipe, {} if size is None else {"size": size}, {})
+    if config is not None:
+        stated = configuration.load(config)
         if stated.recipe != recipe:
-            raise TriviumError(f"{config_file} is a config of the recipe {stated.recipe}, not of {recipe}")
+            raise TriviumError(f"{config} is a config of the recipe {stated.recipe}, not of {recipe}")
         settings = stated
-    tree = config.set_leaves(config.build(settings, RECIPES), changes)
+    tree = set_overrides(configuration.build(settings, RECIPES), changes)
     out = out or Path("runs") / f"{Path(recipe).stem}-{size or 'default'}-{datetime.now():%Y%m%d-%H%M%S}"
     print(f"preparing data and model for {out}", file=sys.stderr)
     prepared = tree.prepare(settings.recipe, settings.arguments)
-    return run(with_budget(prepared), out)
+    return run(with_budget(prepared), out, begun)
 
 
-def _resume(out: Path | None, changes: Mapping[str, Any]) -> int:
+def _resume(out: Path | None, changes: Mapping[str, Any], begun: float) -> int:
     if out is None:
         raise TriviumError("--resume needs the run folder: --out RUN")
-    settings = config.load(out / "config.json")
-    tree = config.set_leaves(config.build(settings, RECIPES), changes)
+    settings = configuration.load(out / "config.json")
+    tree = set_overrides(configuration.build(settings, RECIPES), changes)
     newest = checkpoint.newest(out / "checkpoints", lambda sentence: print(sentence, file=sys.stderr))
     prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")
-    return run(prepared, out, resume=True)
+    return run(prepared, out, begun, resume=True)
 
 
 def with_budget(prepared: Prepared) -> Prepared:
@@ -84,11 +88,27 @@ def with_budget(prepared: Prepared) -> Prepared:
     return prepared
 
 
-def run(prepared: Prepared, out: Path, *, resume: bool = False) -> int:
-    """Train, then evaluate the result and write results.json and report.html into the run folder."""
-    outcome = trainer.train(prepared.run, out, resume=resume)
-    if outcome.signal is not None:
-        return outcome.exit_code
-    report = finish(prepared, out)
-    print(f"report: {report}")
+def run(prepared: Prepared, out: Path, begun: float, *, resume: bool = False) -> int:
+    """Train, then evaluate the result and write results.json and report.html into the run folder.
+
+    begun: what time.perf_counter() said when the command began.
+    """
+    try:
+        outcome = trainer.train(prepared.run, out, resume=resume)
+        if outcome.signal is not None or distributed.rank() > 0:
+            return outcome.exit_code
+        found, losses = finish.evaluate(prepared.bundle, prepared, lambda part: print(part, file=sys.stderr))
+        page = finish.write(
+            out,
+            found,
+            losses,
+            prepared=prepared,
+            seconds={"train": outcome.seconds, "total": time.perf_counter() - begun},
+            model_path=str(out),
+            title=f"{prepared.name}, {prepared.arguments.get('size', 'default size')}: what it learned",
+        )
+    finally:
+        distributed.stop()
+    print("\n".join(finish.summary(found)))
+    print(f"report: {page}")
     return 0

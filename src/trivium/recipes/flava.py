@@ -12,7 +12,7 @@ import torch
 
 from trivium.data.loader import evaluation_batches
 from trivium.data.mixture import StreamMixture
-from trivium.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
+from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
@@ -21,6 +21,7 @@ from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
 from trivium.recipes.data import (
     Data,
+    Sources,
     make_image_tokenizer,
     make_streams,
     make_tokenizer,
@@ -102,6 +103,7 @@ class Prepared:
 
     recipe: FlavaRecipe  # as it runs: with the vocabulary and the codes that were found
     run: Run
+    sources: Sources
     bundle: Bundle  # of the model that is being trained
     validation: dict[str, list[Batch]]  # stream -> held-out batches
     mixture_of: Callable[[Train], StreamMixture]
@@ -125,10 +127,11 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     sources = open_sources(data)
     start_from = resume_from or recipe.init
     start = None if start_from is None else load(start_from)
-    if start is not None and not isinstance(start.model, Flava):
-        raise TriviumError(f"{start_from} holds a model of the family {start.family}, not FLAVA")
+    started_model = None if start is None else start.model
+    if started_model is not None and not isinstance(started_model, Flava):
+        raise TriviumError(f"{start_from} holds a model of another family than FLAVA: {type(started_model).__name__}")
 
-    model_config = recipe.model if start is None else start.model.config
+    model_config = recipe.model if started_model is None else started_model.config
     tokenizer = start.tokenizer if start is not None else None
     if tokenizer is None:
         tokenizer = make_tokenizer(data, sources, model_config.vocab_size)
@@ -148,11 +151,12 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
 
     model = Flava(model_config)
     initialise(model, seed, std=0.02 * math.sqrt(768 / model_config.width))  # 0.02 at the published width
-    if start is not None:
-        model.load_state_dict(start.model.state_dict())
+    if started_model is not None:
+        model.load_state_dict(started_model.state_dict())
     weights = {loss: getattr(recipe.objectives, loss) for loss in LOSSES}
-    method = FlavaMethod(model, image_tokenizer, Pixels(CLIP_MEAN, CLIP_STD), weights, recipe.objectives.masked_share)
-    transform = ImageTransform(model_config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
+    transform = ImageTransform(model_config.image_size) if start is None else start.transform
+    pixels = Pixels(transform.mean, transform.std)
+    method = FlavaMethod(model, image_tokenizer, pixels, weights, recipe.objectives.masked_share)
     bundle = Bundle("flava", model, tokenizer, transform, image_tokenizer, labels=None, max_length=data.max_length)
 
     patch = model_config.patch_size
@@ -177,7 +181,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         evaluate=lambda method: {"losses": validation_losses(method, validation, seed)},
         blocks=model.blocks,
     )
-    return Prepared(recipe, run, bundle, validation, mixture_of, name, arguments)
+    return Prepared(recipe, run, sources, bundle, validation, mixture_of, name, arguments)
 
 
 def _whole_batches(source: Source, recipe: FlavaRecipe) -> int:

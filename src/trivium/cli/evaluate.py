@@ -1,0 +1,71 @@
+"""`trivium evaluate`: what a model can do, measured and shown on a page."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from trivium.data.sources import open_source
+from trivium.errors import TriviumError
+from trivium.evaluate import pairs as pairs_protocol
+from trivium.load import load
+from trivium.recipes import RECIPES, finish
+from trivium.train import checkpoint, config
+
+
+def evaluate(
+    path: Path,
+    *,
+    pairs: tuple[str, ...] = (),
+    image_column: str | None = None,
+    text_column: str | None = None,
+    out: Path | None = None,
+    device: str = "cpu",
+) -> int:
+    """Measure a model and write results.json and report.html.
+
+    Args:
+        path: a run folder (its newest sound checkpoint), a model folder, or a checkpoint of another library.
+        pairs: captioned pictures of your own to search in (CSV, JSONL, Parquet, tar shards or a folder); without
+            them the model is measured on the embedded drawings, and a run on its own validation samples.
+        image_column: of --pairs in tables, where it has an unusual name.
+        text_column: likewise.
+        out: the folder to write into; by default the run folder, or the folder "evaluation".
+        device: cpu or cuda.
+    """
+    begun = time.perf_counter()
+    if not path.exists():
+        raise TriviumError(f"{path}: there is no such file or folder; give a run, a model folder or a checkpoint")
+    is_run = (path / "checkpoints").is_dir()
+    out = out or (path if is_run else Path("evaluation"))
+    prepared = None
+    if is_run and not pairs:
+        settings = config.load(path)
+        newest = checkpoint.newest(path / "checkpoints", lambda sentence: print(sentence, file=sys.stderr))
+        if newest is None:
+            raise TriviumError(f"{path} holds no finished checkpoint yet: train on with --resume")
+        prepared = config.build(settings, RECIPES).prepare(settings.recipe, settings.arguments, newest / "model")
+        prepared.run.method.to(device)
+        bundle = prepared.bundle
+    else:
+        bundle = load(path, device)
+    losses: dict[str, tuple[float, float]] = {}
+    if pairs:
+        source = open_source("pairs", pairs, image_column=image_column, text_column=text_column)
+        found = pairs_protocol.run(bundle, source)
+    else:
+        found, losses = finish.evaluate(bundle, prepared, lambda part: print(part, file=sys.stderr))
+    out.mkdir(parents=True, exist_ok=True)
+    page = finish.write(
+        out,
+        found,
+        losses,
+        prepared=prepared,
+        seconds={"total": time.perf_counter() - begun},
+        model_path=str(path),
+        title=f"Evaluation of {path}",
+    )
+    print("\n".join(finish.summary(found)))
+    print(f"report: {page}")
+    return 0

@@ -1,0 +1,99 @@
+"""What stands at the end of a run: its evaluation, results.json and report.html."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from trivium import __version__
+from trivium.evaluate import embedded, pairs, report, results
+from trivium.evaluate.embedded import Evaluation
+from trivium.evaluate.results import Result
+from trivium.load import Bundle
+from trivium.recipes.flava import Prepared, chance_of, validation_losses
+from trivium.train import run_folder
+from trivium.train.config import leaves
+
+
+def evaluate(
+    bundle: Bundle, prepared: Prepared | None, say: Callable[[str], None] = lambda _: None
+) -> tuple[Evaluation, dict[str, tuple[float, float]]]:
+    """Evaluate a model on the embedded drawings, or on the validation pairs of the run that it comes from.
+
+    Returns:
+        the evaluation, and for each loss (final, chance) where there is a run to measure them on.
+    """
+    if prepared is None:
+        return embedded.run(bundle, say=say), {}
+    data = prepared.recipe.data
+    say("validation losses")
+    final = validation_losses(prepared.run.method, prepared.validation, prepared.recipe.train.seed)
+    chance = chance_of(prepared) if prepared.validation else {}
+    if data.is_embedded:
+        found = embedded.run(bundle, data.false_pairs, say)
+    elif prepared.sources.validation_pairs is not None:
+        say("retrieval on the validation pairs")
+        found = pairs.run(bundle, prepared.sources.validation_pairs)
+    else:
+        found = Evaluation()
+    losses = {name: (final[name], chance[name]) for name in final}
+    for name, (value, guess) in losses.items():
+        found.results[f"losses.{name}.final"] = Result(value)
+        found.results[f"losses.{name}.chance"] = Result(guess)
+    return found, losses
+
+
+def write(
+    out: Path,
+    found: Evaluation,
+    losses: dict[str, tuple[float, float]],
+    *,
+    prepared: Prepared | None,
+    seconds: dict[str, float],
+    model_path: str,
+    title: str,
+) -> Path:
+    """results.json and report.html into a folder; returns the page's path."""
+    command = shlex.join(["trivium", *sys.argv[1:]])
+    machine = run_folder.machine()
+    results.write(
+        out / "results.json",
+        found.results,
+        command=command,
+        version=__version__,
+        machine=machine,
+        seconds=seconds,
+    )
+    page = out / "report.html"
+    report.write(
+        page,
+        report.Report(
+            title,
+            found,
+            losses,
+            curves=report.read_curves(out / "metrics.jsonl"),
+            seconds=seconds | {f"evaluation: {name}": value for name, value in found.seconds.items()},
+            machine=machine,
+            config={} if prepared is None else leaves(prepared.recipe),
+            command=command,
+            model_path=model_path,
+        ),
+    )
+    return page
+
+
+def summary(found: Evaluation) -> list[str]:
+    """The sentences that a terminal shows."""
+    sentences = report.headline(found)
+    for way in ("text_to_image", "image_to_text"):
+        name = f"retrieval.pairs.{way}"
+        if f"{name}_r10" in found.results:
+            recall, median = found.results[f"{name}_r10"], found.results[f"{name}_median_rank"]
+            chance = found.chance[f"{name}_r10"]
+            sentences.append(
+                f"{way.replace('_', ' ')} on the validation pairs: R@10 {recall.value:.3f} (chance {chance:.3f}),"
+                f" median rank {median.value:g}"
+            )
+    return sentences
