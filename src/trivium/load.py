@@ -13,6 +13,7 @@ B batch, C channels, H height, W width, T text tokens.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import warnings
@@ -228,6 +229,15 @@ def load_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -
     return tokenizer.to(device)
 
 
+def image_tokenizer_hash(tokenizer: ImageTokenizer) -> str:
+    """A name for exactly this image tokenizer: sha256 over its kind, its settings and its tensors."""
+    digest = hashlib.sha256(json.dumps(_tokenizer_entry(tokenizer), sort_keys=True).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def save_image_tokenizer(tokenizer: ImageTokenizer, folder: str | Path) -> None:
     """A folder with an image tokenizer alone: config.json, image_tokenizer.safetensors and a manifest."""
     with written_beside(Path(folder)) as beside:
@@ -323,14 +333,32 @@ def bundle_of(foreign: Foreign) -> tuple[Bundle, list[str]]:
     return Bundle(
         family="flava",
         model=model.eval(),
-        tokenizer=_foreign_tokenizer(folder),
+        tokenizer=foreign_tokenizer(folder),
         transform=transform,
         image_tokenizer=foreign.image_tokenizer,
         max_length=foreign.config.max_length,
     ), said
 
 
-def _foreign_tokenizer(folder: Path) -> Tokenizer | None:
+def load_bert(path: str | Path) -> tuple[State, Tokenizer | None]:
+    """The tensors of a BERT in Hugging Face's layout (a folder or a file), and the tokenizer that lies with them."""
+    path = Path(path)
+    return read_weights(path), foreign_tokenizer(path if path.is_dir() else path.parent)
+
+
+def start_text(model: Flava, bert: State) -> tuple[list[str], list[str]]:
+    """Give FLAVA's text side what a BERT has for it (see `convert.flava.text_from_bert`).
+
+    Returns:
+        The names of our tensors that were set, and of BERT's that were left out.
+    """
+    taken, left = flava.text_from_bert(bert, model.config)
+    model.load_state_dict({name: tensor.float() for name, tensor in taken.items()}, strict=False)
+    return sorted(taken), left
+
+
+def foreign_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer.json or vocab.txt in a folder, where there is one."""
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(folder / "tokenizer.json")
     if not (folder / "vocab.txt").is_file():

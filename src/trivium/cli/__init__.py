@@ -34,6 +34,7 @@ VERBS = {
     "evaluate": Verb("trivium.cli.evaluate:evaluate", "measure a model and write a report"),
     "embed": Verb("trivium.cli.embed:embed", "write the embeddings of a folder of pictures to a Parquet file"),
     "search": Verb("trivium.cli.search:search", "find pictures by a text or by another picture"),
+    "data": Verb("trivium.cli.data:data", "prepare data: data codes caches the image tokenizer's codes"),
     "convert": Verb("trivium.cli.convert:convert", "read and write the layouts of other libraries"),
 }
 

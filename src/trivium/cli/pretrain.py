@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from trivium.cli.overrides import set_overrides
 from trivium.errors import TriviumError
 from trivium.recipes import RECIPES, finish
+from trivium.recipes.data import noticed
 from trivium.recipes.flava import Prepared
 from trivium.train import checkpoint, distributed, trainer
 from trivium.train import config as configuration
@@ -59,6 +61,9 @@ def pretrain(
     out = out or Path("runs") / f"{Path(recipe).stem}-{size or 'default'}-{datetime.now():%Y%m%d-%H%M%S}"
     print(f"preparing data and model for {out}", file=sys.stderr)
     prepared = tree.prepare(settings.recipe, settings.arguments)
+    if os.environ.get("RANK", "0") == "0":
+        for sentence in (*prepared.notes, *noticed(prepared.sources)):
+            print(sentence, file=sys.stderr)
     return run(with_budget(prepared), out, begun)
 
 

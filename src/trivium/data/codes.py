@@ -86,17 +86,19 @@ def build(
     crops: int = 4,
     batch: int = 64,
     rows_per_part: int = 256,
+    source_name: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Write the codes of every picture of `source` to `out`; a build that was cut short goes on where it stopped.
 
     encode: uint8 pixels [B, 3, H, W] -> int64 codes [B, N]. Finished parts wait in a folder beside `out` until all
-    are there; then `out` appears at once and the folder goes. progress: called with the rows done and all rows after
+    are there; then `out` appears at once and the folder goes. source_name: parts that were made from a source of
+    another name or length are made again. progress: called with the rows done and all rows after
     each part. Returns one sentence for each picture that could not be read: it is left out of the cache, and training
     will replace its sample.
     """
     out = Path(out)
-    settings = _settings(views, tokenizer_hash) | {"crops": crops}
+    settings = _settings(views, tokenizer_hash) | {"crops": crops, "source": source_name, "rows": len(source)}
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 from trivium.data import embedded
+from trivium.data.codes import CodeCache
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextCollate, TextInput
 from trivium.data.decode import DecodeError
-from trivium.data.sources import open_source
+from trivium.data.files import TEXT_LIMIT, RowSource, TextLines
+from trivium.data.shards import TarShards
+from trivium.data.sources import Concat, open_source
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.views import WHOLE, Views
 from trivium.errors import BadSample, TriviumError
@@ -51,6 +55,7 @@ class Data:
     color_jitter: float = 0.0  # strength of random changes of brightness, contrast, saturation and hue
     vocabulary: str = "learned"  # "learned" from this text, "bert", or the path of a tokenizer.json
     image_tokenizer: str = "patches"  # "patches": k-means on this data; or the path of a codebook's weights
+    codes: str | None = None  # of the image tokenizer, cached by `trivium data codes`: training then never runs it
     cache_megabytes: int = 256  # of decoded pictures, in each worker
 
     @property
@@ -99,20 +104,59 @@ def make_tokenizer(data: Data, sources: Sources, vocab_size: int) -> Tokenizer:
 
 
 def _texts(sources: Sources) -> Iterator[str]:
-    """Up to a stated number of texts of each source, evenly spread."""
+    """Up to a stated number of texts of each source, evenly spread. No picture is read for them."""
     found = False
     for source in (sources.pairs, sources.text):
-        for row in _spread(source, TEXTS_FOR_VOCABULARY):
-            try:
-                sample = source.read(row, row) if source is not None else {}
-            except BadSample:
-                continue  # the loader reports it when its place comes
-            found = True
-            yield from sample.get("texts") or [sample["text"]]
+        for part in _parts(source):
+            assert source is not None
+            for row in _spread(part, -(-TEXTS_FOR_VOCABULARY * len(part) // len(source))):
+                try:
+                    texts = _captions(part, row)
+                except BadSample:
+                    continue  # the loader reports it when its place comes
+                found = True
+                yield from texts
     if not found:
         raise TriviumError(
             "there is no text to learn a vocabulary from: give --data.pairs or --data.text, or --data.vocabulary bert"
         )
+
+
+def _captions(source: Source, row: int) -> list[str]:
+    """Raises BadSample."""
+    if isinstance(source, RowSource):
+        return [text[:TEXT_LIMIT] for text in source.captions(row)]
+    sample = source.read(row, row)
+    return sample.get("texts") or [sample["text"]]
+
+
+def _parts(source: Source | None) -> list[Source]:
+    """The sources that one is joined from."""
+    return source.sources if isinstance(source, Concat) else [] if source is None else [source]
+
+
+def noticed(sources: Sources) -> list[str]:
+    """One sentence for each thing in the data that is cut or left out, for the start of a run."""
+    sentences = []
+    for name, source in (("pairs", sources.pairs), ("text", sources.text), ("validation", sources.validation_pairs)):
+        cut = 0
+        for part in _parts(source):
+            if isinstance(part, TextLines) and part.long_lines:
+                lines = _counted(part.long_lines, "long line is", "long lines are")
+                sentences.append(f"{part.where(0)[0]}: {lines} cut into windows, each a sample")
+            if isinstance(part, RowSource):
+                with suppress(BadSample):  # the loader reports it when its place comes
+                    cut += part.cut_texts()
+        if cut:
+            texts = _counted(cut, "text is", "texts are")
+            sentences.append(f"data.{name}: {texts} longer than {TEXT_LIMIT:,} characters and read only up to there")
+    for source in (sources.pairs, sources.images, sources.text, sources.validation_pairs):
+        sentences += [note for part in _parts(source) if isinstance(part, TarShards) for note in part.notes]
+    return list(dict.fromkeys(sentences))
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def _spread(source: Source | None, limit: int) -> list[int]:
@@ -145,31 +189,59 @@ def make_image_tokenizer(
     )
 
 
-def make_streams(data: Data, sources: Sources, views: Views, patch: int, tokenizer: Tokenizer) -> list[Stream]:
-    """FLAVA's three streams, those whose data is there. Micro-batches are whole batches until the trainer says so."""
-    image = ImageInput(views, patch, color_jitter=data.color_jitter, cache_bytes=data.cache_megabytes << 20)
+def all_pictures(sources: Sources) -> Source:
+    """Every picture of a run, those of validation too, as one source. Raises TriviumError where there is none."""
+    members = (sources.pairs, sources.images, sources.validation_pairs, sources.validation_images)
+    found = {id(source): source for source in members if source is not None}
+    if not found:
+        raise TriviumError("there is no picture to make codes of: give --data.pairs or --data.images")
+    return Concat(list(found.values()))
+
+
+def make_streams(
+    data: Data,
+    sources: Sources,
+    views: Views,
+    patch: int,
+    tokenizer: Tokenizer,
+    codes: CodeCache | None,
+    names: Collection[str],
+) -> list[Stream]:
+    """Those of FLAVA's three streams that are in `names` and have data. Micro-batches are whole batches until the
+    trainer says so. Raises TriviumError where none is left."""
+    image = ImageInput(views, patch, codes, data.color_jitter, data.cache_megabytes << 20)
     text = TextInput(tokenizer, data.max_length, whole_words=data.whole_words)
     members = (
         ("pairs", sources.pairs, PairCollate(image, text, data.false_pairs), data.pairs_ratio),
         ("images", sources.images, ImageCollate(image), data.images_ratio),
         ("text", sources.text, TextCollate(text), data.text_ratio),
     )
-    return [
+    streams = [
         Stream(name, source, collate, data.batch, data.batch, ratio)
         for name, source, collate, ratio in members
-        if source is not None
+        if source is not None and name in names
     ]
+    if not streams:
+        flags = " or ".join(f"--data.{name}" for name in names)
+        raise TriviumError(f"no data feeds a loss whose weight is above 0: give {flags}, or weight another loss")
+    return streams
 
 
 def validation_streams(
-    data: Data, sources: Sources, views: Views, patch: int, tokenizer: Tokenizer
+    data: Data,
+    sources: Sources,
+    views: Views,
+    patch: int,
+    tokenizer: Tokenizer,
+    codes: CodeCache | None,
+    names: Collection[str],
 ) -> list[tuple[str, Source, PairCollate | ImageCollate | TextCollate]]:
     """The same streams over held-out rows, without augmentation and with fixed masks."""
-    image = ImageInput(replace(views, crop_scale=(1.0, 1.0), flip=0.0), patch)
+    image = ImageInput(views, patch, codes)
     text = TextInput(tokenizer, data.max_length, whole_words=data.whole_words)
     members = (
         ("pairs", sources.validation_pairs, PairCollate(image, text, data.false_pairs, train=False)),
         ("images", sources.validation_images, ImageCollate(image, train=False)),
         ("text", sources.validation_text, TextCollate(text, train=False)),
     )
-    return [(name, source, collate) for name, source, collate in members if source is not None]
+    return [(name, source, collate) for name, source, collate in members if source is not None and name in names]

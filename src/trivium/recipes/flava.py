@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 
+from trivium.data.codes import CodeCache
 from trivium.data.loader import evaluation_batches
 from trivium.data.mixture import StreamMixture
 from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
-from trivium.load import Bundle, load
+from trivium.load import Bundle, ImageTokenizer, image_tokenizer_hash, load
 from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
+from trivium.recipes.bert import Bert
 from trivium.recipes.data import (
     Data,
     Sources,
+    all_pictures,
     make_image_tokenizer,
     make_streams,
     make_tokenizer,
@@ -35,10 +38,12 @@ from trivium.train.optim import Optim
 from trivium.train.protocol import Batch, Key, Method, Source
 from trivium.train.trainer import Run, Train
 
+FED_BY = {"pairs": ("mmm_image", "mmm_text", "itm", "contrastive"), "images": ("mim",), "text": ("mlm",)}
+
 
 @dataclass(frozen=True)
 class Objectives:
-    """Weights of the six losses; 0 = never computed."""
+    """Weights of the six losses; 0 = never computed, and a stream that feeds no other loss is left out."""
 
     mim: float = 1.0
     mlm: float = 1.0
@@ -47,6 +52,15 @@ class Objectives:
     itm: float = 1.0
     contrastive: float = 1.0
     masked_share: float = 1.0  # share of the pairs that take the masked pass; below 1 is cheaper and changes training
+
+    def streams(self) -> list[str]:
+        """The streams that feed a loss. Raises TriviumError where every weight is 0."""
+        names = [stream for stream, fed in FED_BY.items() if any(getattr(self, loss) for loss in fed)]
+        if not names:
+            raise TriviumError(
+                "every loss has weight 0, so nothing would be trained: set one, such as --objectives.contrastive 1"
+            )
+        return names
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class FlavaRecipe:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     init: str | None = None  # a model folder, run folder or foreign checkpoint to start from
+    init_text: str | None = None  # a BERT of the same width: word embeddings and head of masked words start as its own
     validate: int = 1024  # held-out samples of each stream that losses are measured on
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> Prepared:
@@ -70,6 +85,14 @@ class FlavaRecipe:
                 weights.
         """
         return _prepare(self, name, arguments, resume_from)
+
+    def pictures(self) -> tuple[Source, Views, ImageTokenizer]:
+        """What a cache of codes is made from: every picture of the run, those of validation too; which part of each
+        the image tokenizer sees, and at which size; and the image tokenizer."""
+        start, config = _open_start(self, self.init)
+        _check(config, self.data)
+        sources = open_sources(self.data)
+        return all_pictures(sources), *_image_side(self, sources, start, config)
 
 
 def flava(size: str = "tiny") -> FlavaRecipe:
@@ -109,6 +132,7 @@ class Prepared:
     mixture_of: Callable[[Train], StreamMixture]
     name: str  # of the recipe, and its arguments, as config.json states them
     arguments: dict[str, Any]
+    notes: list[str]  # sentences on what the model starts from, where there is something to say
 
     def with_train(self, **changes: Any) -> Prepared:
         """The same with some values of `train` settled: nothing is opened or learned again."""
@@ -124,24 +148,21 @@ class Prepared:
 
 def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> Prepared:
     data, seed = recipe.data, recipe.train.seed
+    stream_names = recipe.objectives.streams()
+    if recipe.init is not None and recipe.init_text is not None:
+        raise TriviumError("--init starts the whole model and --init-text its text side alone: give one of them")
+    start, model_config = _open_start(recipe, resume_from or recipe.init)
+    _check(model_config, data)
     sources = open_sources(data)
-    start_from = resume_from or recipe.init
-    start = None if start_from is None else load(start_from)
-    started_model = None if start is None else start.model
-    if started_model is not None and not isinstance(started_model, Flava):
-        raise TriviumError(f"{start_from} holds a model of another family than FLAVA: {type(started_model).__name__}")
-
-    model_config = recipe.model if started_model is None else started_model.config
-    tokenizer = start.tokenizer if start is not None else None
-    if tokenizer is None:
+    bert = None if start is not None or recipe.init_text is None else Bert.read(recipe.init_text)
+    if start is not None and start.tokenizer is not None:
+        tokenizer = start.tokenizer
+    elif bert is not None and data.vocabulary == "learned":
+        tokenizer = bert.vocabulary()
+    else:
         tokenizer = make_tokenizer(data, sources, model_config.vocab_size)
-    views = Views(model_config.image_size, crop_scale=data.crop_scale, flip=data.flip)
-    image_tokenizer = start.image_tokenizer if start is not None else None
-    if image_tokenizer is None:
-        image_tokenizer = make_image_tokenizer(data, sources, views, model_config, seed)
-    codebook_size = image_tokenizer.input_size(model_config.image_size, model_config.patch_size)
-    if codebook_size != model_config.image_size:
-        views = replace(views, codebook_size=codebook_size)
+    views, image_tokenizer = _image_side(recipe, sources, start, model_config)
+    codes = None if data.codes is None else CodeCache(data.codes, views, image_tokenizer_hash(image_tokenizer))
     model_config = replace(
         model_config,
         vocab_size=tokenizer.vocab_size,
@@ -151,8 +172,9 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
 
     model = Flava(model_config)
     initialise(model, seed, std=0.02 * math.sqrt(768 / model_config.width))  # 0.02 at the published width
-    if started_model is not None:
-        model.load_state_dict(started_model.state_dict())
+    if start is not None:
+        model.load_state_dict(start.model.state_dict())
+    notes = [] if bert is None else [bert.start(model)]
     weights = {loss: getattr(recipe.objectives, loss) for loss in LOSSES}
     transform = ImageTransform(model_config.image_size) if start is None else start.transform
     pixels = Pixels(transform.mean, transform.std)
@@ -160,7 +182,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     bundle = Bundle("flava", model, tokenizer, transform, image_tokenizer, labels=None, max_length=data.max_length)
 
     patch = model_config.patch_size
-    streams = make_streams(data, sources, views, patch, tokenizer)
+    streams = make_streams(data, sources, views, patch, tokenizer, codes, stream_names)
 
     def mixture_of(train: Train) -> StreamMixture:
         rows = train.micro_batch if isinstance(train.micro_batch, int) else data.batch
@@ -168,7 +190,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
 
     validation = {
         stream: list(evaluation_batches(source, collate, data.batch, _whole_batches(source, recipe), stream))
-        for stream, source, collate in validation_streams(data, sources, views, patch, tokenizer)
+        for stream, source, collate in validation_streams(data, sources, views, patch, tokenizer, codes, stream_names)
     }
     recipe = replace(recipe, model=model_config)
     run = Run(
@@ -181,7 +203,50 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         evaluate=lambda method: {"losses": validation_losses(method, validation, seed)},
         blocks=model.blocks,
     )
-    return Prepared(recipe, run, sources, bundle, validation, mixture_of, name, arguments)
+    return Prepared(recipe, run, sources, bundle, validation, mixture_of, name, arguments, notes)
+
+
+def _open_start(recipe: FlavaRecipe, path: str | Path | None) -> tuple[Bundle | None, FlavaConfig]:
+    """The model to start from and the shape of the run's. Raises TriviumError where it is of another family."""
+    if path is None:
+        return None, recipe.model
+    start = load(path)
+    if not isinstance(start.model, Flava):
+        raise TriviumError(f"{path} holds a model of another family than FLAVA: {type(start.model).__name__}")
+    return start, start.model.config
+
+
+def _check(config: FlavaConfig, data: Data) -> None:
+    """Raises TriviumError where shapes do not go together."""
+    size, patch = config.image_size, config.patch_size
+    if size % patch:
+        near = max(patch, round(size / patch) * patch)
+        raise TriviumError(
+            f"a picture of {size} pixels cannot be cut into patches of {patch}: choose a multiple, such as"
+            f" --model.image-size {near}"
+        )
+    if config.width % config.num_heads:
+        raise TriviumError(
+            f"a width of {config.width} cannot be shared by {config.num_heads} heads: choose --model.num-heads so that"
+            " it divides --model.width"
+        )
+    if data.max_length > config.max_length:
+        raise TriviumError(
+            f"texts of {data.max_length} tokens do not fit a model of {config.max_length} positions: lower"
+            " --data.max-length or raise --model.max-length"
+        )
+
+
+def _image_side(
+    recipe: FlavaRecipe, sources: Sources, start: Bundle | None, config: FlavaConfig
+) -> tuple[Views, ImageTokenizer]:
+    """All that decides the codes of a picture."""
+    views = Views(config.image_size, crop_scale=recipe.data.crop_scale, flip=recipe.data.flip)
+    image_tokenizer = None if start is None else start.image_tokenizer
+    if image_tokenizer is None:
+        image_tokenizer = make_image_tokenizer(recipe.data, sources, views, config, recipe.train.seed)
+    codebook_size = image_tokenizer.input_size(config.image_size, config.patch_size)
+    return views if codebook_size == config.image_size else replace(views, codebook_size=codebook_size), image_tokenizer
 
 
 def _whole_batches(source: Source, recipe: FlavaRecipe) -> int:
