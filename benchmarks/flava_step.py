@@ -284,7 +284,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--no-ladder", action="store_true")
     arguments = parser.parse_args()
-    side_by_side.refuse_a_busy_machine()
+    if arguments.size == "base":
+        side_by_side.refuse_a_busy_machine()
     device = precision.choose_device("auto")
     kind = precision.choose("auto", device)
     pair = Pair(arguments.size, lambda: precision.autocast(device, kind), device)

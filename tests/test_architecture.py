@@ -13,7 +13,7 @@ FILES = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py"))
 EVERYWHERE = "errors manifest __version__"
 ROOMS = {  # what a room may import beside itself and EVERYWHERE
     "layers": "", "models": "layers", "objectives": "", "methods": "models objectives layers train.protocol",
-    "data": "train.protocol", "train": "", "convert": "models", "evaluate": "load data",
+    "data": "train.protocol", "train": "", "convert": "models", "evaluate": "load data train.protocol",
     "load": "models convert data.tokenizer data.transforms", "recipes": "methods models data train evaluate load",
 }  # fmt: skip
 NUMERIC = {"torch", "numpy", "scipy", "safetensors", "trivium"}

@@ -1,4 +1,4 @@
-"""Folders that are whole: written at once or not at all, and checked before they are used.
+"""Files and folders that are whole: written at once or not at all, and checked before they are used.
 
 manifest.json says what files a folder holds:
 
@@ -22,6 +22,21 @@ from safetensors import SafetensorError
 from trivium.errors import TriviumError
 
 NAME = "manifest.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old one or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise TriviumError(f"{path} cannot be written ({error.strerror}): free space or name another folder") from error
 
 
 def write_manifest(folder: Path) -> None:

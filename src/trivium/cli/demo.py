@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import replace
@@ -24,8 +25,8 @@ def demo(*, quick: bool = False, out: Path | None = None, minutes: float | None 
         minutes: of training, instead of the 7.5 of the full demo.
     """
     begun = time.perf_counter()
-    if minutes is not None and minutes <= 0:
-        raise TriviumError(f"--minutes {minutes:g}: the demo needs more than 0 minutes to train")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise TriviumError(f"--minutes {minutes:g}: the demo needs a number of minutes above 0 to train")
     if out is None:
         out = _fresh(Path("demo"))
     elif out.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from trivium.evaluate import pairs as pairs_protocol
 from trivium.load import load
 from trivium.recipes import RECIPES, finish
 from trivium.train import checkpoint, config
+from trivium.train.precision import choose_device
 
 
 def evaluate(
@@ -32,24 +34,27 @@ def evaluate(
         image_column: of --pairs in tables, where it has an unusual name.
         text_column: likewise.
         out: the folder to write into; by default the run folder, or the folder "evaluation".
-        device: cpu or cuda.
+        device: cpu, cuda, or auto for the fastest there is.
     """
     begun = time.perf_counter()
     if not path.exists():
         raise TriviumError(f"{path}: there is no such file or folder; give a run, a model folder or a checkpoint")
     is_run = (path / "checkpoints").is_dir()
     out = out or (path if is_run else Path("evaluation"))
+    if out.exists() and not out.is_dir():
+        raise TriviumError(f"{out} is a file: name a folder with --out")
+    on = choose_device(device)
     prepared = None
+    seconds: dict[str, float] = {}
     if is_run and not pairs:
         settings = config.load(path)
-        newest = checkpoint.newest(path / "checkpoints", lambda sentence: print(sentence, file=sys.stderr))
-        if newest is None:
-            raise TriviumError(f"{path} holds no finished checkpoint yet: train on with --resume")
+        newest = _newest_checkpoint(path)
+        seconds["train"] = json.loads((newest / "training" / "state.json").read_text())["seconds"]
         prepared = config.build(settings, RECIPES).prepare(settings.recipe, settings.arguments, newest / "model")
-        prepared.run.method.to(device)
+        prepared.run.method.to(on)
         bundle = prepared.bundle
     else:
-        bundle = load(path, device)
+        bundle = load(path, on)
     losses: dict[str, tuple[float, float]] = {}
     if pairs:
         source = open_source("pairs", pairs, image_column=image_column, text_column=text_column)
@@ -62,10 +67,20 @@ def evaluate(
         found,
         losses,
         prepared=prepared,
-        seconds={"total": time.perf_counter() - begun},
+        seconds=seconds | {"total": time.perf_counter() - begun},
         model_path=str(path),
         title=f"Evaluation of {path}",
     )
     print("\n".join(finish.summary(found)))
     print(f"report: {page}")
     return 0
+
+
+def _newest_checkpoint(run: Path) -> Path:
+    checkpoints = run / "checkpoints"
+    newest = checkpoint.newest(checkpoints, lambda sentence: print(sentence, file=sys.stderr))
+    if newest is not None:
+        return newest
+    if checkpoint.all_of(checkpoints):
+        raise TriviumError(f"{checkpoints}: every checkpoint is damaged; use another copy, or train again")
+    raise TriviumError(f"{run} holds no finished checkpoint yet: train on with --resume")

@@ -49,14 +49,15 @@ def pretrain(
     changes = dict(overrides or {})
     if init is not None:
         changes["init"] = init
+    if size is not None and (resume or config is not None):
+        raise TriviumError("--size is stated by the config of the run already: leave it out")
     if resume:
-        return _resume(out, changes, begun)
+        if config is not None:
+            raise TriviumError("--resume takes the config of its run folder: leave out --config")
+        return _resume(recipe, out, changes, begun)
     settings = configuration.Config(recipe, {} if size is None else {"size": size}, {})
     if config is not None:
-        stated = configuration.load(config)
-        if stated.recipe != recipe:
-            raise TriviumError(f"{config} is a config of the recipe {stated.recipe}, not of {recipe}")
-        settings = stated
+        settings = _stated(config, recipe)
     tree = set_overrides(configuration.build(settings, RECIPES), changes)
     out = out or Path("runs") / f"{Path(recipe).stem}-{size or 'default'}-{datetime.now():%Y%m%d-%H%M%S}"
     print(f"preparing data and model for {out}", file=sys.stderr)
@@ -67,10 +68,20 @@ def pretrain(
     return run(with_budget(prepared), out, begun)
 
 
-def _resume(out: Path | None, changes: Mapping[str, Any], begun: float) -> int:
-    if out is None:
-        raise TriviumError("--resume needs the run folder: --out RUN")
-    settings = configuration.load(out / "config.json")
+def _stated(config: Path, recipe: str) -> configuration.Config:
+    """What a config.json, or the one in a run folder, says; it must be of this recipe."""
+    settings = configuration.load(config)
+    if settings.recipe != recipe:
+        raise TriviumError(f"{config} is a config of the recipe {settings.recipe}, not of {recipe}")
+    return settings
+
+
+def _resume(recipe: str, out: Path | None, changes: Mapping[str, Any], begun: float) -> int:
+    """`recipe` is that of the run in `out`; or, where `out` is None, the run folder itself."""
+    if out is None and not (Path(recipe) / "config.json").is_file():
+        raise TriviumError("--resume needs the run folder: trivium pretrain RUN --resume")
+    settings = configuration.load(Path(recipe)) if out is None else _stated(out, recipe)
+    out = out or Path(recipe)
     tree = set_overrides(configuration.build(settings, RECIPES), changes)
     newest = checkpoint.newest(out / "checkpoints", lambda sentence: print(sentence, file=sys.stderr))
     prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")

@@ -73,7 +73,7 @@ def search(
     hits = hits[:k]
     show(hits)
     if out is not None:
-        from trivium.train.config import write_whole
+        from trivium.manifest import write_whole
 
         write_whole(out, render(picture or query or "", hits, Path(table.folder), len(names), table.model))
         print(f"page: {out}", file=sys.stderr)

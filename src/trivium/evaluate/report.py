@@ -14,7 +14,8 @@ import jinja2
 
 from trivium.evaluate import charts
 from trivium.evaluate.embedded import HEADLINE_READING, Evaluation
-from trivium.evaluate.results import Result, write_whole
+from trivium.evaluate.results import Result
+from trivium.manifest import write_whole
 
 LOSS_TITLES = {
     "contrastive": ("Contrastive", "find a picture's own words among those of the whole batch, and the reverse"),

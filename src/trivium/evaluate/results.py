@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from trivium.errors import TriviumError
+from trivium.manifest import write_whole
 
 SCHEMA = 1
 REPLICATES = 1000
@@ -122,18 +122,3 @@ def read(path: Path) -> Results:
         if isinstance(error, TriviumError):
             raise
         raise TriviumError(f"{path}: not a results.json of ours ({error!r}); evaluate again") from None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a crash leaves the old one or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise TriviumError(f"{path} cannot be written ({error.strerror}): free space or name another folder") from error

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from trivium.errors import TriviumError
+from trivium.manifest import write_whole
 
 Recipe = Callable[..., Any]
 
@@ -192,19 +193,6 @@ def _no_such_path(path: str, known: list[str]) -> str:
 def save(config: Config, path: Path) -> None:
     """Write config.json, whole or not at all."""
     write_whole(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a crash leaves the old one or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Config:

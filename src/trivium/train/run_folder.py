@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from trivium.errors import TriviumError
+from trivium.manifest import write_whole
 from trivium.train import checkpoint, config, precision
 from trivium.train.config import Config
 
@@ -93,7 +94,7 @@ def rewind(folder: RunFolder, step: int) -> None:
     for path in (folder.metrics, folder.skipped):
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _belongs_before(line, step)]
-        config.write_whole(path, "".join(line + "\n" for line in kept))
+        write_whole(path, "".join(line + "\n" for line in kept))
     try:
         passport = json.loads(folder.passport.read_text(encoding="utf-8"))
         passport["resumed"].append({"step": step, **circumstances()})
@@ -141,4 +142,4 @@ def _now() -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    config.write_whole(path, json.dumps(value, indent=2) + "\n")
+    write_whole(path, json.dumps(value, indent=2) + "\n")
