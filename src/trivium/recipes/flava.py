@@ -92,7 +92,10 @@ class FlavaRecipe:
         start, config = _open_start(self, self.init)
         _check(config, self.data)
         sources = open_sources(self.data)
-        return all_pictures(sources), *_image_side(self, sources, start, config)
+        pictures = all_pictures(sources)
+        views, image_tokenizer = _image_side(self, sources, start, config)
+        assert image_tokenizer is not None, "there are pictures"
+        return pictures, views, image_tokenizer
 
 
 def flava(size: str = "tiny") -> FlavaRecipe:
@@ -163,12 +166,14 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     else:
         tokenizer = make_tokenizer(data, sources, model_config.vocab_size)
     views, image_tokenizer = _image_side(recipe, sources, start, model_config)
-    codes = None if data.codes is None else CodeCache(data.codes, views, image_tokenizer_hash(image_tokenizer))
+    codes = None
+    if data.codes is not None and image_tokenizer is not None:
+        codes = CodeCache(data.codes, views, image_tokenizer_hash(image_tokenizer))
     model_config = replace(
         model_config,
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
-        num_codes=image_tokenizer.num_codes,
+        num_codes=model_config.num_codes if image_tokenizer is None else image_tokenizer.num_codes,
     )
 
     model = Flava(model_config)
@@ -240,10 +245,12 @@ def _check(config: FlavaConfig, data: Data) -> None:
 
 def _image_side(
     recipe: FlavaRecipe, sources: Sources, start: Bundle | None, config: FlavaConfig
-) -> tuple[Views, ImageTokenizer]:
-    """All that decides the codes of a picture."""
+) -> tuple[Views, ImageTokenizer | None]:
+    """All that decides the codes of a picture. A run on text alone needs no image tokenizer."""
     views = Views(config.image_size, crop_scale=recipe.data.crop_scale, flip=recipe.data.flip)
     image_tokenizer = None if start is None else start.image_tokenizer
+    if image_tokenizer is None and not (sources.pairs or sources.images or sources.validation_pairs):
+        return views, None
     if image_tokenizer is None:
         image_tokenizer = make_image_tokenizer(recipe.data, sources, views, config, recipe.train.seed)
     codebook_size = image_tokenizer.input_size(config.image_size, config.patch_size)
