@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trivium import manifest
 from trivium.errors import TriviumError
 from trivium.evaluate import results
 from trivium.evaluate.results import Result
@@ -60,7 +61,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "fsync", full)
+    monkeypatch.setattr(manifest.os, "fsync", full)
     with pytest.raises(TriviumError, match=r"results\.json cannot be written \(No space left on device\)"):
         write(path, {"a": Result(2.0)})
     assert path.read_bytes() == before

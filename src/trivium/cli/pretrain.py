@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trivium.cli.overrides import set_overrides
 from trivium.errors import TriviumError
@@ -46,6 +47,7 @@ def pretrain(
         The exit code: 0, or 130 after Ctrl-C.
     """
     begun = time.perf_counter()
+    distributed.start()
     changes = dict(overrides or {})
     if init is not None:
         changes["init"] = init
@@ -59,13 +61,24 @@ def pretrain(
     if config is not None:
         settings = _stated(config, recipe)
     tree = set_overrides(configuration.build(settings, RECIPES), changes)
-    out = out or Path("runs") / f"{Path(recipe).stem}-{size or 'default'}-{datetime.now():%Y%m%d-%H%M%S}"
-    print(f"preparing data and model for {out}", file=sys.stderr)
+    out = out or Path("runs") / f"{Path(recipe).stem}-{size or 'default'}-{_now():%Y%m%d-%H%M%S}"
+    say(f"preparing data and model for {out}")
     prepared = tree.prepare(settings.recipe, settings.arguments)
-    if os.environ.get("RANK", "0") == "0":
-        for sentence in (*prepared.notes, *noticed(prepared.sources)):
-            print(sentence, file=sys.stderr)
+    for sentence in (*prepared.notes, *noticed(prepared.sources)):
+        say(sentence)
     return run(with_budget(prepared), out, begun)
+
+
+def say(sentence: str) -> None:
+    """One line for the person who watches, from the first process alone."""
+    if distributed.rank() == 0:
+        print(sentence, file=sys.stderr)
+
+
+def _now() -> datetime:
+    """The first process's clock: all processes name one folder."""
+    mine = torch.tensor(time.time() if distributed.rank() == 0 else 0.0, dtype=torch.float64)
+    return datetime.fromtimestamp(distributed.sum_over_processes({"now": mine})["now"].item())
 
 
 def _stated(config: Path, recipe: str) -> configuration.Config:
@@ -83,7 +96,7 @@ def _resume(recipe: str, out: Path | None, changes: Mapping[str, Any], begun: fl
     settings = configuration.load(Path(recipe)) if out is None else _stated(out, recipe)
     out = out or Path(recipe)
     tree = set_overrides(configuration.build(settings, RECIPES), changes)
-    newest = checkpoint.newest(out / "checkpoints", lambda sentence: print(sentence, file=sys.stderr))
+    newest = checkpoint.newest(out / "checkpoints", say)
     prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")
     return run(prepared, out, begun, resume=True)
 
@@ -94,13 +107,15 @@ def with_budget(prepared: Prepared) -> Prepared:
     settings = prepared.recipe.train
     if settings.micro_batch == "auto":
         batch = prepared.recipe.data.batch
-        rows = largest_micro_batch(lambda rows: trainer.try_streams(prepared.with_train(micro_batch=rows).run), batch)
+        rows = largest_micro_batch(
+            lambda rows: trainer.try_streams(prepared.with_train(micro_batch=rows).run), batch // distributed.world()
+        )
         prepared = prepared.with_train(micro_batch=rows)
-        print(f"micro-batches of {rows} of {batch} samples fit into memory", file=sys.stderr)
+        say(f"micro-batches of {rows} of {batch} samples fit into memory")
     if settings.minutes is not None:
         steps = trainer.steps_in(prepared.run, settings.minutes)
         prepared = prepared.with_train(steps=steps, minutes=None)
-        print(f"{settings.minutes:g} minutes are about {steps} steps on this machine", file=sys.stderr)
+        say(f"{settings.minutes:g} minutes are about {steps} steps on this machine")
     return prepared
 
 
@@ -113,7 +128,8 @@ def run(prepared: Prepared, out: Path, begun: float, *, resume: bool = False) ->
         outcome = trainer.train(prepared.run, out, resume=resume)
         if outcome.signal is not None or distributed.rank() > 0:
             return outcome.exit_code
-        found, losses = finish.evaluate(prepared.bundle, prepared, lambda part: print(part, file=sys.stderr))
+        distributed.stop()  # the others are done: what follows is this process's alone
+        found, losses = finish.evaluate(prepared.bundle, prepared, say)
         page = finish.write(
             out,
             found,

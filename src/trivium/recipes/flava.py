@@ -106,10 +106,9 @@ def flava(size: str = "tiny") -> FlavaRecipe:
     if size == "tiny":
         return FlavaRecipe(
             model,
-            Objectives(masked_share=0.25),
-            Data(batch=128, max_length=32),
-            Optim(lr=1.5e-3, weight_decay=0.1, warmup=0.08),
-            Train(steps=2000, save_every=500),
+            data=Data(batch=128, max_length=32),
+            optim=Optim(lr=1.5e-3, weight_decay=0.1, warmup=0.08),
+            train=Train(steps=2000, save_every=500),
             init_std=0.09,  # about 1 / sqrt(width): at this width 0.02 learns a fifth as fast
         )
     published = Optim(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.1, warmup=10_000, clip="none")

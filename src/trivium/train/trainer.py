@@ -313,7 +313,8 @@ def _first_process_does(action: Callable[[], T]) -> T | None:
     result, error = None, None
     if distributed.rank() == 0:
         try:
-            result = action()
+            with distributed.alone():
+                result = action()
         except TriviumError as raised:
             error = raised
     if distributed.any_process(error is not None):

@@ -1,0 +1,50 @@
+"""FLAVA on real photographs: Flickr8k train, retrieval on its dev split, from scratch and from a BERT's embeddings.
+
+    python benchmarks/flickr8k.py --data.root DATA --minutes 12 --bert MINILM --out runs/flickr8k
+
+DATA holds flickr8k/train-*.parquet and flickr8k/dev-*.parquet (columns `image`, `captions`); the photographs are for
+research and are not part of this repository. MINILM is a small BERT of the same width as the model's text tower.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import side_by_side
+
+from trivium.cli import main as trivium
+from trivium.evaluate import results
+
+NAMES: tuple[str, ...] = ("text_to_image_r1", "text_to_image_r10", "text_to_image_median_rank")
+NAMES += ("image_to_text_r1", "image_to_text_r10", "image_to_text_median_rank")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data.root", dest="root", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=12.0, help="of training, for each run")
+    parser.add_argument("--bert", type=Path, help="a BERT checkpoint whose embeddings start the text tower")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments, more = parser.parse_known_args()
+    photographs = arguments.root / "flickr8k"
+    common = ["--size", "tiny", "--train.minutes", str(arguments.minutes), "--data.vocabulary", "bert"]
+    common += ["--data.pairs", *sorted(map(str, photographs.glob("train-*.parquet")))]
+    common += ["--data.validation", *sorted(map(str, photographs.glob("dev-*.parquet")))]
+    common += ["--data.text-column", "captions", *more]
+    starts: dict[str, list[str]] = {"scratch": []}
+    if arguments.bert is not None:
+        starts["bert_embeddings"] = ["--init-text", str(arguments.bert)]
+    rows = {}
+    for name, flags in starts.items():
+        out = arguments.out / name
+        if code := trivium(["pretrain", "flava", "--out", str(out), *common, *flags]):
+            raise SystemExit(code)
+        found = results.read(out / "results.json")
+        rows[name] = {each: vars(found[f"retrieval.pairs.{each}"]) for each in NAMES}
+        print(name, {each: round(found[f"retrieval.pairs.{each}"].value, 4) for each in NAMES})
+    side_by_side.write("flickr8k", rows, minutes=arguments.minutes)
+
+
+if __name__ == "__main__":
+    main()

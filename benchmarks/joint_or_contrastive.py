@@ -1,0 +1,74 @@
+"""What does joint training buy? FLAVA's six losses against the contrastive loss alone, at equal minutes, task by task.
+
+    python benchmarks/joint_or_contrastive.py --minutes 7.5 --out runs/joint-or-contrastive
+
+Same data, model size, batch, seed and schedule; the contrastive run spends all its steps on pairs and no step on a
+masked pass, so it sees more pairs in the same time. Both are scored by the demo's own evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import side_by_side
+
+from trivium.cli.demo import demo_recipe
+from trivium.cli.pretrain import run, with_budget
+from trivium.evaluate import results
+from trivium.recipes.flava import FlavaRecipe, Objectives
+
+TASKS = {
+    "retrieval.style.text_to_image_r10": "text to image, R@10, unseen style",
+    "retrieval.style.image_to_text_r10": "image to text, R@10, unseen style",
+    "retrieval.concepts.text_to_image_r10": "text to image, R@10, unseen things",
+    "retrieval.style.image_to_image_r1": "image to image, R@1, unseen style",
+    "zero_shot.group": "zero-shot, 9 groups",
+    "zero_shot.subgroup": "zero-shot, 98 subgroups",
+    "knn.group": "nearest neighbours, 9 groups",
+    "knn.subgroup": "nearest neighbours, 98 subgroups",
+    "probe.group": "linear probe, 9 groups",
+    "probe.subgroup": "linear probe, 98 subgroups",
+    "itm.auroc": "true pair above false pair (AUROC)",
+    "losses.mlm.final": "masked words, loss (lower is better)",
+    "losses.mmm_text.final": "masked words beside the picture, loss",
+    "losses.mim.final": "masked patches, loss",
+}
+
+
+def contrastive_only(recipe: FlavaRecipe) -> FlavaRecipe:
+    """The same run with one loss: no masked pass, no batch of one modality, no false pair."""
+    objectives = Objectives(mim=0.0, mlm=0.0, mmm_image=0.0, mmm_text=0.0, itm=0.0)
+    data = replace(recipe.data, images_ratio=0.0, text_ratio=0.0, false_pairs=0.0)
+    return replace(recipe, objectives=objectives, data=data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=7.5, help="of training, for each of the two")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the two runs")
+    arguments = parser.parse_args()
+    side_by_side.refuse_a_busy_machine()
+    recipe = demo_recipe(arguments.minutes)
+    found = {}
+    for name, each in (("joint", recipe), ("contrastive", contrastive_only(recipe))):
+        begun = time.perf_counter()
+        run(with_budget(each.prepare("flava", {"size": "tiny"})), arguments.out / name, begun)
+        found[name] = results.read(arguments.out / name / "results.json")
+    rows: dict[str, dict[str, object]] = {}
+    print("\n| task | joint | contrastive only |\n|---|---|---|")
+    for task, title in TASKS.items():
+        cells = []
+        for name in found:
+            result = found[name].get(task)
+            rows.setdefault(task, {})[name] = None if result is None else vars(result)
+            interval = "" if result is None or result.low is None else f" [{result.low:.3f}, {result.high:.3f}]"
+            cells.append("–" if result is None else f"{result.value:.3f}{interval}")
+        print(f"| {title} | {' | '.join(cells)} |")
+    side_by_side.write("joint_or_contrastive", rows, minutes=arguments.minutes)
+
+
+if __name__ == "__main__":
+    main()
