@@ -217,25 +217,39 @@ def test_five_lines_of_python(twenty: Path, shop: Path) -> None:
 # ------------------------------------------------------------------------------------------ processes
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_step_of_one(shop: Path, tmp_path: Path) -> None:
-    """Both cut the batch into two micro-batches; which process takes which is not part of the recipe."""
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    # Pairs alone, so that the one step holds the contrastive loss, gathered over the processes. Adam's first step
-    # shows little more than the gradient's sign; a large eps makes it proportional to the gradient.
-    words = ["--data.pairs", str(shop / "goods.csv"), *flags(train__steps=1, train__micro_batch=4), "--optim.eps", "1"]
-    assert trivium("pretrain", "flava", "--out", alone, *words) == 0
+def torchrun(*words: object, at: Path) -> subprocess.CompletedProcess[str]:
+    """The command line in two processes that share a run; `at` is where they stand."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m", "trivium"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "pretrain", "flava", "--out", str(shared), *words],
-        text=True, capture_output=True, timeout=300,
+    sources = str(Path(library.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, *map(str, words)],
+        cwd=at, env={**os.environ, "PYTHONPATH": sources}, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [4, "auto"])
+def test_two_processes_make_the_step_of_one(shop: Path, tmp_path: Path, micro_batch: int | str) -> None:
+    """Both cut the batch into two micro-batches; which process takes which is not part of the recipe."""
+    alone = tmp_path / "alone"
+    # Pairs alone, so that the one step holds the contrastive loss, gathered over the processes. Adam's first step
+    # shows little more than the gradient's sign; a large eps makes it proportional to the gradient.
+    words = ["--data.pairs", str(shop / "goods.csv"), "--optim.eps", "1"]
+    assert trivium("pretrain", "flava", "--out", alone, *words, *flags(train__steps=1, train__micro_batch=4)) == 0
+    done = torchrun(
+        "pretrain", "flava", *words, *flags(train__steps=1, train__micro_batch=micro_batch), at=tmp_path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    [shared] = (tmp_path / "runs").iterdir()  # one folder, named by the first process
     one, two = weights(alone, 1), weights(shared, 1)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
-    assert len(lines_of(shared / "metrics.jsonl")) == len(lines_of(alone / "metrics.jsonl"))
+    [line], [line_alone] = (
+        [line for line in lines_of(run / "metrics.jsonl") if "stream" in line] for run in (shared, alone)
+    )
+    assert line["losses"] == pytest.approx(line_alone["losses"], rel=1e-5)
     assert (shared / "report.html").is_file()
+    assert done.stderr.count("preparing data and model for") == 1

@@ -1,0 +1,143 @@
+"""FLAVA as a recipe: what its sizes say, how its values travel, and what `prepare` makes of data."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.recipes.shop import LOSSES, THINGS, data_of, flags
+from trivium.cli.overrides import set_overrides, split_overrides
+from trivium.errors import TriviumError
+from trivium.recipes.flava import FlavaRecipe, Prepared, chance_of, flava, validation_losses
+from trivium.train.config import leaves, set_leaves
+from trivium.train.optim import learning_rate
+
+
+def recipe_on(shop: Path, **changes: object) -> FlavaRecipe:
+    """The tiny recipe of these tests on the shop's data, with validation pairs."""
+    data = data_of(shop)
+    words = [*data, "--data.validation", *data[1:3], *flags(**changes)]
+    return set_overrides(flava("tiny"), split_overrides(words))
+
+
+@pytest.fixture(scope="module")
+def prepared(shop: Path) -> Prepared:
+    return recipe_on(shop).prepare("flava", {"size": "tiny"})
+
+
+def state(prepared: Prepared) -> dict[str, Tensor]:
+    return prepared.run.method.state_dict()
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+
+def test_base_is_the_published_run() -> None:
+    """Singh et al. 2022, section 4 and supplement A."""
+    recipe = flava("base")
+    assert (recipe.model.width, recipe.model.image_layers, recipe.model.multimodal_layers) == (768, 12, 6)
+    assert recipe.data.batch == 8192
+    assert (recipe.data.pairs_ratio, recipe.data.images_ratio, recipe.data.text_ratio) == (0.70, 0.15, 0.15)
+    assert recipe.optim.lr == 1e-3
+    assert recipe.optim.betas == (0.9, 0.999)
+    assert recipe.optim.weight_decay == 0.1
+    assert learning_rate(recipe.optim, 9_999, recipe.train.steps) == 1.0
+    assert learning_rate(recipe.optim, 999, recipe.train.steps) == pytest.approx(0.1)
+    assert recipe.objectives.masked_share == 1.0  # nothing that changes training, unless it is asked for
+    assert recipe.data.batch % recipe.train.micro_batch == 0
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_every_size_comes_back_from_its_config(size: str) -> None:
+    recipe = flava(size)
+    values = json.loads(json.dumps(leaves(recipe)))
+    assert set_leaves(flava("small" if size == "tiny" else "tiny"), values) == recipe
+
+
+@given(st.text(max_size=8).filter(lambda size: size not in ("tiny", "small", "base")))
+def test_no_other_size(size: str) -> None:
+    with pytest.raises(TriviumError, match="use one of tiny, small, base"):
+        flava(size)
+
+
+# ---------------------------------------------------------------------------------------------- prepare
+
+
+def test_what_runs_is_a_function_of_the_recipe_and_its_seed(shop: Path, prepared: Prepared) -> None:
+    again = recipe_on(shop).prepare("flava", {"size": "tiny"})
+    assert again.run.config.digest() == prepared.run.config.digest()
+    for name, tensor in state(prepared).items():
+        assert torch.equal(state(again)[name], tensor), name
+    assert again.bundle.tokenizer.encode(["a red bar"], 32) == prepared.bundle.tokenizer.encode(["a red bar"], 32)
+    other = recipe_on(shop, train__seed=1).prepare("flava", {"size": "tiny"})
+    assert not torch.equal(state(other)["model.image.class_token"], state(prepared)["model.image.class_token"])
+
+
+def test_the_config_states_the_shape_that_was_found(prepared: Prepared) -> None:
+    values = prepared.run.config.values
+    assert values["model.vocab_size"] == prepared.bundle.tokenizer.vocab_size < 4096
+    assert values["model.num_codes"] == prepared.bundle.image_tokenizer.num_codes == 16
+    assert prepared.bundle.model.config == prepared.recipe.model
+    assert prepared.bundle.max_length == prepared.recipe.data.max_length
+
+
+def test_settling_a_budget_opens_nothing_again(prepared: Prepared) -> None:
+    settled = prepared.with_train(steps=7, minutes=None, micro_batch=4)
+    assert settled.run.method is prepared.run.method
+    assert settled.sources is prepared.sources
+    assert settled.run.train == settled.recipe.train == replace(prepared.recipe.train, steps=7, micro_batch=4)
+    assert settled.run.config.values == prepared.run.config.values | {"train.steps": 7, "train.micro_batch": 4}
+    assert [settled.run.mixture.stream_at(step).micro_batch for step in range(3)] == [4, 4, 4]
+    assert prepared.recipe.train.steps == 6
+
+
+def test_the_streams_are_those_whose_data_is_there(shop: Path, prepared: Prepared) -> None:
+    assert {prepared.run.mixture.stream_at(step).name for step in range(3)} == {"pairs", "images", "text"}
+    recipe = recipe_on(shop)
+    pairs_alone = replace(recipe, data=replace(recipe.data, images=(), text=()))
+    mixture = pairs_alone.prepare("flava", {}).run.mixture
+    assert {mixture.stream_at(step).name for step in range(20)} == {"pairs"}
+
+
+# ------------------------------------------------------------------------------------- losses and chance
+
+
+def test_validation_losses_are_the_same_at_each_call_and_change_nothing(prepared: Prepared) -> None:
+    before = {name: tensor.clone() for name, tensor in state(prepared).items()}
+    first = validation_losses(prepared.run.method, prepared.validation, 0)
+    assert first.keys() == set(LOSSES)
+    assert validation_losses(prepared.run.method, prepared.validation, 0) == first
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(prepared).items())
+
+
+def test_validation_is_on_whole_batches(shop: Path) -> None:
+    """24 rows and batches of 16: 16 rows, since the contrastive loss means another thing on a batch of 8."""
+    assert len(THINGS) == 24
+    validation = recipe_on(shop, data__batch=16).prepare("flava", {}).validation
+    assert {stream: [len(batch) for batch in batches] for stream, batches in validation.items()} == {
+        "pairs": [16],
+        "images": [16],
+        "text": [16],
+    }
+
+
+def test_chance_is_what_a_model_without_knowledge_reaches(prepared: Prepared) -> None:
+    """No constant guess does better on these samples, and a new model does about as well as chance, or worse."""
+    chance = chance_of(prepared)
+    assert chance.keys() == set(LOSSES)
+    assert chance["contrastive"] == pytest.approx(math.log(8))
+    assert chance["itm"] == pytest.approx(-0.1 * math.log(0.1) - 0.9 * math.log(0.9))
+    for loss in ("mim", "mmm_image"):
+        assert 0 < chance[loss] <= math.log(16)
+    for loss in ("mlm", "mmm_text"):
+        assert 0 < chance[loss] <= math.log(prepared.recipe.model.vocab_size)
+    untrained = validation_losses(prepared.run.method, prepared.validation, 0)
+    assert all(untrained[loss] > 0.8 * chance[loss] for loss in ("mim", "mlm", "mmm_image", "mmm_text"))
