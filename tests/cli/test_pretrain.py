@@ -93,6 +93,25 @@ def test_a_second_run_never_takes_the_folder_of_the_first(
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
+def test_what_depends_on_the_machine_is_settled_once_and_written_down(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # without --out the run stands in runs/
+    budget = flags(train__minutes=0.002, train__micro_batch="auto")
+    assert trivium("pretrain", "flava", "--size", "tiny", *data_of(shop), *budget) == 0
+    [run] = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("flava-tiny-20")
+    said = capsys.readouterr()
+    assert "micro-batches of 8 of 8 samples fit into memory" in said.err
+    assert f"report: runs/{run.name}/report.html" in said.out
+    config = json.loads((run / "config.json").read_text())
+    assert config["arguments"] == {"size": "tiny"}
+    assert config["values"]["train.minutes"] is None
+    assert config["values"]["train.micro_batch"] == 8
+    steps = [line["step"] for line in lines_of(run / "metrics.jsonl") if "stream" in line]
+    assert steps == list(range(1, config["values"]["train.steps"] + 1))
+
+
 # --------------------------------------------------------------------------- bad samples while training
 
 

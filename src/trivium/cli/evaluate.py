@@ -71,7 +71,8 @@ def evaluate(
         model_path=str(path),
         title=f"Evaluation of {path}",
     )
-    print("\n".join(finish.summary(found)))
+    for sentence in finish.summary(found):
+        print(sentence)
     print(f"report: {page}")
     return 0
 

@@ -39,8 +39,8 @@ def pretrain(
         size: the recipe's one dial, such as tiny, small or base.
         out: the run folder; by default runs/RECIPE-SIZE-DATE.
         init: a model folder, run folder or foreign checkpoint to start from.
-        config: a config.json whose values are set before `overrides`.
-        resume: continue the run in `out` from its newest valid checkpoint.
+        config: a config.json, or a run folder, whose values count where no flag says otherwise.
+        resume: continue the run in --out from its newest sound checkpoint, to the same weights as if never stopped.
         overrides: leaves by their dotted path, such as {"optim.lr": "3e-4"}.
 
     Returns:
@@ -141,6 +141,7 @@ def run(prepared: Prepared, out: Path, begun: float, *, resume: bool = False) ->
         )
     finally:
         distributed.stop()
-    print("\n".join(finish.summary(found)))
+    for sentence in finish.summary(found):
+        print(sentence)
     print(f"report: {page}")
     return 0

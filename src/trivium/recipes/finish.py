@@ -28,7 +28,8 @@ def evaluate(
     if prepared is None:
         return embedded.run(bundle, say=say), {}
     data = prepared.recipe.data
-    say("validation losses")
+    if prepared.validation:
+        say("validation losses")
     final = validation_losses(prepared.run.method, prepared.validation, prepared.recipe.train.seed)
     chance = chance_of(prepared) if prepared.validation else {}
     if data.is_embedded:
@@ -93,7 +94,7 @@ def summary(found: Evaluation) -> list[str]:
             recall, median = found.results[f"{name}_r10"], found.results[f"{name}_median_rank"]
             chance = found.chance[f"{name}_r10"]
             sentences.append(
-                f"{way.replace('_', ' ')} on the validation pairs: R@10 {recall.value:.3f} (chance {chance:.3f}),"
+                f"{way.replace('_', ' ')} on these pairs: R@10 {recall.value:.3f} (chance {chance:.3f}),"
                 f" median rank {median.value:g}"
             )
     return sentences
