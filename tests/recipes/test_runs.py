@@ -235,9 +235,10 @@ def torchrun(*words: object, at: Path) -> subprocess.CompletedProcess[str]:
 def test_two_processes_make_the_step_of_one(shop: Path, tmp_path: Path, micro_batch: int | str) -> None:
     """Both cut the batch into two micro-batches; which process takes which is not part of the recipe."""
     alone = tmp_path / "alone"
-    # Pairs alone, so that the one step holds the contrastive loss, gathered over the processes. Adam's first step
-    # shows little more than the gradient's sign; a large eps makes it proportional to the gradient.
-    words = ["--data.pairs", str(shop / "goods.csv"), "--optim.eps", "1"]
+    # Pairs alone, so that the one step holds the contrastive loss, gathered over the processes. Adam's first step shows
+    # little more than the gradient's sign; with rate 1, eps 1 and no clipping it is about the gradient itself.
+    plain = ["--optim.lr", "1", "--optim.eps", "1", "--optim.warmup", "0", "--optim.clip", "none"]
+    words = ["--data.pairs", str(shop / "goods.csv"), *plain]
     assert trivium("pretrain", "flava", "--out", alone, *words, *flags(train__steps=1, train__micro_batch=4)) == 0
     done = torchrun(
         "pretrain", "flava", *words, *flags(train__steps=1, train__micro_batch=micro_batch), at=tmp_path
@@ -251,5 +252,7 @@ def test_two_processes_make_the_step_of_one(shop: Path, tmp_path: Path, micro_ba
         [line for line in lines_of(run / "metrics.jsonl") if "stream" in line] for run in (shared, alone)
     )
     assert line["losses"] == pytest.approx(line_alone["losses"], rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(line_alone["grad_norm"], rel=1e-4)
+    assert line["grad_norm"] > 1  # so that 1e-5 is small beside what moved
     assert (shared / "report.html").is_file()
     assert done.stderr.count("preparing data and model for") == 1
