@@ -120,6 +120,7 @@ def test_the_share_is_even_and_no_micro_batch_changes_who_is_in_it(
     for first in range(rows):  # any window holds its share of rows, give or take one
         inside = sum(first <= row < first + 10 for row in chosen)
         assert abs(inside - min(10, rows - first) * share) < 1 + 1e-9 + share
+    assert method.eval()._masked_rows(batch).tolist() == list(range(rows))  # what is measured takes every pair
 
 
 def test_codes_come_from_the_tokenizer_where_the_batch_has_none() -> None:

@@ -56,7 +56,7 @@ class FlavaMethod(Method):
         image_tokenizer: frozen; None where batches carry their codes (`targets["codes"]`).
         weights: of each of the six losses; 0 = never computed.
         masked_share: share of the pairs that go through the masked pass (MMM and ITM). 1 is the paper. Less is
-            cheaper and **changes training**: the contrastive loss still sees every pair.
+            cheaper and **changes training**: the contrastive loss still sees every pair. In eval mode all do.
     """
 
     model: Flava
@@ -210,7 +210,7 @@ class FlavaMethod(Method):
 
     def _masked_rows(self, batch: Batch) -> Tensor:
         """Rows of this micro-batch that take the masked pass: an even share of the global batch, by row number."""
-        if self.masked_share == 1.0:
+        if self.masked_share == 1.0 or not self.training:  # what is measured needs every pair there is
             return torch.arange(len(batch))
         row_B = batch.rows_B.double()
         chosen_B = ((row_B + 1) * self.masked_share).floor() > (row_B * self.masked_share).floor()

@@ -75,7 +75,7 @@ def write(
             found,
             losses,
             curves=report.read_curves(out / "metrics.jsonl"),
-            seconds=seconds | {f"evaluation: {name}": value for name, value in found.seconds.items()},
+            seconds=seconds,
             machine=machine,
             config={} if prepared is None else leaves(prepared.recipe),
             command=command,
