@@ -216,15 +216,16 @@ def evaluation_batches(
     """Batches for validation, the same at every call: the rows in order, or `limit` of them evenly spread.
 
     Every choice is keyed by the row, so masks and losses repeat; give a collate with ``train=False``. False pairs
-    are drawn inside each batch at the collate's rate. The last batch may be smaller. An unreadable sample is left
-    out, since a substitute would count twice, and named in ``bad``. Raises TriviumError where none is left.
+    are drawn inside each batch, as many as the collate's rate says. The last batch may be smaller. An unreadable
+    sample is left out, since a substitute would count twice, and named in ``bad``. Raises TriviumError where none is
+    left.
     """
     num_rows = len(source) if limit is None else min(limit, len(source))
     rows = np.arange(num_rows) * len(source) // max(num_rows, 1)
     read_any = False
     for number, start in enumerate(range(0, num_rows, batch)):
         image_rows = rows[start : start + batch]
-        text_rows = rotate_captions(image_rows, image_rows, collate.false_pairs, 0, stream)
+        text_rows = rotate_captions(image_rows, image_rows, collate.false_pairs, 0, stream, exact=True)
         prepared, places, bad = [], [], []
         for image_row, text_row in zip(image_rows.tolist(), text_rows.tolist(), strict=True):
             try:

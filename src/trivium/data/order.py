@@ -152,15 +152,21 @@ class Order:
         return self._layouts[epoch]
 
 
-def rotate_captions(rows: np.ndarray, places: np.ndarray, rate: float, seed: int, stream: str) -> np.ndarray:
+def rotate_captions(
+    rows: np.ndarray, places: np.ndarray, rate: float, seed: int, stream: str, *, exact: bool = False
+) -> np.ndarray:
     """The text row beside each image row, some of them false pairs on purpose.
 
     Each place is chosen with probability `rate` by (seed, stream, place); the captions of the chosen ones are rotated
     by one among them, so every caption still stands exactly once and language alone betrays nothing. One chosen
     place alone stays true. rows, places: int64 [G] of the GLOBAL batch. Returns int64 [G].
+
+    exact: choose rate x G places, rounded, instead: a few hundred samples that are measured should hold the share that
+    a loss is compared at, not what chance makes of it.
     """
     text_rows = rows.copy()
-    chosen = np.flatnonzero(uniform64(hash64(seed, stream, "false pair"), places) < rate)
+    draws = uniform64(hash64(seed, stream, "false pair"), places)
+    chosen = np.sort(draws.argsort()[: round(rate * len(rows))]) if exact else np.flatnonzero(draws < rate)
     text_rows[chosen] = np.roll(rows[chosen], 1)
     return text_rows
 
