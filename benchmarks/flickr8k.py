@@ -1,9 +1,10 @@
 """FLAVA on real photographs: Flickr8k train, retrieval on its dev split, from scratch and from a BERT's embeddings.
 
-    python benchmarks/flickr8k.py --data.root DATA --minutes 12 --bert MINILM --out runs/flickr8k
+    python benchmarks/flickr8k.py --data.root DATA --minutes 12 --bert BERT --out runs/flickr8k
 
 DATA holds flickr8k/train-*.parquet and flickr8k/dev-*.parquet (columns `image`, `captions`); the photographs are for
-research and are not part of this repository. MINILM is a small BERT of the same width as the model's text tower.
+research and are not part of this repository. BERT is a small one of the width of the model, 128; for another, say 384,
+add `--model.width 384 --model.num-heads 6 --model.mlp-width 1536`. Further flags go to both runs as they are.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def main() -> None:
         found = results.read(out / "results.json")
         rows[name] = {each: vars(found[f"retrieval.pairs.{each}"]) for each in NAMES}
         print(name, {each: round(found[f"retrieval.pairs.{each}"].value, 4) for each in NAMES})
-    side_by_side.write("flickr8k", rows, minutes=arguments.minutes)
+    command = f"python benchmarks/flickr8k.py --data.root DATA --minutes {arguments.minutes:g} --out RUNS"
+    command += " --bert BERT" if arguments.bert is not None else ""
+    side_by_side.write("flickr8k", rows, command=" ".join([command, *more]), minutes=arguments.minutes)
 
 
 if __name__ == "__main__":

@@ -84,8 +84,9 @@ def row(ours: list[float], peer: list[float], memory: tuple[int, int] | None = N
     return result
 
 
-def write(name: str, results: dict[str, Any], **more: Any) -> Path:
-    """results/NAME.json with machine, versions and command."""
+def write(name: str, results: dict[str, Any], *, command: str | None = None, **more: Any) -> Path:
+    """results/NAME.json with machine, versions and command; `command` where what was typed names this machine's own
+    folders."""
     import transformers
 
     machine = {
@@ -98,7 +99,7 @@ def write(name: str, results: dict[str, Any], **more: Any) -> Path:
     document = {
         "machine": machine,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "command": " ".join(["python", *sys.argv]),
+        "command": command or " ".join(["python", *sys.argv]),
         "results": results,
         **more,
     }
