@@ -67,7 +67,8 @@ def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> Abstra
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" takes a GPU where there is one. Raises TriviumError where this machine lacks what was named."""
+    """ "auto" takes a CUDA GPU where there is one, else the CPU: Apple's GPU lacks the float64 that sums are kept in.
+    Raises TriviumError where this machine lacks what was named."""
     if name != "auto":
         try:
             torch.empty(1, device=name)
@@ -77,7 +78,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("cpu")
 
 
 def cpu_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -228,7 +228,7 @@ def _trial(run: Run) -> tuple[Run, torch.optim.Optimizer, Context]:
     if run.train.threads is not None:
         torch.set_num_threads(run.train.threads)
     run = replace(run, method=copy.deepcopy(run.method).to(device))
-    autocast = partial(precision.autocast, device, precision.choose(run.train.precision, device))
+    autocast = partial(precision.autocast, device, _common_precision(run, device))
     return run, optim.build(run.method, run.optim), autocast
 
 
@@ -292,8 +292,14 @@ def _layout(run: Run, device: torch.device) -> dict[str, Any]:
         "micro_batch": {stream.name: stream.micro_batch for stream in streams},
         "threads": torch.get_num_threads(),
         "device": device.type,
-        "precision": precision.choose(run.train.precision, device),
+        "precision": _common_precision(run, device),
     }
+
+
+def _common_precision(run: Run, device: torch.device) -> Literal["fp32", "bf16"]:
+    """Every process measures for itself, and all of them take bfloat16 only where none found it the slower."""
+    found = precision.choose(run.train.precision, device)
+    return "fp32" if distributed.any_process(found == "fp32") else "bf16"
 
 
 def _settled_layout(
