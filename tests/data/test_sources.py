@@ -441,7 +441,6 @@ def test_concat_knows_lengths_where_all_do(tmp_path: Path) -> None:
     assert [source.read(row, row)["text"] for row in range(3)] == ["sevenss", "xx", "four"]
     assert np.argsort(np.asarray(source.lengths())).tolist() == [1, 2, 0]
     assert isinstance(source, Concat)
-    assert source.cut_texts() == 0
 
 
 # --------------------------------------------------------------------------------------------------- workers

@@ -49,8 +49,8 @@ verbs:
 examples:
   trivium demo --quick
   trivium pretrain flava --size tiny --data.pairs products.csv --train.minutes 8
-  trivium search runs/demo "red mug" --images photos/ --out page.html
-  trivium embed runs/demo photos/ --out photos.parquet
+  trivium search demo "red mug" --images photos/ --out page.html
+  trivium embed demo photos/ --out photos.parquet
 
 exit codes:
   0    done, also when a training run was told to stop and saved

@@ -53,9 +53,6 @@ class Concat:
         known = [np.asarray(length) for length in lengths if length is not None]
         return np.concatenate(known) if len(known) == len(lengths) else None  # type: ignore[return-value]
 
-    def cut_texts(self) -> int:
-        return sum(getattr(source, "cut_texts", int)() for source in self.sources)
-
     def read(self, image_row: int, text_row: int) -> Sample:
         (first, image_row), (second, text_row) = self._find(image_row), self._find(text_row)
         if first == second:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trivium.data.decode import DecodeError
-from trivium.data.files import PICTURE_SUFFIXES, walk
+from trivium.data.files import PICTURE_SUFFIXES, TEXT_LIMIT, walk
 from trivium.errors import TriviumError
 from trivium.load import Bundle
 from trivium.models.flava import Encoded
@@ -25,7 +25,6 @@ T = TypeVar("T")
 
 BATCH = 64
 DECODERS = 4  # threads: decoding frees Python's lock
-LINE_LIMIT = 65_536  # bytes of one line that are read; far beyond what any tokenizer keeps
 
 
 def find_pictures(folder: Path) -> list[str]:
@@ -79,7 +78,7 @@ def embed_lines(bundle: Bundle, path: Path, known: Mapping[str, Row]) -> Iterato
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             return Row(name, sha256, None, f"not UTF-8 at byte {error.start} of the line")
-        return name, sha256, text[:LINE_LIMIT]
+        return name, sha256, text[:TEXT_LIMIT]
 
     with path.open("rb") as lines:
         for some in _batches(enumerate(lines, start=1)):

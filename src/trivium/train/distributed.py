@@ -50,11 +50,6 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
-def barrier() -> None:
-    if world() > 1:
-        dist.barrier()
-
-
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

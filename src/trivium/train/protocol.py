@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -89,7 +89,7 @@ class Texts:
 
 @dataclass
 class Batch:
-    """One micro-batch. Tensors live on CPU until the method moves them with ``to``."""
+    """One micro-batch. Its tensors stay on CPU; the method moves what it needs."""
 
     stream: str
     rows_B: Tensor  # int64, the rows of the global batch that stand here; one contiguous slice
@@ -102,24 +102,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.rows_B)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch with every tensor on `device`."""
-
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-        def each(part: Any) -> Any:
-            return type(part)(**{name: move(value) for name, value in vars(part).items()})
-
-        return replace(
-            self,
-            rows_B=move(self.rows_B),
-            places_B=move(self.places_B),
-            images=tuple(each(image) for image in self.images),
-            texts=tuple(each(text) for text in self.texts),
-            targets={name: move(value) for name, value in self.targets.items()},
-        )
 
 
 class Sample(TypedDict, total=False):
