@@ -13,12 +13,13 @@ import torch
 from trivium.data.embedded import HELD_OUT_STYLE, corpus, emoji
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
-from trivium.evaluate import embedded, losses, report
+from trivium.evaluate import embedded, report
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.results import Result
 from trivium.evaluate.retrieval import summary
 from trivium.evaluate.walls import Picture, Query, Wall
 from trivium.load import Bundle
+from trivium.methods.flava import LOSSES
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.models.patch_codebook import PatchCodebook
 
@@ -148,8 +149,8 @@ class Page(HTMLParser):
 
 
 def full(evaluation: Evaluation) -> report.Report:
-    values = dict.fromkeys(losses.NAMES, (2.0, 2.5))
-    curves = {name: [(step, 3.0 - step / 100) for step in range(10, 100, 10)] for name in losses.NAMES}
+    values = dict.fromkeys(LOSSES, (2.0, 2.5))
+    curves = {name: [(step, 3.0 - step / 100) for step in range(10, 100, 10)] for name in LOSSES}
     return report.Report(
         "Demo", evaluation, values, curves, {"train": 61.0, "total": 99.5}, {"cpu": "x", "gpus": []}, {"optim.lr": 0.1},
         command="trivium demo",

@@ -49,7 +49,7 @@ class Evaluation:
     walls: list[Wall] = field(default_factory=list)
     reconstructions: list[Reconstruction] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # of each part, in order
-    not_applicable: list[str] = field(default_factory=list)  # one sentence for each part that the model cannot do
+    not_applicable: list[str] = field(default_factory=list)  # a sentence for each thing not measured, with the reason
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMES = ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")
-
 
 def entropy(labels: Tensor) -> float:
     """Entropy in nats of the frequencies of int64 labels of any shape; 0 for no labels."""

@@ -51,5 +51,7 @@ def run(bundle: Bundle, source: Source, limit: int = 5000) -> Evaluation:
         for cutoff in retrieval.CUTOFFS:
             chance = retrieval.chance_recall(right, len(candidates), cutoff)
             found.chance[f"retrieval.pairs.{name}_r{cutoff}"] = chance
-    found.not_applicable += [f"left out: {sentence}" for sentence in bad]
+    if len(source) > limit:
+        found.not_applicable.append(f"pairs beyond the first {limit:,} of {len(source):,}")
+    found.not_applicable += [f"a pair that cannot be read: {sentence}" for sentence in bad]
     return found

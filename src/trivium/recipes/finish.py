@@ -97,4 +97,4 @@ def summary(found: Evaluation) -> list[str]:
                 f"{way.replace('_', ' ')} on these pairs: R@10 {recall.value:.3f} (chance {chance:.3f}),"
                 f" median rank {median.value:g}"
             )
-    return sentences
+    return sentences + [f"not measured: {sentence}" for sentence in found.not_applicable]
