@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import signal
@@ -243,12 +242,3 @@ def test_types_and_shapes_that_are_easy_to_lose(tmp_path: Path) -> None:
         assert tensor.dtype == expected[name].dtype
         assert torch.equal(tensor, expected[name]), name
     assert (path / "training" / "method.safetensors").stat().st_size < 2000  # the slice alone, not what it is cut from
-
-
-def test_a_model_folder_alone(tmp_path: Path) -> None:
-    method = Tiny()
-    checkpoint.save_model_folder(tmp_path / "model", export_of(method))
-    verify_manifest(tmp_path / "model")
-    assert json.loads((tmp_path / "model" / "config.json").read_text()) == {"family": "tiny"}
-    with pytest.raises(TriviumError, match="exists already"):
-        checkpoint.save_model_folder(tmp_path / "model", export_of(method))

@@ -106,15 +106,6 @@ def save(
     return target
 
 
-def save_model_folder(folder: Path, export: Export) -> None:
-    """Write a model folder alone, as whole and as synced as a checkpoint. The folder must not exist yet."""
-    if folder.exists():
-        raise TriviumError(f"{folder} exists already: name a new folder, or remove it first")
-    with _written_beside(folder) as beside:
-        export(beside)
-        write_manifest(beside)
-
-
 @contextmanager
 def _written_beside(target: Path) -> Iterator[Path]:
     """A temporary folder beside the target that takes its place, synced, when the block ends well."""
