@@ -47,6 +47,7 @@ from trivium.train.step import backward, step
 
 MODALITIES = ("multimodal", "image", "text")
 PADDED = 77  # tokens
+LADDER_BATCH = 4  # of the ladder, which times 21 cases
 LENGTHS = (9, 12, 13, 15, 16, 17, 20, 26)  # tokens of eight captions: 16 on average, as 12 words have (FLAVA Table 2)
 
 
@@ -273,7 +274,7 @@ def ladder(pair: Pair, cached: dict[str, Batch], padded: dict[str, Batch], onlin
                 with patch():
                     pair.step(batch)
 
-            times = side_by_side.interleaved(partial(pair.step, cached[modality]), without)
+            times = side_by_side.interleaved(partial(pair.step, cached[modality]), without, rounds=2)
             rungs[trick][modality] = round(statistics.median(times[1]) / statistics.median(times[0]), 3)
         print(f"  {trick}: {rungs[trick]}", flush=True)
     return rungs
@@ -293,9 +294,7 @@ def main() -> None:
     config = pair.method.model.config
 
     real = make_batches(config, arguments.batch, None, with_codes=True)
-    padded = make_batches(config, arguments.batch, PADDED if config.max_length >= PADDED else None, with_codes=True)
     online = make_batches(config, arguments.batch, PADDED if config.max_length >= PADDED else None, with_codes=False)
-    real_online = make_batches(config, arguments.batch, None, with_codes=False)
     results = {}
     for name, batches in (("equal", real), ("online", online)):  # before any step: afterwards weights may drift apart
         print(f"losses, {name}", flush=True)
@@ -304,10 +303,26 @@ def main() -> None:
     for name, ours, theirs in (("equal", real, real), ("online", online, online), ("as_used", real, online)):
         print(f"{name} ({kind})", flush=True)
         results[name] = compare(pair, ours, theirs)
-    rungs = {} if arguments.no_ladder else ladder(pair, real, padded, real_online)
+    few = min(arguments.batch, LADDER_BATCH)
+    rungs = (
+        {}
+        if arguments.no_ladder
+        else ladder(
+            pair,
+            make_batches(config, few, None, with_codes=True),
+            make_batches(config, few, PADDED if config.max_length >= PADDED else None, with_codes=True),
+            make_batches(config, few, None, with_codes=False),
+        )
+    )
     if arguments.size == "base":
         side_by_side.write(
-            "flava_step", results, ladder=rungs, precision=kind, batch=arguments.batch, token_lengths=LENGTHS
+            "flava_step",
+            results,
+            ladder=rungs,
+            precision=kind,
+            batch=arguments.batch,
+            ladder_batch=few,
+            token_lengths=LENGTHS,
         )
 
 

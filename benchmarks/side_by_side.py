@@ -36,10 +36,12 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def interleaved(ours: Callable[[], object], peer: Callable[[], object]) -> tuple[list[float], list[float]]:
+def interleaved(
+    ours: Callable[[], object], peer: Callable[[], object], rounds: int | None = None
+) -> tuple[list[float], list[float]]:
     """Seconds of each, A B A B after one warm-up: 5 rounds, or 3 where a round takes over 30 seconds."""
     warm = seconds(ours) + seconds(peer)
-    rounds = 3 if warm > 30 else 5
+    rounds = rounds or (3 if warm > 30 else 5)
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         times[0].append(seconds(ours))

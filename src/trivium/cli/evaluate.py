@@ -23,7 +23,7 @@ def evaluate(
     image_column: str | None = None,
     text_column: str | None = None,
     out: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> int:
     """Measure a model and write results.json and report.html.
 

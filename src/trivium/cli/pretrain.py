@@ -16,7 +16,7 @@ from trivium.errors import TriviumError
 from trivium.recipes import RECIPES, finish
 from trivium.recipes.data import noticed
 from trivium.recipes.flava import Prepared
-from trivium.train import checkpoint, distributed, trainer
+from trivium.train import checkpoint, distributed, run_folder, trainer
 from trivium.train import config as configuration
 from trivium.train.budget import largest_micro_batch
 
@@ -62,6 +62,7 @@ def pretrain(
         settings = _stated(config, recipe)
     tree = set_overrides(configuration.build(settings, RECIPES), changes)
     out = out or Path("runs") / f"{Path(recipe).stem}-{size or 'default'}-{_now():%Y%m%d-%H%M%S}"
+    run_folder.refuse_a_run(out)
     say(f"preparing data and model for {out}")
     prepared = tree.prepare(settings.recipe, settings.arguments)
     for sentence in (*prepared.notes, *noticed(prepared.sources)):

@@ -33,7 +33,7 @@ def chance(labels: Tensor, num_classes: int) -> float:
 
 
 def chances(
-    masked_labels: Mapping[str, Tensor], num_classes: Mapping[str, int], false_share: float, contrastive_batch: int
+    masked_labels: Mapping[str, Tensor], num_classes: Mapping[str, int], false_share: float, contrastive_batch: float
 ) -> dict[str, float]:
     """Chance of the losses that are given.
 
@@ -41,7 +41,8 @@ def chances(
         masked_labels: of "mim", "mlm", "mmm_image", "mmm_text": what stands at the masked positions (see labels_of).
         num_classes: of the same names: codes of the image tokenizer, words of the vocabulary.
         false_share: the recipe's own share of false pairs.
-        contrastive_batch: rows of one evaluated batch; a model that knows nothing gives each the same score.
+        contrastive_batch: rows of one evaluated batch (their geometric mean, where batches differ); a model that
+            knows nothing gives each the same score.
     """
     masked = {name: chance(labels, num_classes[name]) for name, labels in masked_labels.items()}
     return masked | {"itm": binary_entropy(false_share), "contrastive": math.log(contrastive_batch)}

@@ -49,6 +49,7 @@ class Data:
     batch: int = 128  # samples of one step, over all processes
     max_length: int = 64  # tokens of a caption or text, [CLS] and [SEP] among them
     false_pairs: float = 0.1  # share of the pairs whose captions are rotated, for the matching loss
+    sort_by_length: bool = False  # texts inside a batch, so that micro-batches are padded less
     whole_words: bool = False  # mask whole words instead of word pieces
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a random crop shows
     flip: float = 0.0  # probability of a mirrored picture
@@ -105,20 +106,22 @@ def make_tokenizer(data: Data, sources: Sources, vocab_size: int) -> Tokenizer:
 
 def _texts(sources: Sources) -> Iterator[str]:
     """Up to a stated number of texts of each source, evenly spread. No picture is read for them."""
-    found = False
+    found, worst = False, ""
     for source in (sources.pairs, sources.text):
         for part in _parts(source):
             assert source is not None
             for row in _spread(part, -(-TEXTS_FOR_VOCABULARY * len(part) // len(source))):
                 try:
                     texts = _captions(part, row)
-                except BadSample:
-                    continue  # the loader reports it when its place comes
+                except BadSample as error:  # the loader reports it when its place comes
+                    worst = f"; the last that was tried: {error}"
+                    continue
                 found = True
                 yield from texts
     if not found:
         raise TriviumError(
             "there is no text to learn a vocabulary from: give --data.pairs or --data.text, or --data.vocabulary bert"
+            + worst
         )
 
 
@@ -173,20 +176,25 @@ def make_image_tokenizer(
     """
     if data.image_tokenizer != "patches":
         return load_image_tokenizer(data.image_tokenizer)
-    pictures = []
+    pictures, worst = [], ""
     for source in (sources.pairs, sources.images):
         for row in _spread(source, PICTURES_FOR_CODEBOOK // 2):
             try:
                 sample = source.read(row, row) if source is not None else {}
                 pictures.append(views.for_model(views.decode(sample["image"]), WHOLE))
-            except (BadSample, DecodeError):
-                continue  # the loader reports it when its place comes
+            except BadSample as error:  # the loader reports it when its place comes
+                worst = str(error)
+            except DecodeError as error:
+                worst = f"{sample.get('name', 'a picture')}: {error}"
     if not pictures:
-        raise TriviumError("there is no picture to learn an image codebook from: give --data.pairs or --data.images")
+        last = f"; the last that was tried: {worst}" if worst else ""
+        raise TriviumError(
+            f"there is no picture to learn an image codebook from: give --data.pairs or --data.images{last}"
+        )
     pixels_BCHW: Tensor = torch.from_numpy(np.stack(pictures))
-    return PatchCodebook.fit(
-        pixels_BCHW, config.num_codes, config.patch_size, seed=hash64(seed, "patch codebook") % 2**63
-    )
+    num_patches = len(pictures) * (views.size // config.patch_size) ** 2
+    num_codes = min(config.num_codes, num_patches)  # a handful of pictures has fewer patches than codes
+    return PatchCodebook.fit(pixels_BCHW, num_codes, config.patch_size, seed=hash64(seed, "patch codebook") % 2**63)
 
 
 def all_pictures(sources: Sources) -> Source:
@@ -212,9 +220,9 @@ def make_streams(
     image = ImageInput(views, patch, codes, data.color_jitter, data.cache_megabytes << 20)
     text = TextInput(tokenizer, data.max_length, whole_words=data.whole_words)
     members = (
-        ("pairs", sources.pairs, PairCollate(image, text, data.false_pairs), data.pairs_ratio),
+        ("pairs", sources.pairs, PairCollate(image, text, data.false_pairs, data.sort_by_length), data.pairs_ratio),
         ("images", sources.images, ImageCollate(image), data.images_ratio),
-        ("text", sources.text, TextCollate(text), data.text_ratio),
+        ("text", sources.text, TextCollate(text, data.sort_by_length), data.text_ratio),
     )
     streams = [
         Stream(name, source, collate, data.batch, data.batch, ratio)

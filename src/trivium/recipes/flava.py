@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from trivium.data.codes import CodeCache
 from trivium.data.loader import evaluation_batches
 from trivium.data.mixture import StreamMixture
+from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
 from trivium.errors import TriviumError
@@ -19,6 +21,7 @@ from trivium.evaluate import losses
 from trivium.load import Bundle, ImageTokenizer, image_tokenizer_hash, load
 from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
+from trivium.recipes import limits
 from trivium.recipes.bert import Bert
 from trivium.recipes.data import (
     Data,
@@ -74,7 +77,7 @@ class FlavaRecipe:
     init: str | None = None  # a model folder, run folder or foreign checkpoint to start from
     init_text: str | None = None  # a BERT of the same width: word embeddings and head of masked words start as its own
     init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
-    validate: int = 1024  # held-out samples of each stream that losses are measured on
+    validate: int = 4096  # held-out samples of each stream that losses are measured on; 0: none
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> Prepared:
         """Open the data, make or read tokenizer and codebook, build model and method.
@@ -89,6 +92,7 @@ class FlavaRecipe:
     def pictures(self) -> tuple[Source, Views, ImageTokenizer]:
         """What a cache of codes is made from: every picture of the run, those of validation too; which part of each
         the image tokenizer sees, and at which size; and the image tokenizer."""
+        limits.check(leaves(self))
         start, config = _open_start(self, self.init)
         _check(config, self.data)
         sources = open_sources(self.data)
@@ -150,6 +154,8 @@ class Prepared:
 
 
 def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> Prepared:
+    limits.check(leaves(recipe))
+    _check_sorting(recipe)
     data, seed = recipe.data, recipe.train.seed
     stream_names = recipe.objectives.streams()
     if recipe.init is not None and recipe.init_text is not None:
@@ -168,18 +174,20 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     codes = None
     if data.codes is not None and image_tokenizer is not None:
         codes = CodeCache(data.codes, views, image_tokenizer_hash(image_tokenizer))
-    model_config = replace(
-        model_config,
-        vocab_size=tokenizer.vocab_size,
-        pad_id=tokenizer.pad_id,
-        num_codes=model_config.num_codes if image_tokenizer is None else image_tokenizer.num_codes,
-    )
+    notes = []
+    if start is None:
+        model_config = replace(model_config, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+        if image_tokenizer is not None:
+            model_config = replace(model_config, num_codes=image_tokenizer.num_codes)
+    elif resume_from is None:
+        notes += _fits(recipe, start, model_config, tokenizer, image_tokenizer)
 
     model = Flava(model_config)
     initialise(model, seed, recipe.init_std)
     if start is not None:
         model.load_state_dict(start.model.state_dict())
-    notes = [] if bert is None else [bert.start(model)]
+    if bert is not None:
+        notes.append(bert.start(model))
     weights = {loss: getattr(recipe.objectives, loss) for loss in LOSSES}
     transform = ImageTransform(model_config.image_size) if start is None else start.transform
     pixels = Pixels(transform.mean, transform.std)
@@ -194,9 +202,11 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, data.schedule, train.workers)
 
     validation = {
-        stream: list(evaluation_batches(source, collate, data.batch, _whole_batches(source, recipe), stream))
+        stream: list(evaluation_batches(source, collate, data.batch, recipe.validate, stream))
         for stream, source, collate in validation_streams(data, sources, views, patch, tokenizer, codes, stream_names)
+        if recipe.validate
     }
+    notes += [f"validation: {bad}" for batches in validation.values() for batch in batches for bad in batch.bad]
     recipe = replace(recipe, model=model_config)
     run = Run(
         method,
@@ -221,6 +231,43 @@ def _open_start(recipe: FlavaRecipe, path: str | Path | None) -> tuple[Bundle | 
     return start, start.model.config
 
 
+def _fits(
+    recipe: FlavaRecipe,
+    start: Bundle,
+    config: FlavaConfig,
+    tokenizer: Tokenizer,
+    image_tokenizer: ImageTokenizer | None,
+) -> list[str]:
+    """What of the recipe gives way to the model that a run starts from, a sentence each.
+
+    Raises TriviumError where words or codes of the data have no place in the model.
+    """
+    if start.tokenizer is None and recipe.data.vocabulary == "learned":
+        raise TriviumError(
+            f"{recipe.init} came without a tokenizer, and a vocabulary learned from this data would not be the one that"
+            " it was trained with: give --data.vocabulary bert or the path of its tokenizer.json"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TriviumError(
+            f"the vocabulary has {tokenizer.vocab_size} words, the model of {recipe.init} {config.vocab_size}: give the"
+            " vocabulary that it was trained with"
+        )
+    if image_tokenizer is not None and image_tokenizer.num_codes > config.num_codes:
+        raise TriviumError(
+            f"the image tokenizer has {image_tokenizer.num_codes} codes, the model of {recipe.init} {config.num_codes}:"
+            " give the image tokenizer that it was trained with"
+        )
+    notes = []
+    if start.tokenizer is not None and recipe.data.vocabulary != "learned":
+        notes.append(f"{recipe.init} brings its own vocabulary, so --data.vocabulary is not used")
+    if start.image_tokenizer is not None and recipe.data.image_tokenizer != "patches":
+        notes.append(f"{recipe.init} brings its own image tokenizer, so --data.image-tokenizer is not used")
+    given = replace(recipe.model, vocab_size=config.vocab_size, pad_id=config.pad_id, num_codes=config.num_codes)
+    if given != config:
+        notes.append(f"the shape of the model is that of {recipe.init}, whatever --size and --model say")
+    return notes
+
+
 def _check(config: FlavaConfig, data: Data) -> None:
     """Raises TriviumError where shapes do not go together."""
     size, patch = config.image_size, config.patch_size
@@ -242,6 +289,12 @@ def _check(config: FlavaConfig, data: Data) -> None:
         )
 
 
+def _check_sorting(recipe: FlavaRecipe) -> None:
+    """Rows take the masked pass by their number in the batch: sorted by length, always the same lengths would."""
+    if recipe.data.sort_by_length and recipe.objectives.masked_share < 1:
+        raise TriviumError("--data.sort-by-length and --objectives.masked-share below 1 do not go together: drop one")
+
+
 def _image_side(
     recipe: FlavaRecipe, sources: Sources, start: Bundle | None, config: FlavaConfig
 ) -> tuple[Views, ImageTokenizer | None]:
@@ -254,12 +307,6 @@ def _image_side(
         image_tokenizer = make_image_tokenizer(recipe.data, sources, views, config, recipe.train.seed)
     codebook_size = image_tokenizer.input_size(config.image_size, config.patch_size)
     return views if codebook_size == config.image_size else replace(views, codebook_size=codebook_size), image_tokenizer
-
-
-def _whole_batches(source: Source, recipe: FlavaRecipe) -> int:
-    """How many samples to measure on: whole batches, since the contrastive loss depends on the size of its batch."""
-    most, batch = min(recipe.validate, len(source)), recipe.data.batch
-    return most - most % batch if most >= batch else most
 
 
 def validation_losses(method: Method, validation: dict[str, list[Batch]], seed: int) -> dict[str, float]:
@@ -278,6 +325,8 @@ def chance_of(prepared: Prepared) -> dict[str, float]:
     labels = losses.labels_of(batches, lambda batch: method.codes(batch, torch.arange(len(batch))).cpu())
     num_classes = {"mim": config.num_codes, "mmm_image": config.num_codes}
     num_classes |= {"mlm": config.vocab_size, "mmm_text": config.vocab_size}
-    pairs = prepared.validation.get("pairs", [])
-    found = losses.chances(labels, num_classes, prepared.recipe.data.false_pairs, max(1, *map(len, pairs), 1))
-    return found if pairs else {name: found[name] for name in labels}
+    sizes = [len(batch) for batch in prepared.validation.get("pairs", [])]
+    # The last batch may be smaller; each pair counts in its own, so the logarithms are weighted by their pairs.
+    rows = math.exp(sum(size * math.log(size) for size in sizes) / sum(sizes)) if sizes else 1.0
+    found = losses.chances(labels, num_classes, prepared.recipe.data.false_pairs, rows)
+    return found if sizes else {name: found[name] for name in labels}

@@ -21,9 +21,10 @@ def start() -> None:
     """Join the process group when torchrun started us; without its variables, stay a single process."""
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
 
@@ -61,23 +62,18 @@ def sum_over_processes(sums: Sums) -> Sums:
         return sums
     names = sorted(sums)
     home = sums[names[0]].device
-    packed = torch.stack([sums[name].detach().double().to(home) for name in names]).to(_device())
+    packed = torch.stack([sums[name].detach().double().to(home) for name in names])
     dist.all_reduce(packed)
-    return dict(zip(names, packed.to(home).unbind(), strict=True))
+    return dict(zip(names, packed.unbind(), strict=True))
 
 
 def any_process(flag: bool) -> bool:
     """True where at least one process says so; every process gets the same answer."""
     if world() == 1:
         return flag
-    vote = torch.tensor(float(flag), device=_device())
+    vote = torch.tensor(float(flag))
     dist.all_reduce(vote)
     return bool(vote.item() > 0)
-
-
-def _device() -> torch.device:
-    """Where the collectives of this process group want their tensors."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 class _Gather(torch.autograd.Function):
@@ -97,7 +93,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad_GD = grads[0].contiguous()
+        grad_GD = grads[0].clone(memory_format=torch.contiguous_format)  # autograd may still need the other
         dist.all_reduce(grad_GD)
         first = rank() * ctx.num_rows
         return grad_GD[first : first + ctx.num_rows]

@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -87,6 +88,9 @@ class Log:
 
     def step(self, done: int, stream: str, result: StepResult, *, lr: float, samples: int, seconds: float) -> None:
         """Take note of one step. done: steps done with this one; samples: of the global batch; seconds: it took."""
+        # A loss that nothing in the batch was asked for has no mean: 0 would pull the curve down.
+        asked = {name: loss for name, loss in result.losses.items() if result.counts.get(name, 1) > 0}
+        result = replace(result, losses=asked)
         self._waiting[stream].append((result, samples, seconds))
         self._done, self._lr = done, lr
         self._losses.update(result.losses)

@@ -41,15 +41,21 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
 
+def refuse_a_run(path: Path) -> None:
+    """Raises TriviumError where a run stands in a folder already; ask before anything costly is begun."""
+    folder = RunFolder(path)
+    if checkpoint.all_of(folder.checkpoints) or (folder.metrics.exists() and folder.metrics.stat().st_size):
+        raise TriviumError(f"{path} holds a run already: continue it with --resume, or name another folder with --out")
+
+
 def create(path: Path, settings: Config) -> RunFolder:
     """Begin a run in a folder where none stands, or one that ended before it logged or saved anything.
 
     Raises:
         TriviumError: a run stands there already.
     """
+    refuse_a_run(path)
     folder = RunFolder(path)
-    if checkpoint.all_of(folder.checkpoints) or (folder.metrics.exists() and folder.metrics.stat().st_size):
-        raise TriviumError(f"{path} holds a run already: continue it with --resume, or name another folder with --out")
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         _write_json(folder.passport, {"config_sha256": settings.digest(), **circumstances(), "resumed": []})

@@ -1,0 +1,64 @@
+"""What the numbers of a recipe must be, and the sentence for one that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trivium.errors import TriviumError
+
+Rule = tuple[Callable[[Any], bool], str]
+
+POSITIVE: Rule = (lambda value: value > 0, "a number above 0")
+NOT_NEGATIVE: Rule = (lambda value: value >= 0, "0 or more")
+SHARE: Rule = (lambda value: 0 <= value <= 1, "a share between 0 and 1")
+SOME: Rule = (lambda value: value >= 1, "a whole number of 1 or more")
+SHARES: Rule = (lambda pair: 0 < pair[0] <= pair[1] <= 1, "two shares, the smaller first, above 0 and at most 1")
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("model.width", "model.num_heads", "model.mlp_width", "model.image_size"), SOME),
+    **dict.fromkeys(("model.image_layers", "model.text_layers", "model.multimodal_layers"), SOME),
+    **dict.fromkeys(("model.patch_size", "model.vocab_size", "model.max_length", "model.num_codes"), SOME),
+    "model.num_segments": SOME,
+    "model.projection_width": SOME,
+    "model.eps": POSITIVE,
+    "model.dropout": (lambda value: 0 <= value < 1, "0 or more and below 1"),
+    **dict.fromkeys(
+        [f"objectives.{name}" for name in ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")], NOT_NEGATIVE
+    ),
+    "objectives.masked_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "data.batch": SOME,
+    "data.max_length": (lambda value: value >= 3, "3 tokens or more: [CLS], [SEP] and a word between them"),
+    "data.false_pairs": SHARE,
+    "data.crop_scale": SHARES,
+    "data.flip": SHARE,
+    "data.color_jitter": NOT_NEGATIVE,
+    "data.cache_megabytes": NOT_NEGATIVE,
+    "optim.lr": NOT_NEGATIVE,
+    "optim.eps": POSITIVE,
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.warmup": NOT_NEGATIVE,
+    "optim.clip_norm": POSITIVE,
+    "optim.layer_decay": POSITIVE,
+    "train.steps": SOME,
+    "train.minutes": POSITIVE,
+    "train.threads": SOME,
+    "train.workers": NOT_NEGATIVE,
+    "train.save_every": SOME,
+    "train.keep_last": SOME,
+    "train.keep_every": SOME,
+    "train.evaluate_every": SOME,
+    "train.log_every": SOME,
+    "init_std": POSITIVE,
+    "validate": NOT_NEGATIVE,
+}
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Raises TriviumError for the first leaf (by its dotted path) that breaks its rule. None is always allowed."""
+    for path, (holds, says) in RULES.items():
+        value = values.get(path)
+        if value is not None and not holds(value):
+            flag = "--" + path.replace("_", "-")
+            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            raise TriviumError(f"{flag} {shown}: this must be {says}")
