@@ -40,6 +40,7 @@ from trivium.train.optim import Optim
 from trivium.train.protocol import Batch, Key, Method, Source
 from trivium.train.trainer import Run, Train
 
+HEADS = ("*_head.decoder.weight",)
 FED_BY = {"pairs": ("mmm_image", "mmm_text", "itm", "contrastive"), "images": ("mim",), "text": ("mlm",)}
 
 
@@ -183,7 +184,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         notes += _fits(recipe, start, model_config, tokenizer, image_tokenizer)
 
     model = Flava(model_config)
-    initialise(model, seed, recipe.init_std)
+    initialise(model, seed, recipe.init_std, heads=HEADS)
     if start is not None:
         model.load_state_dict(start.model.state_dict())
     if bert is not None:

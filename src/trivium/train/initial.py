@@ -5,6 +5,8 @@ Adding, removing or reordering modules leaves every other parameter's start as i
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import torch
 from torch import nn
 
@@ -12,13 +14,17 @@ from trivium.train.protocol import hash64
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int, std: float = 0.02, zeros: tuple[str, ...] = ()) -> None:
+def initialise(
+    module: nn.Module, seed: int, std: float = 0.02, zeros: tuple[str, ...] = (), heads: tuple[str, ...] = ()
+) -> None:
     """Draw every parameter of two or more dimensions from N(0, std); biases start at zero, and other one-dimensional
     ones (norms, the logit scale) stay as constructed.
 
     Embedding rows of padding stay zero. The class token, the mask token and the positions are drawn too: zeros under
     a LayerNorm of eps 1e-12 have a gradient of norm 1e5 at the first step, which silences everything else after
-    clipping. `zeros` names parameters to start at zero all the same, as the published initialisation does.
+    clipping. `zeros` names parameters to start at zero all the same, as the published initialisation does. `heads`
+    are patterns of parameters that are drawn with 0.02 whatever the std: a classifier that starts with small weights
+    starts at the loss of a blind guess.
     """
     padding = {
         f"{name}.weight": submodule.padding_idx
@@ -30,7 +36,8 @@ def initialise(module: nn.Module, seed: int, std: float = 0.02, zeros: tuple[str
             parameter.zero_()
         elif parameter.ndim >= 2 and parameter.numel():
             generator = torch.Generator().manual_seed(hash64(seed, name) % 2**63)
-            draw = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+            own_std = 0.02 if any(fnmatchcase(name, pattern) for pattern in heads) else std
+            draw = torch.empty(parameter.shape).normal_(0.0, own_std, generator=generator)
             parameter.copy_(draw)
             if name in padding:
                 parameter[padding[name]].zero_()
