@@ -1,8 +1,8 @@
 """From a sample to its part of a batch: decode, crop, resize, tokenize, mask; then many of them to one Batch.
 
 ``prepare`` runs once per sample, in a worker; every choice it makes comes from the ``Draws`` of the sample's place.
-``batch`` only stacks. With ``train=False`` nothing is cropped, flipped or chosen among captions; the loader then keys
-the draws by row instead of place, so that masks and with them validation losses repeat.
+``batch`` only stacks. With ``train=False`` nothing is cropped, flipped or recoloured; the loader then keys the draws by
+row instead of place, so that captions, masks and with them validation losses repeat.
 
 Legend: B rows of a micro-batch, T text tokens, N image patches, C channels, H height, W width of a picture.
 """
@@ -131,12 +131,12 @@ class TextInput:
     probability: float = 0.15  # of a token to be selected
     whole_words: bool = False  # select all pieces of a word or none
 
-    def prepare(self, sample: Sample, draws: Draws, train: bool) -> PreparedText:
+    def prepare(self, sample: Sample, draws: Draws) -> PreparedText:
         """Raises BadSample."""
         captions = sample["texts"] if sample.get("texts") else [sample["text"]] if "text" in sample else []
         if not captions:
             raise BadSample(sample["name"], "", "has no text")
-        chosen = int(draws.generator("caption").random() * len(captions)) if train and len(captions) > 1 else 0
+        chosen = int(draws.generator("caption").random() * len(captions)) if len(captions) > 1 else 0
         [ids_T] = self.tokenizer.encode([captions[chosen]], self.max_length)
         masked_ids_T, selected_T = mask_tokens(
             draws.generator("tokens"),
@@ -174,7 +174,7 @@ class PairCollate:
     train: bool = True
 
     def prepare(self, sample: Sample, draws: Draws) -> tuple[PreparedImage, PreparedText]:
-        return self.images.prepare(sample, draws, self.train), self.texts.prepare(sample, draws, self.train)
+        return self.images.prepare(sample, draws, self.train), self.texts.prepare(sample, draws)
 
     def batch(
         self,
@@ -226,7 +226,7 @@ class TextCollate:
     train: bool = True
 
     def prepare(self, sample: Sample, draws: Draws) -> PreparedText:
-        return self.texts.prepare(sample, draws, self.train)
+        return self.texts.prepare(sample, draws)
 
     def batch(
         self,

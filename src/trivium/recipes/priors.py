@@ -1,0 +1,46 @@
+"""Masked heads that know from the start how often each answer is asked for.
+
+A head whose bias is the logarithm of the labels' frequencies begins at the loss of a guess from frequencies alone;
+without it, a short run spends its first hundreds of steps on learning just that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trivium.data.loader import StreamReader
+from trivium.layers.heads import MaskedHead
+from trivium.methods.flava import FlavaMethod
+from trivium.train.protocol import Stream
+
+BATCHES = 16  # of each stream that frequencies are taken from
+
+
+@torch.no_grad()
+def start_at_frequencies(method: FlavaMethod, streams: Sequence[Stream], special_ids: Sequence[int], seed: int) -> None:
+    """Set the biases of the masked heads from the first places of each stream.
+
+    Words are counted at every position that a mask could take, codes at every patch. Each answer counts once more than
+    it was seen, so that none is impossible.
+    """
+    model = method.model
+    for stream in streams:
+        reader = StreamReader(stream, seed)
+        batches = [reader.micro_batch(number * stream.batch, 0) for number in range(BATCHES)]
+        pairs = bool(batches[0].images) and bool(batches[0].texts)
+        if batches[0].images:
+            codes = torch.cat([method.codes(batch, torch.arange(len(batch))).flatten() for batch in batches])
+            _set(model.mmm_image_head if pairs else model.mim_head, codes)
+        if batches[0].texts:
+            words = torch.cat([text.ids_BT[text.mask_BT] for batch in batches for text in batch.texts])
+            words = words[~torch.isin(words, torch.tensor(special_ids))]
+            _set(model.mmm_text_head if pairs else model.mlm_head, words)
+
+
+def _set(head: MaskedHead, labels: Tensor) -> None:
+    bias = head.decoder.bias
+    counts = torch.bincount(labels.cpu(), minlength=len(bias)).to(bias) + 1
+    bias.copy_((counts / counts.sum()).log())
