@@ -38,12 +38,20 @@ def demo(*, quick: bool = False, out: Path | None = None, minutes: float | None 
 
 
 def demo_recipe(minutes: float) -> FlavaRecipe:
-    """The tiny recipe under a time budget. A quarter of the pairs takes the masked pass: what is seen in few minutes
-    is seen by the contrastive loss, which learns the most from it."""
+    """The tiny recipe under a time budget, changed where 4,346 pairs seen twenty times over ask for it.
+
+    A quarter of the pairs takes the masked pass: what is seen in few minutes is seen by the contrastive loss, which
+    learns the most from it. Cosines are multiplied by 5 at first: by 14 the model grows so sure of the pairs that it
+    knows by heart that it does worse than chance on things it never saw. A fifth of the pairs is false, so that
+    matching has something to tell apart.
+    """
     recipe = flava("tiny")
-    objectives = replace(recipe.objectives, masked_share=0.25)
     return replace(
-        recipe, objectives=objectives, train=replace(recipe.train, minutes=minutes, save_every=10**9, keep_last=1)
+        recipe,
+        model=replace(recipe.model, start_logit_scale=5.0),
+        objectives=replace(recipe.objectives, masked_share=0.25),
+        data=replace(recipe.data, false_pairs=0.2),
+        train=replace(recipe.train, minutes=minutes, save_every=10**9, keep_last=1),
     )
 
 

@@ -44,6 +44,7 @@ class FlavaConfig:
     pad_id: int = 0
     num_codes: int = 8192  # of the image tokenizer: classes of the two image heads
     projection_width: int = 768  # 512 in the paper's Table A.1, 768 in the released weights
+    start_logit_scale: float = 1 / 0.07  # what cosines are multiplied by at first; learned, at most 100
     eps: float = 1e-12  # of every LayerNorm
     dropout: float = 0.0
     pads_visible: bool = False  # True: pads of the text are attended in the multimodal encoder, as in pretraining
@@ -187,7 +188,8 @@ class Flava(nn.Module):
         self.multimodal = MultimodalEncoder(config)
         self.image_projection = nn.Linear(width, config.projection_width)
         self.text_projection = nn.Linear(width, config.projection_width)
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))  # [1]: FSDP2 takes no 0-dim parameter
+        # [1], not []: FSDP2 takes no parameter without a dimension.
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(config.start_logit_scale)))
         self.mim_head = MaskedHead(width, config.num_codes, eps)
         self.mlm_head = MaskedHead(width, config.vocab_size, eps)
         self.mmm_image_head = MaskedHead(width, config.num_codes, eps)

@@ -21,6 +21,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("model.patch_size", "model.vocab_size", "model.max_length", "model.num_codes"), SOME),
     "model.num_segments": SOME,
     "model.projection_width": SOME,
+    "model.start_logit_scale": (lambda value: 1 <= value <= 100, "between 1 and 100"),
     "model.eps": POSITIVE,
     "model.dropout": (lambda value: 0 <= value < 1, "0 or more and below 1"),
     **dict.fromkeys(
