@@ -51,17 +51,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=7.5, help="of training, for each of the two")
     parser.add_argument("--out", type=Path, required=True, help="a folder for the two runs")
+    parser.add_argument(
+        "--joint", type=Path, help="a run folder of `trivium demo` with these minutes, as the joint run"
+    )
     arguments = parser.parse_args()
     side_by_side.refuse_a_busy_machine()
     recipe = demo_recipe(arguments.minutes)
     found = {}
     for name, each in (("joint", recipe), ("contrastive", contrastive_only(recipe))):
-        begun = time.perf_counter()
-        run(with_budget(each.prepare("flava", {"size": "tiny"})), arguments.out / name, begun)
-        found[name] = results.read(arguments.out / name / "results.json")
+        folder = arguments.out / name
+        if name == "joint" and arguments.joint is not None:
+            folder = arguments.joint
+        else:
+            run(with_budget(each.prepare("flava", {"size": "tiny"})), folder, time.perf_counter())
+        found[name] = results.read(folder / "results.json")
     del found["contrastive"][MATCHING]
     rows: dict[str, dict[str, object]] = {}
-    print("\n| task | joint | contrastive only |\n|---|---|---|")
+    lines = ["| task | joint | contrastive only |", "|---|---|---|"]
     for task, title in TASKS.items():
         cells = []
         for name in found:
@@ -69,9 +75,10 @@ def main() -> None:
             rows.setdefault(task, {})[name] = None if result is None else vars(result)
             interval = "" if result is None or result.low is None else f" [{result.low:.3f}, {result.high:.3f}]"
             cells.append("–" if result is None else f"{result.value:.3f}{interval}")
-        print(f"| {title} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     seconds = {name: each["seconds.train"].value for name, each in found.items()}
-    print(f"\nseconds of training: {seconds}")
+    lines.append("\nseconds of training: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    print("\n".join(lines))
     side_by_side.write("joint_or_contrastive", rows, minutes=arguments.minutes, seconds_of_training=seconds)
 
 

@@ -118,15 +118,13 @@ def test_validation_losses_are_the_same_at_each_call_and_change_nothing(prepared
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(prepared).items())
 
 
-def test_validation_is_on_whole_batches(shop: Path) -> None:
-    """24 rows and batches of 16: 16 rows, since the contrastive loss means another thing on a batch of 8."""
+def test_validation_is_on_every_row_and_chance_knows_the_small_last_batch(shop: Path) -> None:
+    """24 rows in batches of 16 and 8: a contrastive row is one of its own batch, so chance weighs both logarithms."""
     assert len(THINGS) == 24
-    validation = recipe_on(shop, data__batch=16).prepare("flava", {}).validation
-    assert {stream: [len(batch) for batch in batches] for stream, batches in validation.items()} == {
-        "pairs": [16],
-        "images": [16],
-        "text": [16],
-    }
+    prepared = recipe_on(shop, data__batch=16).prepare("flava", {})
+    sizes = {stream: [len(batch) for batch in batches] for stream, batches in prepared.validation.items()}
+    assert sizes == {"pairs": [16, 8], "images": [16, 8], "text": [16, 8]}
+    assert chance_of(prepared)["contrastive"] == pytest.approx((16 * math.log(16) + 8 * math.log(8)) / 24)
 
 
 def test_chance_is_what_a_model_without_knowledge_reaches(prepared: Prepared) -> None:
