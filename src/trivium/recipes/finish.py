@@ -26,7 +26,13 @@ def evaluate(
         the evaluation, and for each loss (final, chance) where there is a run to measure them on.
     """
     if prepared is None:
-        return embedded.run(bundle, say=say), {}
+        found = embedded.run(bundle, say=say)
+        if "itm.accuracy" in found.results:
+            found.not_applicable.append(
+                "itm.accuracy takes half of the training pairs as false, since a model folder does not say how many were:"
+                " evaluate the run folder for the exact figure"
+            )
+        return found, {}
     data = prepared.recipe.data
     if prepared.validation:
         say("validation losses")
