@@ -29,8 +29,8 @@ def evaluate(
         found = embedded.run(bundle, say=say)
         if "itm.accuracy" in found.results:
             found.not_applicable.append(
-                "itm.accuracy takes half of the training pairs as false, since a model folder does not say how many were:"
-                " evaluate the run folder for the exact figure"
+                "itm.accuracy takes half of the training pairs as false, since a model folder does not say how many"
+                " were: evaluate the run folder for the exact figure"
             )
         return found, {}
     data = prepared.recipe.data
