@@ -65,7 +65,7 @@ def test_a_run_is_measured_on_its_own_validation_pairs(
     # Evaluated from the files of its checkpoint, the model gives what it gave at the end of training.
     for name in losses | PAIR_NAMES:
         assert found["results"][name]["value"] == pytest.approx(trained_found["results"][name]["value"], abs=1e-6)
-    assert found["seconds"]["train"] == pytest.approx(trained_found["seconds"]["train"], rel=0.5)
+    assert 0 < found["seconds"]["train"] <= trained_found["seconds"]["train"]  # of the last line of metrics.jsonl
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json"]
 
 

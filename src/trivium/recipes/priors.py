@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from trivium.data.loader import StreamReader
-from trivium.layers.heads import MaskedHead
 from trivium.methods.flava import FlavaMethod
 from trivium.train.protocol import Stream
 
@@ -33,14 +32,13 @@ def start_at_frequencies(method: FlavaMethod, streams: Sequence[Stream], special
         pairs = bool(batches[0].images) and bool(batches[0].texts)
         if batches[0].images:
             codes = torch.cat([method.codes(batch, torch.arange(len(batch))).flatten() for batch in batches])
-            _set(model.mmm_image_head if pairs else model.mim_head, codes)
+            _set((model.mmm_image_head if pairs else model.mim_head).decoder.bias, codes)
         if batches[0].texts:
             words = torch.cat([text.ids_BT[text.mask_BT] for batch in batches for text in batch.texts])
             words = words[~torch.isin(words, torch.tensor(special_ids))]
-            _set(model.mmm_text_head if pairs else model.mlm_head, words)
+            _set((model.mmm_text_head if pairs else model.mlm_head).decoder.bias, words)
 
 
-def _set(head: MaskedHead, labels: Tensor) -> None:
-    bias = head.decoder.bias
+def _set(bias: Tensor, labels: Tensor) -> None:
     counts = torch.bincount(labels.cpu(), minlength=len(bias)).to(bias) + 1
     bias.copy_((counts / counts.sum()).log())
