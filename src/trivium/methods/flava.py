@@ -54,7 +54,8 @@ class FlavaMethod(Method):
 
     Args:
         image_tokenizer: frozen; None where batches carry their codes (`targets["codes"]`).
-        weights: of each of the six losses; 0 = never computed.
+        weights: of each of the six losses; a loss of pairs with weight 0 is not computed. The only loss of a batch of
+            one modality always is: leave its stream out instead, as the recipe does.
         masked_share: share of the pairs that go through the masked pass (MMM and ITM). 1 is the paper. Less is
             cheaper and **changes training**: the contrastive loss still sees every pair. In eval mode all do.
     """
