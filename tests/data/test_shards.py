@@ -287,6 +287,6 @@ def test_no_more_shards_stay_open_than_stated(tmp_path: Path, monkeypatch: pytes
     source = TarShards(paths, "text")
     for row in [*range(5), *range(5)]:
         assert source.read(row, row)["text"] == str(row)
-    # Other handles of this process come and go: only those of these shards are counted.
-    handles = [handle for handle in Path("/proc/self/fd").iterdir() if handle.is_symlink()]
-    assert len([handle for handle in handles if str(tmp_path) in os.path.realpath(handle)]) == 2
+    # Only the tars are counted: pyarrow closes the sidecar that it has read on a thread of its own, when it likes.
+    handles = [os.path.realpath(handle) for handle in Path("/proc/self/fd").iterdir()]
+    assert len([path for path in handles if path.startswith(str(tmp_path)) and path.endswith(".tar")]) == 2
