@@ -227,7 +227,7 @@ def test_evaluation_repeats_and_names_what_it_leaves_out() -> None:
     assert all(torch.equal(ours[place], by_place[place]) for place in kept)  # by row, whatever the batch
     [tenth] = evaluation_batches(DrawnSource(100), replace(collate, false_pairs=0.1), 100)
     assert int((~tenth.targets["matched"]).sum()) == 10  # the recipe's share, not a draw around it
-    limited = list(evaluation_batches(DrawnSource(100), collate, 8, limit=10))
+    limited = list(evaluation_batches(DrawnSource(100), collate, 8, samples=10))
     assert torch.cat([batch.places_B for batch in limited]).tolist() == list(range(0, 100, 10))
     with pytest.raises(TriviumError, match="no sample of 'val' could be read"):
         list(evaluation_batches(DrawnSource(2, bad_image=frozenset({0, 1})), collate, 8, stream="val"))

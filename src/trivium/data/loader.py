@@ -210,29 +210,37 @@ def _allow_open_files() -> None:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluation_batches(
-    source: Source, collate: StreamCollate, batch: int, limit: int | None = None, stream: str = "evaluation"
-) -> Iterator[Batch]:
-    """Batches for validation, the same at every call: the rows in order, or `limit` of them evenly spread.
+MOST_PASSES = 8  # over held-out rows that are few
 
-    Every choice is keyed by the row, so masks and losses repeat; give a collate with ``train=False``. False pairs
-    are drawn inside each batch, as many as the collate's rate says. The last batch may be smaller. An unreadable
-    sample is left out, since a substitute would count twice, and named in ``bad``. Raises TriviumError where none is
-    left.
+
+def evaluation_batches(
+    source: Source, collate: StreamCollate, batch: int, samples: int | None = None, stream: str = "evaluation"
+) -> Iterator[Batch]:
+    """Batches for validation, the same at every call: the rows in order, or `samples` of them evenly spread.
+
+    Every choice is keyed by the row and the pass, so masks and losses repeat; give a collate with ``train=False``.
+    Where there are fewer rows than `samples`, they are gone through again under other masks and captions, at most 8
+    times: a few hundred captions mask so few words that their loss and the entropy of their labels say little. False
+    pairs are drawn inside each batch, as many as the collate's rate says. The last batch of a pass may be smaller. An
+    unreadable sample is left out, since a substitute would count twice, and named in ``bad``. Raises TriviumError
+    where none is left.
     """
-    num_rows = len(source) if limit is None else min(limit, len(source))
+    num_rows = len(source) if samples is None else min(samples, len(source))
+    num_passes = 1 if samples is None else min(MOST_PASSES, samples // max(num_rows, 1))
     rows = np.arange(num_rows) * len(source) // max(num_rows, 1)
     read_any = False
-    for number, start in enumerate(range(0, num_rows, batch)):
+    starts = [(each, start) for each in range(num_passes) for start in range(0, num_rows, batch)]
+    for number, (each, start) in enumerate(starts):
         image_rows = rows[start : start + batch]
-        text_rows = rotate_captions(image_rows, image_rows, collate.false_pairs, 0, stream, exact=True)
+        text_rows = rotate_captions(image_rows, image_rows, collate.false_pairs, each, stream, exact=True)
         prepared, places, bad = [], [], []
         for image_row, text_row in zip(image_rows.tolist(), text_rows.tolist(), strict=True):
             try:
-                prepared.append(read(source, collate, image_row, text_row, Draws(0, stream, image_row)))
+                prepared.append(read(source, collate, image_row, text_row, Draws(each, stream, image_row)))
                 places.append(image_row)
             except BadSample as error:
-                bad.append(str(error))
+                if not each:  # later passes would only say it again
+                    bad.append(str(error))
         if prepared:
             read_any = True
             yield collate.batch(stream, prepared, torch.arange(len(places)), torch.tensor(places), number, bad)

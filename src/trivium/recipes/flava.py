@@ -80,7 +80,7 @@ class FlavaRecipe:
     init_text: str | None = None  # a BERT of the same width: word embeddings and head of masked words start as its own
     init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
     label_frequencies: bool = False  # True: masked heads start at the frequencies of their labels (see priors.py)
-    validate: int = 4096  # held-out samples of each stream that losses are measured on; 0: none
+    validate: int = 4096  # held-out samples of each stream that losses are measured on, up to 8 times each; 0: none
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> Prepared:
         """Open the data, make or read tokenizer and codebook, build model and method.
