@@ -227,8 +227,14 @@ def test_evaluation_repeats_and_names_what_it_leaves_out() -> None:
     assert all(torch.equal(ours[place], by_place[place]) for place in kept)  # by row, whatever the batch
     [tenth] = evaluation_batches(DrawnSource(100), replace(collate, false_pairs=0.1), 100)
     assert int((~tenth.targets["matched"]).sum()) == 10  # the recipe's share, not a draw around it
+    again = list(evaluation_batches(DrawnSource(10), collate, 8, samples=35))  # three whole passes, no part of one
+    masks = [torch.cat([batch.targets["image_mask"] for batch in again[each : each + 2]]) for each in (0, 2, 4)]
+    assert len(again) == 6
+    assert not torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[1], masks[2])
     limited = list(evaluation_batches(DrawnSource(100), collate, 8, samples=10))
-    assert torch.cat([batch.places_B for batch in limited]).tolist() == list(range(0, 100, 10))
+    places = torch.cat([batch.places_B for batch in limited]).tolist()
+    assert sorted(places) == list(range(0, 100, 10)) != places  # shuffled, as in training
     with pytest.raises(TriviumError, match="no sample of 'val' could be read"):
         list(evaluation_batches(DrawnSource(2, bad_image=frozenset({0, 1})), collate, 8, stream="val"))
 

@@ -1,4 +1,4 @@
-"""Masked heads that start at the frequencies of their labels."""
+"""Heads that start at the frequencies of their labels."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def test_a_head_begins_at_the_loss_of_a_guess_from_frequencies() -> None:
         # The bias alone would lose the cross-entropy of training against held-out frequencies: chance and a little.
         assert chance[name] - 0.1 < losses[True][name] < losses[False][name] - 0.2, name
     assert abs(losses[True]["mim"] - chance["mim"]) < 0.35
+    assert abs(losses[True]["itm"] - chance["itm"]) < 0.02 < losses[False]["itm"] - chance["itm"]
 
 
 def test_nothing_else_changes() -> None:
@@ -37,4 +38,5 @@ def test_nothing_else_changes() -> None:
         for on in (True, False)
     )
     changed = {name for name in with_ if not torch.equal(with_[name], without[name])}
-    assert changed == {f"{head}.decoder.bias" for head in ("mim_head", "mlm_head", "mmm_image_head", "mmm_text_head")}
+    heads = ("mim_head", "mlm_head", "mmm_image_head", "mmm_text_head", "itm_head")
+    assert changed == {f"{head}.decoder.bias" for head in heads}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trivium.data.decode import DecodeError
-from trivium.data.order import Draws, Order, pair_rows, rotate_captions
+from trivium.data.order import Draws, Order, keyed_generator, pair_rows, rotate_captions
 from trivium.errors import BadSample, TriviumError
 from trivium.train.protocol import Batch, Sample, Source, Stream
 
@@ -216,18 +216,20 @@ MOST_PASSES = 8  # over held-out rows that are few
 def evaluation_batches(
     source: Source, collate: StreamCollate, batch: int, samples: int | None = None, stream: str = "evaluation"
 ) -> Iterator[Batch]:
-    """Batches for validation, the same at every call: the rows in order, or `samples` of them evenly spread.
+    """Batches for validation, the same at every call: all rows, or `samples` of them evenly spread.
 
-    Every choice is keyed by the row and the pass, so masks and losses repeat; give a collate with ``train=False``.
-    Where there are fewer rows than `samples`, they are gone through again under other masks and captions, at most 8
-    times: a few hundred captions mask so few words that their loss and the entropy of their labels say little. False
-    pairs are drawn inside each batch, as many as the collate's rate says. The last batch of a pass may be smaller. An
-    unreadable sample is left out, since a substitute would count twice, and named in ``bad``. Raises TriviumError
-    where none is left.
+    Rows are shuffled once, as in training: a file lists like beside like, and a batch of neighbours would be harder
+    to tell apart than any that training draws. Every choice is keyed by the row and the pass, so masks and losses
+    repeat; give a collate with ``train=False``. Where there are fewer rows than `samples`, they are gone through again
+    under other masks and captions, at most 8 times: a few hundred captions mask so few words that their loss and the
+    entropy of their labels say little. False pairs are drawn inside each batch, as many as the collate's rate says.
+    The last batch of a pass may be smaller. An unreadable sample is left out, since a substitute would count twice,
+    and named in ``bad``. Raises TriviumError where none is left.
     """
     num_rows = len(source) if samples is None else min(samples, len(source))
     num_passes = 1 if samples is None else min(MOST_PASSES, samples // max(num_rows, 1))
     rows = np.arange(num_rows) * len(source) // max(num_rows, 1)
+    rows = keyed_generator(stream, "evaluation").permutation(rows)
     read_any = False
     starts = [(each, start) for each in range(num_passes) for start in range(0, num_rows, batch)]
     for number, (each, start) in enumerate(starts):

@@ -50,6 +50,7 @@ class Data:
     max_length: int = 64  # tokens of a caption or text, [CLS] and [SEP] among them
     false_pairs: float = 0.1  # share of the pairs whose captions are rotated, for the matching loss
     sort_by_length: bool = False  # texts inside a batch, so that micro-batches are padded less
+    mask_probability: float = 0.15  # of a token to be masked in training; held-out text is always measured at 0.15
     whole_words: bool = False  # mask whole words instead of word pieces
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a random crop shows
     flip: float = 0.0  # probability of a mirrored picture
@@ -218,7 +219,7 @@ def make_streams(
     """Those of FLAVA's three streams that are in `names` and have data. Micro-batches are whole batches until the
     trainer says so. Raises TriviumError where none is left."""
     image = ImageInput(views, patch, codes, data.color_jitter, data.cache_megabytes << 20)
-    text = TextInput(tokenizer, data.max_length, whole_words=data.whole_words)
+    text = TextInput(tokenizer, data.max_length, data.mask_probability, data.whole_words)
     members = (
         ("pairs", sources.pairs, PairCollate(image, text, data.false_pairs, data.sort_by_length), data.pairs_ratio),
         ("images", sources.images, ImageCollate(image), data.images_ratio),

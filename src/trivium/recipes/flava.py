@@ -79,7 +79,7 @@ class FlavaRecipe:
     init: str | None = None  # a model folder, run folder or foreign checkpoint to start from
     init_text: str | None = None  # a BERT of the same width: word embeddings and head of masked words start as its own
     init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
-    label_frequencies: bool = False  # True: masked heads start at the frequencies of their labels (see priors.py)
+    label_frequencies: bool = False  # True: the heads start at the frequencies of their labels (see priors.py)
     validate: int = 4096  # held-out samples of each stream that losses are measured on, up to 8 times each; 0: none
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> Prepared:

@@ -31,6 +31,7 @@ RULES: dict[str, Rule] = {
     "data.batch": SOME,
     "data.max_length": (lambda value: value >= 3, "3 tokens or more: [CLS], [SEP] and a word between them"),
     "data.false_pairs": SHARE,
+    "data.mask_probability": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "data.crop_scale": SHARES,
     "data.flip": SHARE,
     "data.color_jitter": NOT_NEGATIVE,

@@ -1,4 +1,4 @@
-"""Masked heads that know from the start how often each answer is asked for.
+"""Heads that know from the start how often each answer is asked for.
 
 A head whose bias is the logarithm of the labels' frequencies begins at the loss of a guess from frequencies alone;
 without it, a short run spends its first hundreds of steps on learning just that.
@@ -20,7 +20,7 @@ BATCHES = 16  # of each stream that frequencies are taken from
 
 @torch.no_grad()
 def start_at_frequencies(method: FlavaMethod, streams: Sequence[Stream], special_ids: Sequence[int], seed: int) -> None:
-    """Set the biases of the masked heads from the first places of each stream.
+    """Set the biases of the masked heads and of the matching head from the first places of each stream.
 
     Words are counted at every position that a mask could take, codes at every patch. Each answer counts once more than
     it was seen, so that none is impossible.
@@ -37,6 +37,8 @@ def start_at_frequencies(method: FlavaMethod, streams: Sequence[Stream], special
             words = torch.cat([text.ids_BT[text.mask_BT] for batch in batches for text in batch.texts])
             words = words[~torch.isin(words, torch.tensor(special_ids))]
             _set((model.mmm_text_head if pairs else model.mlm_head).decoder.bias, words)
+        if pairs:
+            _set(model.itm_head.decoder.bias, torch.cat([batch.targets["matched"] for batch in batches]).long())
 
 
 def _set(bias: Tensor, labels: Tensor) -> None:
