@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,35 +24,43 @@ from trivium.errors import TriviumError
 NAME = "manifest.json"
 
 
+@contextmanager
+def file_beside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under; it takes its place, synced, when the block ends well.
+
+    A crash leaves the old file or the new one, never a part. Several processes may write the same file at once.
+    What goes wrong in writing is raised as it is, mostly an OSError; nothing half-written stays.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        _sync(beside)
+        beside.replace(path)
+    finally:
+        with suppress(OSError):  # it must not hide what went wrong
+            beside.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a crash leaves the old one or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """Write a text file whole or not at all, and the folders that it lies in. Raises TriviumError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        with file_beside(path) as beside:
+            beside.write_text(text, encoding="utf-8")
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise TriviumError(f"{path} cannot be written ({error.strerror}): free space or name another folder") from error
 
 
 def write_manifest(folder: Path) -> None:
-    """Write folder/manifest.json: bytes and sha256 of every other file below the folder. Written beside, renamed."""
+    """Write folder/manifest.json: bytes and sha256 of every other file below the folder."""
     manifest = folder / NAME
-    beside = folder / f".tmp-{NAME}"
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path not in (manifest, beside)
+        if path.is_file() and path != manifest
     }
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"files": files}, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(manifest)
+    with file_beside(manifest) as beside:
+        beside.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def verify_manifest(folder: Path) -> None:
@@ -104,7 +112,10 @@ def written_beside(folder: Path) -> Iterator[Path]:
         beside.rename(folder)
         _sync(folder.parent)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-        raise TriviumError(f"{folder} could not be written ({error}): free some space or check the folder") from error
+        raise TriviumError(
+            f"{folder} could not be written ({error}): free some space or check the folder; "
+            "what was saved before is untouched"
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

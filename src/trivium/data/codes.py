@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 from trivium.data.decode import DecodeError
 from trivium.data.views import Views
 from trivium.errors import BadSample, TriviumError
+from trivium.manifest import file_beside
 from trivium.train.protocol import Source
 
 FORMAT = "trivium-codes-1"
@@ -192,16 +192,9 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray], header: dict[str, Any]) -> None:
-    """Beside, synced, renamed into place: a file under its own name is always whole.
-
-    The header is one entry, because safetensors writes several in an order that changes from run to run.
-    """
-    beside = path.with_name(path.name + ".writing")
+    """Whole or not at all. The header is one entry: of several, safetensors changes the order from run to run."""
     try:
-        save_file(tensors, beside, metadata={"header": json.dumps(header)})
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        with file_beside(path) as beside:
+            save_file(tensors, beside, metadata={"header": json.dumps(header)})
     except (SafetensorError, OSError) as error:
-        beside.unlink(missing_ok=True)
         raise TriviumError(f"cannot write {path}: {error}; is the disk full?") from None

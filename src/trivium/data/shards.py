@@ -17,7 +17,6 @@ import tarfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +28,7 @@ from trivium.data.decode import DecodeError, picture_size
 from trivium.data.files import PICTURE_LIMIT, Kind, RandomFile, RowSource
 from trivium.data.tables import TEXT_COLUMNS
 from trivium.errors import TriviumError
+from trivium.manifest import file_beside
 from trivium.train.protocol import hash64
 
 PARTS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json", "cls": "cls"}
@@ -86,18 +86,12 @@ def _read_sidecar(path: Path) -> pa.Table | None:
 
 
 def _write_sidecar(path: Path, index: pa.Table) -> bool:
-    """Beside, synced, renamed: a reader meets the whole index or none. False where the folder cannot be written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """A reader meets the whole index or none. False where the folder cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            pq.write_table(index, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        with file_beside(path) as beside:
+            pq.write_table(index, beside)
     except OSError:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
         return False
     return True
 

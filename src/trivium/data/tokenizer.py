@@ -28,6 +28,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from trivium.errors import TriviumError
+from trivium.manifest import file_beside
 
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The names under which each role is usually found: BERT's; SentencePiece's and RoBERTa's; CLIP's.
@@ -111,17 +112,9 @@ class Tokenizer:
         return cls(tokenizer, origin=str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write ``tokenizer.json``: beside, synced, then renamed into place."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(self._tokenizer.to_str(pretty=True))
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        """Write ``tokenizer.json``, whole or not at all."""
+        with file_beside(Path(path)) as beside:
+            beside.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Ids of each text as [CLS] … [SEP], at most `max_length` of them: a text is cut, its [SEP] is kept."""

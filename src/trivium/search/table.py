@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 
 from trivium.errors import TriviumError
 from trivium.load import Bundle
+from trivium.manifest import file_beside
 
 METADATA = b"trivium"
 
@@ -56,15 +56,8 @@ class Table:
         }
         metadata = json.dumps({"model": self.model, "folder": self.folder})
         table = pa.table(columns).replace_schema_metadata({METADATA: metadata})
-        beside = path.with_name(f".{path.name}.tmp")
-        try:
-            with beside.open("wb") as file:
-                pq.write_table(table, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with file_beside(path) as beside:
+            pq.write_table(table, beside)
 
     @classmethod
     def read(cls, path: Path) -> Table:

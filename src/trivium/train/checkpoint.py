@@ -18,21 +18,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trivium.errors import TriviumError
-from trivium.manifest import verify_manifest, write_manifest
+from trivium.manifest import verify_manifest, write_manifest, written_beside
 from trivium.train import optim
 
 Export = Callable[[Path], None]  # writes a model folder into the empty folder that it is given
@@ -94,7 +92,7 @@ def save(
     target = folder_of(checkpoints, step)
     if target.exists():
         _set_aside(target)
-    with _written_beside(target) as folder:
+    with written_beside(target) as folder:
         (folder / "model").mkdir()
         export(folder / "model")
         write_manifest(folder / "model")
@@ -104,28 +102,6 @@ def save(
         _write_json(folder / "training" / "state.json", {"step": step, **state})
         write_manifest(folder)
     return target
-
-
-@contextmanager
-def _written_beside(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target that takes its place, synced, when the block ends well."""
-    beside = target.with_name(f".tmp-{target.name}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)  # left by a killed process
-        beside.mkdir()
-        yield beside
-        for path in [*beside.rglob("*"), beside]:
-            _sync(path)
-        beside.rename(target)
-        _sync(target.parent)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-        raise TriviumError(
-            f"{target} could not be written ({error}): free some space or check the folder; "
-            "what was saved before is untouched"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _save_method(method: nn.Module, folder: Path) -> None:
@@ -165,14 +141,6 @@ def _save_optimizer(optimizer: torch.optim.Optimizer, method: nn.Module, folder:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _set_aside(checkpoint: Path) -> None:

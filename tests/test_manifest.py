@@ -1,0 +1,81 @@
+"""Files that are whole: written beside and renamed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trivium.errors import TriviumError
+from trivium.manifest import file_beside, write_whole
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    for content in (b"old", b"new"):
+        with file_beside(path) as beside:
+            beside.write_bytes(content)
+            assert path.exists() == (content == b"new")
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_failure_leaves_the_old_file_and_is_raised_as_it_is(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def broken() -> None:
+        with file_beside(path) as beside:
+            beside.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        broken()
+    assert caught.value is error
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    code = f"""
+import os, signal
+from pathlib import Path
+from trivium.manifest import file_beside
+with file_beside(Path({str(tmp_path / "a.txt")!r})) as beside:
+    beside.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], check=False)
+    assert ran.returncode == -signal.SIGKILL
+    assert (tmp_path / "a.txt").read_text() == "old"
+    write_whole(tmp_path / "a.txt", "new")  # what the other left is not in the way
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_two_processes_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with file_beside(path) as beside:
+        beside.write_text("the parent's")
+        child = os.fork()
+        if child == 0:
+            write_whole(path, "the child's")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert path.read_text() == "the child's"
+    assert path.read_text() == "the parent's"
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TriviumError, match=r"b\.txt cannot be written \("):
+        write_whole(tmp_path / "file" / "b.txt", "x")
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    with pytest.raises(TriviumError, match="folder cannot be written"):
+        write_whole(tmp_path / "folder", "x")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
