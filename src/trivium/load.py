@@ -37,7 +37,7 @@ from trivium.convert.weights import State, listed, read_json, read_weights
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform, normalize
 from trivium.errors import TriviumError
-from trivium.manifest import verify_manifest, write_manifest, written_beside
+from trivium.manifest import newest_checkpoint, verify_manifest, write_manifest, written_beside
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.flava import Encoded, Flava, FlavaConfig
 from trivium.models.patch_codebook import PatchCodebook
@@ -255,12 +255,9 @@ def model_folder(path: Path, said: list[str]) -> Path | None:
     if not path.exists():
         raise TriviumError(f"{path} does not exist: name a run folder, a model folder or a file of weights")
     if (path / "checkpoints").is_dir():
-        for checkpoint in sorted((path / "checkpoints").glob("step-*"), reverse=True):
-            try:
-                verify_manifest(checkpoint / "model")
-                return checkpoint / "model"
-            except TriviumError as error:
-                said.append(f"{checkpoint.name} is damaged and is passed over ({error})")
+        checkpoint = newest_checkpoint(path / "checkpoints", said.append, "model")
+        if checkpoint is not None:
+            return checkpoint / "model"
         raise TriviumError(f"{path} has no sound checkpoint{''.join(f'; {sentence}' for sentence in said)}")
     folder = path / "model" if (path / "model" / "config.json").is_file() else path
     own = (folder / "config.json").is_file() and "family" in read_json(folder / "config.json")

@@ -4,7 +4,8 @@ manifest.json says what files a folder holds:
 
     {"files": {"model.safetensors": {"bytes": 1234, "sha256": "..."}, ...}}
 
-A checkpoint has one, and so has every model folder.
+A checkpoint has one, and so has every model folder. Which checkpoint of a run is the newest that is sound is decided
+here too, for those who train and for those who load.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from safetensors import SafetensorError
 from trivium.errors import TriviumError
 
 NAME = "manifest.json"
+_STEP = re.compile(r"step-\d{8}")
 
 
 @contextmanager
@@ -85,6 +88,30 @@ def verify_manifest(folder: Path) -> None:
             raise TriviumError(f"{path}: {path.stat().st_size} bytes where {size} were written; use another copy")
         if _sha256(path) != digest:
             raise TriviumError(f"{path}: its bytes changed since it was written; use another checkpoint or copy")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Every checkpoint, oldest first, whether it is sound or not. Half-written ones are not among them."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _STEP.fullmatch(path.name))
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None], part: str = ".") -> Path | None:
+    """The newest checkpoint that is sound.
+
+    Args:
+        say: gets a sentence about each damaged one that was passed over.
+        part: what must be sound of it; "model" for those who need no more than that.
+    """
+    for path in reversed(checkpoints_in(folder)):
+        try:
+            verify_manifest(path / part)
+        except TriviumError as error:
+            say(f"{path.name} is damaged and is passed over ({error})")
+            continue
+        return path
+    return None
 
 
 def _sha256(path: Path) -> str:

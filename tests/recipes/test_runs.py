@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tests.recipes.shop import (
     lines_of,
     trivium,
 )
+from trivium import manifest
 
 
 def weights(run: Path, step: int) -> dict[str, Tensor]:
@@ -65,10 +67,23 @@ def test_a_config_repeats_a_run_to_the_bit(twenty: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("workers", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
-def test_ten_and_ten_steps_are_twenty(twenty: Path, tmp_path: Path, workers: int) -> None:
+def test_ten_and_ten_steps_are_twenty(
+    twenty: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = without_its_end(twenty, tmp_path / "run")
+    hashed: Counter[Path] = Counter()
+    digest_of = manifest._sha256
+
+    def counted(path: Path) -> str:
+        hashed[path] += 1
+        return digest_of(path)
+
+    monkeypatch.setattr(manifest, "_sha256", counted)
     assert trivium("pretrain", "flava", "--out", run, "--resume", "--train.workers", workers) == 0
     assert digests(checkpoint(run, 20)) == digests(checkpoint(twenty, 20))
+    begun_from = checkpoint(run, 10)
+    files = {path for path in begun_from.rglob("*") if path.is_file() and path.parent != begun_from}
+    assert {path: times for path, times in hashed.items() if begun_from in path.parents} == dict.fromkeys(files, 1)
     steps = [line["step"] for line in lines_of(run / "metrics.jsonl") if "stream" in line]
     assert steps == list(range(1, 21))
 

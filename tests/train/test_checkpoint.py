@@ -16,7 +16,7 @@ from tiny_run import Tiny, TinyMixture, export_of
 from torch import nn
 
 from trivium.errors import TriviumError
-from trivium.manifest import verify_manifest
+from trivium.manifest import checkpoints_in, newest_checkpoint, verify_manifest
 from trivium.train import checkpoint, optim
 from trivium.train.optim import Optim
 from trivium.train.protocol import Key
@@ -102,13 +102,13 @@ def test_any_flipped_bit_and_any_cut_is_found(two: Path, data: st.DataObject, cu
     said: list[str] = []
     try:
         file.write_bytes(whole[:at] if cut else flipped)
-        assert checkpoint.newest(two, said.append) == two / "step-00000003"
+        assert newest_checkpoint(two, said.append) == two / "step-00000003"
     finally:
         file.write_bytes(whole)
     assert "step-00000006 is damaged" in said[0]
     assert len(said) == 1
     assert str(newest) in said[0]
-    assert checkpoint.newest(two, said.append) == newest
+    assert newest_checkpoint(two, said.append) == newest
 
 
 @pytest.mark.parametrize("lost", ["model/model.safetensors", "training/state.json", "manifest.json"])
@@ -116,17 +116,17 @@ def test_a_missing_file_is_named(two: Path, tmp_path: Path, lost: str) -> None:
     copy = shutil.copytree(two, tmp_path / "copy")
     (copy / "step-00000006" / lost).unlink()
     said: list[str] = []
-    assert checkpoint.newest(copy, said.append) == copy / "step-00000003"
+    assert newest_checkpoint(copy, said.append) == copy / "step-00000003"
     assert Path(lost).name in said[0]
 
 
 def test_half_written_folders_are_not_checkpoints(two: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(two, tmp_path / "copy")
     shutil.copytree(copy / "step-00000006", copy / ".tmp-step-00000009")
-    assert checkpoint.newest(copy, pytest.fail) == copy / "step-00000006"
+    assert newest_checkpoint(copy, pytest.fail) == copy / "step-00000006"
     checkpoint.remove_leftovers(copy)
     assert sorted(path.name for path in copy.iterdir()) == ["step-00000003", "step-00000006"]
-    assert checkpoint.newest(tmp_path / "absent", pytest.fail) is None
+    assert newest_checkpoint(tmp_path / "absent", pytest.fail) is None
 
 
 def test_a_sound_checkpoint_is_never_written_over(two: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_sound_checkpoint_is_never_written_over(two: Path, tmp_path: Path) -> 
     assert write(copy, 6) == copy / "step-00000006"  # the damaged one is moved aside
     verify_manifest(copy / "step-00000006")
     assert (copy / "damaged-0-step-00000006").is_dir()
-    assert [path.name for path in checkpoint.all_of(copy)] == ["step-00000003", "step-00000006"]
+    assert [path.name for path in checkpoints_in(copy)] == ["step-00000003", "step-00000006"]
 
 
 @pytest.mark.parametrize("limit", [200, 2000, 3000])
@@ -187,7 +187,7 @@ def numbered(folder: Path, *steps: int) -> None:
 def test_pruning(tmp_path: Path, keep_last: int, keep_every: int | None, left: list[int]) -> None:
     numbered(tmp_path, 10, 20, 30, 40, 50)
     checkpoint.prune(tmp_path, keep_last, keep_every)
-    assert [checkpoint.step_of(path) for path in checkpoint.all_of(tmp_path)] == left
+    assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path)] == left
     assert len(list(tmp_path.iterdir())) == len(left)
 
 

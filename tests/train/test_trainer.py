@@ -18,6 +18,7 @@ import torch
 from tiny_run import Recipe, TinyMixture, make, real_mixture, with_train
 
 from trivium.errors import TriviumError
+from trivium.manifest import checkpoints_in
 from trivium.train import budget, checkpoint, distributed, optim, trainer
 from trivium.train.optim import Optim
 from trivium.train.protocol import Batch
@@ -305,7 +306,7 @@ def test_what_a_run_folder_holds(straight: Path) -> None:
 
 def test_which_checkpoints_stay(tmp_path: Path) -> None:
     train(make(with_train(save_every=3, keep_last=2, keep_every=6)), tmp_path)
-    kept = [checkpoint.step_of(path) for path in checkpoint.all_of(tmp_path / "checkpoints")]
+    kept = [checkpoint.step_of(path) for path in checkpoints_in(tmp_path / "checkpoints")]
     assert kept == [6, 12, 18, 20]
 
 
@@ -361,7 +362,7 @@ def test_three_in_a_row_stop_the_run(tmp_path: Path) -> None:
     mixture = TinyMixture(nan_at=frozenset({6, 7, 8}))
     with pytest.raises(TriviumError, match=r"three steps in a row.* step 9 with places 12 to 17 of stream text"):
         train(make(with_train(log_every=1, save_every=5), mixture), tmp_path)
-    assert [checkpoint.step_of(path) for path in checkpoint.all_of(tmp_path / "checkpoints")] == [5]
+    assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path / "checkpoints")] == [5]
     assert metrics_of(tmp_path)[-1]["step"] == 9  # the log says how it ended
 
 

@@ -11,8 +11,9 @@ from trivium.data.sources import open_source
 from trivium.errors import TriviumError
 from trivium.evaluate import pairs as pairs_protocol
 from trivium.load import load
+from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.recipes import RECIPES, finish
-from trivium.train import checkpoint, config
+from trivium.train import config
 from trivium.train.precision import choose_device
 
 
@@ -79,9 +80,9 @@ def evaluate(
 
 def _newest_checkpoint(run: Path) -> Path:
     checkpoints = run / "checkpoints"
-    newest = checkpoint.newest(checkpoints, lambda sentence: print(sentence, file=sys.stderr))
+    newest = newest_checkpoint(checkpoints, lambda sentence: print(sentence, file=sys.stderr))
     if newest is not None:
         return newest
-    if checkpoint.all_of(checkpoints):
+    if checkpoints_in(checkpoints):
         raise TriviumError(f"{checkpoints}: every checkpoint is damaged; use another copy, or train again")
     raise TriviumError(f"{run} holds no finished checkpoint yet: train on with --resume")

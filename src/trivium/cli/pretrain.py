@@ -13,11 +13,12 @@ import torch
 
 from trivium.cli.overrides import set_overrides
 from trivium.errors import TriviumError
+from trivium.manifest import newest_checkpoint
 from trivium.recipes import RECIPES, finish
 from trivium.recipes.data import noticed
 from trivium.recipes.flava import Prepared
-from trivium.train import checkpoint, distributed, run_folder, trainer
 from trivium.train import config as configuration
+from trivium.train import distributed, run_folder, trainer
 from trivium.train.budget import largest_micro_batch
 
 
@@ -97,9 +98,9 @@ def _resume(recipe: str, out: Path | None, changes: Mapping[str, Any], begun: fl
     settings = configuration.load(Path(recipe)) if out is None else _stated(out, recipe)
     out = out or Path(recipe)
     tree = set_overrides(configuration.build(settings, RECIPES), changes)
-    newest = checkpoint.newest(out / "checkpoints", say)
+    newest = newest_checkpoint(out / "checkpoints", say)
     prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")
-    return run(prepared, out, begun, resume=True)
+    return run(prepared, out, begun, resume=newest or True)
 
 
 def with_budget(prepared: Prepared) -> Prepared:
@@ -120,10 +121,10 @@ def with_budget(prepared: Prepared) -> Prepared:
     return prepared
 
 
-def run(prepared: Prepared, out: Path, begun: float, *, resume: bool = False) -> int:
+def run(prepared: Prepared, out: Path, begun: float, *, resume: bool | Path = False) -> int:
     """Train, then evaluate the result and write results.json and report.html into the run folder.
 
-    begun: what time.perf_counter() said when the command began.
+    begun: what time.perf_counter() said when the command began. resume: as `trainer.train` takes it.
     """
     try:
         outcome = trainer.train(prepared.run, out, resume=resume)

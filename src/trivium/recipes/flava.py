@@ -18,7 +18,7 @@ from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
-from trivium.load import Bundle, ImageTokenizer, image_tokenizer_hash, load
+from trivium.load import Bundle, ImageTokenizer, image_tokenizer_hash, load, open_own
 from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
 from trivium.recipes import limits
@@ -87,8 +87,8 @@ class FlavaRecipe:
 
         Args:
             name, arguments: of the recipe, as config.json is to state them.
-            resume_from: a checkpoint folder; tokenizer and codebook are then its own, and the trainer restores the
-                weights.
+            resume_from: the model folder of a checkpoint that was checked; tokenizer and codebook are then its own, and
+                the trainer restores the weights.
         """
         return _prepare(self, name, arguments, resume_from)
 
@@ -164,7 +164,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     stream_names = recipe.objectives.streams()
     if recipe.init is not None and recipe.init_text is not None:
         raise TriviumError("--init starts the whole model and --init-text its text side alone: give one of them")
-    start, model_config = _open_start(recipe, resume_from or recipe.init)
+    start, model_config = _open_start(recipe, recipe.init if resume_from is None else open_own(resume_from))
     _check(model_config, data)
     sources = open_sources(data)
     bert = None if start is not None or recipe.init_text is None else Bert.read(recipe.init_text)
@@ -228,13 +228,13 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     return Prepared(recipe, run, sources, bundle, validation, mixture_of, name, arguments, notes)
 
 
-def _open_start(recipe: FlavaRecipe, path: str | Path | None) -> tuple[Bundle | None, FlavaConfig]:
+def _open_start(recipe: FlavaRecipe, given: str | Bundle | None) -> tuple[Bundle | None, FlavaConfig]:
     """The model to start from and the shape of the run's. Raises TriviumError where it is of another family."""
-    if path is None:
+    if given is None:
         return None, recipe.model
-    start = load(path)
+    start = given if isinstance(given, Bundle) else load(given)
     if not isinstance(start.model, Flava):
-        raise TriviumError(f"{path} holds a model of another family than FLAVA: {type(start.model).__name__}")
+        raise TriviumError(f"{recipe.init} holds a model of another family than FLAVA: {type(start.model).__name__}")
     return start, start.model.config
 
 

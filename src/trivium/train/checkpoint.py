@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,14 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trivium.errors import TriviumError
-from trivium.manifest import verify_manifest, write_manifest, written_beside
+from trivium.manifest import checkpoints_in, verify_manifest, write_manifest, written_beside
 from trivium.train import optim
 
 Export = Callable[[Path], None]  # writes a model folder into the empty folder that it is given
-_NAME = re.compile(r"step-(\d{8})")
-
-
-# ------------------------------------------------------------------------------------------------- finding one
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -46,28 +41,7 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 def step_of(checkpoint: Path) -> int:
     """Steps that were done when this checkpoint was written."""
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match, f"{checkpoint} is no checkpoint"
-    return int(match[1])
-
-
-def all_of(checkpoints: Path) -> list[Path]:
-    """Every checkpoint, oldest first, whether it is sound or not. Half-written ones are not among them."""
-    if not checkpoints.is_dir():
-        return []
-    return sorted(path for path in checkpoints.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
-
-
-def newest(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is sound; `say` gets a sentence about each damaged one that was passed over."""
-    for path in reversed(all_of(checkpoints)):
-        try:
-            verify_manifest(path)
-        except TriviumError as error:
-            say(f"{path.name} is damaged and is passed over ({error})")
-            continue
-        return path
-    return None
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 # ------------------------------------------------------------------------------------------------------ writing
@@ -157,7 +131,7 @@ def _set_aside(checkpoint: Path) -> None:
 def prune(checkpoints: Path, keep_last: int, keep_every: int | None = None) -> None:
     """Remove all but the last `keep_last` checkpoints and those at multiples of `keep_every` steps."""
     assert keep_last >= 1
-    for path in all_of(checkpoints)[:-keep_last]:
+    for path in checkpoints_in(checkpoints)[:-keep_last]:
         if keep_every and step_of(path) % keep_every == 0:
             continue
         doomed = path.with_name(f".tmp-{path.name}")  # first out of sight: a half-removed one is never found

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from trivium.errors import TriviumError
-from trivium.manifest import write_whole
+from trivium.manifest import checkpoints_in, write_whole
 from trivium.train import checkpoint, config, precision
 from trivium.train.config import Config
 
@@ -44,7 +44,7 @@ class RunFolder:
 def refuse_a_run(path: Path) -> None:
     """Raises TriviumError where a run stands in a folder already; ask before anything costly is begun."""
     folder = RunFolder(path)
-    if checkpoint.all_of(folder.checkpoints) or (folder.metrics.exists() and folder.metrics.stat().st_size):
+    if checkpoints_in(folder.checkpoints) or (folder.metrics.exists() and folder.metrics.stat().st_size):
         raise TriviumError(f"{path} holds a run already: continue it with --resume, or name another folder with --out")
 
 

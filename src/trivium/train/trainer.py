@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from trivium.errors import TriviumError
+from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint, distributed, optim, precision, run_folder
 from trivium.train.budget import OutOfMemory, calibrate, is_out_of_memory
 from trivium.train.config import Config
@@ -93,8 +94,12 @@ class Outcome:
         return 130 if self.signal == signal.SIGINT else 0
 
 
-def train(run: Run, out: Path, *, resume: bool = False) -> Outcome:
-    """Train to the last step, or until Ctrl-C or SIGTERM; then everything is saved. out: the run folder.
+def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
+    """Train to the last step, or until Ctrl-C or SIGTERM; then everything is saved.
+
+    Args:
+        out: the run folder.
+        resume: go on from the newest sound checkpoint; or from this one, which the caller has checked already.
 
     Raises:
         TriviumError: a run stands in `out` already, or none to resume; memory or disk are full; the gradient was not
@@ -235,7 +240,7 @@ def _trial(run: Run) -> tuple[Run, torch.optim.Optimizer, Context]:
 # ---------------------------------------------------------------------------------------- beginning and resuming
 
 
-def begin(run: Run, out: Path, resume: bool) -> tuple[RunFolder, torch.optim.Optimizer, Context, dict[str, Any]]:
+def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.optim.Optimizer, Context, dict[str, Any]]:
     """Make the run folder or reopen it, and put method and optimizer where the run stands.
 
     Returns: folder, optimizer, the context of forwards, and what the next checkpoint's state.json will say.
@@ -252,7 +257,7 @@ def begin(run: Run, out: Path, resume: bool) -> tuple[RunFolder, torch.optim.Opt
     folder = RunFolder(out)
 
     step, seconds, layout = 0, 0.0, _layout(run, device)
-    found = _checkpoint_to_resume(folder, say) if resume else None
+    found = resume if isinstance(resume, Path) else _checkpoint_to_resume(folder, say) if resume else None
     if found is not None:
         saved = checkpoint.restore(found, run.method, optimizer)
         step, seconds = int(saved["step"]), float(saved["seconds"])
@@ -276,8 +281,8 @@ def begin(run: Run, out: Path, resume: bool) -> tuple[RunFolder, torch.optim.Opt
 
 def _checkpoint_to_resume(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
     """The newest sound checkpoint; None where the run ended before its first."""
-    found = checkpoint.newest(folder.checkpoints, say)
-    if found is None and checkpoint.all_of(folder.checkpoints):
+    found = newest_checkpoint(folder.checkpoints, say)
+    if found is None and checkpoints_in(folder.checkpoints):
         raise TriviumError(f"{folder.checkpoints}: every checkpoint is damaged; begin a new run in another folder")
     if found is None:
         say(f"{folder.path} holds no checkpoint yet: beginning at step 0")
