@@ -40,13 +40,13 @@ from trivium.errors import TriviumError
 from trivium.manifest import newest_checkpoint, verify_manifest, write_manifest, written_beside
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.flava import Encoded, Flava, FlavaConfig
+from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.patch_codebook import PatchCodebook
 
 FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {"flava": (FlavaConfig, Flava)}
 Picture = str | Path | bytes | Image.Image | np.ndarray
 Pictures = Picture | Sequence[Picture] | Tensor
 Strings = str | Sequence[str]
-ImageTokenizer = DVae | PatchCodebook
 
 
 @dataclass

@@ -14,7 +14,7 @@ B rows, N patches, T text tokens, M masked positions of the batch, R rows of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,23 +22,13 @@ from torch.nn import functional as F
 
 from trivium.layers.attention import padded_index
 from trivium.models.flava import MAX_LOGIT_SCALE, Flava
+from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.objectives.contrastive import contrastive
 from trivium.objectives.masked import masked_prediction
 from trivium.objectives.matching import matching
 from trivium.train.protocol import Batch, Key, Method, Rows, Sums
 
 LOSSES = ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")
-
-
-class ImageTokenizer(Protocol):
-    """What turns pixels into codes: the dVAE, or a k-means codebook of patches."""
-
-    num_codes: int
-    stride: int  # pixels of its own input to one code
-
-    def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Pixels in [0, 1] -> codes int64 [B, H / stride * W / stride], row-major."""
-        ...
 
 
 @dataclass(frozen=True)

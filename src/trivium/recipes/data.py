@@ -23,8 +23,8 @@ from trivium.data.tokenizer import Tokenizer
 from trivium.data.views import WHOLE, Views
 from trivium.errors import BadSample, TriviumError
 from trivium.load import load_image_tokenizer
-from trivium.models.dvae import DVae
 from trivium.models.flava import FlavaConfig
+from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.patch_codebook import PatchCodebook
 from trivium.train.protocol import Source, Stream, hash64
 
@@ -170,7 +170,7 @@ def _spread(source: Source | None, limit: int) -> list[int]:
 
 def make_image_tokenizer(
     data: Data, sources: Sources, views: Views, config: FlavaConfig, seed: int
-) -> PatchCodebook | DVae:
+) -> ImageTokenizer:
     """What gives masked patches their targets: k-means on patches of this run's own pictures, or a trained dVAE.
 
     Raises TriviumError where there is no picture to learn from.

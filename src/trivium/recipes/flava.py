@@ -18,9 +18,10 @@ from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
-from trivium.load import Bundle, ImageTokenizer, image_tokenizer_hash, load, open_own
+from trivium.load import Bundle, image_tokenizer_hash, load, open_own
 from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
+from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.recipes import limits
 from trivium.recipes.bert import Bert
 from trivium.recipes.data import (
