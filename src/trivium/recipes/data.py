@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -168,9 +168,7 @@ def _spread(source: Source | None, limit: int) -> list[int]:
     return (np.arange(min(rows, limit)) * rows // max(1, min(rows, limit))).tolist()
 
 
-def make_image_tokenizer(
-    data: Data, sources: Sources, views: Views, config: FlavaConfig, seed: int
-) -> ImageTokenizer:
+def make_image_tokenizer(data: Data, sources: Sources, views: Views, config: FlavaConfig, seed: int) -> ImageTokenizer:
     """What gives masked patches their targets: k-means on patches of this run's own pictures, or a trained dVAE.
 
     Raises TriviumError where there is no picture to learn from.
@@ -215,42 +213,36 @@ def make_streams(
     tokenizer: Tokenizer,
     codes: CodeCache | None,
     names: Collection[str],
+    train: bool = True,
 ) -> list[Stream]:
     """Those of FLAVA's three streams that are in `names` and have data. Micro-batches are whole batches until the
-    trainer says so. Raises TriviumError where none is left."""
-    image = ImageInput(views, patch, codes, data.color_jitter, data.cache_megabytes << 20)
-    text = TextInput(tokenizer, data.max_length, data.mask_probability, data.whole_words)
+    trainer says so.
+
+    Args:
+        train: False for the same streams over held-out rows, without augmentation and with fixed masks.
+
+    Raises:
+        TriviumError: there is nothing to train on.
+    """
+    image = ImageInput(views, patch, codes)
+    text = TextInput(tokenizer, data.max_length, whole_words=data.whole_words)
+    pairs, images, texts = sources.validation_pairs, sources.validation_images, sources.validation_text
+    if train:
+        image = replace(image, color_jitter=data.color_jitter, cache_bytes=data.cache_megabytes << 20)
+        text = replace(text, probability=data.mask_probability)
+        pairs, images, texts = sources.pairs, sources.images, sources.text
+    by_length = data.sort_by_length and train
     members = (
-        ("pairs", sources.pairs, PairCollate(image, text, data.false_pairs, data.sort_by_length), data.pairs_ratio),
-        ("images", sources.images, ImageCollate(image), data.images_ratio),
-        ("text", sources.text, TextCollate(text, data.sort_by_length), data.text_ratio),
+        ("pairs", pairs, PairCollate(image, text, data.false_pairs, by_length, train), data.pairs_ratio),
+        ("images", images, ImageCollate(image, train), data.images_ratio),
+        ("text", texts, TextCollate(text, by_length, train), data.text_ratio),
     )
     streams = [
         Stream(name, source, collate, data.batch, data.batch, ratio)
         for name, source, collate, ratio in members
         if source is not None and name in names
     ]
-    if not streams:
+    if train and not streams:
         flags = " or ".join(f"--data.{name}" for name in names)
         raise TriviumError(f"no data feeds a loss whose weight is above 0: give {flags}, or weight another loss")
     return streams
-
-
-def validation_streams(
-    data: Data,
-    sources: Sources,
-    views: Views,
-    patch: int,
-    tokenizer: Tokenizer,
-    codes: CodeCache | None,
-    names: Collection[str],
-) -> list[tuple[str, Source, PairCollate | ImageCollate | TextCollate]]:
-    """The same streams over held-out rows, without augmentation and with fixed masks."""
-    image = ImageInput(views, patch, codes)
-    text = TextInput(tokenizer, data.max_length, whole_words=data.whole_words)
-    members = (
-        ("pairs", sources.validation_pairs, PairCollate(image, text, data.false_pairs, train=False)),
-        ("images", sources.validation_images, ImageCollate(image, train=False)),
-        ("text", sources.validation_text, TextCollate(text, train=False)),
-    )
-    return [(name, source, collate) for name, source, collate in members if source is not None and name in names]

@@ -32,7 +32,6 @@ from trivium.recipes.data import (
     make_streams,
     make_tokenizer,
     open_sources,
-    validation_streams,
 )
 from trivium.recipes.priors import start_at_frequencies
 from trivium.train import step as train_step
@@ -210,8 +209,8 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, data.schedule, train.workers)
 
     validation = {
-        stream: list(evaluation_batches(source, collate, data.batch, recipe.validate, stream))
-        for stream, source, collate in validation_streams(data, sources, views, patch, tokenizer, codes, stream_names)
+        s.name: list(evaluation_batches(s.source, s.collate, data.batch, recipe.validate, s.name))
+        for s in make_streams(data, sources, views, patch, tokenizer, codes, stream_names, train=False)
         if recipe.validate
     }
     notes += [f"validation: {bad}" for batches in validation.values() for batch in batches for bad in batch.bad]
