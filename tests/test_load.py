@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +212,17 @@ def test_a_damaged_model_folder_names_the_file(saved: Path, tmp_path: Path, name
     says = "copy" if (name, damage) == ("manifest.json", "bit") else name.replace(".", r"\.")
     with pytest.raises(TriviumError, match=says):
         load(folder)
+
+
+def test_the_share_of_false_pairs_travels_and_older_folders_go_without(saved: Path, tmp_path: Path) -> None:
+    replace(load(saved), false_pairs=0.2).save(tmp_path / "new")
+    assert load(tmp_path / "new").false_pairs == 0.2
+    path = tmp_path / "new" / "config.json"
+    config = json.loads(path.read_text())
+    del config["false_pairs"]
+    path.write_text(json.dumps(config))
+    write_manifest(tmp_path / "new")
+    assert load(tmp_path / "new").false_pairs is None
 
 
 def test_a_run_takes_its_newest_sound_checkpoint_and_says_so(saved: Path, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class Bundle:
     image_tokenizer: ImageTokenizer | None = None
     labels: list[str] | None = None
     max_length: int = 512  # tokens of a text, with [CLS] and [SEP]; longer ones are cut
+    false_pairs: float | None = None  # share of them when matching was trained; None: not known
 
     @property
     def device(self) -> torch.device:
@@ -139,6 +140,7 @@ class Bundle:
                 "family": self.family,
                 "model": self.model.config_dict(),  # type: ignore[operator]
                 "max_length": self.max_length,
+                "false_pairs": self.false_pairs,
                 "image_tokenizer": _tokenizer_entry(self.image_tokenizer),
             }
             _write(beside / "config.json", json.dumps(config, indent=1) + "\n")
@@ -289,6 +291,7 @@ def open_own(folder: Path) -> Bundle:
         image_tokenizer=_own_image_tokenizer(folder),
         labels=json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None,
         max_length=int(config.get("max_length", model_config.max_length)),
+        false_pairs=config.get("false_pairs"),  # folders of older versions do not say it
     )
 
 

@@ -26,20 +26,14 @@ def evaluate(
         the evaluation, and for each loss (final, chance) where there is a run to measure them on.
     """
     if prepared is None:
-        found = embedded.run(bundle, say=say)
-        if "itm.accuracy" in found.results:
-            found.not_applicable.append(
-                "itm.accuracy takes half of the training pairs as false, since a model folder does not say how many"
-                " were: evaluate the run folder for the exact figure"
-            )
-        return found, {}
+        return _on_drawings(bundle, say), {}
     data = prepared.recipe.data
     if prepared.validation:
         say("validation losses")
     final = validation_losses(prepared.run.method, prepared.validation, prepared.recipe.train.seed)
     chance = chance_of(prepared) if prepared.validation else {}
     if data.is_embedded:
-        found = embedded.run(bundle, data.false_pairs, say)
+        found = _on_drawings(bundle, say)
     elif prepared.sources.validation_pairs is not None:
         say("retrieval on the validation pairs")
         found = pairs.run(bundle, prepared.sources.validation_pairs)
@@ -50,6 +44,18 @@ def evaluate(
         found.results[f"losses.{name}.final"] = Result(value)
         found.results[f"losses.{name}.chance"] = Result(guess)
     return found, losses
+
+
+def _on_drawings(bundle: Bundle, say: Callable[[str], None]) -> Evaluation:
+    if bundle.false_pairs is not None:
+        return embedded.run(bundle, bundle.false_pairs, say)
+    found = embedded.run(bundle, say=say)
+    if "itm.accuracy" in found.results:
+        found.not_applicable.append(
+            "itm.accuracy takes half of the training pairs as false, since this model does not say how many were:"
+            " evaluate its run folder, where there is one, for the exact figure"
+        )
+    return found
 
 
 def write(

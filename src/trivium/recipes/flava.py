@@ -196,7 +196,12 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     transform = ImageTransform(model_config.image_size) if start is None else start.transform
     pixels = Pixels(transform.mean, transform.std)
     method = FlavaMethod(model, image_tokenizer, pixels, weights, recipe.objectives.masked_share)
-    bundle = Bundle("flava", model, tokenizer, transform, image_tokenizer, labels=None, max_length=data.max_length)
+    false_pairs = None if start is None else start.false_pairs
+    if recipe.objectives.itm and sources.pairs is not None:
+        false_pairs = data.false_pairs
+    bundle = Bundle(
+        "flava", model, tokenizer, transform, image_tokenizer, max_length=data.max_length, false_pairs=false_pairs
+    )
 
     patch = model_config.patch_size
     streams = make_streams(data, sources, views, patch, tokenizer, codes, stream_names)
