@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from trivium.convert import dalle
 from trivium.errors import TriviumError
 from trivium.load import load, load_image_tokenizer
 from trivium.models.dvae import DVae, DVaeConfig
+from trivium.models.flava import Flava
 from trivium.models.patch_codebook import PatchCodebook
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
@@ -118,6 +120,24 @@ def test_an_image_codebook_alone(tmp_path: Path) -> None:
             load(tmp_path / path)
     with pytest.raises(TriviumError, match="image tokenizer alone"):
         convert(tmp_path / "codebook", to="hf-flava", out=tmp_path / "hf")
+
+
+@pytest.mark.parametrize("layout", ["hf-flava", "torchmultimodal-flava"])
+@pytest.mark.parametrize("pads_visible", [False, True])
+def test_pads_that_are_seen_in_one_layout_alone_are_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str, pads_visible: bool
+) -> None:
+    bundle = load(folder)
+    assert isinstance(bundle.model, Flava)
+    bundle.model.config = replace(bundle.model.config, pads_visible=pads_visible)
+    bundle.save(tmp_path / "ours")
+    convert(tmp_path / "ours", to=layout, out=tmp_path / "out")
+    said = [line for line in capsys.readouterr().out.splitlines() if "pads_visible" in line]
+    sees_them_there = layout == "torchmultimodal-flava"  # transformers hides what its attention_mask hides
+    assert len(said) == (pads_visible != sees_them_there)
+    if said:
+        seen = "sees the pads" if sees_them_there else "is kept from the pads"
+        assert f"{layout} has no place for pads_visible; its multimodal encoder {seen}" in said[0]
 
 
 def test_what_has_no_place_in_a_layout_is_left_out_aloud(

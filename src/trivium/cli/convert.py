@@ -52,7 +52,8 @@ def convert(path: Path, *, to: str, out: Path, from_: Annotated[str | None, tyro
 
 def _write_foreign(bundle: Bundle, to: str, out: Path) -> None:
     model, image_tokenizer = bundle.model, bundle.image_tokenizer
-    write = ADAPTERS[to].write
+    adapter = ADAPTERS[to]
+    write = adapter.write
     assert write is not None
     if not isinstance(model, Flava):
         raise TriviumError(f"{to} is a layout of FLAVA, and this model is of the family {bundle.family}")
@@ -61,6 +62,12 @@ def _write_foreign(bundle: Bundle, to: str, out: Path) -> None:
         image_tokenizer = None
     if isinstance(image_tokenizer, DVae) and image_tokenizer.decoder is not None:
         print(f"left out: {to} has no place for the decoder of the image tokenizer")
+    if model.config.pads_visible != adapter.pads_visible:
+        there, here = ("sees", "does not") if adapter.pads_visible else ("is kept from", "sees them")
+        print(
+            f"left out: {to} has no place for pads_visible; its multimodal encoder {there} the pads of a text and this"
+            f" model's {here}, so texts with pads are fused otherwise there"
+        )
     state, config = write(model, image_tokenizer)
     with written_beside(out) as folder:
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}

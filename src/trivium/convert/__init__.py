@@ -35,6 +35,7 @@ class Adapter:
     mark: str  # a regular expression that one of its keys fits, and no key of another layout
     read: Callable[[State, Mapping[str, Any]], Foreign]  # tensors and the config.json beside ({} without)
     write: Callable[[Flava, DVae | None], tuple[State, dict[str, Any]]] | None  # tensors and config.json
+    pads_visible: bool = False  # whether its multimodal encoder attends the pads of a text
 
 
 def _read_hf(state: State, config: Mapping[str, Any]) -> Foreign:
@@ -87,7 +88,10 @@ def _read_dalle(state: State, config: Mapping[str, Any]) -> Foreign:
 
 ADAPTERS = {
     "torchmultimodal-flava": Adapter(
-        r"(model\.)?(image|text|mm)_encoder\.(encoder|embeddings)\..*", _read_torchmultimodal, _write_torchmultimodal
+        r"(model\.)?(image|text|mm)_encoder\.(encoder|embeddings)\..*",
+        _read_torchmultimodal,
+        _write_torchmultimodal,
+        pads_visible=True,
     ),
     "hf-flava": Adapter(r"(flava\.)?(image|text|multimodal)_model\..*|blocks\.group_1\.group\..*", _read_hf, _write_hf),
     "dalle": Adapter(r"(encoder\.)?blocks\.group_1\.block_1\..*", _read_dalle, None),
