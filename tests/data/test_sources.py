@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from trivium.data.files import TEXT_LIMIT, Folder, TextLines
 from trivium.data.sources import Concat, open_source
@@ -247,6 +248,25 @@ def test_columns_by_name_and_the_messages_where_they_fail(tmp_path: Path, pictur
     web = write_csv(tmp_path / "web.csv", [["url", "text"], ["https://example.org/1.jpg", "mug"]])
     with pytest.raises(TriviumError, match=r"web.csv names pictures by web address .*: download them"):
         open_source("pairs", [web])
+
+
+def test_parquet_files_of_several_folders_name_pictures_beside_themselves(tmp_path: Path) -> None:
+    """Two folders with a picture of the same name: each table means its own."""
+    paths = []
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        picture = tmp_path / folder / "mug.png"
+        Image.new("RGB", (8 + number, 8)).save(picture)
+        paths.append(tmp_path / folder / "part.parquet")
+        pq.write_table(pa.table({"image": ["mug.png"], "caption": [folder]}), paths[-1])
+    source = open_source("pairs", paths)
+    assert isinstance(source, ParquetFiles)
+    for row, folder in enumerate(("a", "b")):
+        sample = source.read(row, row)
+        assert (sample["image"], sample["text"]) == ((tmp_path / folder / "mug.png").read_bytes(), folder)
+    assert source.read(0, 0)["same_image"] != source.read(1, 1)["same_image"]
+    rooted = open_source("pairs", paths, root=tmp_path / "b")
+    assert rooted.read(0, 0)["image"] == rooted.read(1, 1)["image"] == (tmp_path / "b" / "mug.png").read_bytes()
 
 
 def test_bad_rows_of_a_csv_are_bad_alone(tmp_path: Path, pictures: Path) -> None:

@@ -55,11 +55,14 @@ def find_column(path: str, columns: Sequence[str], named: str | None, usual: Seq
 
 
 class Table(RowSource):
-    """Rows with named cells: a picture cell (a path below `root`, or the bytes) and a text cell (one or several)."""
+    """Rows with named cells: a picture cell (a path, or the bytes) and a text cell (one or several).
+
+    A path is below `root`; where that is None, below the folder of the row's own file.
+    """
 
     image_column: str | None = None
     text_column: str | None = None
-    root: str
+    root: str | Path | None = None
 
     @abstractmethod
     def cell(self, row: int, column: str) -> Any:
@@ -73,7 +76,7 @@ class Table(RowSource):
             if not data:
                 raise self.bad(row, "its picture has zero bytes")
             return data
-        path = self._picture_path(cell)
+        path = self._picture_path(row, cell)
         if path is None:
             raise self.bad(row, f'its column "{self.image_column}" names no picture')
         return self.picture_file(row, path)
@@ -89,7 +92,7 @@ class Table(RowSource):
     def identity(self, row: int) -> str:
         if self.image_column is None:
             return super().identity(row)
-        return self._picture_path(self.cell(row, self.image_column)) or super().identity(row)
+        return self._picture_path(row, self.cell(row, self.image_column)) or super().identity(row)
 
     def refuse_web_addresses(self) -> None:
         """Raises TriviumError where the first row names its picture by address: every other row would fail, too."""
@@ -101,9 +104,12 @@ class Table(RowSource):
             file = self.where(0)[0]
             raise TriviumError(f"{file} names pictures by web address ({cell}): download them and name the files")
 
-    def _picture_path(self, cell: object) -> str | None:
+    def _picture_path(self, row: int, cell: object) -> str | None:
         path = cell.get("path") if isinstance(cell, dict) else cell
-        return os.path.abspath(os.path.join(self.root, path)) if isinstance(path, str) and path.strip() else None
+        if not isinstance(path, str) or not path.strip():
+            return None
+        root = os.path.dirname(self.where(row)[0]) if self.root is None else self.root
+        return os.path.abspath(os.path.join(root, path))
 
 
 # --------------------------------------------------------------------------------- one text file, one row a line
@@ -121,7 +127,7 @@ class TextTable(Table):
         root: str | Path | None = None,
     ) -> None:
         self.kind = kind
-        self.root = str(Path(path).parent if root is None else root)
+        self.root = root
         self.columns: list[str] = []
         self._file = RandomFile(str(path))
         self._last: tuple[int, Mapping[str, Any]] = (-1, {})
@@ -307,7 +313,7 @@ class ParquetFiles(Table):
     ) -> None:
         self.kind = kind
         self.paths = [str(path) for path in paths]
-        self.root = str(Path(paths[0]).parent if root is None else root)
+        self.root = root
         groups = [(file, group, rows) for file in range(len(paths)) for group, rows in enumerate(self._rows(file))]
         self._first_rows = [sum(rows for other, _, rows in groups if other < file) for file in range(len(paths))]
         self._groups = [(file, group) for file, group, rows in groups if rows]
