@@ -5,9 +5,11 @@ B batch, L positions, Q query positions, D width, M width of the feed-forward's 
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from trivium.layers.attention import SelfAttention, take_rows
 
@@ -34,13 +36,33 @@ class PreNormBlock(nn.Module):
         x_BQD = (x_BLD if rows is None else take_rows(x_BLD, rows)) + self.dropout(attended)
         hidden_BQM = self.mlp_in(self.mlp_norm(x_BQD))
         if x_BQD.shape[2] < RECOMPUTE_GELU_FROM:
-            return x_BQD + self.dropout(self._gelu_and_out(hidden_BQM))
-        # It stops early: of the linear map only the input is wanted, so its product is not computed again.
-        out = checkpoint(self._gelu_and_out, hidden_BQM, use_reentrant=False, preserve_rng_state=False)
+            return x_BQD + self.dropout(self.mlp_out(F.gelu(hidden_BQM)))
+        out: Tensor = _GeluThenLinear.apply(hidden_BQM, self.mlp_out.weight, self.mlp_out.bias)
         return x_BQD + self.dropout(out)
 
-    def _gelu_and_out(self, hidden_BQM: Tensor) -> Tensor:
-        return self.mlp_out(F.gelu(hidden_BQM))
+
+class _GeluThenLinear(torch.autograd.Function):
+    """Linear(GELU(x)) that keeps x alone. Autograd would keep GELU's output too, as the input of the linear map."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return F.linear(F.gelu(hidden), weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad
+        grad_RD = grad.flatten(0, -2)
+        grad_hidden = grad_weight = grad_bias = None
+        if wants_hidden:  # under autocast the gradient has the low precision that the product was taken in
+            grad_hidden = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), hidden)
+        if wants_weight:
+            grad_weight = (grad_RD.t() @ F.gelu(hidden).flatten(0, -2)).to(weight.dtype)
+        if wants_bias:
+            grad_bias = grad_RD.sum(0).to(weight.dtype)
+        return grad_hidden, grad_weight, grad_bias
 
 
 class PreNormEncoder(nn.Module):
