@@ -169,3 +169,28 @@ def test_an_unknown_recipe() -> None:
         config.find_recipe("flavva", {"flava": Tree})
     with pytest.raises(TriviumError, match="no such file"):
         config.find_recipe("absent.py:shop", {"flava": Tree})
+
+
+def test_members_that_the_function_does_not_start_from_come_back() -> None:
+    from trivium.cli.demo import demo_recipe
+    from trivium.recipes.flava import flava
+    from trivium.train.config import leaves, set_leaves
+    from trivium.train.optim import Group
+
+    demo = demo_recipe(1.0)
+    assert demo.optim.groups
+    values = leaves(demo)
+    assert set_leaves(flava("tiny"), values) == demo
+    later = {
+        "optim.groups.0.pattern": "text.*",
+        "optim.groups.0.weight_decay": 0.5,
+        "optim.groups.1.pattern": "image.*",
+    }
+    assert set_leaves(flava("tiny"), later).optim.groups == (Group("text.*", weight_decay=0.5), Group("image.*"))
+    for lacking in (
+        {"optim.groups.0.rate": 2.0},
+        {"optim.groups.1.pattern": "text.*"},
+        {**later, "optim.groups.0.rat": 1.0},
+    ):
+        with pytest.raises(TriviumError, match=r"has no option optim\.groups"):
+            set_leaves(flava("tiny"), lacking)

@@ -64,11 +64,35 @@ def set_leaves(tree: Any, values: Mapping[str, Any]) -> Any:
     Raises:
         TriviumError: a path that does not exist (with the nearest that does), or a value of the wrong type.
     """
+    tree = _grown(tree, values, "")
     known = leaves(tree)
     for path in values:
         if path not in known:
             raise TriviumError(_no_such_path(path, list(known)))
     return _replaced(tree, None, values, "")
+
+
+def _grown(tree: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    """The tree with its empty tuples of dataclasses as long as the paths say: a recipe may have been given members
+    ("optim.groups.0.pattern") where its function starts from none."""
+    changed: dict[str, Any] = {}
+    for name, wanted, value in _children(tree, None) if dataclasses.is_dataclass(tree) else []:
+        path = f"{prefix}{name}."
+        member = (*get_args(wanted), None)[0]
+        if dataclasses.is_dataclass(value):
+            changed[name] = _grown(value, values, path)
+        elif value == () and isinstance(member, type) and dataclasses.is_dataclass(member):
+            hints = get_type_hints(member)
+            while any(given.startswith(f"{path}{len(value)}.") for given in values):
+                at = f"{path}{len(value)}."
+                own = {field: values[at + field] for field in hints if at + field in values}
+                try:
+                    new = member(**{field: _from_json(given, hints[field], at + field) for field, given in own.items()})
+                except TypeError:  # a value that it cannot be without is missing: the path is refused as unknown
+                    break
+                value = (*value, new)
+            changed[name] = value
+    return dataclasses.replace(tree, **changed) if changed else tree
 
 
 def _replaced(tree: Any, annotation: Any, values: Mapping[str, Any], prefix: str) -> Any:
