@@ -103,8 +103,8 @@ def test_parts_of_an_interrupted_build_serve_the_same_data_alone(tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["data"], "trivium data needs ACTION and RECIPE and --out PATH"),
-        (["data", "coeds", "flava", "--out", "c"], "invalid choice 'coeds'"),
+        (["data", "codes"], "trivium data codes needs RECIPE and --out PATH"),
+        (["data", "coeds", "flava", "--out", "c"], "there is no verb data coeds: did you mean data codes?"),
         ([*CODES, "--out", "c", "--crops", "0"], "--crops 0: training needs at least 1 crop of each picture"),
         ([*CODES, "--out", "nowhere/c"], "nowhere/c: there is no folder nowhere to write into"),
         (["data", "codes", "flaav", "--out", "c"], "there is no recipe flaav: did you mean flava?"),
@@ -142,8 +142,57 @@ def test_a_folder_without_one_good_picture_leaves_nothing_to_train_on(
     assert not (tmp_path / "c").exists()
 
 
-def test_its_help_loads_no_torch() -> None:
-    code = "import sys; from trivium.cli import main; main(['data', '--help']); sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(("verb", "words"), [("codes", "--data.image-tokenizer"), ("pack", "--data.pairs PATH")])
+def test_its_help_loads_no_torch(verb: str, words: str) -> None:
+    code = f"import sys; from trivium.cli import main; main(['data', {verb!r}, '-h']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "--data.image-tokenizer" in done.stdout
+    assert words in done.stdout
+
+
+def test_the_actions_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert trivium("data") == trivium("data", "--help") == 0
+    assert capsys.readouterr().out.count("  data pack ") == 2
+
+
+def test_pack_says_what_it_made_and_how_to_use_it(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shards"
+    words = ["data", "pack", "--data.pairs", shop / "goods.jsonl", "--samples-per-shard", 5, "--workers", 1]
+    assert trivium(*words, "--out", out, "--part", "2/2") == 0
+    assert "other parts are not done yet" in capsys.readouterr().out
+    assert trivium(*words, "--out", out) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out == (
+        f'12 samples in 3 shards, 2 of them from before, in {out}\nuse them with --data.pairs "{out}/*.tar"\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data.text", "t.txt", "--part", "3of4"], "--part 3of4: write it as 3/64, the third of 64 parts"),
+        (["--data.text", "t.txt", "--part", "0/4"], "part 0/4 is out of range: the first is 1/4, the last 4/4"),
+        (["--data.text", "t.txt", "--data.images", "."], "a folder of shards holds one kind: give one of --data.pairs"),
+        ([], "a folder of shards holds one kind: give one of --data.pairs"),
+        (["--data.text", "t.txt", "--quality", "100"], "a JPEG quality of 100: it lies between 1 and 95"),
+        (["--data.text", "t.txt", "--workers", "0"], "0 workers can do nothing: give at least 1"),
+        (["--data.pair", "t.txt"], "trivium data pack has no option --data.pair: did you mean --data.pairs?"),
+    ],
+)
+def test_a_mistake_in_packing_is_one_sentence_and_leaves_nothing(
+    words: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("words alone\n")
+    assert trivium("data", "pack", "--out", "shards", *words) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert sentence in captured.err
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "t.txt"]

@@ -39,7 +39,7 @@ def test_help_names_every_verb_and_loads_no_torch() -> None:
 
 @pytest.mark.parametrize("name", VERBS)
 def test_every_verb_is_where_the_table_says_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "--help"]) == 0
+    assert main([*name.split(), "--help"]) == 0
     captured = capsys.readouterr()
     assert f"trivium {name}" in captured.out
     assert captured.err == ""

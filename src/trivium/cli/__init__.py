@@ -14,7 +14,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from trivium.errors import BadSample, TriviumError
@@ -34,7 +34,8 @@ VERBS = {
     "evaluate": Verb("trivium.cli.evaluate:evaluate", "measure a model and write a report"),
     "embed": Verb("trivium.cli.embed:embed", "write the embeddings of a folder of pictures to a Parquet file"),
     "search": Verb("trivium.cli.search:search", "find pictures by a text or by another picture"),
-    "data": Verb("trivium.cli.data:data", "prepare data: data codes caches the image tokenizer's codes"),
+    "data codes": Verb("trivium.cli.data:codes", "cache the image tokenizer's codes of every picture of a run"),
+    "data pack": Verb("trivium.cli.data:pack", "write tar shards from any pictures, texts and pairs"),
     "convert": Verb("trivium.cli.convert:convert", "read and write the layouts of other libraries"),
 }
 
@@ -95,16 +96,27 @@ def _run(words: list[str]) -> int | None:
 
         print(f"trivium {__version__}")
         return OK
-    function = find_verb(words[0])
+    verb, rest = words[0], words[1:]
+    group = [name for name in VERBS if name.startswith(f"{verb} ")]
+    if group:  # of verbs of two words
+        if rest[:1] in ([], ["-h"], ["--help"], ["help"]):
+            print(f"trivium {verb} has\n\n{verb_lines(group)}\n\ntrivium {group[0]} --help says what a verb takes")
+            return OK
+        verb, rest = f"{verb} {rest[0]}", rest[1:]
+    function = find_verb(verb)
     from trivium.cli.arguments import parse
 
-    call = parse(function, words[0], words[1:])
+    call = parse(function, verb, rest)
     return OK if call is None else call()  # None: help was asked for and printed
 
 
 def help_page() -> str:
+    return HELP.format(verbs=verb_lines(VERBS))
+
+
+def verb_lines(names: Iterable[str]) -> str:
     width = max(map(len, VERBS))
-    return HELP.format(verbs="\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()))
+    return "\n".join(f"  {name:{width}}  {VERBS[name].summary}" for name in names)
 
 
 def find_verb(name: str) -> Callable[..., int | None]:

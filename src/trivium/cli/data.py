@@ -1,12 +1,16 @@
-"""`trivium data codes`: what the image tokenizer says about each picture, computed once and kept."""
+"""`trivium data codes` and `trivium data pack`: what is computed of data once, and kept."""
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from tyro.conf import arg
 
 from trivium.cli.embed import ERRORS_SHOWN, check_can_write
 from trivium.cli.overrides import set_overrides
@@ -16,8 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def data(
-    action: Literal["codes"],
+def codes(
     recipe: str,
     *,
     out: Path,
@@ -37,14 +40,12 @@ def data(
     an interruption.
 
     Args:
-        action: codes.
         recipe: "flava", or a function of your own: my_run.py:shop.
         out: the file to write, .safetensors.
         size: the recipe's one dial, such as tiny, small or base.
         crops: of each picture, beside the whole picture, which validation sees.
         overrides: leaves by their dotted path, such as {"data.pairs": ["a.csv"]}.
     """
-    assert action == "codes"
     check_can_write(out)
     if crops < 1:
         raise TriviumError(f"--crops {crops}: training needs at least 1 crop of each picture")
@@ -72,13 +73,87 @@ def data(
     with _progress("codes") as progress:
         skipped = build(pictures, views, encode, name, out, crops, source_name=described, progress=progress)
     skipped = list(dict.fromkeys(skipped))  # the same file may serve two streams
-    for sentence in skipped[:ERRORS_SHOWN]:
-        print(f"  {sentence}", file=sys.stderr)
-    if len(skipped) > ERRORS_SHOWN:
-        print(f"  and {len(skipped) - ERRORS_SHOWN} more", file=sys.stderr)
+    _show_skipped(skipped)
     bad = f"; {len(skipped)} could not be read and are left out" if skipped else ""
     print(f"codes of {len(CodeCache(out, views, name))} pictures, {crops} crops each, in {out}{bad}")
     print(f"train with the same fields and --data.codes {out}")
+
+
+def pack(
+    *,
+    out: Path,
+    pairs: Annotated[tuple[str, ...], arg(name="data.pairs", metavar="PATH [PATH ...]")] = (),
+    images: Annotated[tuple[str, ...], arg(name="data.images", metavar="PATH [PATH ...]")] = (),
+    text: Annotated[tuple[str, ...], arg(name="data.text", metavar="PATH [PATH ...]")] = (),
+    image_column: Annotated[str | None, arg(name="data.image-column", metavar="NAME")] = None,
+    text_column: Annotated[str | None, arg(name="data.text-column", metavar="NAME")] = None,
+    shortest_side: int = 256,
+    quality: int = 90,
+    samples_per_shard: int = 1000,
+    workers: Annotated[int | None, arg(metavar="N")] = None,
+    part: Annotated[str | None, arg(metavar="K/N")] = None,
+    engine: Literal["local", "ray"] = "local",
+) -> None:
+    """Write tar shards, which WebDataset reads too, from pairs, pictures or text in any form that pretrain takes.
+
+      trivium data pack --data.pairs products.csv --out shards
+
+      trivium pretrain flava --data.pairs "shards/*.tar"
+
+    Run it again to go on after an interruption: finished shards stay as they are. A manifest.json with checksums and
+    counts is written last, and samples that cannot be used are listed in skipped.jsonl.
+
+    Args:
+        out: the folder to write into.
+        pairs: captioned pictures: CSV, TSV, JSONL, Parquet, tar shards, or a folder.
+        images: pictures alone.
+        text: text alone, one line a sample.
+        image_column: in tables, where it has an unusual name.
+        text_column: likewise.
+        shortest_side: pixels; larger pictures are made that small, others stay byte for byte; 0 keeps every size.
+        quality: of the JPEGs that are written anew, 1 to 95.
+        samples_per_shard: at most.
+        workers: processes; as many as there are cores.
+        part: the share of a job array: 3/64 is the third of 64. The part that ends last writes the manifest.
+        engine: ray spreads the shards over a Ray cluster whose machines all see the data and the folder.
+    """
+    given = [(kind, paths) for kind, paths in (("pairs", pairs), ("images", images), ("text", text)) if paths]
+    if len(given) != 1:
+        raise TriviumError("a folder of shards holds one kind: give one of --data.pairs, --data.images and --data.text")
+    share = re.fullmatch(r"(\d+)/(\d+)", part or "1/1")
+    if share is None:
+        raise TriviumError(f"--part {part}: write it as 3/64, the third of 64 parts")
+    from trivium.data import pack as packing
+
+    kind, paths = given[0]
+    settings = packing.Settings(
+        cast(Any, kind), paths, image_column, text_column, shortest_side, quality, samples_per_shard
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with _progress("shards") as progress:
+        done = packing.pack(
+            settings,
+            out,
+            part=(int(share[1]), int(share[2])),
+            workers=cores if workers is None else workers,
+            engine=engine,
+            progress=progress,
+        )
+    _show_skipped([entry["why"] for entry in done.skipped])
+    bad = f"; {len(done.skipped)} could not be used" if done.skipped else ""
+    were_there = f", {done.of - done.made} of them from before" if done.made < done.of else ""
+    print(f"{done.samples} samples in {done.of} shards{were_there}, in {out}{bad}")
+    if done.complete:
+        print(f'use them with --data.{kind} "{out}/*.tar"')
+    else:
+        print("other parts are not done yet: the one that ends last writes the manifest")
+
+
+def _show_skipped(sentences: list[str]) -> None:
+    for sentence in sentences[:ERRORS_SHOWN]:
+        print(f"  {sentence}", file=sys.stderr)
+    if len(sentences) > ERRORS_SHOWN:
+        print(f"  and {len(sentences) - ERRORS_SHOWN} more", file=sys.stderr)
 
 
 @contextmanager
