@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,18 @@ from trivium.errors import TriviumError
 from trivium.train import precision
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("slower", ["bf16", "fp32"])
+def test_the_faster_of_two_steps_is_taken(slower: str) -> None:
+    taken: list[str] = []
+
+    def one_step(kind: str) -> None:
+        taken.append(kind)
+        time.sleep(0.05 if kind == slower else 0.0)
+
+    assert precision.faster(one_step) == ({"bf16", "fp32"} - {slower}).pop()
+    assert sorted(taken) == ["bf16"] * 3 + ["fp32"] * 3  # one of each is not counted
 
 
 def test_auto_takes_the_faster() -> None:

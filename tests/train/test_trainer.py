@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny_run
@@ -19,7 +20,7 @@ from tiny_run import Recipe, TinyMixture, make, real_mixture, with_train
 
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in
-from trivium.train import budget, checkpoint, distributed, optim, trainer
+from trivium.train import budget, checkpoint, distributed, optim, precision, trainer
 from trivium.train.optim import Optim
 from trivium.train.protocol import Batch
 from trivium.train.trainer import Outcome, Run, train
@@ -485,6 +486,16 @@ def test_steps_in_leaves_the_run_as_it_was(straight: Path, tmp_path: Path) -> No
     assert trainer.steps_in(run, minutes=0.01) >= 4
     train(run, tmp_path)
     assert_same_state(straight, tmp_path, 20)
+
+
+def test_a_precision_that_is_measured_changes_nothing_else(straight: Path, tmp_path: Path) -> None:
+    """Where the product is faster in bfloat16, steps are timed on a copy; the run itself is the one in float32."""
+    run = make(with_train(save_every=5, log_every=3, precision="auto"))
+    with mock.patch.object(precision, "choose", return_value="bf16"), mock.patch.object(precision, "faster") as faster:
+        faster.side_effect = lambda one_step: (one_step("bf16"), one_step("fp32"), "fp32")[-1]
+        train(run, tmp_path / "run")
+    assert faster.call_count == 1
+    assert_same_state(straight, tmp_path / "run", 20)
 
 
 def test_a_changed_layout_is_said_and_a_measured_precision_stays() -> None:

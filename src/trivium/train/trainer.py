@@ -33,7 +33,7 @@ from trivium.train.optim import Optim
 from trivium.train.precision import Precision
 from trivium.train.protocol import Batch, Key, Method, Mixture, Stream
 from trivium.train.run_folder import RunFolder
-from trivium.train.step import Context, StepResult
+from trivium.train.step import Context, StepResult, backward
 from trivium.train.step import step as take_step
 
 T = TypeVar("T")
@@ -304,7 +304,24 @@ def _layout(run: Run, device: torch.device) -> dict[str, Any]:
 def _common_precision(run: Run, device: torch.device) -> Literal["fp32", "bf16"]:
     """Every process measures for itself, and all of them take bfloat16 only where none found it the slower."""
     found = precision.choose(run.train.precision, device)
+    if distributed.any_process(found == "fp32"):
+        return "fp32"
+    if run.train.precision == "auto" and device.type == "cpu":
+        with distributed.alone():
+            found = _precision_of_a_step(run)
     return "fp32" if distributed.any_process(found == "fp32") else "bf16"
+
+
+def _precision_of_a_step(run: Run) -> Literal["fp32", "bf16"]:
+    """The faster one for a micro-batch of the stream that is drawn most often. Works on a copy of the method."""
+    names = [run.mixture.stream_at(step).name for step in range(min(run.train.steps, 100))]
+    at = names.index(max(names, key=names.count))
+    method, key = copy.deepcopy(run.method).cpu().train(), Key(run.train.seed, names[at], at)
+    with closing(_steps(run, at, at + 1)) as steps:
+        batches = next(steps)[2][:1]
+    return precision.faster(
+        lambda kind: backward(method, batches, key, partial(precision.autocast, torch.device("cpu"), kind))
+    )
 
 
 def _settled_layout(
