@@ -174,6 +174,31 @@ def test_the_text_stream_holds_no_held_out_name_or_title_as_an_entry() -> None:
     assert len(first & {line.split(", ")[0].lower() for line in names_and_titles}) > 1400
 
 
+def test_no_caption_of_a_training_pair_holds_a_held_out_name_as_an_entry() -> None:
+    emoji_names = {record.name.lower() for record in embedded.emoji() if record.split != "train"}
+    titles = {record.caption.lower() for record in embedded.clipart() if record.split != "train"}
+    names, keywords = set(), set()
+    for sample in read_all(embedded.pairs()):
+        name = sample["texts"][0]  # "family: man, man, boy" has commas of its own
+        names.add(name.lower())
+        keywords |= {word for text in sample["texts"] for word in text.removeprefix(name).lower().split(", ")[1:]}
+    assert len(keywords) > 2000
+    assert sorted(emoji_names & names) == []
+    assert sorted((emoji_names | titles) & keywords) == []
+
+
+def test_no_gloss_in_train_defines_a_held_out_name() -> None:
+    held_out = {record.name.lower() for record in embedded.emoji() if record.split != "train"}
+    held_out |= {record.caption.lower() for record in embedded.clipart() if record.split != "train"}
+    rows = pq.read_table(embedded.FILES / "glosses.parquet").to_pylist()
+    glosses = {row["text"]: embedded.lemmas(row["text"].lower()) for row in rows if row["split"] == "train"}
+    dropped = [text for text, words in glosses.items() if held_out & set(words)]
+    train = {sample["text"] for sample in read_all(embedded.text())}
+    assert 100 < len(dropped) < 400
+    assert set(glosses) - train == set(dropped)
+    assert any(text.startswith("sun, ") or "sun" in glosses[text] for text in dropped)
+
+
 def test_glosses_of_val_and_test_are_not_in_train() -> None:
     train = {sample["text"] for sample in read_all(embedded.text())}
     for split in ("val", "test"):

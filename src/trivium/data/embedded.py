@@ -116,7 +116,8 @@ class EmbeddedSource:
 def pairs(split: str = "train") -> EmbeddedSource:
     """Twemoji, Fluent flat and Fluent 3D with caption candidates: half the name alone, half with three keywords.
 
-    All drawings of a concept, and of concepts that share a picture, have the same `same_image` and `same_text`.
+    All drawings of a concept, and of concepts that share a picture, have the same `same_image` and `same_text`. In
+    train, no keyword equals a held-out name or title.
     """
     return _source("pairs", split)
 
@@ -128,7 +129,8 @@ def images(split: str = "train") -> EmbeddedSource:
 
 def text(split: str = "train") -> EmbeddedSource:
     """Glosses ("dog, domestic dog: a member of ..."), and a line "name, keyword, keyword" for each emoji and each
-    caption of the clip art. In train, no entry of such a line equals a held-out name or title."""
+    caption of the clip art. In train, no entry of such a line and no word that is defined equals a held-out name or
+    title; within a definition it may occur."""
     return _source("text", split)
 
 
@@ -248,10 +250,11 @@ def _samples(stream: str, split: str) -> list[Sample]:
 def _pair_samples(split: str) -> list[Sample]:
     concepts = concept_numbers(_emoji())
     held_out = {record.picture for record in _emoji() if record.split != "train"} if split == "train" else set()
+    names = _held_out_names(split)
     return [
         {
             "image": record.image,
-            "texts": captions(record.name, record.keywords),
+            "texts": captions(record.name, [word for word in record.keywords if word.lower() not in names]),
             "same_image": concepts[record.codepoints],
             "same_text": concepts[record.codepoints],
         }
@@ -270,12 +273,23 @@ def _image_samples(split: str) -> list[Sample]:
 
 
 def _text_samples(split: str) -> list[Sample]:
-    held_out: set[str] = set()
-    if split == "train":
-        held_out = {record.name.lower() for record in _emoji() if record.split != "train"}
-        held_out |= {record.caption.lower() for record in _clipart() if record.split != "train"}
+    held_out = _held_out_names(split)
     entries = [(record.name, *record.keywords) for record in emoji(split=split)]
     entries += [(record.caption, *record.keywords) for record in clipart(split)]
     lines = [", ".join(dict.fromkeys(word for word in line if word.lower() not in held_out)) for line in entries]
-    lines += [row["text"] for row in _rows("glosses.parquet") if row["split"] == split]
+    glosses = [row["text"] for row in _rows("glosses.parquet") if row["split"] == split]
+    lines += [text for text in glosses if held_out.isdisjoint(lemmas(text.lower()))]
     return [{"text": line, "same_text": _number("text", line)} for line in dict.fromkeys(lines) if line]
+
+
+def lemmas(gloss: str) -> list[str]:
+    """The words that a gloss defines: what stands before its colon."""
+    return gloss.partition(": ")[0].split(", ")
+
+
+def _held_out_names(split: str) -> set[str]:
+    """Names and titles, in lower case, that no entry of a training stream may equal; none for other splits."""
+    if split != "train":
+        return set()
+    names = {record.name.lower() for record in _emoji() if record.split != "train"}
+    return names | {record.caption.lower() for record in _clipart() if record.split != "train"}

@@ -58,6 +58,7 @@ class Report:
     command: str = ""
     model_path: str = "RUN"  # how the commands under "Use it" name the model
     note: str = ""  # a sentence under the headline
+    comparison: str = ""  # address of a page that sets joint training beside the contrastive loss alone
 
 
 def read_curves(metrics: Path) -> dict[str, list[tuple[float, float]]]:

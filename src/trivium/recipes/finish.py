@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from trivium.load import Bundle
 from trivium.recipes.flava import Prepared, chance_of, validation_losses
 from trivium.train import run_folder
 from trivium.train.config import leaves
+
+# In a checkout; an installed package comes without.
+COMPARISON = Path(__file__).parents[3] / "benchmarks" / "results" / "joint_or_contrastive.md"
 
 
 def evaluate(
@@ -92,6 +96,7 @@ def write(
             config={} if prepared is None else leaves(prepared.recipe),
             command=command,
             model_path=model_path,
+            comparison=os.path.relpath(COMPARISON, out) if COMPARISON.is_file() and found.walls else "",
         ),
     )
     return page
