@@ -31,8 +31,11 @@ def measure_matmul(device: torch.device | str, seconds: float = 0.1) -> dict[str
 
 
 def _gigaflops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Grow the product until one takes a millisecond, so that a fast device is not timed at launching kernels."""
-    size = 128
+    """Grow the product until one takes a millisecond, so that a fast device is not timed at launching kernels.
+
+    A busy machine may take a millisecond for any product, so none below 512 counts, and the best of five does.
+    """
+    size = 512
     try:
         while True:
             left, right = torch.ones(2, size, size, device=device, dtype=dtype)
@@ -44,7 +47,7 @@ def _gigaflops(device: torch.device, dtype: torch.dtype, seconds: float) -> floa
     except RuntimeError:  # this device has no such product
         return 0.0
     times = [once]
-    while sum(times) < seconds and len(times) < 50:
+    while len(times) < 5 or (sum(times) < seconds and len(times) < 50):
         times.append(_timed(left, right, device))
     return 2 * size**3 / min(times) / 1e9
 
@@ -67,7 +70,7 @@ def choose(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"
 def faster(one_step: Callable[[Literal["fp32", "bf16"]], object]) -> Literal["fp32", "bf16"]:
     """The precision in which a step takes less time: the better of two, after one that is not counted.
 
-    A step of over five seconds is one of large products, which were timed by themselves: it stays with bfloat16.
+    Where one of the first steps takes over five seconds the first of each must do.
     """
 
     def timed(precision: Literal["fp32", "bf16"]) -> float:
@@ -75,10 +78,10 @@ def faster(one_step: Callable[[Literal["fp32", "bf16"]], object]) -> Literal["fp
         one_step(precision)
         return time.perf_counter() - begin
 
-    if timed("bf16") > 5:
-        return "bf16"
-    timed("fp32")
-    return "bf16" if min(timed("bf16"), timed("bf16")) < min(timed("fp32"), timed("fp32")) else "fp32"
+    fp32, bf16 = timed("fp32"), timed("bf16")
+    if max(fp32, bf16) < 5:
+        fp32, bf16 = min(timed("fp32"), timed("fp32")), min(timed("bf16"), timed("bf16"))
+    return "bf16" if bf16 < fp32 else "fp32"
 
 
 def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> AbstractContextManager:
