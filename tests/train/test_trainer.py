@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -412,10 +412,10 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     run = make(with_train(save_every=5, log_every=1))
     plain_export = run.export
 
-    def export(folder: Path) -> None:
+    def export(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         if folder.parent.name.endswith("10"):
             raise OSError(28, "No space left on device")
-        plain_export(folder)
+        plain_export(folder, weights)
 
     run.export = export
     with pytest.raises(TriviumError, match=r"step-00000010 could not be written .*No space left on device"):
