@@ -13,6 +13,9 @@ queue, teacher, position) and every line of metrics.jsonl are those of a run tha
 
 `sigterm_seconds`: from SIGTERM to the end of the process, the step in hand and a whole save included, for FLAVA of
 two sizes with 8 samples a step on the embedded drawings.
+
+`saving`: seconds that a step waits for a save (the copy of weights and optimizer), and that the thread then takes to
+write it; `longest_pause` is the longest that this process was kept from running meanwhile.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +38,15 @@ from typing import Any
 
 import side_by_side
 import tiny_run
+import torch
 
+from trivium.data.transforms import ImageTransform
+from trivium.load import Bundle
 from trivium.manifest import checkpoints_in, verify_manifest
-from trivium.train import checkpoint
+from trivium.methods.flava import FlavaMethod, Pixels
+from trivium.models.flava import Flava, FlavaConfig
+from trivium.train import checkpoint, optim
+from trivium.train.optim import Optim
 from trivium.train.trainer import train
 
 STEPS, SAVE_EVERY = 200, 10
@@ -218,6 +228,38 @@ def stopped(size: str, folder: Path) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "seconds_of_a_step": round(a_step, 2), "gigabytes": round(written / 1e9, 3)}
 
 
+def a_save(size: str, folder: Path) -> dict[str, float]:
+    """Save a FLAVA of this size with the state of its optimizer, as the trainer does."""
+    transform = ImageTransform()
+    method = FlavaMethod(Flava(FlavaConfig.of_size(size)), None, Pixels(transform.mean, transform.std))
+    optimizer = optim.build(method, Optim())
+    for parameter in method.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    bundle = Bundle("flava", method.model, None, transform)
+    longest_pause, written = 0.0, threading.Event()
+
+    def write(taken: checkpoint.Snapshot) -> None:
+        checkpoint.write(folder / f"{size}-checkpoints", taken, bundle.save)
+        written.set()
+
+    with checkpoint.Saving() as saving:
+        begun = time.perf_counter()
+        taken = checkpoint.snapshot(1, method, optimizer, {})
+        copied = last = time.perf_counter()
+        saving.begin(lambda: write(taken))
+        while not (written.is_set() or saving.failed):
+            time.sleep(0.001)
+            now = time.perf_counter()
+            longest_pause, last = max(longest_pause, now - last), now
+        saving.finish()
+    return {
+        "copy": round(copied - begun, 3),
+        "write": round(last - copied, 3),
+        "longest_pause": round(longest_pause, 3),
+    }
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
@@ -233,9 +275,14 @@ def main() -> None:
         figures, points = kill_many(folder, arguments.kills)
         seconds = round(time.perf_counter() - begun, 1)
         details = {size: stopped(size, folder) for size in arguments.sizes}
-    sigterm = {size: row["seconds"] for size, row in details.items()}
+        saving = {size: a_save(size, folder) for size in arguments.sizes}
     side_by_side.write(
-        "kill", {**figures, "seconds": seconds}, points=points, sigterm_seconds=sigterm, sigterm_details=details
+        "kill",
+        {**figures, "seconds": seconds},
+        points=points,
+        sigterm_seconds={size: row["seconds"] for size, row in details.items()},
+        sigterm_details=details,
+        saving=saving,
     )
 
 
