@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from trivium.data.mixture import StreamMixture
 from trivium.data.order import Draws
 from trivium.errors import BadSample
+from trivium.manifest import write_manifest
 from trivium.train import config
 from trivium.train.checkpoint import Export
 from trivium.train.config import Config
@@ -193,6 +194,7 @@ def export_of(method: Tiny) -> Export:
             {f"codes.{n}": v for n, v in method.codebook.state_dict().items()}, folder / "image_tokenizer.safetensors"
         )
         (folder / "config.json").write_text(json.dumps({"family": "tiny"}))
+        write_manifest(folder)
 
     return export
 

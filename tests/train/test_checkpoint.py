@@ -17,7 +17,7 @@ from tiny_run import Tiny, TinyMixture, export_of
 from torch import nn
 
 from trivium.errors import TriviumError
-from trivium.manifest import checkpoints_in, newest_checkpoint, verify_manifest
+from trivium.manifest import checkpoints_in, newest_checkpoint, verify_manifest, write_manifest
 from trivium.tensor_files import save_tensors
 from trivium.train import checkpoint, optim
 from trivium.train.optim import Optim
@@ -165,6 +165,7 @@ def test_whole_and_in_shards_are_one_checkpoint(tmp_path: Path) -> None:
         whole = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         save_tensors(whole, folder / "model.safetensors", shard_bytes=150)
+        write_manifest(folder)
 
     taken = checkpoint.snapshot(6, method, optimizer, {})
     shards = checkpoint.write(tmp_path / "shards", taken, in_shards, shard_bytes=300)
@@ -172,6 +173,7 @@ def test_whole_and_in_shards_are_one_checkpoint(tmp_path: Path) -> None:
     assert len(list((shards / "training").glob("optimizer-*.safetensors"))) > 1
     assert len(list((shards / "training").glob("method-*.safetensors"))) > 1
     verify_manifest(shards)
+    verify_manifest(shards / "model")
     fresh = Tiny(seed=99)
     fresh_optimizer = optim.build(fresh, Optim())
     checkpoint.restore(shards, fresh, fresh_optimizer)

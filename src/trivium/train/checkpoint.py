@@ -19,10 +19,10 @@ written in shards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -40,8 +39,8 @@ from trivium.tensor_files import SHARD_BYTES, save_tensors
 from trivium.train import optim
 from trivium.train.protocol import Method
 
-# Writes the model folder of `method.exported()` into the empty folder that it is given: with these tensors, since
-# those of the module itself train on.
+# Writes the model folder of `method.exported()`, manifest and all, into the empty folder that it is given: with these
+# tensors, since those of the module itself train on.
 Export = Callable[[Path, Mapping[str, Tensor]], None]
 
 
@@ -104,7 +103,6 @@ def write(checkpoints: Path, taken: Snapshot, export: Export, shard_bytes: int =
         model, training = folder / "model", folder / "training"
         model.mkdir()
         export(model, taken.exported)
-        write_manifest(model)
         training.mkdir()
         _write_method(taken.method, folder, shard_bytes)
         save_tensors(taken.optimizer, training / "optimizer.safetensors", shard_bytes)
@@ -116,27 +114,27 @@ def write(checkpoints: Path, taken: Snapshot, export: Export, shard_bytes: int =
 
 def _write_method(method: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
     """Write what model/ does not hold, and where each tensor lies. Compared by content, not by name."""
-    held: dict[str, tuple[str, str]] = {}  # content -> file, key
+    held: dict[tuple[torch.dtype, torch.Size], list[tuple[Tensor, str | None, str]]] = defaultdict(list)  # file, key
     for path in sorted((folder / "model").rglob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                held.setdefault(_content(file.get_tensor(key)), (path.relative_to(folder).as_posix(), key))
-    content_of = {name: _content(tensor) for name, tensor in method.items()}
-    rest: dict[str, str] = {}  # content -> the first name that it has
-    for name, content in content_of.items():
-        if content not in held:
-            rest.setdefault(content, name)
-    path = folder / "training" / "method.safetensors"
-    file_of = save_tensors({name: method[name] for name in rest.values()}, path, shard_bytes)
-    held |= {content: (f"training/{file_of[name]}", name) for content, name in rest.items()}
-    _write_json(folder / "training" / "tensors.json", {name: held[content] for name, content in content_of.items()})
+        for key, tensor in load_file(path).items():
+            held[tensor.dtype, tensor.shape].append((tensor, path.relative_to(folder).as_posix(), key))
+    places: dict[str, tuple[str | None, str]] = {}  # None: a file of training/
+    rest: dict[str, Tensor] = {}
+    for name, tensor in method.items():
+        alike = held[tensor.dtype, tensor.shape]
+        place = next(((file, key) for other, file, key in alike if torch.equal(_bytes(other), _bytes(tensor))), None)
+        if place is None:
+            place = None, name
+            rest[name] = tensor
+            alike.append((tensor, *place))
+        places[name] = place
+    file_of = save_tensors(rest, folder / "training" / "method.safetensors", shard_bytes)
+    settled = {name: (file or f"training/{file_of[key]}", key) for name, (file, key) in places.items()}
+    _write_json(folder / "training" / "tensors.json", settled)
 
 
-def _content(tensor: Tensor) -> str:
-    """Equal for equal type, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -12,8 +12,10 @@ run has taken so far, over all the processes that it was resumed in.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 import time
 from collections import defaultdict
@@ -128,8 +130,10 @@ class Log:
         if self.quiet:
             return
         line = {"step": done, **line, "seconds": round(self.seconds(), 3)}
+        content = (json.dumps(line) + "\n").encode()
         try:
-            self._file.write((json.dumps(line) + "\n").encode())
+            if self._file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise TriviumError(
                 f"{self._file.name} cannot be written ({error.strerror}): free some space, then continue with --resume"
