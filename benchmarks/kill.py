@@ -33,6 +33,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ PATIENCE = 120.0  # seconds that a process may take
 
 def whole_run(out: Path) -> None:
     """Begin the run in `out`, or resume the one that stands there."""
-    with (out.parent / f"{out.name}.log").open("a") as sys.stdout:
+    with out.with_name(f"{out.name}.log").open("a") as log, redirect_stdout(log):
         recipe = tiny_run.with_train(steps=STEPS, save_every=SAVE_EVERY)
         train(tiny_run.make(recipe), out, resume=(out / "config.json").exists())
 
