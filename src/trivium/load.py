@@ -5,8 +5,8 @@
     similarity = image.projected @ text.projected.T
     belongs = bundle.match("mug.jpg", "a red mug")
 
-A *model folder* holds config.json, model.safetensors, preprocessor.json, where there is one tokenizer.json, labels.json
-and image_tokenizer.safetensors, and a manifest.json with the checksum of each.
+A *model folder* holds config.json, model.safetensors (or shards of it and their index), preprocessor.json, where there
+is one tokenizer.json, labels.json and image_tokenizer.safetensors, and a manifest.json with the checksum of each.
 
 B batch, C channels, H height, W width, T text tokens.
 """
@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trivium.convert import Foreign, flava, read_foreign
@@ -42,6 +41,7 @@ from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.flava import Encoded, Flava, FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.patch_codebook import PatchCodebook
+from trivium.tensor_files import SHARD_BYTES, save_tensors
 
 FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {"flava": (FlavaConfig, Flava)}
 Picture = str | Path | bytes | Image.Image | np.ndarray
@@ -129,8 +129,14 @@ class Bundle:
         with _evaluating(self.model):
             return self.model.match(fused).float().softmax(-1)[:, 1]  # type: ignore[operator]
 
-    def save(self, folder: str | Path) -> None:
+    def save(
+        self, folder: str | Path, weights: Mapping[str, Tensor] | None = None, shard_bytes: int = SHARD_BYTES
+    ) -> None:
         """Write a model folder: beside, then renamed into place. `folder` must not exist, or be empty.
+
+        Args:
+            weights: written in place of the model's own: a copy of them, say, while the model trains on.
+            shard_bytes: weights that take more are written in several files with an index.
 
         Raises:
             TriviumError: the folder holds something, or cannot be written; nothing half-written stays.
@@ -144,14 +150,15 @@ class Bundle:
                 "image_tokenizer": _tokenizer_entry(self.image_tokenizer),
             }
             _write(beside / "config.json", json.dumps(config, indent=1) + "\n")
-            _save_tensors(self.model, beside / "model.safetensors")
+            weights = self.model.state_dict() if weights is None else weights
+            save_tensors(weights, beside / "model.safetensors", shard_bytes)
             _write(beside / "preprocessor.json", self.transform.to_json())
             if self.tokenizer is not None:
                 self.tokenizer.save(beside / "tokenizer.json")
             if self.labels is not None:
                 _write(beside / "labels.json", json.dumps(self.labels, indent=1, ensure_ascii=False) + "\n")
             if self.image_tokenizer is not None:
-                _save_tensors(self.image_tokenizer, beside / "image_tokenizer.safetensors")
+                save_tensors(self.image_tokenizer.state_dict(), beside / "image_tokenizer.safetensors")
             write_manifest(beside)
 
     def _pixels(self, picture: Picture | Tensor, given: Any) -> Tensor:
@@ -245,7 +252,7 @@ def save_image_tokenizer(tokenizer: ImageTokenizer, folder: str | Path) -> None:
     with written_beside(Path(folder)) as beside:
         config = {"family": "image_tokenizer", "image_tokenizer": _tokenizer_entry(tokenizer)}
         _write(beside / "config.json", json.dumps(config, indent=1) + "\n")
-        _save_tensors(tokenizer, beside / "image_tokenizer.safetensors")
+        save_tensors(tokenizer.state_dict(), beside / "image_tokenizer.safetensors")
         write_manifest(beside)
 
 
@@ -392,10 +399,6 @@ def _made(make: type[Any], values: Any, where: Path) -> Any:
 
 def _tokenizer_entry(tokenizer: ImageTokenizer | None) -> dict[str, Any] | None:
     return None if tokenizer is None else {"kind": tokenizer.kind, **tokenizer.config_dict()}
-
-
-def _save_tensors(module: nn.Module, path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, path)
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,10 +2,11 @@
 
 manifest.json says what files a folder holds:
 
-    {"files": {"model.safetensors": {"bytes": 1234, "sha256": "..."}, ...}}
+    {"files": {"model.safetensors": {"bytes": 1234, "sha256": "..."}, ...}, "sha256": "..."}
 
-A checkpoint has one, and so has every model folder. Which checkpoint of a run is the newest that is sound is decided
-here too, for those who train and for those who load.
+The last is the digest of `files` itself: where the manifest is what was damaged, no other file is blamed. A checkpoint
+has a manifest, and so has every model folder. Which checkpoint of a run is the newest that is sound is decided here
+too, for those who train and for those who load.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def write_manifest(folder: Path) -> None:
         if path.is_file() and path != manifest
     }
     with file_beside(manifest) as beside:
-        beside.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+        content = {"files": files, "sha256": _digest_of(files)}
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def verify_manifest(folder: Path) -> None:
@@ -76,7 +78,10 @@ def verify_manifest(folder: Path) -> None:
     if not manifest.is_file():
         raise TriviumError(f"{folder}: no {NAME}, so this is no complete checkpoint or model folder; use another copy")
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        files = content["files"]
+        if content.get("sha256", _digest_of(files)) != _digest_of(files) or content.keys() - {"files", "sha256"}:
+            raise ValueError("not what was written")  # folders of older versions have no digest of their own
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise TriviumError(f"{manifest}: damaged; use another checkpoint or copy") from None
@@ -112,6 +117,10 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None], part: str = ".")
             continue
         return path
     return None
+
+
+def _digest_of(files: object) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -19,6 +19,7 @@ from trivium.cli.convert import convert
 from trivium.convert import dalle
 from trivium.errors import TriviumError
 from trivium.load import load, load_image_tokenizer
+from trivium.manifest import verify_manifest
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.flava import Flava
 from trivium.models.patch_codebook import PatchCodebook
@@ -91,6 +92,36 @@ def test_shards_and_pickles_of_hugging_face(folder: Path, tmp_path: Path) -> Non
     convert(folder, to="hf-flava", out=tmp_path / "plain")
     assert same(tmp_path / "shards-2", tmp_path / "plain")
     assert same(tmp_path / "pickle-2", tmp_path / "plain")
+
+
+def test_shards_of_our_own_and_back(folder: Path, tmp_path: Path) -> None:
+    convert(folder, to="trivium", out=tmp_path / "whole")
+    convert(tmp_path / "whole", to="trivium", out=tmp_path / "shards", shard_mb=0.2)
+    names = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
+    assert len(names) > 2
+    assert names == [f"model-{n:05d}-of-{len(names):05d}.safetensors" for n in range(len(names))]
+    verify_manifest(tmp_path / "shards")
+    convert(tmp_path / "shards", to="trivium", out=tmp_path / "back")
+    for file in sorted(path.name for path in (tmp_path / "whole").iterdir()):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "back" / file).read_bytes(), file
+    one, two = load(tmp_path / "whole").model.state_dict(), load(tmp_path / "shards").model.state_dict()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    (tmp_path / "shards" / names[1]).write_bytes(b"cut")
+    with pytest.raises(TriviumError, match=names[1]):
+        load(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("layout", ["hf-flava", "torchmultimodal-flava"])
+def test_shards_of_other_layouts(folder: Path, tmp_path: Path, layout: str) -> None:
+    convert(folder, to=layout, out=tmp_path / "shards", shard_mb=0.2)
+    assert not (tmp_path / "shards" / "model.safetensors").exists()
+    for name in ("shards", "whole"):
+        convert(folder if name == "whole" else tmp_path / name, to="trivium", out=tmp_path / f"from-{name}")
+    assert same(tmp_path / "from-shards", tmp_path / "from-whole")
+    if layout == "hf-flava":
+        peer = transformers.FlavaForPreTraining.from_pretrained(folder).state_dict()
+        again = transformers.FlavaForPreTraining.from_pretrained(tmp_path / "shards").state_dict()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in peer.items())
 
 
 def test_a_bare_model_says_what_was_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

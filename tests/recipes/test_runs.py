@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,32 @@ def test_init_starts_where_the_other_run_ended(twenty: Path, shop: Path, tmp_pat
     before, after = weights(twenty, 20), weights(run, 1)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_begins_from_shards(twenty: Path, shop: Path, tmp_path: Path) -> None:
+    run, shards = tmp_path / "run", tmp_path / "shards"
+    assert trivium("convert", twenty, "--to", "trivium", "--out", shards, "--shard-mb", "0.05") == 0
+    assert len(list(shards.glob("model-*.safetensors"))) > 1
+    still = ["--optim.lr", "0", "--init", shards]
+    assert trivium("pretrain", "flava", "--out", run, *data_of(shop), *flags(train__steps=1), *still) == 0
+    before, after = weights(twenty, 20), weights(run, 1)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_whose_checkpoints_are_in_shards_goes_on(
+    twenty: Path, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved in shards, resumed, saved whole: the last checkpoint is that of a run that knows no shards."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(library.load.Bundle, "save", partialmethod(library.load.Bundle.save, shard_bytes=50_000))
+        words = [*data_of(shop), *flags(train__steps=20, train__save_every=10)]
+        assert trivium("pretrain", "flava", "--out", run, *words) == 0
+    assert len(list((checkpoint(run, 10) / "model").glob("model-*.safetensors"))) > 1
+    assert digests(checkpoint(run, 20)) != digests(checkpoint(twenty, 20))
+    shutil.rmtree(checkpoint(run, 20))
+    assert trivium("pretrain", run, "--resume") == 0
+    assert digests(checkpoint(run, 20)) == digests(checkpoint(twenty, 20))
 
 
 def test_a_recipe_of_ones_own(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

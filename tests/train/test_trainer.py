@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ import torch
 from tiny_run import Recipe, TinyMixture, make, real_mixture, with_train
 
 from trivium.errors import TriviumError
-from trivium.manifest import checkpoints_in
+from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import budget, checkpoint, distributed, optim, precision, trainer
 from trivium.train.optim import Optim
 from trivium.train.protocol import Batch
@@ -140,6 +144,59 @@ def test_killed_in_a_save(straight: Path, tmp_path: Path) -> None:
     assert len(steps) == len(set(steps))  # no doubles of steps 6 to 9
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_goes_on_while_a_checkpoint_is_written(straight: Path, tmp_path: Path, fails: bool) -> None:
+    """The export of step 5 waits until step 9 is done: a save that made the steps wait would never end. What it writes
+    is step 5 to the bit, and where it fails the next step is the last."""
+    run = make(with_train(save_every=5, log_every=1, keep_last=9))
+    plain_export = run.export
+    ninth = threading.Event()
+
+    def export(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        if folder.parent.name.endswith("05"):
+            assert ninth.wait(timeout=60)
+            if fails:
+                raise OSError(28, "No space left on device")
+        plain_export(folder, weights)
+
+    def at(step: int) -> None:
+        if step + 1 == 9:
+            ninth.set()
+
+    run.export, run.method.before_accept = export, at  # type: ignore[assignment]
+    if fails:
+        with pytest.raises(TriviumError, match=r"step-00000005 could not be written .*No space left on device"):
+            train(run, tmp_path)
+        assert not list((tmp_path / "checkpoints").iterdir())
+        assert metrics_of(tmp_path)[-1]["step"] in (9, 10)  # it fails while step 9 or 10 is done
+        return
+    train(run, tmp_path)
+    assert_same_state(straight, tmp_path, 20)
+    train(stopped_at(make(with_train(log_every=1)), 5), tmp_path / "five")
+    assert_same_state(tmp_path / "five", tmp_path, 5)
+
+
+def test_a_second_checkpoint_waits_for_the_first(tmp_path: Path) -> None:
+    """At most one is written at a time, in order, however slow."""
+    run = make(with_train(save_every=2, keep_last=20))
+    plain_export = run.export
+    writing: list[int] = []
+    order: list[str] = []
+
+    def export(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        writing.append(1)
+        assert len(writing) == 1
+        time.sleep(0.02)
+        plain_export(folder, weights)
+        order.append(folder.parent.name)
+        writing.pop()
+
+    run.export = export
+    train(run, tmp_path)
+    assert order == [f".tmp-step-{step:08d}" for step in range(2, 21, 2)]
+    assert len(checkpoints_in(tmp_path / "checkpoints")) == 10  # the last is there when `train` returns
+
+
 @pytest.mark.slow
 def test_killed_anywhere(straight: Path, tmp_path: Path) -> None:
     """SIGKILL at 15 moments spread over a run that saves at every step: each time the rest equals a straight run."""
@@ -179,6 +236,32 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "resuming after step 8 of 20" in said
     assert_same_state(straight, tmp_path, 20)
     assert metrics_of(straight) == metrics_of(tmp_path)
+
+
+DAMAGES = {
+    "cut": lambda whole: whole[: len(whole) // 2],
+    "flipped": lambda whole: whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:],
+}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_whichever_file_is_damaged_a_resumed_run_ends_the_same(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    train(stopped_at(make(with_train(save_every=4, log_every=1)), 10), tmp_path / "stopped")
+    newest = tmp_path / "stopped" / "checkpoints" / "step-00000010"
+    files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
+    assert len(files) == 10
+    for number, file in enumerate(files):
+        run = Path(shutil.copytree(tmp_path / "stopped", tmp_path / str(number)))
+        bad = run / "checkpoints" / "step-00000010" / file
+        bad.write_bytes(DAMAGES[damage](bad.read_bytes()))
+        capsys.readouterr()
+        train(make(with_train(save_every=4, log_every=1)), run, resume=True)
+        said = capsys.readouterr().out
+        assert f"step-00000010 is damaged and is passed over ({bad}: " in said
+        assert "resuming after step 8 of 20" in said
+        assert_same_state(straight, run, 20)
 
 
 def test_when_every_checkpoint_is_damaged(tmp_path: Path) -> None:
@@ -248,6 +331,27 @@ def test_two_processes_stop_together_and_resume(straight: Path, tmp_path: Path) 
     one, two = state_of(straight, 20), state_of(tmp_path / "whole", 20)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_partial_checkpoint_in_the_way_stops_no_process(straight: Path, tmp_path: Path) -> None:
+    """Others hang for ever where the first process alone meets the folder that an interrupted save left."""
+    for name in ("step-00000010", ".tmp-step-00000010", ".tmp-step-00000020"):
+        (tmp_path / "run" / "checkpoints" / name / "model").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-00000010").rename(tmp_path / "partial")
+
+    def both(rank: int) -> None:
+        run = make(with_train(save_every=5, log_every=1))
+        if rank == 0:
+            run.method.before_accept = lambda step: put_back() if step == 7 else None  # type: ignore[assignment]
+        train(run, tmp_path / "run")
+
+    def put_back() -> None:
+        (tmp_path / "partial").rename(tmp_path / "run" / "checkpoints" / "step-00000010")
+
+    on_two_processes(both)
+    found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == ["damaged-0-step-00000010", "step-00000015", "step-00000020"]
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail) is not None
 
 
 def test_a_mistake_on_the_first_process_stops_both(straight: Path) -> None:
@@ -409,19 +513,71 @@ def test_running_out_of_memory_names_the_dial(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
-    run = make(with_train(save_every=5, log_every=1))
+    """The sentence stops the run after a step at the latest, and the same run goes on when there is space."""
+    run = make(with_train(save_every=5, log_every=1, steps=10_000))
     plain_export = run.export
 
-    def export(folder: Path) -> None:
+    def export(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         if folder.parent.name.endswith("10"):
             raise OSError(28, "No space left on device")
-        plain_export(folder)
+        plain_export(folder, weights)
 
     run.export = export
     with pytest.raises(TriviumError, match=r"step-00000010 could not be written .*No space left on device"):
         train(run, tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
-    train(make(with_train(save_every=5, log_every=1)), tmp_path, resume=True)
+    assert metrics_of(tmp_path)[-1]["step"] <= 15  # the next save at the latest
+    run.export = plain_export
+    assert train(stopped_at(run, 20), tmp_path, resume=True).done == 20
+
+
+def on_a_small_disk(folder: Path, size: str, action: Callable[[], None]) -> None:
+    """Run an action in a forked process that finds a file system of `size` mounted at `folder`."""
+    new_mounts, new_user, refused = 0x00020000, 0x10000000, 77
+
+    def child() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(new_mounts) and libc.unshare(new_mounts | new_user):
+            os._exit(refused)
+        if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode()):
+            os._exit(refused)
+        action()
+
+    folder.mkdir()
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(timeout=120)
+    if process.exitcode == refused:
+        pytest.skip("this system lets no test mount a small disk")
+    assert process.exitcode == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a small disk is a tmpfs of Linux")
+def test_a_disk_that_is_really_full(straight: Path, tmp_path: Path) -> None:
+    """Something else takes the rest of the disk after step 12: what was saved stays, and the run says why it ends."""
+    disk = tmp_path / "disk"
+
+    def fill(step: int) -> None:
+        if step + 1 == 12:
+            with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    def action() -> None:
+        recipe = with_train(save_every=5, log_every=1)
+        run = make(recipe)
+        run.method.before_accept = fill  # type: ignore[assignment]
+        with pytest.raises(TriviumError, match=r"(could not|cannot) be written .*No space left on device"):
+            train(run, disk / "run")
+        names = [path.name for path in sorted((disk / "run" / "checkpoints").iterdir())]
+        assert names == ["step-00000005", "step-00000010"]
+        assert newest_checkpoint(disk / "run" / "checkpoints", pytest.fail) is not None
+        (disk / "filler").unlink()
+        train(make(recipe), disk / "run", resume=True)
+        assert_same_state(straight, disk / "run", 20)
+        assert metrics_of(straight) == metrics_of(disk / "run")
+
+    on_a_small_disk(disk, "600k", action)
 
 
 def test_options_out_of_range() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from safetensors.torch import save_file
 
 from trivium.convert import ADAPTERS, FORMATS, processor, read_foreign
 from trivium.errors import TriviumError
@@ -15,9 +14,17 @@ from trivium.load import Bundle, bundle_of, model_folder, open_own, save_image_t
 from trivium.manifest import written_beside
 from trivium.models.dvae import DVae
 from trivium.models.flava import Flava
+from trivium.tensor_files import SHARD_BYTES, save_tensors
 
 
-def convert(path: Path, *, to: str, out: Path, from_: Annotated[str | None, tyro.conf.arg(name="from")] = None) -> None:
+def convert(
+    path: Path,
+    *,
+    to: str,
+    out: Path,
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None,
+    shard_mb: float = SHARD_BYTES / 1e6,
+) -> None:
     """Read a checkpoint of any layout and write it in another, whole or not at all.
 
     Args:
@@ -25,11 +32,15 @@ def convert(path: Path, *, to: str, out: Path, from_: Annotated[str | None, tyro
         to: trivium (a model folder), hf-flava or torchmultimodal-flava.
         out: a folder that does not exist yet, or is empty.
         from_: the layout of PATH, where its tensors' names should not decide: hf-flava, torchmultimodal-flava, dalle.
+        shard_mb: weights of more megabytes are written as several files with an index; below, as one.
 
     Raises TriviumError as `trivium.load` does, where a layout has no place for this model, and where `out` is taken.
     """
     if to not in FORMATS:
         raise TriviumError(f"no format is called {to!r}: choose one of {', '.join(FORMATS)}")
+    if shard_mb <= 0:
+        raise TriviumError(f"--shard-mb is {shard_mb:g}: it must be above 0")
+    shard_bytes = int(shard_mb * 1e6)
     said: list[str] = []
     folder = model_folder(path, said) if from_ is None else None
     if folder is not None:
@@ -44,13 +55,13 @@ def convert(path: Path, *, to: str, out: Path, from_: Annotated[str | None, tyro
     for sentence in said:
         print(sentence)
     if to == "trivium":
-        bundle.save(out)
+        bundle.save(out, shard_bytes=shard_bytes)
     else:
-        _write_foreign(bundle, to, out)
+        _write_foreign(bundle, to, out, shard_bytes)
     print(f"{out} holds the model in the layout {to}")
 
 
-def _write_foreign(bundle: Bundle, to: str, out: Path) -> None:
+def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None:
     model, image_tokenizer = bundle.model, bundle.image_tokenizer
     adapter = ADAPTERS[to]
     write = adapter.write
@@ -70,8 +81,8 @@ def _write_foreign(bundle: Bundle, to: str, out: Path) -> None:
         )
     state, config = write(model, image_tokenizer)
     with written_beside(out) as folder:
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        apart = {name: tensor.clone() for name, tensor in state.items()}  # some stand there under two names
+        save_tensors(apart, folder / "model.safetensors", shard_bytes)
         _write_json(folder / "config.json", config)
         if to == "hf-flava":
             _write_processor(bundle, folder)

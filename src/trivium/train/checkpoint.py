@@ -9,30 +9,39 @@ A checkpoint is written into ``.tmp-step-00001200`` beside, every file and folde
 rename puts it in place; so a crash at any moment leaves the older checkpoints as they were. The manifest, written
 last, holds bytes and sha256 of every other file; a checkpoint whose files do not agree with it is not used.
 
+Training waits for a `snapshot` alone, a copy in the memory of the host, which a thread of `Saving` writes.
+
 ``tensors.json`` says where each tensor of the method lies: in a file of model/ when the export already holds the very
 same bytes (whatever the export calls them), else in ``method.safetensors``. Nothing is stored twice, tied
-parameters neither, and what comes back is what was there, to the bit.
+parameters neither, and what comes back is what was there, to the bit. Files that would grow above `SHARD_BYTES` are
+written in shards.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, verify_manifest, write_manifest, written_beside
+from trivium.tensor_files import SHARD_BYTES, save_tensors
 from trivium.train import optim
+from trivium.train.protocol import Method
 
-Export = Callable[[Path], None]  # writes a model folder into the empty folder that it is given
+# Writes the model folder of `method.exported()`, manifest and all, into the empty folder that it is given: with these
+# tensors, since those of the module itself train on.
+Export = Callable[[Path, Mapping[str, Tensor]], None]
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -47,70 +56,85 @@ def step_of(checkpoint: Path) -> int:
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def save(
-    checkpoints: Path,
-    step: int,
-    method: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    export: Export,
-    state: dict[str, Any],
-) -> Path:
-    """Write the checkpoint of `step` done steps. A damaged one of that step is moved aside, a sound one never is.
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint is written from: copies in the memory of the host, which no later step changes."""
 
-    Args:
-        state: JSON values that come back from `restore`: seed, layout, versions.
+    step: int  # done steps
+    method: dict[str, Tensor]
+    exported: dict[str, Tensor]  # of `method.exported()`; mostly the same copies under other names
+    optimizer: dict[str, Tensor]
+    optimizer_settings: dict[str, Any]
+    state: dict[str, Any]  # JSON values that come back from `restore`: seed, layout, versions
+
+
+def snapshot(step: int, method: Method, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+    """Copy what stands after `step` done steps: the one part of a save that training waits for."""
+    copies: dict[int, Tensor] = {}  # a tensor under several names is copied once
+
+    def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for tensor in tensors.values():
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+        return {name: copies[id(tensor)] for name, tensor in tensors.items()}
+
+    whole, exported = (module.state_dict(keep_vars=True) for module in (method, method.exported()))
+    groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+    return Snapshot(
+        step,
+        copied(whole),
+        copied(exported),
+        copied(optim.state_by_name(optimizer, method)),
+        {"kind": type(optimizer).__name__, "groups": groups},
+        dict(state),
+    )
+
+
+def write(checkpoints: Path, taken: Snapshot, export: Export, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a checkpoint. A damaged one of that step is moved aside, a sound one never is.
 
     Raises:
         TriviumError: the disk is full or not writable; older checkpoints are untouched and nothing half-written stays.
     """
-    target = folder_of(checkpoints, step)
+    target = folder_of(checkpoints, taken.step)
     if target.exists():
         _set_aside(target)
     with written_beside(target) as folder:
-        (folder / "model").mkdir()
-        export(folder / "model")
-        write_manifest(folder / "model")
-        (folder / "training").mkdir()
-        _save_method(method, folder)
-        _save_optimizer(optimizer, method, folder / "training")
-        _write_json(folder / "training" / "state.json", {"step": step, **state})
+        model, training = folder / "model", folder / "training"
+        model.mkdir()
+        export(model, taken.exported)
+        training.mkdir()
+        _write_method(taken.method, folder, shard_bytes)
+        save_tensors(taken.optimizer, training / "optimizer.safetensors", shard_bytes)
+        _write_json(training / "optimizer.json", taken.optimizer_settings)
+        _write_json(training / "state.json", {"step": taken.step, **taken.state})
         write_manifest(folder)
     return target
 
 
-def _save_method(method: nn.Module, folder: Path) -> None:
+def _write_method(method: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
     """Write what model/ does not hold, and where each tensor lies. Compared by content, not by name."""
-    held: dict[str, tuple[str, str]] = {}  # content -> file, key
+    held: dict[tuple[torch.dtype, torch.Size], list[tuple[Tensor, str | None, str]]] = defaultdict(list)  # file, key
     for path in sorted((folder / "model").rglob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                held.setdefault(_content(file.get_tensor(key)), (path.relative_to(folder).as_posix(), key))
-    places: dict[str, tuple[str, str]] = {}
+        for key, tensor in load_file(path).items():
+            held[tensor.dtype, tensor.shape].append((tensor, path.relative_to(folder).as_posix(), key))
+    places: dict[str, tuple[str | None, str]] = {}  # None: a file of training/
     rest: dict[str, Tensor] = {}
-    for name, tensor in method.state_dict().items():
-        tensor = tensor.detach().cpu().contiguous()
-        content = _content(tensor)
-        if content not in held:
-            held[content] = ("training/method.safetensors", name)
-            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-            rest[name] = tensor if whole else tensor.clone()  # a slice of a bigger tensor cannot be saved alone
-        places[name] = held[content]
-    save_file(rest, folder / "training" / "method.safetensors")
-    _write_json(folder / "training" / "tensors.json", places)
+    for name, tensor in method.items():
+        alike = held[tensor.dtype, tensor.shape]
+        place = next(((file, key) for other, file, key in alike if torch.equal(_bytes(other), _bytes(tensor))), None)
+        if place is None:
+            place = None, name
+            rest[name] = tensor
+            alike.append((tensor, *place))
+        places[name] = place
+    file_of = save_tensors(rest, folder / "training" / "method.safetensors", shard_bytes)
+    settled = {name: (file or f"training/{file_of[key]}", key) for name, (file, key) in places.items()}
+    _write_json(folder / "training" / "tensors.json", settled)
 
 
-def _content(tensor: Tensor) -> str:
-    """Equal for equal type, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _save_optimizer(optimizer: torch.optim.Optimizer, method: nn.Module, folder: Path) -> None:
-    tensors = {key: value.detach().cpu().contiguous() for key, value in optim.state_by_name(optimizer, method).items()}
-    save_file(tensors, folder / "optimizer.safetensors")
-    groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
-    _write_json(folder / "optimizer.json", {"kind": type(optimizer).__name__, "groups": groups})
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -145,6 +169,39 @@ def remove_leftovers(checkpoints: Path) -> None:
         shutil.rmtree(path)
 
 
+class Saving:
+    """Writes checkpoints while training goes on, one at a time. What fails there is told at the next call."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Run this on the thread, when what it had before is done."""
+        self.finish()
+        self._writing = self._thread.submit(work)
+
+    @property
+    def failed(self) -> bool:
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def finish(self) -> None:
+        """Wait for what is being written. Raises what went wrong there."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """After an error elsewhere: what is being written is finished all the same."""
+        self._thread.shutdown()
+        if self.failed:
+            assert self._writing is not None
+            print(f"besides, {self._writing.exception()}", file=sys.stderr)
+
+
 # ------------------------------------------------------------------------------------------------------ reading
 
 
@@ -168,7 +225,9 @@ def restore(checkpoint: Path, method: nn.Module, optimizer: torch.optim.Optimize
         kind = json.loads((training / "optimizer.json").read_text())["kind"]
         if kind != type(optimizer).__name__:
             raise TriviumError(f"{checkpoint} holds the state of {kind}, and this run trains with another optimizer")
-        optim.load_state_by_name(optimizer, method, load_file(training / "optimizer.safetensors"))
+        files_of_optimizer = sorted(training.glob("optimizer*.safetensors"))  # one, or shards
+        tensors = {key: tensor for file in files_of_optimizer for key, tensor in load_file(file).items()}
+        optim.load_state_by_name(optimizer, method, tensors)
     state: dict[str, Any] = json.loads((training / "state.json").read_text())
     return state
 

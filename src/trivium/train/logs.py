@@ -12,11 +12,14 @@ run has taken so far, over all the processes that it was resumed in.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +58,7 @@ class Log:
         if quiet:
             return
         self._board = _tensorboard(metrics.parent / "tensorboard", first) if tensorboard else None
-        self._file = metrics.open("a", encoding="utf-8")
+        self._file = metrics.open("ab", buffering=0)  # a line that did not fit is not tried again
         self._progress: Any = None
         if self.out.isatty():
             self._progress, self._task = _progress_bar(first, total, self.out)
@@ -66,7 +69,8 @@ class Log:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.quiet:
             return
-        self.flush()
+        with suppress(TriviumError) if error is not None else nullcontext():  # what came first is what is told
+            self.flush()
         if self._progress is not None:
             self._progress.stop()
         if self._board is not None:
@@ -126,8 +130,14 @@ class Log:
         if self.quiet:
             return
         line = {"step": done, **line, "seconds": round(self.seconds(), 3)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        content = (json.dumps(line) + "\n").encode()
+        try:
+            if self._file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise TriviumError(
+                f"{self._file.name} cannot be written ({error.strerror}): free some space, then continue with --resume"
+            ) from error
         if self._board is not None:
             stream = line.get("stream", "results")
             for name, value in _flat({k: v for k, v in line.items() if k not in ("step", "stream")}).items():

@@ -27,6 +27,7 @@ from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint, distributed, optim, precision, run_folder
 from trivium.train.budget import OutOfMemory, calibrate, is_out_of_memory
+from trivium.train.checkpoint import Saving
 from trivium.train.config import Config
 from trivium.train.logs import Log
 from trivium.train.optim import Optim
@@ -119,8 +120,12 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
     replaced = Replaced(folder.skipped)
 
     def save(done: int) -> None:
+        saving.finish()  # before the copy: there is never a second one in memory
         state.update(step=done, seconds=log.seconds())
-        checkpoint.save(folder.checkpoints, done, run.method, optimizer, run.export, state)
+        saving.begin(partial(write, checkpoint.snapshot(done, run.method, optimizer, state)))
+
+    def write(taken: checkpoint.Snapshot) -> None:
+        checkpoint.write(folder.checkpoints, taken, run.export)
         checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every)
 
     def measured(done: int) -> dict[str, Any] | None:
@@ -129,7 +134,12 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
             log.results(done, results)
         return results
 
-    with log, StopSignals() as stop, closing(_steps(run, first, settings.steps)) as steps:
+    with (
+        log,
+        StopSignals() as stop,
+        Saving() as saving,
+        closing(_steps(run, first, settings.steps)) as steps,
+    ):
         # A run that was killed while it evaluated does that again: its old lines are gone.
         results = measured(first) if first and settings.evaluates_after(first) else None
         skipped_in_a_row = 0
@@ -145,19 +155,21 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
             if skipped_in_a_row == 3:
                 raise TriviumError(_not_finite(done, batches))
 
-            stopping = distributed.any_process(stop.received is not None)
+            stopping = distributed.any_process(stop.received is not None or saving.failed)
             if done % settings.log_every == 0:
                 log.flush()
             if stopping or done == settings.steps or done % settings.save_every == 0:
                 log.flush()
-                _first_process_does(partial(save, done))
+                _first_process_does(partial(save, done))  # raises what failed in the one before
                 clock = time.perf_counter()
             if stopping and done < settings.steps:
+                _first_process_does(saving.finish)
                 log.say(f"saved after step {done} of {settings.steps}; --resume continues from here")
                 return Outcome(done, log.seconds(), stop.received or signal.SIGTERM, results)
             if settings.evaluates_after(done):
                 results = measured(done)
                 clock = time.perf_counter()
+        _first_process_does(saving.finish)
     return Outcome(settings.steps, log.seconds(), None, results)
 
 

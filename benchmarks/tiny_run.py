@@ -1,5 +1,6 @@
-"""A run in miniature for the engine's tests: a regression with dropout, a contrastive part, an EMA teacher and a
-tied weight, over two streams. Started as a script it trains in a process of its own, to be stopped or killed.
+"""A run in miniature for what is tried on the engine itself, here and in tests/train: a regression with dropout, a
+contrastive part against a queue that an EMA teacher fills, and a tied weight, over two streams. Started as a script it
+trains in a process of its own, to be stopped or killed.
 
 B rows, D width 6.
 """
@@ -10,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from torch.nn import functional as F
 from trivium.data.mixture import StreamMixture
 from trivium.data.order import Draws
 from trivium.errors import BadSample
+from trivium.manifest import write_manifest
 from trivium.train import config
+from trivium.train.checkpoint import Export
 from trivium.train.config import Config
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
@@ -60,11 +63,10 @@ class Tiny(Method):
         initialise(self.model, seed, std=0.3)
         self.teacher = Model().requires_grad_(False)
         self.teacher.load_state_dict(self.model.state_dict())
-        self.codebook = nn.Linear(WIDTH, 3, bias=False).requires_grad_(
-            False
-        )  # written by the export too, like an image tokenizer
+        # Written by the export too, like an image tokenizer.
+        self.codebook = nn.Linear(WIDTH, 3, bias=False).requires_grad_(False)
         initialise(self.codebook, 7)
-        self.register_buffer("queue", torch.zeros(4, WIDTH))
+        self.register_buffer("queue", torch.zeros(20, WIDTH))
         self.weights = {"contrastive": 0.5, "regression": 1.0}
         self.before_accept: Callable[[int], None] = lambda step: None
 
@@ -76,26 +78,28 @@ class Tiny(Method):
         states_BD = self.model(batch.targets["x"])
         if batch.stream != "pairs":
             return Rows(), states_BD
-        return Rows({"left": states_BD, "right": self.model.head(states_BD)}, {"row": batch.rows_B}), states_BD
+        with torch.no_grad():
+            slow_BD = self.teacher(batch.targets["x"])
+        rows = {"left": states_BD, "right": self.model.head(states_BD), "slow": slow_BD}
+        return Rows(rows, {"row": batch.rows_B}), states_BD
 
     def couple(self, mine: Rows, everyone: Rows) -> Sums:
         if not mine.rows:
             return {}
-        logits = self.model.logit_scale * mine.rows["left"] @ everyone.rows["right"].T
+        candidates = torch.cat([everyone.rows["right"], self.queue])
+        logits = self.model.logit_scale * mine.rows["left"] @ candidates.T
         return {"contrastive": F.cross_entropy(logits, mine.marks["row"], reduction="sum")}
 
     def separate(self, batch: Batch, rows: Rows, states: Any, counts: Sums, key: Key) -> Sums:
         y_B = self.model.text_head(states)[:, 0] if batch.stream == "text" else states[:, 0]
         noise_B = key.uniform("noise", batch.rows_B).float()
-        return {
-            "regression": (y_B - batch.targets["y"] + 0.1 * noise_B).square().sum(),
-            "stat/queue": states.detach().mean(0).sum(),
-        }
+        return {"regression": (y_B - batch.targets["y"] + 0.1 * noise_B).square().sum()}
 
     def after_step(self, step: int, everyone: Rows, stats: Sums) -> None:
         for slow, fast in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
             slow.lerp_(fast, 0.1)
-        self.queue[step % 4] += stats["stat/queue"].float()
+        if "slow" in everyone.rows:
+            self.queue.copy_(torch.cat([everyone.rows["slow"], self.queue])[: len(self.queue)])
         self.before_accept(step)
 
 
@@ -141,8 +145,11 @@ class Recipe:
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-2, warmup=3, clip_norm=0.5))
 
 
+@dataclass
 class TinySource:
-    """Rows of a stream for the loader itself; every seventh cannot be read."""
+    """Rows of a stream for the loader itself; every seventh cannot be read, unless all are `sound`."""
+
+    sound: bool = False
 
     def __len__(self) -> int:
         return 50
@@ -151,7 +158,7 @@ class TinySource:
         return [range(20), range(20, 50)]
 
     def read(self, image_row: int, text_row: int) -> Sample:
-        if image_row % 7 == 3:
+        if image_row % 7 == 3 and not self.sound:
             raise BadSample("tiny.csv", f"line {image_row}", "no such picture")
         return {"text": str(text_row)}
 
@@ -171,16 +178,15 @@ class TinyCollate:
         return Batch(stream, rows_B, places_B, (), (), {"x": x_BD, "y": x_BD.sum(1)}, number, tuple(bad))
 
 
-def real_mixture(workers: int) -> StreamMixture:
+def real_mixture(workers: int, sound: bool = False) -> StreamMixture:
     ratios = {"pairs": 0.7, "text": 0.3}
-    streams = [Stream(name, TinySource(), TinyCollate(), *SIZES[name], ratio) for name, ratio in ratios.items()]
+    streams = [Stream(name, TinySource(sound), TinyCollate(), *SIZES[name], ratio) for name, ratio in ratios.items()]
     return StreamMixture(streams, seed=0, workers=workers)
 
 
-def export_of(method: Tiny) -> Callable[[Path], None]:
-    def export(folder: Path) -> None:
-        state = dict(method.exported().state_dict())
-        del state["head.weight"]  # tied
+def export_of(method: Tiny) -> Export:
+    def export(folder: Path, weights: Mapping[str, Tensor]) -> None:
+        state = {name: value for name, value in weights.items() if name != "head.weight"}  # tied
         save_file(
             {name.replace("blocks", "layer"): value for name, value in state.items()}, folder / "model.safetensors"
         )
@@ -188,6 +194,7 @@ def export_of(method: Tiny) -> Callable[[Path], None]:
             {f"codes.{n}": v for n, v in method.codebook.state_dict().items()}, folder / "image_tokenizer.safetensors"
         )
         (folder / "config.json").write_text(json.dumps({"family": "tiny"}))
+        write_manifest(folder)
 
     return export
 
@@ -214,8 +221,8 @@ def main() -> int:
         if step + 1 == at and mode in ("term", "int"):
             os.kill(os.getpid(), signal.SIGTERM if mode == "term" else signal.SIGINT)
 
-    def export(folder: Path) -> None:
-        plain_export(folder)
+    def export(folder: Path, weights: Mapping[str, Tensor]) -> None:
+        plain_export(folder, weights)
         if mode == "kill-in-save" and folder.parent.name.endswith(f"{at:08d}"):
             os.kill(os.getpid(), signal.SIGKILL)
 
