@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from trivium.data.mixture import StreamMixture
 from trivium.data.order import Draws
 from trivium.errors import BadSample
-from trivium.train import config
+from trivium.train import config, distributed
 from trivium.train.config import Config
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
@@ -204,7 +204,8 @@ def with_train(**changes: Any) -> Recipe:
 
 
 def main() -> int:
-    """python tiny_run.py OUT MODE AT [WORKERS] [--resume]: stop by MODE (term, int, kill-in-save, none) at step AT."""
+    """python tiny_run.py OUT MODE AT [WORKERS] [--resume]: stop by MODE (term, int, kill-in-save, kill-second: of two
+    processes, none) at step AT."""
     out, mode, at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     workers = int(sys.argv[4]) if len(sys.argv) > 4 and sys.argv[4].isdigit() else None
     run = make(with_train(save_every=5, log_every=3), None if workers is None else real_mixture(workers))
@@ -213,6 +214,8 @@ def main() -> int:
     def stop(step: int) -> None:
         if step + 1 == at and mode in ("term", "int"):
             os.kill(os.getpid(), signal.SIGTERM if mode == "term" else signal.SIGINT)
+        if step + 1 == at and mode == "kill-second" and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def export(folder: Path) -> None:
         plain_export(folder)
