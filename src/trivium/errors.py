@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 # How gloo and NCCL begin to say that another process is gone.
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "ncclRemoteError")
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "NCCL communicator was aborted",
+    "ncclRemoteError",
+)
 
 
 class TriviumError(ValueError):

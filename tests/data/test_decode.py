@@ -193,7 +193,9 @@ def test_a_reduced_picture_is_the_picture() -> None:
     """Reduced and then resized, against resized alone: 1 of 255 on average, at no pixel more than 12."""
     data = encoded(Image.fromarray(photograph(768, 1024)), "JPEG", quality=90)
     whole, reduced = decode(data), decode(data, min_side=273)
-    views = [np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC)) for pixels in (whole, reduced)]
+    views = [
+        np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC)) for pixels in (whole, reduced)
+    ]
     difference = np.abs(views[0].astype(int) - views[1])
     assert difference.mean() < 1
     assert difference.max() <= 12

@@ -119,7 +119,13 @@ class Record:
         return sample["text"], draws.generator("mask").random()
 
     def batch(
-        self, stream: str, prepared: Sequence[tuple[str, float]], rows_B: Tensor, places_B: Tensor, number: int, bad: Any
+        self,
+        stream: str,
+        prepared: Sequence[tuple[str, float]],
+        rows_B: Tensor,
+        places_B: Tensor,
+        number: int,
+        bad: Any,
     ) -> Batch:
         return Batch(stream, rows_B, places_B, targets={"samples": prepared}, number=number, bad=tuple(bad))  # type: ignore[dict-item]
 

@@ -98,7 +98,9 @@ def test_a_billion_rows_in_a_million_blocks() -> None:
     sizes[1::3] -= 1
     ends = np.cumsum(sizes)
     num_rows = int(ends[-1])
-    order = Order(num_rows, [range(a, b) for a, b in zip((ends - sizes).tolist(), ends.tolist(), strict=True)], 3, "pairs")
+    order = Order(
+        num_rows, [range(a, b) for a, b in zip((ends - sizes).tolist(), ends.tolist(), strict=True)], 3, "pairs"
+    )
     assert num_rows == 10**9
     for epoch in (0, 7):
         layout = order._layout(epoch)[1]

@@ -36,8 +36,8 @@ SHARDS = 4
 
 @dataclass
 class Served:
-    """A folder behind http://127.0.0.1:PORT. `faults`: for each name, what befalls its next requests, one after another:
-    a status, "reset", "stall" or "garble"; the last one stays where `for_ever` holds the name."""
+    """A folder behind http://127.0.0.1:PORT. `faults`: for each name, what befalls its next requests, in this order: a
+    status, "reset", "stall" or "garble"; the last one stays where `for_ever` holds the name."""
 
     root: Path
     port: int = 0

@@ -104,7 +104,7 @@ def test_a_crop_that_is_resized_is_pillows_to_two_levels(
 ) -> None:
     """The plain form: cut the box out with Pillow, then let Pillow resize it. Nothing outside the box is seen.
 
-    Between its two passes bicubic is clipped to 0 to 255, so on hard edges their order shows: rows of pixels come first.
+    Between its two passes bicubic is clipped to 0 to 255, so on hard edges their order shows: lines of pixels first.
     """
     left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     box = CropBox(left, top, data.draw(st.integers(1, width - left)), data.draw(st.integers(1, height - top)))

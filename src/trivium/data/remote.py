@@ -142,7 +142,9 @@ def _filesystem(address: str) -> tuple[Any, str]:
         if address.startswith(("http://", "https://")):
             import aiohttp
 
-            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=LONGEST, sock_connect=STALL, sock_read=STALL)}
+            options["client_kwargs"] = {
+                "timeout": aiohttp.ClientTimeout(total=LONGEST, sock_connect=STALL, sock_read=STALL)
+            }
         return fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
         raise TriviumError(f"{address} cannot be read ({error}): pip install 'trivium[remote]'") from None

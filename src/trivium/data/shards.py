@@ -131,7 +131,12 @@ def _read_sidecar(path: Path | pa.BufferReader) -> pa.Table | None:
         return None
     metadata = index.schema.metadata or {}
     stamp = metadata.get(b"stamp", b"").split()
-    return index if index.schema.equals(SCHEMA) and len(stamp) > 1 and stamp[0] == FORMAT.encode() else None
+    if not index.schema.equals(SCHEMA) or len(stamp) < 2 or stamp[0] != FORMAT.encode():
+        return None
+    try:
+        return index if isinstance(json.loads(metadata[b"notes"]), list) else None
+    except (KeyError, ValueError, RecursionError):
+        return None
 
 
 def _write_sidecar(path: Path, index: pa.Table) -> bool:
@@ -335,12 +340,12 @@ class TarShards(RowSource):
         if length > LIMITS[part]:
             raise self.bad(row, f"its {part} has {length:,} bytes, more than {LIMITS[part]:,}")
         shard = self._shard(row)
-        for attempt in range(2):  # what a network garbled may be right the second time
+        for _ in range(2):  # what a network garbled may be right the second time
             try:
                 data = self._opened(shard)[0].read(offset, offset + length)
             except OSError as error:
                 raise self._lose(shard, error) from None
-            if zlib.crc32(data) == self._fact(row, f"{part}_crc32"):
+            if len(data) == length and zlib.crc32(data) == self._fact(row, f"{part}_crc32"):
                 return data
         if len(data) < length:
             raise self.bad(row, f"the shard ends inside its {part}: it was cut short")
@@ -373,7 +378,7 @@ class TarShards(RowSource):
         return self._open[shard]
 
     def _lose(self, shard: int, error: OSError) -> BadSample:
-        """From here on every sample of the shard is a bad one: a server that does not answer is not waited for again."""
+        """From here on every sample of the shard is bad: a server that does not answer is not waited for again."""
         self._lost[shard] = f"the shard cannot be read ({error})"
         return BadSample(self.paths[shard], "", self._lost[shard])
 

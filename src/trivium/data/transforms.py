@@ -80,7 +80,7 @@ def resize(
 def crop_and_resize(
     image_HWC: np.ndarray, size: int, box: CropBox | None = None, filter: Filter = "bicubic"
 ) -> np.ndarray:
-    """The part of a picture in `box` (whole pixels), size x size, antialiased: uint8 [H, W, 3] to uint8 [3, size, size].
+    """The part of a picture in `box` (whole pixels), antialiased: uint8 [H, W, 3] to uint8 [3, size, size].
 
     The crop comes first: unlike in `resize`, nothing outside the box is looked at. Bicubic and bilinear are torch's,
     three times as fast as Pillow's and within 2 of 255 of it, save on hard edges that are enlarged: each clips what

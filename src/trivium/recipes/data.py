@@ -36,7 +36,9 @@ PICTURES_FOR_CODEBOOK = 4_000
 class Data:
     """Where samples come from and what is done to each. With no path at all: the embedded drawings and texts."""
 
-    pairs: tuple[str, ...] = ()  # captioned pictures: CSV, TSV, JSONL, Parquet, tar shards (addresses too), a folder, a .list
+    pairs: tuple[
+        str, ...
+    ] = ()  # captioned pictures: CSV, TSV, JSONL, Parquet, tar shards (addresses too), a folder, a .list
     images: tuple[str, ...] = ()  # pictures alone
     text: tuple[str, ...] = ()  # text alone: one line a sample
     validation: tuple[str, ...] = ()  # captioned pictures that are never trained on: losses and retrieval
