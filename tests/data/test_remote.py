@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from drawn import caption, drawn_picture
@@ -42,6 +44,7 @@ class Served:
     root: Path
     port: int = 0
     ranges: bool = True
+    tag: str = '"tag"'
     faults: dict[str, list[int | str]] = field(default_factory=dict)
     for_ever: set[str] = field(default_factory=set)
     requests: list[tuple[str, str, int]] = field(default_factory=list)  # name, method and range, bytes sent
@@ -92,13 +95,13 @@ def handler_of(served: Served) -> type[BaseHTTPRequestHandler]:
                 data = bytes([data[0] ^ 1]) + data[1:]
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
-            self.send_header("ETag", '"tag"')
+            self.send_header("ETag", served.tag)
             if status == 206:
                 self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
             self.end_headers()
+            served.requests.append((name, f"{self.command} {self.headers.get('Range')}", len(data) * with_body))
             if with_body:
                 self.wfile.write(data)
-            served.requests.append((name, f"{self.command} {self.headers.get('Range')}", len(data) * with_body))
 
     return Handler
 
@@ -177,6 +180,31 @@ def test_an_index_is_built_once_where_none_is_served(served: Served) -> None:
     assert sorted(path.name for path in served.root.iterdir()) == [f"shard-{number:03}.tar" for number in range(SHARDS)]
 
 
+def test_a_shard_that_was_replaced_is_indexed_anew(served: Served) -> None:
+    """Its tag says so, though it has the size of before."""
+    address = served.address("shard-000.tar")
+    for sidecar in served.root.glob("*.parquet"):
+        sidecar.unlink()
+    assert pairs(address).read(0, 0)["text"] == caption(0)
+    data = (served.root / "shard-000.tar").read_bytes()
+    (served.root / "shard-000.tar").write_bytes(data.replace(caption(0).encode(), caption(0).encode().upper()))
+    served.tag = '"another"'
+    assert pairs(address).read(0, 0)["text"] == caption(0).upper()
+
+
+@pytest.mark.parametrize("column", ["image_offset", "image_length", "text_length"])
+def test_an_index_that_lies_costs_samples_alone(served: Served, column: str) -> None:
+    path = served.root / "shard-000.tar.index.parquet"
+    table = pq.read_table(path)
+    for value in (-5, 2**62, 0):
+        column_number = table.column_names.index(column)
+        lies = table.set_column(column_number, table.schema.field(column), pa.array([value] * ROWS, pa.int64()))
+        pq.write_table(lies, path)
+        shutil.rmtree(served.root.parent / "cache", ignore_errors=True)
+        with pytest.raises(BadSample):
+            pairs(served.address("shard-000.tar")).read(3, 3)
+
+
 def test_an_index_of_another_shard_is_not_believed(served: Served) -> None:
     shutil.copy(served.root / "shard-000.tar.index.parquet", served.root / "shard-001.tar.index.parquet")
     write_shard(served.root / "shard-001.tar", [("0.png", drawn_picture(7)), ("0.txt", b"alone")])
@@ -192,6 +220,7 @@ def test_a_list_names_paths_and_addresses(served: Served, tmp_path: Path) -> Non
     assert isinstance(source, TarShards | Concat)
     assert [source.read(row, row)["text"] for row in (0, 12, 35)] == [caption(0), caption(12), caption(35)]
     assert len(source) == 3 * ROWS
+    assert source.read(35, 35)["name"] == f"{served.address('shard-002.tar')} (035)"  # a signature is for nobody's eyes
     (tmp_path / "empty.list").write_text("# nothing\n")
     with pytest.raises(TriviumError, match=r"empty.list lists nothing"):
         open_source("pairs", [tmp_path / "empty.list"])
@@ -217,7 +246,7 @@ def test_what_fails_now_and_then_is_asked_again(served: Served) -> None:
         served.faults[f"{name}.index.parquet"] = ["reset"]
     source = pairs(served.address("shard-{000..003}.tar"))
     for name in names:
-        served.faults[name] = [500, "garble", *hard]
+        served.faults[name] = [500, "garble", "reset", 429]
     for row in range(len(source)):
         assert source.read(row, row)["image"] == drawn_picture(row)
     assert not any(served.faults.values())

@@ -360,10 +360,10 @@ def test_from_one_process_to_two_and_back(tmp_path: Path) -> None:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def torchrun(folder: Path, *arguments: str, restarts: int = 0) -> tuple[int, str]:
+def torchrun(folder: Path, *arguments: str) -> tuple[int, str]:
     """tiny_run.py on two processes under torchrun, ended after a minute: exit code and what it wrote."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(restarts), str(Path(tiny_run.__file__)), str(folder), *arguments]
+    command += [str(Path(tiny_run.__file__)), str(folder), *arguments]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2] / "src"), *sys.path])}
     with folder.with_name("log").open("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

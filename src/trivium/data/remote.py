@@ -34,6 +34,11 @@ def beside(address: str, suffix: str) -> str:
     return path + suffix + mark + query
 
 
+def without_query(path: str) -> str:
+    """How an address is written down and compared: a signature is nobody's business, and changes. A path stays."""
+    return path.partition("?")[0] if is_remote(path) else path
+
+
 class RemoteFile:
     """Ranges of the bytes of a file at an address: opened at first use, by each process for itself.
 
@@ -43,6 +48,7 @@ class RemoteFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.name = without_query(path)
         self._file: Any = None
         self._process = -1  # what was opened before a fork is the parent's
 
@@ -71,7 +77,7 @@ class RemoteFile:
             filesystem, path = _filesystem(self.path)
             details = filesystem.info(path)
             if details.get("size") is None or details.get("partial") is False:
-                raise _WholeFilesAlone(f"the server of {self.path} serves whole files alone, no ranges")
+                raise self._whole_files_alone()
             self._file = filesystem.open(path, "rb", cache_type="none", size=details["size"])
             self._file.details = details
             self._process = os.getpid()
@@ -85,21 +91,24 @@ class RemoteFile:
                 return once()
             except (TriviumError, _WholeFilesAlone):
                 raise
+            except ValueError:  # fsspec's answer to a whole file where a range was asked for
+                raise self._whole_files_alone() from None
             except Exception as error:  # each protocol has types of its own
                 self._file = None
-                if isinstance(error, ValueError):  # the whole file in answer to a range
-                    raise _WholeFilesAlone(f"the server of {self.path} serves whole files alone, no ranges") from None
                 cause = error.__cause__ or error  # fsspec calls whatever befalls its first question "not found"
                 status = getattr(cause, "status", None)
-                why = f"HTTP {status}" if status is not None else f"{type(cause).__name__}: {cause}".rstrip(": ")
+                why = f"HTTP {status}" if status is not None else type(cause).__name__
                 if isinstance(cause, FileNotFoundError | PermissionError) or (
                     status is not None and 400 <= status < 500 and status not in PASSING
                 ):
-                    raise FileNotFoundError(f"there is no {self.path} ({why})") from None
-        raise OSError(f"{self.path} gave no answer in {ATTEMPTS} attempts, at last {why}")
+                    raise FileNotFoundError(f"there is no {self.name} ({why})") from None
+        raise OSError(f"{self.name} gave no answer in {ATTEMPTS} attempts, at last {why}")
+
+    def _whole_files_alone(self) -> _WholeFilesAlone:
+        return _WholeFilesAlone(f"the server of {self.name} serves whole files alone, no ranges")
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_file": None, "_process": -1}
+        return {**vars(self), "_file": None, "_process": -1}
 
 
 class _WholeFilesAlone(OSError):
@@ -147,6 +156,8 @@ def _filesystem(address: str) -> tuple[Any, str]:
             }
         return fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
-        raise TriviumError(f"{address} cannot be read ({error}): pip install 'trivium[remote]'") from None
+        raise TriviumError(
+            f"{without_query(address)} cannot be read ({error}): pip install 'trivium[remote]'"
+        ) from None
     except ValueError as error:  # a protocol that fsspec does not know
-        raise TriviumError(f"{address} cannot be read: {error}") from None
+        raise TriviumError(f"{without_query(address)} cannot be read: {error}") from None

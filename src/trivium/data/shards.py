@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from trivium.data.decode import DecodeError, picture_size
 from trivium.data.files import INDEX_SUFFIX, PICTURE_LIMIT, Kind, RandomFile, RowSource, open_file
-from trivium.data.remote import RemoteFile, beside, is_remote
+from trivium.data.remote import RemoteFile, beside, is_remote, without_query
 from trivium.data.tables import TEXT_COLUMNS
 from trivium.errors import BadSample, TriviumError
 from trivium.manifest import file_beside
@@ -69,19 +69,19 @@ def open_index(shard: str) -> pa.Table:
     try:
         size, version = file.facts()
     except OSError as error:
-        index = next(_sidecars(shard), None) if is_remote(shard) else None
+        index = next(itertools.chain(_sidecars(shard), _fetched(shard)), None) if is_remote(shard) else None
         if index is None:
             raise
         note = f"{error}: its {index.num_rows:,} samples are replaced by others"
         return _with_metadata(index, notes=json.dumps([note]))
     stamp = f"{FORMAT} {size} {version}"
     for index in _sidecars(shard):
-        found = index.schema.metadata[b"stamp"].decode()
-        if found == stamp:
+        if index.schema.metadata[b"stamp"].decode() == stamp:
             return index
+    for index in _fetched(shard):
         # The date and the tag of a file belong to its server: whoever packed it knew only its size. Of what is read
         # later, every member has its checksum.
-        if is_remote(shard) and found.split()[1] == str(size) and b"fetched" in index.schema.metadata:
+        if index.schema.metadata[b"stamp"].split()[1] == str(size).encode():
             index = _with_metadata(index, stamp=stamp)
             _write_sidecar(_cached(shard), index)
             return index
@@ -93,20 +93,21 @@ def open_index(shard: str) -> pa.Table:
 
 
 def _sidecars(shard: str) -> Iterator[pa.Table]:
-    """The indexes that are found of a shard, whether they still fit it or not."""
+    """The indexes of a shard that lie on this machine, whether they still fit it or not."""
     paths = [_cached(shard)] if is_remote(shard) else [Path(f"{shard}{SIDECAR}"), _cached(shard)]
-    for path in paths:
-        index = _read_sidecar(path)
-        if index is not None:
-            yield index
-    if is_remote(shard):
-        try:
-            data = RemoteFile(beside(shard, SIDECAR)).read(0, SIDECAR_LIMIT)
-        except OSError:  # it has none
-            return
-        index = _read_sidecar(pa.BufferReader(data))
-        if index is not None:
-            yield _with_metadata(index, fetched="1")
+    yield from (index for path in paths if (index := _read_sidecar(path)) is not None)
+
+
+def _fetched(shard: str) -> Iterator[pa.Table]:
+    """The index that is served beside a shard, where it stands at an address and there is one."""
+    if not is_remote(shard):
+        return
+    try:
+        data = RemoteFile(beside(shard, SIDECAR)).read(0, SIDECAR_LIMIT)
+    except OSError:
+        return
+    if (index := _read_sidecar(pa.BufferReader(data))) is not None:
+        yield index
 
 
 def _cached(shard: str) -> Path:
@@ -115,7 +116,7 @@ def _cached(shard: str) -> Path:
 
 
 def _identity(shard: str) -> str:
-    return shard if is_remote(shard) else os.path.abspath(shard)
+    return without_query(shard) if is_remote(shard) else os.path.abspath(shard)
 
 
 def _with_metadata(index: pa.Table, **changes: str) -> pa.Table:
@@ -131,7 +132,7 @@ def _read_sidecar(path: Path | pa.BufferReader) -> pa.Table | None:
         return None
     metadata = index.schema.metadata or {}
     stamp = metadata.get(b"stamp", b"").split()
-    if not index.schema.equals(SCHEMA) or len(stamp) < 2 or stamp[0] != FORMAT.encode():
+    if not index.schema.equals(SCHEMA) or len(stamp) < 2 or stamp[0] != FORMAT.encode() or index["key"].null_count:
         return None
     try:
         return index if isinstance(json.loads(metadata[b"notes"]), list) else None
@@ -271,8 +272,8 @@ class TarShards(RowSource):
         if not len(self) or (kind == "pairs" and not whole):
             lack = {"pairs": "a picture and its text (.txt or .json)", "images": "a picture", "text": "a text"}[kind]
             raise TriviumError(
-                f"no sample in {', '.join(self.paths)} has {lack}: its members must be named as key.jpg, key.txt"
-                + "".join(f"; {note}" for note in self.notes[:1])
+                f"no sample in {', '.join(map(without_query, self.paths))} has {lack}: its members must be named as"
+                " key.jpg, key.txt" + "".join(f"; {note}" for note in self.notes[:1])
             )
 
     def _indexes(self) -> Iterator[pa.Table]:
@@ -303,7 +304,7 @@ class TarShards(RowSource):
         return None if self.kind == "images" else self._lengths  # type: ignore[return-value]  # an array serves
 
     def where(self, row: int) -> tuple[str, str]:
-        return self.paths[self._shard(row)], self._fact(row, "key")
+        return without_query(self.paths[self._shard(row)]), self._fact(row, "key")
 
     def identity(self, row: int) -> str:
         return "\n".join((_identity(self.paths[self._shard(row)]), self._fact(row, "key")))
@@ -334,9 +335,11 @@ class TarShards(RowSource):
 
     def _part(self, row: int, part: str) -> bytes | None:
         """The bytes of a member, checked. Raises BadSample."""
-        offset, length = self._fact(row, f"{part}_offset"), self._fact(row, f"{part}_length")
+        offset, length = int(self._fact(row, f"{part}_offset")), int(self._fact(row, f"{part}_length"))
         if offset == ABSENT:
             return None
+        if min(offset, length) < 0:
+            raise self.bad(row, f"the index of its shard is damaged: remove {self.where(row)[0]}{SIDECAR}")
         if length > LIMITS[part]:
             raise self.bad(row, f"its {part} has {length:,} bytes, more than {LIMITS[part]:,}")
         shard = self._shard(row)
@@ -358,10 +361,10 @@ class TarShards(RowSource):
     def _shard(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
-    def _opened(self, shard: int) -> tuple[RandomFile, dict[str, Any]]:
+    def _opened(self, shard: int) -> tuple[RandomFile | RemoteFile, dict[str, Any]]:
         """A shard and its index by column, kept while it is among the last ones read. Raises BadSample."""
         if shard in self._lost:
-            raise BadSample(self.paths[shard], "", self._lost[shard])
+            raise BadSample(without_query(self.paths[shard]), "", self._lost[shard])
         if shard not in self._open:
             try:
                 index = open_index(self.paths[shard])
@@ -380,7 +383,7 @@ class TarShards(RowSource):
     def _lose(self, shard: int, error: OSError) -> BadSample:
         """From here on every sample of the shard is bad: a server that does not answer is not waited for again."""
         self._lost[shard] = f"the shard cannot be read ({error})"
-        return BadSample(self.paths[shard], "", self._lost[shard])
+        return BadSample(without_query(self.paths[shard]), "", self._lost[shard])
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_open": OrderedDict(), "_lost": {}}
