@@ -26,7 +26,7 @@ from trivium.data.mixture import StreamMixture
 from trivium.data.order import Draws
 from trivium.errors import BadSample
 from trivium.manifest import write_manifest
-from trivium.train import config
+from trivium.train import config, distributed
 from trivium.train.checkpoint import Export
 from trivium.train.config import Config
 from trivium.train.initial import initialise
@@ -211,7 +211,8 @@ def with_train(**changes: Any) -> Recipe:
 
 
 def main() -> int:
-    """python tiny_run.py OUT MODE AT [WORKERS] [--resume]: stop by MODE (term, int, kill-in-save, none) at step AT."""
+    """python tiny_run.py OUT MODE AT [WORKERS] [--resume]: stop by MODE (term, int, kill-in-save, kill-second: of two
+    processes, none) at step AT."""
     out, mode, at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     workers = int(sys.argv[4]) if len(sys.argv) > 4 and sys.argv[4].isdigit() else None
     run = make(with_train(save_every=5, log_every=3), None if workers is None else real_mixture(workers))
@@ -220,6 +221,8 @@ def main() -> int:
     def stop(step: int) -> None:
         if step + 1 == at and mode in ("term", "int"):
             os.kill(os.getpid(), signal.SIGTERM if mode == "term" else signal.SIGINT)
+        if step + 1 == at and mode == "kill-second" and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def export(folder: Path, weights: Mapping[str, Tensor]) -> None:
         plain_export(folder, weights)

@@ -17,7 +17,13 @@ ROOMS = {  # what a room may import beside itself and EVERYWHERE
     "load": "models convert data.tokenizer data.transforms", "recipes": "methods models data train evaluate load",
 }  # fmt: skip
 NUMERIC = {"torch", "numpy", "scipy", "safetensors", "trivium"}
-ONLY_IN = {"tyro": "cli/", "simplejpeg": "data/decode.py", "tensorboard": "train/logs.py"}
+ONLY_IN = {
+    "tyro": "cli/",
+    "simplejpeg": "data/decode.py",
+    "tensorboard": "train/logs.py",
+    "fsspec": "data/remote.py",
+    "aiohttp": "data/remote.py",
+}
 
 
 def imports(file: str) -> list[str]:

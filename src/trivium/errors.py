@@ -1,6 +1,14 @@
-"""The two kinds of failure that a user can meet and mend."""
+"""The kinds of failure that a user can meet and mend."""
 
 from __future__ import annotations
+
+# How gloo and NCCL begin to say that another process is gone.
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "NCCL communicator was aborted",
+    "ncclRemoteError",
+)
 
 
 class TriviumError(ValueError):
@@ -25,3 +33,23 @@ class BadSample(Exception):
 
     def __reduce__(self) -> tuple[type[BadSample], tuple[str, str, str]]:
         return BadSample, (self.file, self.where, self.why)
+
+
+def lost_process(error: RuntimeError) -> TriviumError | None:
+    """What to tell the user where `error` says that another process of the run has ended; else None.
+
+    torch may raise the end of a data worker from a signal handler, anywhere in the main thread, so whoever runs the
+    steps asks here, not the loader alone.
+    """
+    text = str(error)
+    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
+        return TriviumError(
+            f"a worker that reads the data ended unexpectedly ({text}): most often memory ran out; try fewer workers or"
+            " a smaller micro-batch, and go on with --resume"
+        )
+    if any(sign in text for sign in LOST_PEER):
+        return TriviumError(
+            f"another process of this run ended, or its machine is out of reach ({text.splitlines()[0]}): its own"
+            " message says why; start all of them again with --resume"
+        )
+    return None

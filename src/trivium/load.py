@@ -289,17 +289,36 @@ def open_own(folder: Path) -> Bundle:
     with torch.device("meta"):
         model = make_model(model_config)
     _put(read_weights(folder), model, folder / "model.safetensors")
-    tokenizer, labels = folder / "tokenizer.json", folder / "labels.json"
+    tokenizer = folder / "tokenizer.json"
     return Bundle(
         family=family,
         model=model.eval(),
         tokenizer=Tokenizer.from_file(tokenizer) if tokenizer.is_file() else None,
-        transform=ImageTransform.from_json((folder / "preprocessor.json").read_text(encoding="utf-8")),
+        transform=ImageTransform.from_json(_text(folder / "preprocessor.json")),
         image_tokenizer=_own_image_tokenizer(folder),
-        labels=json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None,
+        labels=_labels(folder / "labels.json"),
         max_length=int(config.get("max_length", model_config.max_length)),
         false_pairs=config.get("false_pairs"),  # folders of older versions do not say it
     )
+
+
+def _labels(path: Path) -> list[str] | None:
+    if not path.is_file():
+        return None
+    try:
+        labels = json.loads(_text(path))
+    except json.JSONDecodeError:
+        labels = None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise TriviumError(f"{path} is damaged: it must hold a JSON list of the labels' names")
+    return labels
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TriviumError(f"{path} is damaged: it is no UTF-8 text ({error})") from None
 
 
 def _own_image_tokenizer(folder: Path) -> ImageTokenizer | None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
+import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +17,14 @@ import torch
 from drawn import DrawnSource, tokenizer
 from torch import Tensor
 
+from trivium.data import shards
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextCollate, TextInput
-from trivium.data.loader import StreamReader, evaluation_batches, worker_failure
+from trivium.data.loader import StreamReader, evaluation_batches
 from trivium.data.mixture import StreamMixture
-from trivium.data.order import Order, pair_rows
+from trivium.data.order import Draws, Order, pair_rows
 from trivium.data.views import Views
-from trivium.errors import TriviumError
-from trivium.train.protocol import Batch, Stream
+from trivium.errors import BadSample, TriviumError, lost_process
+from trivium.train.protocol import Batch, Sample, Stream
 
 # torch warns where workers outnumber the cores; the point here is that their number decides nothing
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -80,6 +86,95 @@ def test_two_processes_read_the_halves_of_every_global_batch(plain: list[list[Ba
 @pytest.mark.parametrize(("step", "workers"), [(1, 0), (7, 0), (23, 0), (13, 1)])
 def test_a_resumed_run_reads_what_is_left(plain: list[list[Batch]], step: int, workers: int) -> None:
     assert equal(plain[step:], list(mixture(workers).loader(step, 0, 1, 24)))
+
+
+class Numbers:
+    """Rows that are their own numbers; every hundredth cannot be read."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def blocks(self) -> list[range]:
+        return [range(start, min(start + 100, self.num_rows)) for start in range(0, self.num_rows, 100)]
+
+    def read(self, image_row: int, text_row: int) -> Sample:
+        if image_row % 100 == 7:
+            raise BadSample("numbers.csv", f"line {image_row}", "no such number")
+        return {"text": f"{image_row} {text_row}"}
+
+    def lengths(self) -> list[int]:
+        return [len(str(row)) for row in range(self.num_rows)]
+
+
+class Record:
+    """Keeps of each sample what it is and what was drawn for it."""
+
+    false_pairs = 0.2
+    sort_by_length = False
+
+    def prepare(self, sample: Sample, draws: Draws) -> tuple[str, float]:
+        return sample["text"], draws.generator("mask").random()
+
+    def batch(
+        self,
+        stream: str,
+        prepared: Sequence[tuple[str, float]],
+        rows_B: Tensor,
+        places_B: Tensor,
+        number: int,
+        bad: Any,
+    ) -> Batch:
+        return Batch(stream, rows_B, places_B, targets={"samples": prepared}, number=number, bad=tuple(bad))  # type: ignore[dict-item]
+
+
+def test_from_one_process_to_two_and_back_ten_thousand_samples_stay_as_they_are() -> None:
+    streams = [
+        Stream("pairs", Numbers(3000), Record(), 64, 16, 0.70),
+        Stream("images", Numbers(900), Record(), 32, 16, 0.15),
+        Stream("text", Numbers(500), Record(), 48, 8, 0.15),
+    ]
+
+    def steps(first: int, stop: int, world: int) -> list[list[tuple[Any, ...]]]:
+        """The micro-batches of each global step, whichever process read them."""
+        readers = [StreamMixture(streams, seed=4).loader(first, rank, world, stop) for rank in range(world)]
+        return [
+            [
+                (batch.stream, batch.number, batch.rows_B.tolist(), batch.places_B.tolist(), batch.targets, batch.bad)
+                for batches in shares
+                for batch in batches
+            ]
+            for shares in zip(*readers, strict=True)
+        ]
+
+    plain = steps(0, 190, 1)
+    assert sum(len(batch[2]) for step in plain for batch in step) >= 10_000
+    assert sum(len(batch[5]) for step in plain for batch in step) > 50
+    assert plain == steps(0, 71, 1) + steps(71, 140, 2) + steps(140, 190, 1)
+
+
+def test_a_window_of_shards_is_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the loader: the reader goes from one window of blocks to the next, and few shards are open at once."""
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 8)
+    for number in range(24):
+        with tarfile.open(tmp_path / f"{number:02}.tar", "w") as archive:
+            for row in range(10):
+                member = tarfile.TarInfo(f"{row}.txt")
+                member.size = len(text := f"{number} {row}".encode())
+                archive.addfile(member, io.BytesIO(text))
+    source = shards.TarShards(sorted(tmp_path.glob("*.tar")), "text")
+    mixture = StreamMixture([Stream("text", source, Record(), 10, 10)], seed=2, window=4)
+    opened: list[int] = []
+    plain = shards.open_index
+    monkeypatch.setattr(shards, "open_index", lambda path: (opened.append(int(Path(path).stem)), plain(path))[1])
+    for step in mixture.loader(0, 0, 1, 24):
+        assert len(step) == 1
+        tars = [name for name in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if name.endswith(".tar")]
+        assert len(tars) <= 8
+    assert len(opened) == 24  # in one epoch each shard is opened once
+    assert sorted(opened) == list(range(24))
 
 
 def test_batches_are_whole_and_in_order(plain: list[list[Batch]]) -> None:
@@ -184,8 +279,8 @@ def test_a_worker_that_dies_is_told() -> None:
 
 
 def test_only_the_end_of_a_worker_is_told_as_such() -> None:
-    assert worker_failure(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
-    assert worker_failure(RuntimeError("the loss is not finite")) is None
+    assert lost_process(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
+    assert lost_process(RuntimeError("the loss is not finite")) is None
 
 
 def test_readers_travel_to_workers_that_are_not_forked(plain: list[list[Batch]]) -> None:

@@ -90,6 +90,38 @@ def test_a_billion_rows_need_no_table() -> None:
     assert np.array_equal(rows[3:4], order.rows(places[3:4]))
 
 
+def test_a_billion_rows_in_a_million_blocks() -> None:
+    """Windows far apart, of two epochs: each holds whole blocks, no row comes twice, and any place alone agrees."""
+    num_blocks, window = 10**6, 16
+    sizes = np.full(num_blocks, 1000)
+    sizes[:-1:3] += 1  # shards are of unequal lengths
+    sizes[1::3] -= 1
+    ends = np.cumsum(sizes)
+    num_rows = int(ends[-1])
+    order = Order(
+        num_rows, [range(a, b) for a, b in zip((ends - sizes).tolist(), ends.tolist(), strict=True)], 3, "pairs"
+    )
+    assert num_rows == 10**9
+    for epoch in (0, 7):
+        layout = order._layout(epoch)[1]
+        rows_of_epoch, blocks_of_epoch = [], []
+        for number in (0, 1, 31_337, 62_499):  # of 62,500 windows
+            first, last = layout[number * window], layout[min((number + 1) * window, num_blocks)]
+            rows = order.rows(epoch * num_rows + np.arange(first, last))
+            blocks = np.unique(np.searchsorted(ends, rows, side="right"))
+            assert len(blocks) == window
+            assert sizes[blocks].sum() == len(rows) == len(np.unique(rows))  # these blocks whole, each row once
+            early = np.unique(np.searchsorted(ends, rows[:200], side="right"))
+            assert len(early) == window  # mixed from the first rows on
+            rows_of_epoch.append(rows)
+            blocks_of_epoch.append(blocks)
+        assert len(np.unique(np.concatenate(blocks_of_epoch))) == 4 * window
+        assert len(np.unique(np.concatenate(rows_of_epoch))) == sum(map(len, rows_of_epoch))
+    resumed = Order(num_rows, [range(num_rows)], 3, "pairs")  # nothing that was read before matters
+    places = np.array([5 * 10**8, 5 * 10**8 + 1])
+    assert np.array_equal(resumed.rows(places)[1:], Order(num_rows, [range(num_rows)], 3, "pairs").rows(places[1:]))
+
+
 def test_the_order_is_fixed_for_ever() -> None:
     """A change here would change what a run that was begun earlier reads when it resumes."""
     order = Order(11, blocks_of([4, 4, 3]), 0, "pairs", window=2)

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import tarfile
+import tracemalloc
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -186,6 +187,34 @@ def test_a_size_that_lies(tmp_path: Path) -> None:
     shard.write_bytes(data)
     os.utime(shard, ns=(1, 1))
     assert "the shard ends inside its text" in bad(TarShards([shard], "pairs"), 0)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_header_that_claims_gigabytes_takes_no_memory(tmp_path: Path, kind: bytes, first: bool) -> None:
+    """The file is as long as the header says: three gigabytes of nothing, which a file system stores in a few bytes."""
+    shard = tmp_path / "long.tar"
+    header = tarfile.TarInfo("0")
+    header.type, header.size = kind, 3 * 2**30
+    with shard.open("wb") as file:
+        if not first:
+            file.write(write_shard(tmp_path / "good.tar", GOOD[:2]).read_bytes()[: 4 * 512])
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(3 * 2**30 + 2**20)
+    tracemalloc.start()
+    if first and kind != tarfile.GNUTYPE_SPARSE:
+        with pytest.raises(TriviumError, match=r"long.tar is no tar file \(a header of more than 1,048,576 bytes\)"):
+            TarShards([shard], "images")
+    elif first:
+        with pytest.raises(TriviumError, match="left out 1 x a link, device or sparse file"):
+            TarShards([shard], "images")
+    else:
+        source = TarShards([shard], "pairs")
+        assert len(source) == 1
+        assert source.read(0, 0)["text"] == "a red mug"
+        assert "left out 1 x" in source.notes[0]
+    assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
+    tracemalloc.stop()
 
 
 def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from trivium.data.transforms import (
     CLIP_MEAN,
     CLIP_STD,
     CropBox,
+    Filter,
     ImageTransform,
     color_jitter,
+    crop_and_resize,
     normalize,
     random_crop_box,
     resize,
@@ -91,6 +93,36 @@ def test_resize_averages_when_it_shrinks() -> None:
     checkers = np.indices((64, 64)).sum(axis=0) % 2 * 255
     small = resize(np.repeat(checkers[..., None], 3, axis=2).astype(np.uint8), 8)
     assert np.abs(small.astype(int) - 128).max() <= 2  # without antialiasing: 0 or 255
+
+
+sides = st.integers(1, 90)
+
+
+@given(sides, sides, st.integers(1, 60), st.sampled_from(["bilinear", "bicubic", "lanczos", "box"]), st.data())
+def test_a_crop_that_is_resized_is_pillows_to_two_levels(
+    height: int, width: int, size: int, filter: Filter, data: st.DataObject
+) -> None:
+    """The plain form: cut the box out with Pillow, then let Pillow resize it. Nothing outside the box is seen.
+
+    Between its two passes bicubic is clipped to 0 to 255, so on hard edges their order shows: lines of pixels first.
+    """
+    left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    box = CropBox(left, top, data.draw(st.integers(1, width - left)), data.draw(st.integers(1, height - top)))
+    image_HWC = noise(height, width, seed=size)
+    if data.draw(st.booleans()):
+        image_HWC = np.where(image_HWC > 127, 255, 0).astype(np.uint8)
+    image_HWC.flags.writeable = False  # as a kept picture is
+    plain = Image.fromarray(image_HWC).crop((left, top, left + box.width, top + box.height))
+    resampling = Image.Resampling[filter.upper()]
+    if filter in ("bilinear", "bicubic"):
+        plain = plain.resize((size, box.height), resampling)
+    expected = np.asarray(plain.resize((size, size), resampling)).transpose(2, 0, 1)
+    found = crop_and_resize(image_HWC, size, box, filter)
+    assert found.shape == (3, size, size) and found.dtype == np.uint8 and found.flags.c_contiguous
+    difference = np.abs(found.astype(int) - expected)
+    assert difference.max() <= (2 if filter in ("bilinear", "bicubic") else 0)  # of noise; of photographs 1
+    inside_HWC = image_HWC[top : top + box.height, left : left + box.width]
+    assert np.array_equal(found, crop_and_resize(inside_HWC, size, None, filter))
 
 
 def test_two_views_of_one_box_show_the_same_part() -> None:

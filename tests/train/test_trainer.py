@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -220,6 +221,29 @@ def test_killed_anywhere(straight: Path, tmp_path: Path) -> None:
         assert metrics_of(straight) == metrics_of(run)
 
 
+def test_a_killed_data_worker_stops_the_run_and_the_rest_is_exact(tmp_path: Path) -> None:
+    """SIGKILL of the worker in the midst of a step: one sentence, the last checkpoint stands, nothing is left out."""
+    recipe = with_train(log_every=1, save_every=5)
+    train(make(recipe, real_mixture(0)), tmp_path / "straight")
+    run = make(recipe, real_mixture(1))
+
+    def kill(step: int) -> None:
+        if step + 1 == 8:
+            [worker] = multiprocessing.active_children()
+            worker.kill()
+            worker.join()
+
+    run.method.before_accept = kill  # type: ignore[assignment]
+    with pytest.raises(TriviumError, match=r"a worker that reads the data ended unexpectedly .*--resume"):
+        train(run, tmp_path / "killed")
+    assert not multiprocessing.active_children()
+    assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path / "killed" / "checkpoints")] == [5]
+    train(make(recipe, real_mixture(1)), tmp_path / "killed", resume=True)
+    assert_same_state(tmp_path / "straight", tmp_path / "killed", 20)
+    assert metrics_of(tmp_path / "straight") == metrics_of(tmp_path / "killed")
+    assert (tmp_path / "straight" / "skipped.jsonl").read_text() == (tmp_path / "killed" / "skipped.jsonl").read_text()
+
+
 def test_a_damaged_checkpoint_is_passed_over(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +376,119 @@ def test_a_partial_checkpoint_in_the_way_stops_no_process(straight: Path, tmp_pa
     found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert found == ["damaged-0-step-00000010", "step-00000015", "step-00000020"]
     assert newest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail) is not None
+def test_what_is_not_finite_on_one_process_changes_nothing_on_any(tmp_path: Path) -> None:
+    """The bad batch is the second process's alone; parameters, teacher, queue and optimizer stay to the bit on both."""
+
+    def action(rank: int) -> None:
+        run = make(with_train(log_every=1, steps=9), OneSided(frozenset({4, 6, 7})))
+        states: list[dict[str, torch.Tensor]] = []
+        plain = trainer.one_step
+
+        def one_step(run: Run, optimizer: torch.optim.Optimizer, step: int, *rest: Any) -> Any:
+            def state() -> dict[str, torch.Tensor]:
+                everything = run.method.state_dict() | optim.state_by_name(optimizer, run.method)
+                return {name: tensor.clone() for name, tensor in everything.items()}
+
+            before = state()
+            result = plain(run, optimizer, step, *rest)
+            changed = [name for name, tensor in state().items() if not torch.equal(tensor, before.get(name, tensor))]
+            assert result.accepted == (step not in (4, 6, 7)) == bool(changed), (step, changed)
+            if result.accepted:
+                assert {"queue", "model.head.weight", "teacher.head.weight"} <= set(changed)
+            states.append(state())
+            return result
+
+        trainer.one_step = one_step
+        assert train(run, tmp_path / "run").done == 9
+        torch.save(states, tmp_path / f"{rank}.pt")
+
+    on_two_processes(action)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(one[name], two[name]) for one, two in zip(first, second, strict=True) for name in one)
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if "skipped" in line] == [5, 7, 8]
+
+    def three(rank: int) -> None:
+        sentence = "three steps in a row, step 7 with places 32 to 39 of stream pairs, step 8"
+        with pytest.raises(TriviumError, match=sentence):
+            train(make(with_train(log_every=1), OneSided(frozenset({6, 7, 8}))), tmp_path / "stopped")
+
+    on_two_processes(three)
+
+
+class OneSided(TinyMixture):
+    """What is not finite lies in the last micro-batch alone: the second process's."""
+
+    def __init__(self, inf_at: frozenset[int]) -> None:
+        super().__init__()
+        self.inf_at = inf_at
+
+    def loader(self, step: int, rank: int, world: int, stop: int) -> Any:
+        for number, batches in enumerate(super().loader(step, rank, world, stop), start=step):
+            if number in self.inf_at and rank == world - 1:
+                batches[-1].targets["y"][0] = float("inf") if number % 2 else float("nan")
+            yield batches
+
+
+def test_from_one_process_to_two_and_back(tmp_path: Path) -> None:
+    """Every global step of the real loader holds the same samples, and the weights differ by rounding alone."""
+
+    def leg(folder: Path, rank: int, world: int, stop: int | None) -> None:
+        run = make(with_train(log_every=1), real_mixture(0))
+        plain = run.mixture.loader
+
+        def loader(*arguments: Any) -> Any:
+            for number, batches in enumerate(plain(*arguments), start=arguments[0]):
+                with (folder.parent / f"{folder.name}-{number}-{rank}.json").open("w") as file:
+                    json.dump([[batch.places_B.tolist(), batch.targets["x"].tolist()] for batch in batches], file)
+                yield batches
+
+        run.mixture.loader = loader  # type: ignore[method-assign]
+        outcome = train(run if stop is None else stopped_at(run, stop), folder, resume=folder.exists())
+        assert outcome.done == (stop or 20)
+
+    def seen(name: str, step: int) -> list[Any]:
+        files = [tmp_path / f"{name}-{step}-{rank}.json" for rank in range(2)]
+        return [batch for file in files if file.exists() for batch in json.loads(file.read_text())]
+
+    leg(tmp_path / "one", 0, 1, None)
+    leg(tmp_path / "elastic", 0, 1, 6)
+    on_two_processes(lambda rank: leg(tmp_path / "elastic", rank, 2, 13))
+    leg(tmp_path / "elastic", 0, 1, None)
+    assert all(seen("one", step) == seen("elastic", step) for step in range(20))
+    assert (tmp_path / "elastic-9-1.json").exists()
+    one, two = state_of(tmp_path / "one", 20), state_of(tmp_path / "elastic", 20)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def torchrun(folder: Path, *arguments: str) -> tuple[int, str]:
+    """tiny_run.py on two processes under torchrun, ended after a minute: exit code and what it wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(tiny_run.__file__)), str(folder), *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2] / "src"), *sys.path])}
+    with folder.with_name("log").open("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        try:
+            code = process.wait(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        log.seek(0)
+        return code, log.read()
+
+
+def test_a_process_that_is_killed_under_torchrun_ends_the_job(tmp_path: Path) -> None:
+    """SIGKILL of the second of two: the first one says so, the job ends by itself, and what follows is exact."""
+    on_two_processes(lambda rank: train(make(with_train(log_every=3, save_every=5)), tmp_path / "whole"))
+    code, text = torchrun(tmp_path / "run", "kill-second", "8")
+    assert code not in (0, -signal.SIGKILL), text
+    assert "another process of this run ended" in text
+    assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path / "run" / "checkpoints")] == [5]
+    on_two_processes(
+        lambda rank: train(make(with_train(log_every=3, save_every=5)), tmp_path / "run", resume=True) and None
+    )
+    assert_same_state(tmp_path / "whole", tmp_path / "run", 20)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "run")
 
 
 def test_a_mistake_on_the_first_process_stops_both(straight: Path) -> None:
@@ -465,7 +602,9 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path: Path) -> None:
 
 def test_three_in_a_row_stop_the_run(tmp_path: Path) -> None:
     mixture = TinyMixture(nan_at=frozenset({6, 7, 8}))
-    with pytest.raises(TriviumError, match=r"three steps in a row.* step 9 with places 12 to 17 of stream text"):
+    places = ("7 with places 32 to 39 of stream pairs", "8 with places 40 to 47 of stream pairs")
+    sentence = f"three steps in a row, step {places[0]}, step {places[1]}, step 9 with places 12 to 17 of stream text"
+    with pytest.raises(TriviumError, match=sentence):
         train(make(with_train(log_every=1, save_every=5), mixture), tmp_path)
     assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path / "checkpoints")] == [5]
     assert metrics_of(tmp_path)[-1]["step"] == 9  # the log says how it ended
@@ -490,6 +629,15 @@ def test_replaced_samples_are_logged_and_too_many_are_fatal(tmp_path: Path) -> N
         note(step, 2)
     with pytest.raises(TriviumError, match=r"11 of the last 120 samples were bad .* 15-0\.png: cut"):
         note(15, 1)
+
+
+def test_the_fatal_rate_belongs_to_the_recipe(tmp_path: Path) -> None:
+    mixture = TinyMixture(bad_at=frozenset(range(20)))  # one sample of eight, or of six
+    assert train(make(with_train(bad_rate=0.2, bad_window=60), mixture), tmp_path / "lenient").done == 20
+    with pytest.raises(TriviumError, match=r"4 of the last 30 samples were bad \(more than 5% of 60\)"):
+        train(make(with_train(bad_rate=0.05, bad_window=60), mixture), tmp_path / "strict")
+    with pytest.raises(TriviumError, match=r"train\.bad_rate is 5: it is a share, from 0 to 1"):
+        with_train(bad_rate=5)
 
 
 def test_running_out_of_memory_names_the_dial(tmp_path: Path) -> None:

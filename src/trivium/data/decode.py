@@ -36,17 +36,24 @@ class DecodeError(ValueError):
     """These bytes are no usable picture. The text says why; the file's name is known to the caller alone."""
 
 
-def decode(data: bytes, *, max_pixels: int = 64_000_000) -> np.ndarray:
+def decode(data: bytes, *, max_pixels: int = 64_000_000, min_side: int | None = None) -> np.ndarray:
     """The first picture in `data`: uint8 [H, W, 3] RGB, upright, on white where it is transparent.
 
-    Takes PNG, JPEG, WebP, GIF, BMP and TIFF; grey, palette, alpha, CMYK, and 16 bits a channel. `max_pixels` (H * W) is
-    checked against the header, before any pixel is decoded. Raises DecodeError.
+    Takes PNG, JPEG, WebP, GIF, BMP and TIFF; grey, palette, alpha, CMYK, and 16 bits a channel. Raises DecodeError.
+
+    Args:
+        max_pixels: H * W as stored, checked against the header, before any pixel is decoded.
+        min_side: decode a JPEG at a half, a quarter or an eighth of its size where its shorter side keeps this many
+            pixels. libjpeg leaves out the high frequencies (a scaled inverse cosine transform) and with them the work.
     """
-    pixels_HWC = _decode_plain_jpeg(data, max_pixels)
+    pixels_HWC = _decode_plain_jpeg(data, max_pixels, min_side)
     if pixels_HWC is not None and not (b"Exif\0" in data or b"tiff:Orientation" in data):
         return pixels_HWC
     with _opened(data, max_pixels) as picture:
         if pixels_HWC is None:
+            reduction = _reduction(picture.height, picture.width, min_side)
+            if reduction > 1 and picture.format == "JPEG":
+                picture.draft(None, (picture.width // reduction, picture.height // reduction))
             pixels_HWC = np.array(_to_rgb(picture))
         return _upright(pixels_HWC, _orientation(picture))
 
@@ -57,7 +64,14 @@ def picture_size(data: bytes) -> tuple[int, int]:
         return picture.height, picture.width
 
 
-def _decode_plain_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
+def _reduction(height: int, width: int, min_side: int | None) -> int:
+    """By what to divide the sides of a JPEG. Other fractions than these exist, and take as long as the whole."""
+    if min_side is None:
+        return 1
+    return next((by for by in (8, 4, 2) if min(height, width) // by >= min_side), 1)
+
+
+def _decode_plain_jpeg(data: bytes, max_pixels: int, min_side: int | None) -> np.ndarray | None:
     """None: not ours, or libjpeg complains; then Pillow decides, so that the decoder at hand decides nothing."""
     if simplejpeg is None or data[:2] != b"\xff\xd8":
         return None
@@ -66,7 +80,10 @@ def _decode_plain_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
         if colorspace not in ("YCbCr", "RGB", "Gray"):
             return None
         _check_size(height, width, max_pixels)
-        return simplejpeg.decode_jpeg(data, "RGB")
+        reduction = _reduction(height, width, min_side)
+        return simplejpeg.decode_jpeg(
+            data, "RGB", min_height=height // reduction, min_width=width // reduction, min_factor=reduction
+        )
     except DecodeError:
         raise
     except ValueError:

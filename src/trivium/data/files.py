@@ -14,11 +14,12 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from trivium.data.remote import RemoteFile, is_remote
 from trivium.errors import BadSample, TriviumError
 from trivium.train.protocol import Sample, hash64
 
@@ -145,12 +146,26 @@ class RandomFile:
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         return os.pread(self._descriptor, stop - start, start)
 
+    def facts(self) -> tuple[int, str]:
+        """Size in bytes, and what changes when the file does. Raises OSError."""
+        facts = os.stat(self.path)
+        return facts.st_size, str(facts.st_mtime_ns)
+
+    def stream(self) -> BinaryIO:
+        """The file from end to end. Raises OSError."""
+        return open(self.path, "rb")
+
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path, "_descriptor": None}
 
     def __del__(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
+
+
+def open_file(path: str) -> RandomFile | RemoteFile:
+    """A file at a path or an address. Nothing is opened yet."""
+    return RemoteFile(path) if is_remote(path) else RandomFile(path)
 
 
 # ----------------------------------------------------------------------------------------------- a folder

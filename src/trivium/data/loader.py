@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from trivium.data.decode import DecodeError
 from trivium.data.order import Draws, Order, keyed_generator, pair_rows, rotate_captions
-from trivium.errors import BadSample, TriviumError
+from trivium.errors import BadSample, TriviumError, lost_process
 from trivium.train.protocol import Batch, Sample, Source, Stream
 
 MAX_ATTEMPTS = 20  # substitutes for one place, before the source as a whole is called unreadable
@@ -179,24 +179,10 @@ def micro_batches(
                 raise batch
             yield batch
     except RuntimeError as error:
-        failure = worker_failure(error)
+        failure = lost_process(error)
         if failure is None:
             raise
         raise failure from None
-
-
-def worker_failure(error: RuntimeError) -> TriviumError | None:
-    """What to tell the user where `error` says that a worker ended; else None.
-
-    torch may raise it from a signal handler, anywhere in the main thread: whoever runs the steps asks here too.
-    """
-    text = str(error)
-    if "DataLoader worker" not in text or not ("killed by signal" in text or "exited unexpectedly" in text):
-        return None
-    return TriviumError(
-        f"a worker that reads the data ended unexpectedly ({text}): most often memory ran out; try fewer workers or a"
-        " smaller micro-batch"
-    )
 
 
 def _allow_open_files() -> None:

@@ -126,8 +126,14 @@ class StreamMixture:
         """How many steps each stream had in all cycles before this one: int64 [streams]."""
         known = len(self._steps_before) - 1  # cycles that are counted
         if cycle > known:
-            points = self._points(np.arange(known, max(cycle, 2 * known, 1024)))
-            counts = np.stack([np.sum(points == number, axis=1) for number in range(len(self.streams))], axis=1)
+            offset = uniform64(hash64(self.seed, "mixture offset"), np.arange(known, max(cycle, 2 * known, 1024)))
+            below = [np.zeros(len(offset), dtype=np.int64)]  # points below each bound
+            for bound in self._upper:
+                points = np.floor(CYCLE * bound - offset).astype(np.int64).clip(1, CYCLE) - 1  # not yet all of them
+                for _ in range(3):  # rounding decides as it does in `_points`
+                    points += (points + offset) / CYCLE < bound
+                below.append(points)
+            counts = np.diff([*below, np.full(len(offset), CYCLE)], axis=0).T
             total = self._steps_before[-1] + np.cumsum(counts, axis=0)
             self._steps_before = np.concatenate([self._steps_before, total])
         return self._steps_before[cycle]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,13 @@ def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     while len(walking):
         keys, num_columns, num_lines = key[walking], columns[walking], lines[walking]
         line, column = np.divmod(cell[walking], num_columns)
-        for number in range(FEISTEL_ROUNDS):
+        for number in range(FEISTEL_ROUNDS):  # modulo: both summands are below the bound, and a division is slow
             if number % 2 == 0:
-                column = (column + _below(num_columns, keys, line, number)) % num_columns
+                column += _below(num_columns, keys, line, number)
+                column -= num_columns * (column >= num_columns)
             else:
-                line = (line + _below(num_lines, keys, column, number)) % num_lines
+                line += _below(num_lines, keys, column, number)
+                line -= num_lines * (line >= num_lines)
         cell[walking] = line * num_columns + column
         walking = walking[cell[walking] >= size[walking]]
     return cell
@@ -109,8 +112,8 @@ class Order:
         self.seed = seed
         self.stream = stream
         self.window = window
-        self.block_starts = np.array([block.start for block in blocks], dtype=np.int64)
-        self.block_sizes = np.array([len(block) for block in blocks], dtype=np.int64)
+        self.block_starts = np.fromiter(map(attrgetter("start"), blocks), np.int64, len(blocks))
+        self.block_sizes = np.fromiter(map(len, blocks), np.int64, len(blocks))
         assert self.block_sizes.sum() == num_rows, "blocks must cover every row exactly once"
         self._layouts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 

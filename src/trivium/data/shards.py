@@ -4,6 +4,10 @@ A shard is read through a sidecar index, ``shard.tar.index.parquet``: the key of
 checksum of its members, the length of its caption and the size of its picture. It is built at first use, beside the
 shard or, where that cannot be written, in a cache folder; it is built again when the shard's size or time has changed.
 
+A shard may stand at an address (``remote.py``). Its index is fetched from beside it, or built by reading it once in
+pieces, and kept in the cache folder; then only the members that are asked for are read. What a network garbled is read
+again; where that does not help, the sample is a bad one. A shard that cannot be read at all has bad samples alone.
+
 Nothing is ever unpacked. Only members with a suffix on the list are looked at; links, devices, sparse members, absolute
 names and names with ``..`` are left out, and ``notes`` says how many. A shard cut short keeps what came before.
 """
@@ -17,6 +21,7 @@ import tarfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,16 +30,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trivium.data.decode import DecodeError, picture_size
-from trivium.data.files import PICTURE_LIMIT, Kind, RandomFile, RowSource
+from trivium.data.files import INDEX_SUFFIX, PICTURE_LIMIT, Kind, RandomFile, RowSource, open_file
+from trivium.data.remote import RemoteFile, beside, is_remote, without_query
 from trivium.data.tables import TEXT_COLUMNS
-from trivium.errors import TriviumError
+from trivium.errors import BadSample, TriviumError
 from trivium.manifest import file_beside
 from trivium.train.protocol import hash64
 
 PARTS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json", "cls": "cls"}
 LIMITS = {"image": PICTURE_LIMIT, "text": 2**26, "json": 2**26, "cls": 2**10}  # bytes of a member that is read
+HEADER_LIMIT = 2**20  # bytes of one header with its long names
 OPEN_SHARDS = 64  # file handles and indexes that a process keeps
+OPENED_AT_ONCE = 16  # when a source begins: servers' answers are waited for together
+SIDECAR_LIMIT = 2**30  # bytes of an index that is fetched
 ABSENT = -1  # stands for null once an index is open
+SIDECAR = INDEX_SUFFIX.removeprefix(".tar")
 FORMAT = "1"  # of the index; another number builds it anew
 SCHEMA = pa.schema(
     [
@@ -51,38 +61,85 @@ SCHEMA = pa.schema(
 
 
 def open_index(shard: str) -> pa.Table:
-    """The index of a shard: read from its sidecar, or built and, where possible, written. Raises TriviumError.
+    """The index of a shard: read from its sidecar, or built and, where possible, written.
 
-    The metadata holds ``notes``, a JSON list of sentences on what was left out.
+    The metadata holds ``notes``, a JSON list of sentences on what was left out. Raises TriviumError where it is no tar
+    file, OSError where it cannot be read. A shard at an address that was indexed and is gone keeps its index.
     """
+    file = open_file(shard)
     try:
-        facts = os.stat(shard)
+        size, version = file.facts()
     except OSError as error:
-        raise TriviumError(f"{shard} cannot be read: {error}") from None
-    stamp = f"{FORMAT} {facts.st_size} {facts.st_mtime_ns}".encode()
-    sidecars = (
-        Path(f"{shard}.index.parquet"),
-        _cache_folder() / f"{hash64(os.path.abspath(shard)):016x}.index.parquet",
-    )
-    for sidecar in sidecars:
-        index = _read_sidecar(sidecar)
-        if index is not None and index.schema.metadata.get(b"stamp") == stamp:
+        index = next(itertools.chain(_sidecars(shard), _fetched(shard)), None) if is_remote(shard) else None
+        if index is None:
+            raise
+        note = f"{error}: its {index.num_rows:,} samples are replaced by others"
+        return _with_metadata(index, notes=json.dumps([note]))
+    stamp = f"{FORMAT} {size} {version}"
+    for index in _sidecars(shard):
+        if index.schema.metadata[b"stamp"].decode() == stamp:
             return index
-    index = _build_index(shard, stamp)
-    any(_write_sidecar(sidecar, index) for sidecar in sidecars)
+    for index in _fetched(shard):
+        # The date and the tag of a file belong to its server: whoever packed it knew only its size. Of what is read
+        # later, every member has its checksum.
+        if index.schema.metadata[b"stamp"].split()[1] == str(size).encode():
+            index = _with_metadata(index, stamp=stamp)
+            _write_sidecar(_cached(shard), index)
+            return index
+    with file.stream() as stream:
+        index = _with_metadata(_build_index(shard, stream), stamp=stamp)
+    local = [] if is_remote(shard) else [Path(f"{shard}{SIDECAR}")]
+    any(_write_sidecar(sidecar, index) for sidecar in (*local, _cached(shard)))
     return index
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trivium" / "shards"
+def _sidecars(shard: str) -> Iterator[pa.Table]:
+    """The indexes of a shard that lie on this machine, whether they still fit it or not."""
+    paths = [_cached(shard)] if is_remote(shard) else [Path(f"{shard}{SIDECAR}"), _cached(shard)]
+    yield from (index for path in paths if (index := _read_sidecar(path)) is not None)
 
 
-def _read_sidecar(path: Path) -> pa.Table | None:
+def _fetched(shard: str) -> Iterator[pa.Table]:
+    """The index that is served beside a shard, where it stands at an address and there is one."""
+    if not is_remote(shard):
+        return
     try:
-        index = pq.read_table(path, memory_map=False)
+        data = RemoteFile(beside(shard, SIDECAR)).read(0, SIDECAR_LIMIT)
+    except OSError:
+        return
+    if (index := _read_sidecar(pa.BufferReader(data))) is not None:
+        yield index
+
+
+def _cached(shard: str) -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trivium" / "shards"
+    return folder / f"{hash64(_identity(shard)):016x}{SIDECAR}"
+
+
+def _identity(shard: str) -> str:
+    return without_query(shard) if is_remote(shard) else os.path.abspath(shard)
+
+
+def _with_metadata(index: pa.Table, **changes: str) -> pa.Table:
+    metadata = {**(index.schema.metadata or {}), **{name.encode(): text.encode() for name, text in changes.items()}}
+    return index.replace_schema_metadata(metadata)
+
+
+def _read_sidecar(path: Path | pa.BufferReader) -> pa.Table | None:
+    """An index of this FORMAT; None where there is none, or something else."""
+    try:
+        with pq.ParquetFile(path) as file:  # twice as fast as pq.read_table, and there may be thousands
+            index = file.read(use_threads=False)
     except (pa.ArrowException, OSError):
         return None
-    return index if index.schema.equals(SCHEMA) and index.schema.metadata else None
+    metadata = index.schema.metadata or {}
+    stamp = metadata.get(b"stamp", b"").split()
+    if not index.schema.equals(SCHEMA) or len(stamp) < 2 or stamp[0] != FORMAT.encode() or index["key"].null_count:
+        return None
+    try:
+        return index if isinstance(json.loads(metadata[b"notes"]), list) else None
+    except (KeyError, ValueError, RecursionError):
+        return None
 
 
 def _write_sidecar(path: Path, index: pa.Table) -> bool:
@@ -96,41 +153,41 @@ def _write_sidecar(path: Path, index: pa.Table) -> bool:
     return True
 
 
-def _build_index(shard: str, stamp: bytes) -> pa.Table:
+def _build_index(shard: str, file: BinaryIO) -> pa.Table:
     samples: dict[str, dict[str, Any]] = {}
     left_out: Counter[str] = Counter()
-    with open(shard, "rb") as file:
-        for name, offset, length in _members(shard, file, left_out):
-            folder, _, base = name.removeprefix("./").rpartition("/")
-            stem, _, suffix = base.partition(".")
-            part = PARTS.get(suffix.lower())
-            if part is None or not stem:  # no stem: the twin that macOS writes beside each file
-                continue
-            key = f"{folder}/{stem}" if folder else stem
-            sample = samples.setdefault(key, {"key": key})
-            if f"{part}_offset" in sample:
-                left_out["a second member for the same part of a sample"] += 1
-                continue
-            sample |= {f"{part}_offset": offset, f"{part}_length": length}
-            if length <= LIMITS[part]:
-                file.seek(offset)
-                data = file.read(length)
-                sample |= {f"{part}_crc32": zlib.crc32(data), **_measures(part, data)}
+    for name, offset, length in _members(shard, file, left_out):
+        folder, _, base = name.removeprefix("./").rpartition("/")
+        stem, _, suffix = base.partition(".")
+        part = PARTS.get(suffix.lower())
+        if part is None or not stem:  # no stem: the twin that macOS writes beside each file
+            continue
+        key = f"{folder}/{stem}" if folder else stem
+        sample = samples.setdefault(key, {"key": key})
+        if f"{part}_offset" in sample:
+            left_out["a second member for the same part of a sample"] += 1
+            continue
+        sample |= {f"{part}_offset": offset, f"{part}_length": length}
+        if length <= LIMITS[part]:
+            file.seek(offset)
+            data = file.read(length)
+            sample |= {f"{part}_crc32": zlib.crc32(data), **_measures(part, data)}
     notes = [f"{shard}: left out {count} x {what}" for what, count in left_out.items()]
-    metadata = {b"stamp": stamp, b"notes": json.dumps(notes).encode()}
-    return pa.Table.from_pylist(list(samples.values()), SCHEMA.with_metadata(metadata))
+    return _with_metadata(pa.Table.from_pylist(list(samples.values()), SCHEMA), notes=json.dumps(notes))
 
 
 def _members(shard: str, file: BinaryIO, left_out: Counter[str]) -> Iterator[tuple[str, int, int]]:
     """Name, offset and length of each ordinary member. What is left out is counted, by its reason."""
+    headers = _Headers(file)
     try:
-        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  (the file is the caller's)
+        archive = tarfile.open(fileobj=headers, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
     except (tarfile.TarError, OSError) as error:
         raise TriviumError(
             f"{shard} is no tar file ({error}); a compressed one must be unpacked to .tar first"
         ) from None
     end = 0
     while True:
+        headers.left = HEADER_LIMIT
         try:
             member = archive.next()
         except Exception:  # tarfile raises many types over hostile headers
@@ -155,6 +212,21 @@ def _members(shard: str, file: BinaryIO, left_out: Counter[str]) -> Iterator[tup
     file.seek(archive.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         left_out["the rest: it is cut short or damaged"] += 1
+
+
+class _Headers:
+    """A tar file as `tarfile` walks through it. A header may claim a long name of gigabytes, and `tarfile` would read
+    them: here one header has no more than HEADER_LIMIT."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.left = HEADER_LIMIT
+        self.read_file, self.seek, self.tell = file.read, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise tarfile.ReadError(f"a header of more than {HEADER_LIMIT:,} bytes")
+        return self.read_file(size)
 
 
 def _measures(part: str, data: bytes) -> dict[str, int]:
@@ -199,40 +271,59 @@ class TarShards(RowSource):
         self.paths = [str(path) for path in paths]
         self.text_column = text_column
         self.notes: list[str] = []  # one sentence for each thing that an index leaves out
-        self._open: OrderedDict[int, tuple[RandomFile, dict[str, Any]]] = OrderedDict()
-        self._rows: list[np.ndarray] = []  # of each shard: which rows of its index are samples
+        self._open: OrderedDict[int, tuple[RandomFile | RemoteFile, dict[str, Any]]] = OrderedDict()
+        self._lost: dict[int, str] = {}  # shards that this process could not read, and why: they are not asked again
+        self._rows: list[Sequence[int]] = []  # of each shard: which rows of its index are samples
         self._sizes: list[int] = []  # of each shard: rows of its index
         lengths = []
         whole = False
-        for path in self.paths:
-            index = open_index(path)
+        for index in self._indexes():
             self.notes += json.loads(index.schema.metadata[b"notes"])
             has_image = index["image_offset"].is_valid().to_numpy()
             has_text = index["text_offset"].is_valid().to_numpy() | index["json_offset"].is_valid().to_numpy()
             wanted = {"pairs": has_image | has_text, "images": has_image, "text": has_text}[kind]
             whole |= bool((has_image & has_text).any())
-            self._rows.append(np.flatnonzero(wanted))
+            self._rows.append(range(len(wanted)) if wanted.all() else np.flatnonzero(wanted))  # type: ignore[arg-type]
             self._sizes.append(index.num_rows)
-            lengths.append(index["caption_length"].fill_null(0).to_numpy()[wanted])
+            lengths.append(index["caption_length"].fill_null(0).to_numpy()[wanted].astype(np.int32))
         self._starts = np.cumsum([0, *map(len, self._rows)])
         self._lengths = np.concatenate(lengths)
         if not len(self) or (kind == "pairs" and not whole):
             lack = {"pairs": "a picture and its text (.txt or .json)", "images": "a picture", "text": "a text"}[kind]
             raise TriviumError(
-                f"no sample in {', '.join(self.paths)} has {lack}: its members must be named as key.jpg, key.txt"
+                f"no sample in {', '.join(map(without_query, self.paths))} has {lack}: its members must be named as"
+                " key.jpg, key.txt" + "".join(f"; {note}" for note in self.notes[:1])
             )
+
+    def _indexes(self) -> Iterator[pa.Table]:
+        """The index of each shard; an empty one, and a note, for one at an address that was never read."""
+
+        def opened(path: str) -> pa.Table:
+            try:
+                return open_index(path)
+            except OSError as error:
+                if not is_remote(path):
+                    raise TriviumError(f"{path} cannot be read: {error}") from None
+                note = f"{error}: left out, and nobody knows how many samples it held"
+                return _with_metadata(SCHEMA.empty_table(), notes=json.dumps([note]))
+
+        with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+            yield from pool.map(opened, self.paths)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def blocks(self) -> Sequence[range]:
-        return [range(int(a), int(b)) for a, b in itertools.pairwise(self._starts) if a < b]
+        return [range(a, b) for a, b in itertools.pairwise(self._starts.tolist()) if a < b]
 
     def lengths(self) -> Sequence[int] | None:
         return None if self.kind == "images" else self._lengths  # type: ignore[return-value]  # an array serves
 
     def where(self, row: int) -> tuple[str, str]:
-        return self.paths[self._shard(row)], self._fact(row, "key")
+        return without_query(self.paths[self._shard(row)]), self._fact(row, "key")
+
+    def identity(self, row: int) -> str:
+        return "\n".join((_identity(self.paths[self._shard(row)]), self._fact(row, "key")))
 
     def picture(self, row: int) -> bytes:
         data = self._part(row, "image")
@@ -265,17 +356,24 @@ class TarShards(RowSource):
 
     def _part(self, row: int, part: str) -> bytes | None:
         """The bytes of a member, checked. Raises BadSample."""
-        offset, length = self._fact(row, f"{part}_offset"), self._fact(row, f"{part}_length")
+        offset, length = int(self._fact(row, f"{part}_offset")), int(self._fact(row, f"{part}_length"))
         if offset == ABSENT:
             return None
+        if min(offset, length) < 0:
+            raise self.bad(row, f"the index of its shard is damaged: remove {self.where(row)[0]}{SIDECAR}")
         if length > LIMITS[part]:
             raise self.bad(row, f"its {part} has {length:,} bytes, more than {LIMITS[part]:,}")
-        data = self._opened(self._shard(row))[0].read(offset, offset + length)
+        shard = self._shard(row)
+        for _ in range(2):  # what a network garbled may be right the second time
+            try:
+                data = self._opened(shard)[0].read(offset, offset + length)
+            except OSError as error:
+                raise self._lose(shard, error) from None
+            if len(data) == length and zlib.crc32(data) == self._fact(row, f"{part}_crc32"):
+                return data
         if len(data) < length:
             raise self.bad(row, f"the shard ends inside its {part}: it was cut short")
-        if zlib.crc32(data) != self._fact(row, f"{part}_crc32"):
-            raise self.bad(row, f"its {part} is not what was indexed (checksum): the shard is damaged")
-        return data
+        raise self.bad(row, f"its {part} is not what was indexed (checksum): the shard is damaged")
 
     def _fact(self, row: int, column: str) -> Any:
         shard = self._shard(row)
@@ -284,19 +382,29 @@ class TarShards(RowSource):
     def _shard(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
-    def _opened(self, shard: int) -> tuple[RandomFile, dict[str, Any]]:
-        """A shard and its index by column, kept while it is among the last ones read."""
+    def _opened(self, shard: int) -> tuple[RandomFile | RemoteFile, dict[str, Any]]:
+        """A shard and its index by column, kept while it is among the last ones read. Raises BadSample."""
+        if shard in self._lost:
+            raise BadSample(without_query(self.paths[shard]), "", self._lost[shard])
         if shard not in self._open:
-            index = open_index(self.paths[shard])
+            try:
+                index = open_index(self.paths[shard])
+            except OSError as error:
+                raise self._lose(shard, error) from None
             if index.num_rows != self._sizes[shard]:
                 raise TriviumError(f"{self.paths[shard]} was changed while it was in use: start again")
             facts = {name: index[name].fill_null(ABSENT).to_numpy() for name in index.column_names if name != "key"}
             facts["key"] = index["key"].to_pylist()
-            self._open[shard] = (RandomFile(self.paths[shard]), facts)
+            self._open[shard] = (open_file(self.paths[shard]), facts)
         self._open.move_to_end(shard)
         while len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
         return self._open[shard]
 
+    def _lose(self, shard: int, error: OSError) -> BadSample:
+        """From here on every sample of the shard is bad: a server that does not answer is not waited for again."""
+        self._lost[shard] = f"the shard cannot be read ({error})"
+        return BadSample(without_query(self.paths[shard]), "", self._lost[shard])
+
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_open": OrderedDict()}
+        return {**vars(self), "_open": OrderedDict(), "_lost": {}}

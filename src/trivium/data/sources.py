@@ -5,7 +5,8 @@
 | folder of pictures, with or without photo.txt beside photo.jpg | ``files.py`` | ``Folder`` |
 | plain text, one line a sample | ``files.py`` | ``TextLines`` |
 | CSV, TSV, JSONL, Parquet | ``tables.py`` | ``Csv``, ``Tsv``, ``Jsonl``, ``ParquetFiles`` |
-| tar shards | ``shards.py`` | ``TarShards`` |
+| tar shards, here or at an address | ``shards.py`` | ``TarShards`` |
+| a list of any of these, one path or address a line | ``.list`` | |
 
 A source is read by one thread of a process at a time, and is cheap to send to a worker, which opens files anew.
 """
@@ -15,12 +16,14 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from trivium.data.files import INDEX_SUFFIX, PICTURE_SUFFIXES, Folder, Kind, TextLines, walk
+from trivium.data.remote import is_remote
 from trivium.data.shards import TarShards
 from trivium.data.tables import Csv, Jsonl, ParquetFiles, Tsv
 from trivium.errors import TriviumError
@@ -81,7 +84,8 @@ def open_source(
     root: str | Path | None = None,
     window: int = 64,
 ) -> Source:
-    """The samples that `paths` hold: files, folders, or patterns such as ``shards/*.tar``, joined in this order.
+    """The samples that `paths` hold: files, folders, patterns such as ``shards/*.tar`` or ``shard-{000..127}.tar``, or
+    lists of such (``.list``), joined in this order. Tar shards may stand at addresses.
 
     kind: "pairs" (a picture and its captions), "images" or "text". The columns are found by their usual names where
     they are not named; paths in a table are relative to `root`, else to the table's own folder. `window`: words at most
@@ -110,14 +114,20 @@ def open_source(
 
 
 def _expand(kind: Kind, paths: Sequence[str | Path]) -> Iterator[str]:
-    """The files and folders that paths and patterns stand for; for text, a folder stands for its .txt files."""
+    """The files and folders that paths, patterns and lists stand for; for text, a folder stands for its .txt files."""
     for path in map(str, paths):
-        if not os.path.exists(path):
+        if not os.path.exists(path) and RANGE.search(path):
+            yield from _expand(kind, list(_numbered(path)))
+        elif is_remote(path):
+            yield path
+        elif not os.path.exists(path):
             found = [file for file in sorted(glob.glob(path, recursive=True)) if not file.endswith(INDEX_SUFFIX)]
             if not found:
                 what = "matches no file" if glob.has_magic(path) else "does not exist"
                 raise TriviumError(f"{path} {what}: check the path (seen from {os.getcwd()})")
             yield from found
+        elif path.lower().endswith(".list") and os.path.isfile(path):
+            yield from _expand(kind, _listed(path))
         elif kind == "text" and os.path.isdir(path):
             texts = sorted(file for file in walk(path) if file.lower().endswith(".txt"))
             if not texts:
@@ -127,8 +137,44 @@ def _expand(kind: Kind, paths: Sequence[str | Path]) -> Iterator[str]:
             yield path
 
 
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as in shard-{000..127}.tar
+MOST_NUMBERED = 10_000_000
+
+
+def _numbered(pattern: str) -> Iterator[str]:
+    """The names that a pattern with a range of numbers stands for; the first range alone is written out."""
+    match = RANGE.search(pattern)
+    assert match is not None
+    first, last = match.groups()
+    if not 0 <= int(last) - int(first) < MOST_NUMBERED:
+        raise TriviumError(f"{pattern} stands for no names: the range must rise, as in {{000..127}}")
+    for number in range(int(first), int(last) + 1):
+        yield f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}"
+
+
+def _listed(path: str) -> list[str]:
+    """The lines of a list of paths and addresses. Paths are relative to its folder; lines with # say nothing."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise TriviumError(f"{path} cannot be read: {error}") from None
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise TriviumError(f"{path} lists nothing: write one path or address on each line")
+    if nested := next((name for name in names if name.lower().endswith(".list")), None):
+        raise TriviumError(f"{path} lists another list ({nested}): name the files themselves")
+    return [name if is_remote(name) else os.path.join(os.path.dirname(path), name) for name in names]
+
+
 def _form(path: str) -> str:
     """What a path holds: its suffix in small letters, or "folder". Raises TriviumError."""
+    if is_remote(path):
+        if not path.partition("?")[0].lower().endswith(".tar"):
+            raise TriviumError(
+                f"{path} is no tar shard, and only these are read from an address: pack the data with `trivium data"
+                " pack`, or download it; several shards are named as shard-{000..127}.tar or in a file of names, .list"
+            )
+        return ".tar"
     if os.path.isdir(path):
         return "folder"
     suffix = os.path.splitext(path)[1].lower()

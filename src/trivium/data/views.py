@@ -5,6 +5,7 @@ Both views of a picture show the same crop, so that each code belongs to the pat
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from trivium.data.decode import decode
 from trivium.data.order import keyed_generator
-from trivium.data.transforms import CropBox, Filter, random_crop_box, resize
+from trivium.data.transforms import CropBox, Filter, crop_and_resize, random_crop_box
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,19 @@ class Views:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.0  # probability of a mirrored view
     max_pixels: int = 64_000_000  # of a picture as stored: larger ones are refused from the header alone
+    scaled_decode: bool = False  # large JPEGs at a half, quarter or eighth of their size: faster, other pixels
 
     def decode(self, data: bytes) -> np.ndarray:
-        """uint8 [H, W, 3]. Raises DecodeError."""
-        return decode(data, max_pixels=self.max_pixels)
+        """uint8 [H, W, 3]; with `scaled_decode` as small as no crop needs to be enlarged. Raises DecodeError."""
+        return decode(data, max_pixels=self.max_pixels, min_side=self.min_side)
+
+    @property
+    def min_side(self) -> int | None:
+        """What a decoded picture keeps of its shorter side, so that its smallest crop is as large as the view."""
+        if not self.scaled_decode or not self.crop_scale[0]:
+            return None
+        narrowest = min(self.crop_ratio[0], 1 / self.crop_ratio[1])
+        return math.ceil(max(self.size, self.codebook_size or 0) / math.sqrt(self.crop_scale[0] * narrowest))
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> View:
         """A random view of a picture of height x width pixels."""
@@ -70,17 +80,10 @@ class Views:
         settings = asdict(self)
         if self.codebook_size is not None:
             settings |= {"size": self.codebook_size, "filter": "lanczos"}
-        del settings["codebook_size"], settings["max_pixels"]
-        return settings
+        del settings["codebook_size"], settings["max_pixels"], settings["scaled_decode"]
+        return settings if self.min_side is None else settings | {"min_side": self.min_side}
 
 
 def _render(picture_HWC: np.ndarray, view: View, size: int, filter: Filter) -> np.ndarray:
-    height, width, _ = picture_HWC.shape
-    box = view.box
-    if box is not None and (box.top, box.left, box.height, box.width) == (0, 0, height, width):
-        box = None
-    if box is not None or (height, width) != (size, size):
-        picture_HWC = resize(picture_HWC, size, box=box, filter=filter)
-    if view.flip:
-        picture_HWC = picture_HWC[:, ::-1]
-    return np.ascontiguousarray(picture_HWC.transpose(2, 0, 1))
+    pixels_CHW = crop_and_resize(picture_HWC, size, view.box, filter)
+    return np.ascontiguousarray(pixels_CHW[:, :, ::-1]) if view.flip else pixels_CHW

@@ -36,7 +36,9 @@ PICTURES_FOR_CODEBOOK = 4_000
 class Data:
     """Where samples come from and what is done to each. With no path at all: the embedded drawings and texts."""
 
-    pairs: tuple[str, ...] = ()  # captioned pictures: CSV, TSV, JSONL, Parquet, tar shards, or a folder
+    pairs: tuple[
+        str, ...
+    ] = ()  # captioned pictures: CSV, TSV, JSONL, Parquet, tar shards (addresses too), a folder, a .list
     images: tuple[str, ...] = ()  # pictures alone
     text: tuple[str, ...] = ()  # text alone: one line a sample
     validation: tuple[str, ...] = ()  # captioned pictures that are never trained on: losses and retrieval
@@ -54,6 +56,7 @@ class Data:
     whole_words: bool = False  # mask whole words instead of word pieces
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a random crop shows
     flip: float = 0.0  # probability of a mirrored picture
+    scaled_decode: bool = False  # decode large JPEGs at a fraction of their size: faster, not quite the same pixels
     color_jitter: float = 0.0  # strength of random changes of brightness, contrast, saturation and hue
     vocabulary: str = "learned"  # "learned" from this text, "bert", or the path of a tokenizer.json
     image_tokenizer: str = "patches"  # "patches": k-means on this data; or the path of a codebook's weights

@@ -311,7 +311,12 @@ def _image_side(
     recipe: FlavaRecipe, sources: Sources, start: Bundle | None, config: FlavaConfig
 ) -> tuple[Views, ImageTokenizer | None]:
     """All that decides the codes of a picture. A run on text alone needs no image tokenizer."""
-    views = Views(config.image_size, crop_scale=recipe.data.crop_scale, flip=recipe.data.flip)
+    views = Views(
+        config.image_size,
+        crop_scale=recipe.data.crop_scale,
+        flip=recipe.data.flip,
+        scaled_decode=recipe.data.scaled_decode,
+    )
     image_tokenizer = None if start is None else start.image_tokenizer
     if image_tokenizer is None and not (sources.pairs or sources.images or sources.validation_pairs):
         return views, None

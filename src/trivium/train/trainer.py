@@ -12,8 +12,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from trivium.errors import TriviumError
+from trivium.errors import TriviumError, lost_process
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint, distributed, optim, precision, run_folder
 from trivium.train.budget import OutOfMemory, calibrate, is_out_of_memory
@@ -58,12 +58,16 @@ class Train:
     keep_every: int | None = None  # those at multiples of so many steps stay for good
     evaluate_every: int | None = None  # None: at the end alone
     log_every: int = 10
+    bad_rate: float = 0.01  # share of unreadable samples above which the run stops; below, each is replaced
+    bad_window: int = 10_000  # samples over which the share is taken
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "save_every", "keep_last", "log_every"):
+        for name in ("steps", "save_every", "keep_last", "log_every", "bad_window"):
             if getattr(self, name) < 1:
                 raise TriviumError(f"train.{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 <= self.bad_rate <= 1:
+            raise TriviumError(f"train.bad_rate is {self.bad_rate}: it is a share, from 0 to 1")
 
     def evaluates_after(self, done: int) -> bool:
         return done == self.steps or (self.evaluate_every is not None and done % self.evaluate_every == 0)
@@ -104,7 +108,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
 
     Raises:
         TriviumError: a run stands in `out` already, or none to resume; memory or disk are full; the gradient was not
-            finite three times in a row; too many samples were bad.
+            finite three times in a row; too many samples were bad; a data worker or another process was killed.
     """
     settings = run.train
     folder, optimizer, autocast, state = begin(run, out, resume)
@@ -117,7 +121,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         quiet=distributed.rank() > 0,
         tensorboard=settings.tensorboard,
     )
-    replaced = Replaced(folder.skipped)
+    replaced = Replaced(folder.skipped, settings.bad_window, settings.bad_rate)
 
     def save(done: int) -> None:
         saving.finish()  # before the copy: there is never a second one in memory
@@ -135,6 +139,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         return results
 
     with (
+        _lost_processes_told(),
         log,
         StopSignals() as stop,
         Saving() as saving,
@@ -142,7 +147,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
     ):
         # A run that was killed while it evaluated does that again: its old lines are gone.
         results = measured(first) if first and settings.evaluates_after(first) else None
-        skipped_in_a_row = 0
+        refused: list[int] = []  # steps in a row whose gradient was not finite
         clock = time.perf_counter()
         for step, stream, batches in steps:
             result = one_step(run, optimizer, step, batches, autocast)
@@ -151,9 +156,9 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             log.step(done, stream.name, result, lr=lr, samples=stream.batch, seconds=seconds)
             replaced.note(done, batches)
-            skipped_in_a_row = 0 if result.accepted else skipped_in_a_row + 1
-            if skipped_in_a_row == 3:
-                raise TriviumError(_not_finite(done, batches))
+            refused = [] if result.accepted else [*refused, step]
+            if len(refused) == 3:
+                raise TriviumError(_not_finite(run.mixture, refused))
 
             stopping = distributed.any_process(stop.received is not None or saving.failed)
             if done % settings.log_every == 0:
@@ -394,8 +399,21 @@ class StopSignals:
         os.write(2, f"\n{self.received.name}: finishing this step and saving\n".encode())  # print may be interrupted
 
 
+@contextmanager
+def _lost_processes_told() -> Iterator[None]:
+    """The end of a data worker or of another training process is a sentence, not a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        failure = lost_process(error)
+        if failure is None:
+            raise
+        raise failure from None
+
+
 class Replaced:
-    """Logs the samples that the loader replaced, and stops the run above 1 % of 10,000 consumed ones."""
+    """Logs the samples that the loader replaced, and stops the run where they are more than `rate` of a `window` of
+    samples, over all processes."""
 
     def __init__(self, path: Path, window: int = 10_000, rate: float = 0.01) -> None:
         self.path, self.window, self.rate = path, window, rate
@@ -407,22 +425,27 @@ class Replaced:
             lines = [json.dumps({"step": done, "stream": stream, "sample": text}) + "\n" for stream, text in sentences]
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
-        self.bad += len(sentences)
-        self.seen += sum(len(batch) for batch in batches)
-        if distributed.any_process(self.bad > self.rate * self.window):
+        counts = {"bad": torch.tensor(len(sentences)), "seen": torch.tensor(sum(map(len, batches)))}
+        everywhere = distributed.sum_over_processes(counts)
+        self.bad += int(everywhere["bad"])
+        self.seen += int(everywhere["seen"])
+        if self.bad > self.rate * self.window:
             last = f", the last of them {sentences[-1][1]}" if sentences else ""
             raise TriviumError(
-                f"{self.bad} of the last {self.seen} samples were bad (more than {self.rate:.0%} of {self.window})"
-                f"{last}: see {self.path} and mend or remove them"
+                f"{self.bad} of the last {self.seen} samples were bad (more than {self.rate * 100:g}% of {self.window})"
+                f"{last}: see {self.path} and mend or remove them, or raise --train.bad-rate"
             )
         if self.seen >= self.window:
             self.seen = self.bad = 0
 
 
-def _not_finite(step: int, batches: Sequence[Batch]) -> str:
-    places = torch.cat([batch.places_B for batch in batches])
+def _not_finite(mixture: Mixture, steps: Sequence[int]) -> str:
+    """Which samples to look at: whole global batches, since what is not finite on one process is so on all."""
+    named = []
+    for step in steps:
+        stream, first = mixture.stream_at(step), mixture.place_at(step)
+        named.append(f"step {step + 1} with places {first} to {first + stream.batch - 1} of stream {stream.name}")
     return (
-        f"the gradient was not finite in three steps in a row, the last of them step {step} with places "
-        f"{int(places.min())} to {int(places.max())} of stream {batches[0].stream}: lower --optim.lr, "
-        "or look at these samples"
+        f"the gradient was not finite in three steps in a row, {', '.join(named)}: lower --optim.lr, or look at these"
+        " samples"
     )
