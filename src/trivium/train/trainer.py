@@ -29,6 +29,7 @@ from trivium.train import checkpoint, distributed, optim, precision, run_folder
 from trivium.train.budget import OutOfMemory, calibrate, is_out_of_memory
 from trivium.train.config import Config
 from trivium.train.logs import Log
+from trivium.train.monitors import Monitors
 from trivium.train.optim import Optim
 from trivium.train.precision import Precision
 from trivium.train.protocol import Batch, Key, Method, Mixture, Stream
@@ -57,6 +58,7 @@ class Train:
     keep_every: int | None = None  # those at multiples of so many steps stay for good
     evaluate_every: int | None = None  # None: at the end alone
     log_every: int = 10
+    monitor_every: int = 100  # steps between looks of the monitors (see monitors.py); 0: none
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -117,6 +119,18 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         tensorboard=settings.tensorboard,
     )
     replaced = Replaced(folder.skipped)
+    monitors = Monitors(
+        folder.monitors,
+        log.say,
+        run.method,
+        seed=settings.seed,
+        every=settings.monitor_every,
+        first=first,
+        warmup=optim.warmup_steps(run.optim, settings.steps),
+        workers=settings.workers,
+        autocast=autocast,
+        flops=precision.ceiling(state["layout"]),
+    )
 
     def save(done: int) -> None:
         state.update(step=done, seconds=log.seconds())
@@ -135,11 +149,14 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         skipped_in_a_row = 0
         clock = time.perf_counter()
         for step, stream, batches in steps:
+            waited = time.perf_counter() - clock
             result = one_step(run, optimizer, step, batches, autocast)
             done = step + 1
             lr = run.optim.lr * optim.learning_rate(run.optim, step, settings.steps)
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            seconds = time.perf_counter() - clock
             log.step(done, stream.name, result, lr=lr, samples=stream.batch, seconds=seconds)
+            monitors.note(done, stream, batches, result, seconds, waited)
+            clock = time.perf_counter()
             replaced.note(done, batches)
             skipped_in_a_row = 0 if result.accepted else skipped_in_a_row + 1
             if skipped_in_a_row == 3:
