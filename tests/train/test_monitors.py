@@ -152,7 +152,7 @@ BAD = {
     "balance": (Views(itm=0.001), Things(), r"contrastive makes 9\d\.\d% of the gradient \(contrastive 9.*, itm 0"),
     "chance": (Views(), Things(wrong_labels=True), r"itm is 0\.\d+ where guessing gives 0\.5623"),
     "duplicates": (Views(), Things(things=12), r"6\d% of the rows of a batch repeat another \(same_thing\)"),
-    "loading": (Views(), Things(wait=0.02), r"loader-bound: \d\d% of the time .* --train\.workers \(1 now\)"),
+    "loading": (Views(), Things(wait=0.01), r"loader-bound: \d\d% of the time .* --train\.workers \(1 now\)"),
 }
 
 
@@ -186,8 +186,9 @@ def test_use_of_a_gpu_is_a_share_of_its_measured_speed(tmp_path: Path) -> None:
     data, method = Things(), Views()
     batches = next(data.loader(0, 0, 1, 1))
     forward = 2 * ROWS * (WIDTH * WIDTH * 2 + WIDTH * 2 + WIDTH * ROWS)
-    assert monitors.forward_flops(method, batches[0], Key(0, "pairs", 0)) == forward
     optimizer = torch.optim.SGD(method.parameters(), lr=0.0)
+    rows = take_step(method, batches, Key(0, "pairs", 0), optimizer).rows
+    assert monitors.forward_flops(method, batches[0], rows, Key(0, "pairs", 0)) == forward
     for share in (0.3, 0.1):
         flops = 3 * forward / 0.5 / share
         path = tmp_path / f"{share}"
@@ -237,19 +238,23 @@ def test_lines_after_the_checkpoint_are_forgotten_on_resumption(tmp_path: Path) 
 
 
 def test_norms_are_those_of_the_weighted_losses() -> None:
-    method = tiny_run.Tiny()
-    method.train()
-    batch = next(tiny_run.TinyMixture().loader(0, 0, 1, 1))[0]
-    key = Key(0, "pairs", 0)
-    norms = monitors.gradient_norms(method, batch, key, ["contrastive", "regression"])
+    """Of the second micro-batch of two, whose rows stand against all rows of the step."""
+    method, key = tiny_run.Tiny(), Key(0, "pairs", 0)
+    batches = next(tiny_run.TinyMixture().loader(0, 0, 1, 1))
+    everyone = take_step(method, batches, key, torch.optim.SGD(method.parameters(), lr=0.0)).rows
+    batch, names = batches[1], ["contrastive", "regression"]
+    norms = monitors.gradient_norms(method, batch, everyone, key, names)
     assert all(parameter.grad is None for parameter in method.parameters())
     method.weights = {"contrastive": 0.0, "regression": 3.0}
-    tripled = monitors.gradient_norms(method, batch, key, ["contrastive", "regression"])
+    tripled = monitors.gradient_norms(method, batch, everyone, key, names)
     assert tripled["contrastive"] == 0.0
     assert tripled["regression"] == pytest.approx(3 * norms["regression"], rel=1e-5)
     key.reseed(batch.number)
-    rows = method.embed(batch)[0]
-    (0.5 * method.couple(rows, rows)["contrastive"] / len(batch)).backward()
+    mine = method.embed(batch)[0].rows
+    right = torch.cat([everyone.rows["right"][:4], mine["right"]])
+    assert torch.equal(right, everyone.rows["right"])  # the same draws as in the step
+    logits = method.model.logit_scale * mine["left"] @ right.T
+    (0.5 * F.cross_entropy(logits, torch.arange(4, 8))).backward()
     expected = torch.stack([p.grad.norm() for p in method.parameters() if p.grad is not None]).norm()
     assert norms["contrastive"] == pytest.approx(float(expected), rel=1e-5)
 

@@ -53,7 +53,7 @@ def _print(found: Comparison) -> None:
     from trivium.evaluate.compare import interval, shown
 
     def table(*columns: str) -> Table:
-        made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for number, column in enumerate(columns):
             made.add_column(Text(column), justify="right" if number else "left", overflow="fold")
         return made

@@ -48,20 +48,17 @@ class Difference:
     name: str
     left: Result
     right: Result
+    value: float  # right - left, over the units that can be paired where there are some
     low: float | None = None
     high: float | None = None
     pairs: int | None = None  # units that both were measured on
-
-    @property
-    def value(self) -> float:
-        return self.right.value - self.left.value
 
     @property
     def verdict(self) -> str:
         """ "better" or "worse", of the right run, where the interval leaves out 0; else empty."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return ""
-        return "better" if (self.value < 0) == _less_is_better(self.name) else "worse"
+        return "better" if (self.high < 0) == _less_is_better(self.name) else "worse"
 
 
 @dataclass(frozen=True)
@@ -119,16 +116,21 @@ def compare(left: Side, right: Side) -> Comparison:
 def difference(name: str, left: Side, right: Side) -> Difference:
     """One figure that both have, with the interval of its difference where queries of the same name can be paired."""
     results_of = left.results[name], right.results[name]
+    apart = Difference(name, *results_of, results_of[1].value - results_of[0].value)
     mine, theirs = _outcomes(left, name), _outcomes(right, name)
     if mine is None or theirs is None or mine.statistic != theirs.statistic:
-        return Difference(name, *results_of)
+        return apart
     place = {unit: row for row, unit in enumerate(theirs.units)}
     rows = np.array([(row, place[unit]) for row, unit in enumerate(mine.units) if unit in place], dtype=np.int64)
     if not len(rows):
-        return Difference(name, *results_of)
+        return apart
     statistic, of_left, of_right = STATISTICS[mine.statistic], mine.values[rows[:, 0]], theirs.values[rows[:, 1]]
-    low, high = bootstrap(lambda drawn: statistic(of_right[drawn]) - statistic(of_left[drawn]), len(rows))
-    return Difference(name, *results_of, low, high, len(rows))
+
+    def between(drawn: np.ndarray) -> float:
+        return statistic(of_right[drawn]) - statistic(of_left[drawn])
+
+    low, high = bootstrap(between, len(rows))
+    return Difference(name, *results_of, between(np.arange(len(rows))), low, high, len(rows))
 
 
 def differing_fields(left: Side, right: Side) -> list[tuple[str, str, str]]:
@@ -162,7 +164,9 @@ def _notes(left: Side, right: Side, differences: list[Difference]) -> Iterator[s
 
 
 def _same_chance(name: str, left: Side, right: Side) -> bool:
-    return name.endswith(".chance") and left.results[name] == right.results[name]
+    """Whether a loss is measured against the same guess in both, as people read it: then nobody needs to see it."""
+    mine, theirs = (shown(name, side.results[name].value) for side in (left, right))
+    return name.endswith(".chance") and mine == theirs
 
 
 def _kinds(side: Side) -> str:

@@ -90,17 +90,20 @@ def duplicate_rate(same_G: Tensor) -> float:
 
 
 def gradient_norms(
-    method: Method, batch: Batch, key: Key, names: Sequence[str], autocast: Context = nullcontext
+    method: Method, batch: Batch, everyone: Rows, key: Key, names: Sequence[str], autocast: Context = nullcontext
 ) -> dict[str, float]:
-    """Norm of the weighted gradient of each loss named, from one micro-batch, whose rows couple among themselves.
+    """Norm of the weighted gradient of each loss named, from one micro-batch.
 
     A forward for each: to keep one graph for all of them would take more memory than a step, and compiled blocks do not
     allow it. Leaves no gradient behind.
+
+    Args:
+        everyone: the coupled rows of the whole batch, detached.
     """
     counts = method.divisors(method.counts(batch))
     norms = {}
     for name in names:
-        loss = _forward(method, batch, key, counts, autocast)[name]
+        loss = _forward(method, batch, everyone, key, counts, autocast)[name]
         if loss.requires_grad:
             (method.weights[name] * loss / counts[name].clamp(min=1).to(loss.device, loss.dtype)).backward()
         grads = [parameter.grad for parameter in method.parameters() if parameter.grad is not None]
@@ -109,18 +112,22 @@ def gradient_norms(
     return norms
 
 
-def forward_flops(method: Method, batch: Batch, key: Key, autocast: Context = nullcontext) -> int:
+def forward_flops(method: Method, batch: Batch, everyone: Rows, key: Key, autocast: Context = nullcontext) -> int:
     """FLOPs of the matrix products, convolutions and attentions of one forward of a micro-batch, uncompiled."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        _forward(method, batch, key, method.divisors(method.counts(batch)), autocast)
+        _forward(method, batch, everyone, key, method.divisors(method.counts(batch)), autocast)
     return counter.get_total_flops()
 
 
-def _forward(method: Method, batch: Batch, key: Key, counts: Sums, autocast: Context) -> Sums:
+def _forward(method: Method, batch: Batch, everyone: Rows, key: Key, counts: Sums, autocast: Context) -> Sums:
     key.reseed(batch.number)
     with autocast():
         rows, states = method.embed(batch)
-        return method.couple(rows, rows) | method.separate(batch, rows, states, counts, key)
+        with_mine = {
+            name: everyone.rows[name].index_copy(0, batch.rows_B.to(rows_BD.device), rows_BD)
+            for name, rows_BD in rows.rows.items()
+        }
+        return method.couple(rows, Rows(with_mine, everyone.marks)) | method.separate(batch, rows, states, counts, key)
 
 
 # ------------------------------------------------------------------------------------- figures with their sentences
@@ -131,9 +138,9 @@ def collapse(rows: Rows) -> Iterator[Finding]:
         rank, cosine = (value := effective_rank(rows_GD)), value**-0.5
         yield Finding(
             "collapse", name, rank, EFFECTIVE_RANK, rank < EFFECTIVE_RANK,
-            f'the features "{name}" are collapsing: two of them have a cosine of {cosine:.2f} and all of them an'
-            f" effective rank of {rank:.2f} of {rows_GD.shape[1]}; lower --optim.lr or warm up longer, and see that the"
-            " loss that tells rows apart has a weight",
+            f'the features "{name}" are collapsing: their cosines are about {cosine:.2f}, an effective rank of'
+            f" {rank:.2f} of {rows_GD.shape[1]}; lower --optim.lr or warm up longer, and see that the loss that tells"
+            " them apart has a weight",
         )  # fmt: skip
 
 
@@ -294,7 +301,9 @@ class Monitors:
         yield from duplicates(result.rows.marks)
         if self.flops is not None:
             if stream.name not in self._forward_flops:
-                self._forward_flops[stream.name] = forward_flops(self.method, batches[0], key, self.autocast)
+                self._forward_flops[stream.name] = forward_flops(
+                    self.method, batches[0], result.rows, key, self.autocast
+                )
             useful = 3 * self._forward_flops[stream.name] * len(batches) * window.steps  # a backward is two forwards
             yield from mfu(useful / (window.seconds - window.waited), self.flops)
         if done < self.settled:
@@ -305,7 +314,7 @@ class Monitors:
         names = [name for name in result.losses if self.method.weights[name]]
         balance_every = BALANCE_LOOKS * self.every
         if len(names) > 1 and done // balance_every > before // balance_every:
-            yield from balance(gradient_norms(self.method, batches[0], key, names, self.autocast))
+            yield from balance(gradient_norms(self.method, batches[0], result.rows, key, names, self.autocast))
 
     def _report(self, done: int, stream: str, findings: Sequence[Finding]) -> None:
         if distributed.rank() > 0 or not findings:
