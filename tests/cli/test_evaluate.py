@@ -66,7 +66,7 @@ def test_a_run_is_measured_on_its_own_validation_pairs(
     for name in losses | PAIR_NAMES:
         assert found["results"][name]["value"] == pytest.approx(trained_found["results"][name]["value"], abs=1e-6)
     assert 0 < found["seconds"]["train"] <= trained_found["seconds"]["train"]  # of the last line of metrics.jsonl
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["outcomes.parquet", "report.html", "results.json"]
 
 
 @pytest.mark.parametrize("of", ["run", "model folder", "checkpoint"])

@@ -45,7 +45,7 @@ def test_every_verb_is_where_the_table_says_and_explains_itself(name: str, capsy
     assert captured.err == ""
 
 
-@pytest.mark.parametrize("name", ["embed", "search", "doctor"])
+@pytest.mark.parametrize("name", ["embed", "search", "doctor", "compare"])
 def test_the_help_of_a_verb_loads_no_torch(name: str) -> None:
     done = python(
         f"import sys; from trivium.cli import main; main([{name!r}, '--help']); sys.exit('torch' in sys.modules)"

@@ -5,6 +5,7 @@ float64: values and gradients within 1e-10. B rows, N patches, T text tokens, V 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -140,6 +141,17 @@ def test_codes_come_from_the_tokenizer_where_the_batch_has_none() -> None:
     sums, _, _ = backward(online, [without], Key(0, "images", 0))
     expected, _, _ = backward(cached, [with_codes], Key(0, "images", 0))
     assert torch.equal(sums["mim"], expected["mim"])
+
+
+def test_chance_is_that_of_the_pairs_in_the_masked_pass() -> None:
+    """Rows 1, 3, 5 and 7 take it, one of them false."""
+    method = flava_method(random_flava(), masked_share=0.5)
+    batch = make_batch("pairs", 8, false_rows=(0, 2, 5))
+    counts = {name: float(value) for name, value in method.counts(batch).items()}
+    found = method.chance(counts)
+    assert found["itm"] == pytest.approx(float(F.binary_cross_entropy(torch.tensor(0.75), torch.tensor(0.75))))
+    assert found["contrastive"] == pytest.approx(math.log(8))
+    assert method.chance({"mim": 5.0}) == {}
 
 
 def test_an_unknown_loss_name_is_refused() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markupsafe import escape
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -65,6 +66,23 @@ def test_a_config_repeats_a_run_to_the_bit(twenty: Path, tmp_path: Path) -> None
     assert (again / "config.json").read_bytes() == (twenty / "config.json").read_bytes()
     for step in (10, 20):
         assert digests(checkpoint(again, step)) == digests(checkpoint(twenty, step))
+
+
+def test_monitors_leave_no_trace_in_a_checkpoint(twenty: Path, tmp_path: Path) -> None:
+    """Every loss of FLAVA has its gradient measured on the way, at every fifth step."""
+    watched = tmp_path / "watched"
+    words = ["--config", twenty / "config.json", "--train.monitor-every", 1]
+    assert trivium("pretrain", "flava", *words, "--out", watched) == 0
+    assert lines_of(twenty / "monitors.jsonl") == []
+    lines = lines_of(watched / "monitors.jsonl")
+    measured = {line["subject"] for line in lines if line["monitor"] == "balance"}
+    assert measured == {"contrastive", "itm", "mmm_image", "mmm_text"}
+    assert digests(checkpoint(watched, 20)) == digests(checkpoint(twenty, 20))
+    page = (watched / "report.html").read_text(encoding="utf-8")
+    said = [line["sentence"] for line in lines if "sentence" in line]
+    assert str(escape(said[-1])) in page
+    assert "While it trained" in page
+    assert "While it trained" not in (twenty / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("workers", [0, 1, pytest.param(3, marks=pytest.mark.slow)])

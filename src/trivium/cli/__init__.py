@@ -32,6 +32,7 @@ VERBS = {
     "doctor": Verb("trivium.cli.doctor:doctor", "say what this machine has and what to do about it"),
     "pretrain": Verb("trivium.cli.pretrain:pretrain", "train a recipe on your own pictures, texts and pairs"),
     "evaluate": Verb("trivium.cli.evaluate:evaluate", "measure a model and write a report"),
+    "compare": Verb("trivium.cli.compare:compare", "lay two runs side by side: settings, curves, results"),
     "embed": Verb("trivium.cli.embed:embed", "write the embeddings of a folder of pictures to a Parquet file"),
     "search": Verb("trivium.cli.search:search", "find pictures by a text or by another picture"),
     "data codes": Verb("trivium.cli.data:codes", "cache the image tokenizer's codes of every picture of a run"),

@@ -28,6 +28,7 @@ STYLE: Any = {
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
 }
+COMPARED = (ACCENT, "#c2571a")  # of two runs, the first and the second
 SMOOTHED = 30  # points of a curve that are left after averaging neighbours
 
 Curve = Sequence[tuple[float, float]]  # (step, loss), by step
@@ -58,12 +59,7 @@ def loss_curve(title: str, curve: Curve, chance: float | None, final: float | No
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.1, 2.1), layout="constrained")
         axes = figure.subplots()
-        points = np.asarray([point for point in curve if np.isfinite(point[1])], dtype=float).reshape(-1, 2)
-        if len(points):
-            axes.plot(points[:, 0], points[:, 1], color=ACCENT, alpha=0.25, linewidth=0.8)
-            smooth = _smoothed(points)
-            axes.plot(smooth[:, 0], smooth[:, 1], color=ACCENT, linewidth=1.8)
-            axes.set_xscale("log")
+        points = _plot(axes, curve, ACCENT)
         if chance is not None:
             axes.axhline(chance, color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
             axes.annotate(
@@ -73,10 +69,17 @@ def loss_curve(title: str, curve: Curve, chance: float | None, final: float | No
         if final is not None and np.isfinite(final) and len(points):
             axes.plot(points[-1, 0], final, "o", color=INK, markersize=4, clip_on=False)
         _limits(axes, points, [value for value in (chance, final) if value is not None])
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.grid(axis="y", color=LINE, linewidth=0.6)
-        return _svg(figure)
+        return _curves_svg(figure, axes, title)
+
+
+def compared_curves(title: str, curves: Sequence[Curve]) -> str:
+    """One small chart: the same training loss of two runs over steps (log scale), in the colours of COMPARED."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.1, 2.1), layout="constrained")
+        axes = figure.subplots()
+        points = [_plot(axes, curve, colour) for curve, colour in zip(curves, COMPARED, strict=True)]
+        _limits(axes, np.concatenate(points), [])
+        return _curves_svg(figure, axes, title)
 
 
 def bars(rows: Mapping[str, tuple[float, float | None, float | None]], marked: str | None = None) -> str:
@@ -116,6 +119,24 @@ def histogram(title: str, counts: Mapping[int, int], limit: int) -> str:
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         return _svg(figure)
+
+
+def _plot(axes: Axes, curve: Curve, colour: str) -> np.ndarray:
+    """Draw one curve, as it is and smoothed; returns its finite points, [N, 2]."""
+    points = np.asarray([point for point in curve if np.isfinite(point[1])], dtype=float).reshape(-1, 2)
+    if len(points):
+        axes.plot(points[:, 0], points[:, 1], color=colour, alpha=0.25, linewidth=0.8)
+        smooth = _smoothed(points)
+        axes.plot(smooth[:, 0], smooth[:, 1], color=colour, linewidth=1.8)
+        axes.set_xscale("log")
+    return points
+
+
+def _curves_svg(figure: Figure, axes: Axes, title: str) -> str:
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.grid(axis="y", color=LINE, linewidth=0.6)
+    return _svg(figure)
 
 
 def _smoothed(points: np.ndarray) -> np.ndarray:

@@ -65,6 +65,11 @@ class Drawings:
         """bool, True for the rows of this split."""
         return torch.tensor([record.split == name for record in self.records])
 
+    def names(self, rows_B: Tensor) -> list[str]:
+        """What outcomes call the records of these rows (bool [B]): the same in every evaluation."""
+        chosen = [record for record, taken in zip(self.records, rows_B.tolist(), strict=True) if taken]
+        return [_unit(record) for record in chosen]
+
 
 def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = lambda _: None) -> Evaluation:
     """Evaluate a Bundle on the embedded drawings.
@@ -120,6 +125,10 @@ def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = l
     return found
 
 
+def _unit(record: Emoji) -> str:
+    return f"{record.style} {record.codepoints} {record.name}"
+
+
 def _other_styles(split: str) -> list[Emoji]:
     return [record for style in STYLES if style != HELD_OUT_STYLE for record in emoji(style, split)]
 
@@ -144,7 +153,7 @@ def _retrieval(found: Evaluation, noto: Drawings, names_BD: Tensor) -> None:
         ):
             ranks = retrieval.ranks_by_cosine(asked_BD[queries], candidates_BD, noto.concepts[queries], noto.concepts)
             name = f"retrieval.{protocol}.{direction}"
-            found.results |= retrieval.summary(ranks, name)
+            found.results |= retrieval.summary(ranks, name, noto.names(queries))
             right = (noto.concepts[queries, None] == noto.concepts).sum(1)
             for cutoff in retrieval.CUTOFFS:
                 found.chance[f"{name}_r{cutoff}"] = retrieval.chance_recall(right, len(noto.records), cutoff)
@@ -160,7 +169,7 @@ def _image_to_image(found: Evaluation, noto: Drawings, gallery: Drawings) -> Non
     readings["pixels"] = (noto_pixels - mean, gallery_pixels - mean)
     for name, (asked, candidates) in readings.items():
         ranks = retrieval.ranks_by_cosine(asked, candidates, query_concepts, gallery.concepts)
-        found.results[f"retrieval.style.image_to_image.{name}_r1"] = mean_of((ranks <= 1).numpy())
+        found.results[f"retrieval.style.image_to_image.{name}_r1"] = mean_of((ranks <= 1).numpy(), noto.names(train))
     headline = found.results[f"retrieval.style.image_to_image.{HEADLINE_READING}_r1"]
     found.results["retrieval.style.image_to_image_r1"] = headline
     right = (query_concepts[:, None] == gallery.concepts).sum(1)
@@ -177,8 +186,8 @@ def _labels(level: str, *sets: Sequence[Emoji]) -> tuple[list[str], list[Tensor]
     return names, [torch.tensor([number.get(getattr(record, level), -1) for record in records]) for records in sets]
 
 
-def _accuracy(found: Evaluation, name: str, predicted: Tensor, labels: Tensor) -> None:
-    found.results[name] = mean_of((predicted == labels).numpy())
+def _accuracy(found: Evaluation, name: str, predicted: Tensor, labels: Tensor, units: list[str]) -> None:
+    found.results[name] = mean_of((predicted == labels).numpy(), units)
     found.chance[name] = float(labels.bincount().max() / len(labels))  # always the commonest class
 
 
@@ -188,7 +197,7 @@ def _zero_shot(found: Evaluation, bundle: Bundle, noto: Drawings) -> None:
         classes_KD = zero_shot.class_vectors(names, lambda texts: features.of_texts(bundle, texts))
         known = labels >= 0
         predicted = zero_shot.predict(noto.of_model.projected[known], classes_KD)
-        _accuracy(found, f"zero_shot.{level}", predicted, labels[known])
+        _accuracy(found, f"zero_shot.{level}", predicted, labels[known], noto.names(known))
 
 
 def _knn(found: Evaluation, noto: Drawings, gallery: Drawings) -> None:
@@ -201,9 +210,9 @@ def _knn(found: Evaluation, noto: Drawings, gallery: Drawings) -> None:
         known, usable = labels >= 0, gallery_labels >= 0
         shown, answers = rows[usable], gallery_labels[usable]
         predicted = knn.predict(queries[known], shown, answers)
-        _accuracy(found, f"knn.{level}", predicted, labels[known])
+        _accuracy(found, f"knn.{level}", predicted, labels[known], noto.names(known))
         predicted = knn.predict(queries[known], shown, answers, left_out=(own[known], theirs[usable]))
-        _accuracy(found, f"knn.other_concepts.{level}", predicted, labels[known])
+        _accuracy(found, f"knn.other_concepts.{level}", predicted, labels[known], noto.names(known))
 
 
 def _probe(found: Evaluation, noto: Drawings, gallery: Drawings, validation: Drawings) -> None:
@@ -213,7 +222,7 @@ def _probe(found: Evaluation, noto: Drawings, gallery: Drawings, validation: Dra
         _, (labels, gallery_labels, check_labels) = _labels(level, *(drawn.records for drawn in sets))
         known, usable, checked = labels >= 0, gallery_labels >= 0, check_labels >= 0
         probe = linear_probe.sweep(rows[usable], gallery_labels[usable], checks[checked], check_labels[checked])
-        _accuracy(found, f"probe.{level}", probe.predict(queries[known]), labels[known])
+        _accuracy(found, f"probe.{level}", probe.predict(queries[known]), labels[known], noto.names(known))
 
 
 # ------------------------------------------------------------------------------------------------ matching
@@ -237,7 +246,9 @@ def _matching(found: Evaluation, bundle: Bundle, noto: Drawings, validation: Dra
             for kind, texts in (("own", own[rows]), ("other", others[rows])):
                 fused = model.fuse(image, bundle.encode_text(texts), rows=1)
                 scored[kind].append(matching.log_odds(model.match(fused).float().cpu(), share))
-    balanced = matching.balanced(torch.cat(scored["own"]), torch.cat(scored["other"]))
+    balanced = matching.balanced(
+        torch.cat(scored["own"]), torch.cat(scored["other"]), [_unit(record) for record in records]
+    )
     found.results |= {f"itm.{name}": result for name, result in balanced.items()}
     found.chance |= {"itm.accuracy": 0.5, "itm.auroc": 0.5}
 

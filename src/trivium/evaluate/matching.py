@@ -11,11 +11,14 @@ with it AUROC, does not change. N pairs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.stats import rankdata
 from torch import Tensor
 
+from trivium.evaluate.outcomes import Outcomes
 from trivium.evaluate.results import Result, Results, bootstrap, mean_of
 
 
@@ -36,18 +39,20 @@ def auroc(true_scores: np.ndarray, false_scores: np.ndarray) -> float:
     return float((rank[:num_true].sum() - num_true * (num_true + 1) / 2) / (num_true * num_false))
 
 
-def balanced(true_N: Tensor, false_N: Tensor) -> Results:
+def balanced(true_N: Tensor, false_N: Tensor, pictures: Sequence[str] | None = None) -> Results:
     """`accuracy` and `auroc` of N pictures, each once with its own text and once with another.
 
     Args:
         true_N, false_N: log-odds of the two pairs of each picture. Exactly 0 is no answer and counts as wrong.
+        pictures: the name of each, kept with its outcome.
     """
     true, false = true_N.double().numpy(), false_N.double().numpy()
-    accuracy = mean_of(((true > 0).astype(float) + (false < 0)) / 2)
+    accuracy = mean_of(((true > 0).astype(float) + (false < 0)) / 2, pictures)
     # A picture is the unit that is drawn again: its two pairs are not independent.
     low, high = bootstrap(lambda drawn: auroc(true[drawn], false[drawn]), len(true))
     pairs = 2 * len(true)
+    scores = None if pictures is None else Outcomes("auroc", tuple(pictures), np.stack([true, false], axis=1))
     return {
-        "accuracy": Result(accuracy.value, accuracy.low, accuracy.high, pairs),
-        "auroc": Result(auroc(true, false), low, high, pairs),
+        "accuracy": replace(accuracy, n=pairs),
+        "auroc": Result(auroc(true, false), low, high, pairs, outcomes=scores),
     }

@@ -22,7 +22,7 @@ def run(bundle: Bundle, source: Source, limit: int = 5000) -> Evaluation:
     Raises:
         TriviumError: no row can be read.
     """
-    pictures, concepts, captions, caption_concepts, bad = [], [], [], [], []
+    pictures, concepts, names, captions, caption_concepts, caption_names, bad = [], [], [], [], [], [], []
     for row in range(min(limit, len(source))):
         try:
             sample = source.read(row, row)
@@ -35,18 +35,20 @@ def run(bundle: Bundle, source: Source, limit: int = 5000) -> Evaluation:
         texts = sample.get("texts") or [sample["text"]]
         captions.extend(texts)
         caption_concepts.extend([sample["same_text"]] * len(texts))
+        names.append(sample.get("name", f"row {row}"))
+        caption_names.extend(f"{names[-1]}, caption {number}" for number in range(1, len(texts) + 1))
     if not pictures:
         raise TriviumError(f"none of the captioned pictures could be read; the first: {bad[0] if bad else 'no row'}")
     images_BD = features.of_pictures(bundle, pictures).projected
     texts_BD = features.of_texts(bundle, captions)
     image_labels, text_labels = torch.tensor(concepts), torch.tensor(caption_concepts)
     found = Evaluation()
-    for name, asked, candidates, labels, candidate_labels in (
-        ("text_to_image", texts_BD, images_BD, text_labels, image_labels),
-        ("image_to_text", images_BD, texts_BD, image_labels, text_labels),
+    for name, asked, candidates, labels, candidate_labels, queries in (
+        ("text_to_image", texts_BD, images_BD, text_labels, image_labels, caption_names),
+        ("image_to_text", images_BD, texts_BD, image_labels, text_labels, names),
     ):
         ranks = retrieval.ranks_by_cosine(asked, candidates, labels, candidate_labels)
-        found.results |= retrieval.summary(ranks, f"retrieval.pairs.{name}")
+        found.results |= retrieval.summary(ranks, f"retrieval.pairs.{name}", queries)
         right = (labels[:, None] == candidate_labels).sum(1)
         for cutoff in retrieval.CUTOFFS:
             chance = retrieval.chance_recall(right, len(candidates), cutoff)

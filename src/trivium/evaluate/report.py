@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ CLASSIFIERS = {
     "knn.other_concepts": ("The same, own concept left out", "the same thing in another style may not vote"),
     "probe": ("Linear probe", "a linear classifier trained on frozen features"),
 }
+MONITOR_TITLES = {  # what the figure is, and on which side of its threshold a monitor speaks
+    "collapse": ("Effective rank of features", "below"),
+    "saturation": ("Learned number with a range", "at"),
+    "balance": ("Share of the gradient", "above"),
+    "chance": ("Loss as a share of its chance", "above"),
+    "duplicates": ("Repeated rows in a batch", "above"),
+    "loading": ("Time spent waiting for data", "above"),
+    "mfu": ("Use of the GPU (MFU)", "below"),
+}
 
 
 @dataclass
@@ -52,6 +62,7 @@ class Report:
     evaluation: Evaluation
     losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # name -> (final, chance)
     curves: Mapping[str, charts.Curve] = field(default_factory=dict)  # name -> (step, training loss)
+    monitors: Sequence[Mapping[str, Any]] = ()  # lines of monitors.jsonl
     seconds: Mapping[str, float] = field(default_factory=dict)  # "train", "total" and other parts of the command
     machine: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # leaves by their dotted path
@@ -62,13 +73,10 @@ class Report:
 
 
 def read_curves(metrics: Path) -> dict[str, list[tuple[float, float]]]:
-    """Training losses of a run's metrics.jsonl: name -> [(step, loss)]. A line that was cut off by a kill is left out;
-    a file that is not there has no curves."""
+    """Training losses of a run's metrics.jsonl: name -> [(step, loss)]."""
     curves: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    for line in lines:
+    for entry in read_lines(metrics):
         try:
-            entry = json.loads(line)
             losses = entry.get("losses", {}).items()
             points = [(name, (float(entry["step"]), float(loss))) for name, loss in losses if loss is not None]
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -78,13 +86,23 @@ def read_curves(metrics: Path) -> dict[str, list[tuple[float, float]]]:
     return dict(curves)
 
 
+def read_lines(path: Path) -> list[Any]:
+    """The JSON values of a run's log, one a line. A line that was cut off by a kill is left out; a file that is not
+    there has none."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def write(path: Path, report: Report) -> None:
     """Write the page whole or not at all. Raises TriviumError where the folder cannot be written to."""
     write_whole(path, render(report))
 
 
 def environment() -> jinja2.Environment:
-    """What the pages beside this file are made with."""
+    """The templates of this folder, with the filters that they use."""
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -99,37 +117,35 @@ def environment() -> jinja2.Environment:
 def render(report: Report) -> str:
     """The page as a string."""
     evaluation = report.evaluation
-    return (
-        environment()
-        .get_template("report.html")
-        .render(
-            report=report,
-            evaluation=evaluation,
-            headline=headline(evaluation),
-            losses=_losses(report),
-            retrieval=_retrieval(evaluation),
-            readings=_readings(evaluation),
-            classification=_classification(evaluation),
-            matching=[evaluation.results.get("itm.accuracy"), evaluation.results.get("itm.auroc")],
-            reconstructions=[
-                {
-                    "name": sample.name,
-                    "right": sample.right,
-                    "num_masked": sample.num_masked,
-                    "pictures": [
-                        (charts.png_uri(picture), label)
-                        for picture, label in (
-                            (sample.original, "original"),
-                            (sample.masked, "what the model sees"),
-                            (sample.from_picture, "its guess"),
-                            (sample.with_name, "its guess, told the name"),
-                            (sample.true_codes, "the true codes"),
-                        )
-                    ],
-                }
-                for sample in evaluation.reconstructions
-            ],
-        )
+    template = environment().get_template("report.html")
+    return template.render(
+        report=report,
+        evaluation=evaluation,
+        headline=headline(evaluation),
+        losses=_losses(report),
+        monitors=_monitors(report),
+        retrieval=_retrieval(evaluation),
+        readings=_readings(evaluation),
+        classification=_classification(evaluation),
+        matching=[evaluation.results.get("itm.accuracy"), evaluation.results.get("itm.auroc")],
+        reconstructions=[
+            {
+                "name": sample.name,
+                "right": sample.right,
+                "num_masked": sample.num_masked,
+                "pictures": [
+                    (charts.png_uri(picture), label)
+                    for picture, label in (
+                        (sample.original, "original"),
+                        (sample.masked, "what the model sees"),
+                        (sample.from_picture, "its guess"),
+                        (sample.with_name, "its guess, told the name"),
+                        (sample.true_codes, "the true codes"),
+                    )
+                ],
+            }
+            for sample in evaluation.reconstructions
+        ],
     )
 
 
@@ -196,6 +212,19 @@ def _losses(report: Report) -> list[dict[str, Any]]:
                 "chart": charts.loss_curve(title, curve, chance, final) if curve else None,
             }
         )
+    return found
+
+
+def _monitors(report: Report) -> list[dict[str, Any]]:
+    """The last figure of each monitor, and the last sentence of those that spoke."""
+    last: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for line in report.monitors:
+        about = (line["monitor"], line["subject"], line["stream"])
+        said = {"said_at": line["step"]} if "sentence" in line else {}
+        last[about] = last.get(about, {}) | line | said
+    found = []
+    for name, (title, side) in MONITOR_TITLES.items():
+        found += [{**line, "title": title, "side": side} for (monitor, *_), line in last.items() if monitor == name]
     return found
 
 

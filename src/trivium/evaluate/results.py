@@ -3,21 +3,24 @@
     {schema, command, version, machine, seconds, results: {name: {value, low, high, n, published?}}}
 
 Intervals are percentile bootstraps (Efron 1979) of 95 %: the units (queries, pictures) are drawn again with
-replacement, always with the same seed, so a report made twice is the same report. N units.
+replacement, always with the same seed, so a report made twice is the same report. What each unit gave stands in
+outcomes.parquet beside it (see outcomes.py). N units.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trivium.errors import TriviumError
+from trivium.evaluate import outcomes
+from trivium.evaluate.outcomes import Outcomes, Statistic
 from trivium.manifest import write_whole
 
 SCHEMA = 1
@@ -34,6 +37,7 @@ class Result:
     high: float | None = None
     n: int | None = None
     published: float | None = None  # the same figure in a paper
+    outcomes: Outcomes | None = field(default=None, compare=False, repr=False)  # unit by unit
 
     def as_json(self) -> dict[str, float | int | None]:
         entry = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
@@ -58,20 +62,24 @@ def bootstrap(statistic: Callable[[np.ndarray], float], num_units: int, seed: in
     return float(low), float(high)
 
 
-def mean_of(values: np.ndarray) -> Result:
-    """Mean of one value per unit (a hit, a correct answer), [N], with its interval."""
-    assert len(values), "the mean of nothing"
-    values = np.asarray(values, dtype=np.float64)
-    low, high = bootstrap(lambda drawn: float(values[drawn].mean()), len(values))
-    return Result(float(values.mean()), low, high, len(values))
+def mean_of(values: np.ndarray, units: Sequence[str] | None = None) -> Result:
+    """Mean of one value per unit (a hit, a correct answer), [N], with its interval. units: their names."""
+    return _over_units("mean", np.mean, values, units)
 
 
-def median_of(values: np.ndarray) -> Result:
-    """Median of one value per unit, [N], with its interval."""
-    assert len(values), "the median of nothing"
+def median_of(values: np.ndarray, units: Sequence[str] | None = None) -> Result:
+    """Median of one value per unit, [N], with its interval. units: their names."""
+    return _over_units("median", np.median, values, units)
+
+
+def _over_units(
+    statistic: Statistic, function: Callable[[np.ndarray], Any], values: np.ndarray, units: Sequence[str] | None
+) -> Result:
+    assert len(values), f"the {statistic} of nothing"
     values = np.asarray(values, dtype=np.float64)
-    low, high = bootstrap(lambda drawn: float(np.median(values[drawn])), len(values))
-    return Result(float(np.median(values)), low, high, len(values))
+    low, high = bootstrap(lambda drawn: float(function(values[drawn])), len(values))
+    kept = None if units is None else Outcomes(statistic, tuple(units), values.astype(np.float32))
+    return Result(float(function(values)), low, high, len(values), outcomes=kept)
 
 
 def write(
@@ -83,7 +91,7 @@ def write(
     machine: Mapping[str, Any],
     seconds: Mapping[str, float],
 ) -> None:
-    """Write results.json whole or not at all.
+    """Write results.json, and outcomes.parquet beside it, each whole or not at all.
 
     `seconds` ("train", "total", ...) stands at the top and, as `seconds.train` and so on, among the results.
 
@@ -100,6 +108,8 @@ def write(
         "results": {name: result.as_json() for name, result in {**timed, **results}.items()},
     }
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    kept = {name: result.outcomes for name, result in results.items() if result.outcomes is not None}
+    outcomes.write(path.with_name(outcomes.NAME), kept)
 
 
 def read(path: Path) -> Results:

@@ -8,6 +8,8 @@ A query may have several right answers. Q queries, C candidates, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,11 +54,13 @@ def ranks_by_cosine(queries_QD: Tensor, candidates_CD: Tensor, query_labels_Q: T
     return torch.cat(parts)
 
 
-def summary(ranks_Q: Tensor, name: str) -> Results:
-    """`<name>_r1`, `_r5`, `_r10`: share of queries with a right answer that high; `<name>_median_rank`."""
+def summary(ranks_Q: Tensor, name: str, queries: Sequence[str] | None = None) -> Results:
+    """`<name>_r1`, `_r5`, `_r10`: share of queries with a right answer that high; `<name>_median_rank`.
+
+    queries: the name of each, kept with its outcome."""
     found = ranks_Q.numpy()
-    recalls = {f"{name}_r{cutoff}": mean_of(np.asarray(found <= cutoff)) for cutoff in CUTOFFS}
-    return recalls | {f"{name}_median_rank": median_of(found)}
+    recalls = {f"{name}_r{cutoff}": mean_of(np.asarray(found <= cutoff), queries) for cutoff in CUTOFFS}
+    return recalls | {f"{name}_median_rank": median_of(found, queries)}
 
 
 def chance_recall(right_per_query_Q: Tensor, num_candidates: int, cutoff: int) -> float:

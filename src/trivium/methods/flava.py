@@ -13,10 +13,13 @@ B rows, N patches, T text tokens, M masked positions of the batch, R rows of the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import torch
+from scipy.special import entr
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,6 +88,7 @@ class FlavaMethod(Method):
         patches_R, words_R = targets["image_mask"][masked_R].sum(1), targets["selected"][masked_R].sum(1)
         return {
             "itm": torch.tensor(len(masked_R)),
+            "itm/true": matched_B[masked_R].sum(),
             "contrastive": matched_B.sum(),
             "mmm_image": (patches_R * matched_B[masked_R]).sum(),
             "mmm_text": (words_R * matched_B[masked_R]).sum(),
@@ -195,7 +199,18 @@ class FlavaMethod(Method):
         return sums
 
     def after_step(self, step: int, everyone: Rows, stats: Sums) -> None:
-        self.model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+        for value, low, high in self.clamped().values():
+            value.clamp_(low, high)
+
+    def clamped(self) -> dict[str, tuple[Tensor, float, float]]:
+        return {"logit_scale": (self.model.logit_scale, 0.0, MAX_LOGIT_SCALE)}
+
+    def chance(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Of matching the entropy of its labels; of the contrastive loss equal scores for all columns."""
+        if not counts.get("itm"):
+            return {}
+        true = counts["itm/true"] / counts["itm"]
+        return {"itm": float(entr(true) + entr(1 - true)), "contrastive": log(counts["all/contrastive"])}
 
     # Small things of the passes above. Indices are made on CPU, where reading them costs no wait for a device.
 

@@ -91,6 +91,7 @@ def write(
             found,
             losses,
             curves=report.read_curves(out / "metrics.jsonl"),
+            monitors=report.read_lines(out / "monitors.jsonl"),
             seconds=seconds,
             machine=machine,
             config={} if prepared is None else leaves(prepared.recipe),

@@ -51,6 +51,7 @@ RULES: dict[str, Rule] = {
     "train.keep_every": SOME,
     "train.evaluate_every": SOME,
     "train.log_every": SOME,
+    "train.monitor_every": NOT_NEGATIVE,
     "init_std": POSITIVE,
     "validate": NOT_NEGATIVE,
 }

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from trivium.errors import TriviumError
+from trivium.train.protocol import Rows
 from trivium.train.step import StepResult
 
 
@@ -94,7 +95,7 @@ class Log:
         """Take note of one step. done: steps done with this one; samples: of the global batch; seconds: it took."""
         # A loss that nothing in the batch was asked for has no mean: 0 would pull the curve down.
         asked = {name: loss for name, loss in result.losses.items() if result.counts.get(name, 1) > 0}
-        result = replace(result, losses=asked)
+        result = replace(result, losses=asked, rows=Rows())  # rows of many steps would fill the memory
         self._waiting[stream].append((result, samples, seconds))
         self._done, self._lr = done, lr
         self._losses.update(result.losses)

@@ -51,9 +51,13 @@ class Optim:
     groups: tuple[Group, ...] = ()
 
 
+def warmup_steps(optim: Optim, total: int) -> int:
+    return round(optim.warmup * total) if optim.warmup < 1 else int(optim.warmup)
+
+
 def learning_rate(optim: Optim, step: int, total: int) -> float:
     """Factor on ``lr`` at a step (0 is the first): linear warm-up that reaches 1, then the schedule down to `final`."""
-    warmup = round(optim.warmup * total) if optim.warmup < 1 else int(optim.warmup)
+    warmup = warmup_steps(optim, total)
     if step < warmup:
         return (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, total - warmup))

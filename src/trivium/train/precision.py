@@ -9,11 +9,11 @@ in float32. So ``auto`` times a product in both and, where bfloat16 wins on a CP
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,17 @@ def measure_matmul(device: torch.device | str, seconds: float = 0.1) -> dict[str
         name: _gigaflops(torch.device(device), dtype, seconds)
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
     }
+
+
+def ceiling(layout: Mapping[str, Any]) -> float | None:
+    """FLOP/s of a square product on a GPU in the run's precision, what `mfu` is a share of; None on a CPU.
+
+    layout: "device" and "precision" of the run.
+    """
+    if layout["device"] == "cpu":
+        return None
+    speed = measure_matmul(layout["device"])
+    return 1e9 * speed["bfloat16" if layout["precision"] == "bf16" else "float32"]
 
 
 def _gigaflops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
@@ -215,3 +215,16 @@ class Method(nn.Module, ABC):
 
     def schedule(self, step: int) -> None:
         """Set temperatures, momentum and the like for this step: pure functions of the step."""
+
+    # For the monitors alone (train/monitors.py): training is the same without.
+
+    def clamped(self) -> dict[str, tuple[Tensor, float, float]]:
+        """Learned numbers that are held in a range, such as the logit scale: name -> (value [1], lowest, highest)."""
+        return {}
+
+    def chance(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """What losses are for a model that knows only how often each label occurs, where `counts` tell it.
+
+        counts: what `counts` returned, summed over the global batch; a mean over several steps.
+        """
+        return {}

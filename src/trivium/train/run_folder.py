@@ -1,4 +1,4 @@
-"""The run folder: config.json, passport.json, metrics.jsonl, skipped.jsonl, and checkpoints/ below.
+"""The run folder: config.json, passport.json, metrics.jsonl, skipped.jsonl, monitors.jsonl, and checkpoints/ below.
 
 The passport says what made the run: the configuration's digest, versions, machine, command and date, and one more
 entry for each time that it was resumed.
@@ -27,6 +27,7 @@ from trivium.train.config import Config
 FREE = (
     *("train.device", "train.workers", "train.threads", "train.compile", "train.tensorboard", "train.minutes"),
     *("train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.evaluate_every"),
+    "train.monitor_every",
 )
 
 
@@ -37,6 +38,7 @@ class RunFolder:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.jsonl"
+        self.monitors = path / "monitors.jsonl"
         self.passport = path / "passport.json"
         self.checkpoints = path / "checkpoints"
 
@@ -59,7 +61,7 @@ def create(path: Path, settings: Config) -> RunFolder:
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         _write_json(folder.passport, {"config_sha256": settings.digest(), **circumstances(), "resumed": []})
-        for log in (folder.metrics, folder.skipped):
+        for log in (folder.metrics, folder.skipped, folder.monitors):
             log.write_bytes(b"")
         config.save(settings, path / "config.json")  # last: a folder with a config is a run
     except OSError as error:
@@ -97,7 +99,7 @@ def rewind(folder: RunFolder, step: int) -> None:
     Results of that very step are forgotten too: the trainer evaluates again, since a kill may have come before.
     """
     checkpoint.remove_leftovers(folder.checkpoints)
-    for path in (folder.metrics, folder.skipped):
+    for path in (folder.metrics, folder.skipped, folder.monitors):
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _belongs_before(line, step)]
         write_whole(path, "".join(line + "\n" for line in kept))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ Context = Callable[[], AbstractContextManager]
 class StepResult:
     losses: dict[str, float]  # name -> mean over the global batch, unweighted
     stats: dict[str, float]  # name -> sum over the global batch
-    counts: dict[str, float]  # what each loss was divided by
+    counts: dict[str, float]  # what each loss was divided by, and what else the method counts
     grad_norm: float  # before clipping
     accepted: bool  # False: a gradient or a loss was not finite, nothing changed
+    rows: Rows = field(default_factory=Rows)  # what coupled, of all processes, detached
 
 
 def backward(
@@ -138,7 +139,7 @@ def step(
         with torch.no_grad():
             method.after_step(key.step, everyone, {k: v for k, v in sums.items() if k.startswith("stat/")})
     optimizer.zero_grad(set_to_none=True)
-    return _result(sums, counts, float(norm), accepted)
+    return _result(sums, counts, float(norm), accepted, everyone)
 
 
 def measure(
@@ -168,7 +169,7 @@ def measure(
             for name, value in divisors.items():
                 counts[name] = counts.get(name, 0) + value
     method.train(was_training)
-    return _result(distributed.sum_over_processes(sums), counts, 0.0, True).losses
+    return _result(distributed.sum_over_processes(sums), counts, 0.0, True, Rows()).losses
 
 
 def _divisors(method: Method, batches: Sequence[Batch]) -> Sums:
@@ -199,7 +200,7 @@ def _detached(sums: Sums) -> Sums:
     return {name: value.detach().double() for name, value in sums.items()}
 
 
-def _result(sums: Sums, counts: Sums, grad_norm: float, accepted: bool) -> StepResult:
+def _result(sums: Sums, counts: Sums, grad_norm: float, accepted: bool, rows: Rows) -> StepResult:
     losses = {n: float(v / counts[n].clamp(min=1).to(v.device)) for n, v in sums.items() if not n.startswith("stat/")}
     stats = {name[5:]: float(value) for name, value in sums.items() if name.startswith("stat/")}
-    return StepResult(losses, stats, {n: float(counts[n]) for n in losses}, grad_norm, accepted)
+    return StepResult(losses, stats, {name: float(value) for name, value in counts.items()}, grad_norm, accepted, rows)

@@ -30,6 +30,7 @@ from trivium.train.budget import OutOfMemory, calibrate, is_out_of_memory
 from trivium.train.checkpoint import Saving
 from trivium.train.config import Config
 from trivium.train.logs import Log
+from trivium.train.monitors import Monitors
 from trivium.train.optim import Optim
 from trivium.train.precision import Precision
 from trivium.train.protocol import Batch, Key, Method, Mixture, Stream
@@ -60,6 +61,7 @@ class Train:
     log_every: int = 10
     bad_rate: float = 0.01  # share of unreadable samples above which the run stops; below, each is replaced
     bad_window: int = 10_000  # samples over which the share is taken
+    monitor_every: int = 100  # steps between looks of the monitors (see monitors.py); 0: none
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -122,6 +124,18 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         tensorboard=settings.tensorboard,
     )
     replaced = Replaced(folder.skipped, settings.bad_window, settings.bad_rate)
+    monitors = Monitors(
+        folder.monitors,
+        log.say,
+        run.method,
+        seed=settings.seed,
+        every=settings.monitor_every,
+        first=first,
+        warmup=optim.warmup_steps(run.optim, settings.steps),
+        workers=settings.workers,
+        autocast=autocast,
+        flops=precision.ceiling(state["layout"]),
+    )
 
     def save(done: int) -> None:
         saving.finish()  # before the copy: there is never a second one in memory
@@ -150,11 +164,14 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         refused: list[int] = []  # steps in a row whose gradient was not finite
         clock = time.perf_counter()
         for step, stream, batches in steps:
+            waited = time.perf_counter() - clock
             result = one_step(run, optimizer, step, batches, autocast)
             done = step + 1
             lr = run.optim.lr * optim.learning_rate(run.optim, step, settings.steps)
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            seconds = time.perf_counter() - clock
             log.step(done, stream.name, result, lr=lr, samples=stream.batch, seconds=seconds)
+            monitors.note(done, stream, batches, result, seconds, waited)
+            clock = time.perf_counter()
             replaced.note(done, batches)
             refused = [] if result.accepted else [*refused, step]
             if len(refused) == 3:
