@@ -1,148 +1,87 @@
-"""A step of FLAVA is the same on 1, 2 and 4 gloo processes and at any micro-batch: every loss, every gradient.
+"""A step is the same on 1, 2 and 4 gloo processes and at any micro-batch: every loss, every gradient.
 
-One world of processes for this file: it runs all cases, and each process writes what it found to a file of its own.
+What `trivium doctor --distributed` compares, with batches beside that are hard on the rule.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-from dataclasses import dataclass
-from pathlib import Path
+import json
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.flava_batches import flava_method, gradients, make_batch, random_flava, split
-from trivium.train import distributed
-from trivium.train.protocol import Key
-from trivium.train.step import backward, measure, step
+from trivium import invariance
+from trivium.cli import main
+from trivium.invariance import Layout, flava
+from trivium.train.protocol import Batch, Method
 
-ROWS = 8  # of the global batch
-
-
-@dataclass(frozen=True)
-class Case:
-    stream: str
-    false_rows: tuple[int, ...] = ()
-    masked_share: float = 1.0
-    masked: bool = True
-
-
-CASES = {
-    "images": Case("images"),
-    "text": Case("text"),
-    "pairs": Case("pairs", false_rows=(1, 6)),
-    "pairs: the first half is false": Case("pairs", false_rows=(0, 1, 2, 3)),
-    "pairs: all are false": Case("pairs", false_rows=tuple(range(ROWS))),
-    "pairs: some processes have no share of the masked pass": Case("pairs", masked_share=0.3),
-    "pairs: nothing is masked": Case("pairs", masked=False),
+HARD = {
+    "the first half is false": partial(flava.case, "pairs", false_rows=tuple(range(flava.ROWS // 2))),
+    "some processes have no share of the masked pass": partial(flava.case, "pairs", masked_share=0.1),
 }
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5}  # of the tensor's norm
+HARDER = HARD | {
+    "all are false": partial(flava.case, "pairs", false_rows=tuple(range(flava.ROWS))),
+    "nothing is masked": partial(flava.case, "pairs", masked=False),
+    "sigmoid": partial(flava.case, "pairs", false_rows=(3,), contrastive_form="sigmoid"),
+}
 
 
-def run_case(case: Case, dtype: torch.dtype, micro_batches: int) -> dict[str, Tensor]:
-    """Losses, summed gradients and validation losses, as this process sees them."""
-    method = flava_method(random_flava(dtype=dtype), masked_share=case.masked_share)
-    batch = make_batch(case.stream, ROWS, false_rows=case.false_rows, masked=case.masked)
-    batches = split(batch, micro_batches)
-    per_process = micro_batches // distributed.world()
-    mine = batches[distributed.rank() * per_process :][:per_process]
-    key = Key(0, case.stream, 0)
-    method.train()
-    sums, counts, _ = backward(method, mine, key)
-    distributed.sum_gradients(list(method.parameters()))
-    sums = distributed.sum_over_processes(sums)
-    found = {f"loss/{name}": value / counts[name].clamp(min=1) for name, value in sums.items()}
-    found |= {f"grad/{name}": grad.clone() for name, grad in gradients(method.model).items()}
-    method.zero_grad(set_to_none=True)
-    found |= {f"measured/{n}": torch.tensor(v).double() for n, v in measure(method, [mine], key).items()}
-    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
-    if distributed.rank() == distributed.world() - 1:  # one process alone sees something that is not finite
-        method.model.logit_scale.register_hook(lambda grad: grad * float("nan"))
-        method.model.image.class_token.register_hook(lambda grad: grad * float("nan"))
-        method.model.text.norm.bias.register_hook(lambda grad: grad * float("nan"))
-    accepted = step(method, mine, key, optimizer).accepted
-    return found | {"accepted": torch.tensor(float(accepted))}
+def assert_all_within(found: list[invariance.Deviation], layouts: int) -> None:
+    assert len(found) == layouts
+    assert all(each.within for each in found), "\n".join(map(str, found))
+    assert any(each.worst > 0 for each in found)  # something was compared
 
 
-def micro_batch_numbers(world: int) -> list[int]:
-    return [number for number in (1, 2, 4, 8) if number % world == 0 and number <= 2 * world]
-
-
-def process(rank: int, world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.start()
-    assert (distributed.rank(), distributed.world()) == (rank, world)
-    found = {}
-    for name, case in CASES.items():
-        for precision in TOLERANCE:
-            for micro_batches in micro_batch_numbers(world):
-                for tensor, value in run_case(case, getattr(torch, precision), micro_batches).items():
-                    found[f"{name}|{precision}|{micro_batches}|{tensor}"] = value.contiguous()
-    gathered = distributed.any_process(rank == world - 1), distributed.any_process(False)
-    assert gathered == (True, False)
-    save_file(found, Path(folder) / f"{rank}.safetensors")
-    distributed.stop()
-
-
-def run_world(world: int, folder: Path) -> list[dict[str, Tensor]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (world, port, str(folder)), nprocs=world)
-    return [load_file(folder / f"{rank}.safetensors") for rank in range(world)]
-
-
-Found = dict[int, list[dict[str, Tensor]]]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return {2: run_world(2, tmp_path_factory.mktemp("two"))}
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return {4: run_world(4, tmp_path_factory.mktemp("four"))}
-
-
-def assert_equals_one_process(found: Found, name: str, precision: str) -> None:
-    case, dtype = CASES[name], getattr(torch, precision)
-    whole = run_case(case, dtype, 1)
-    whole.pop("accepted")
-    layouts = {("1 process", n): run_case(case, dtype, n) for n in (2, 4)}
-    for world, processes in found.items():
-        for rank, tensors in enumerate(processes):
-            for n in micro_batch_numbers(world):
-                prefix = f"{name}|{precision}|{n}|"
-                part = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
-                layouts[f"process {rank} of {world}", n] = part
-    for layout, tensors in layouts.items():
-        assert tensors.pop("accepted") == 0, f"{layout}: one process saw a NaN and this one stepped"
-        assert set(tensors) == set(whole), (layout, set(tensors) ^ set(whole))
-        for tensor, expected in whole.items():
-            mine, reference = tensors[tensor].double(), expected.double()
-            if tensor.endswith("qkv.bias"):  # the key third has a true gradient of zero: only noise to compare
-                third = len(reference) // 3
-                mine, reference = (torch.cat([t[:third], t[2 * third :]]) for t in (mine, reference))
-            error = float((mine - reference).norm())
-            assert error <= TOLERANCE[precision] * float(reference.norm()), (
-                f"{layout}, {tensor}: differs by {error:.3g}"
-            )
-
-
-@pytest.mark.parametrize("precision", TOLERANCE)
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_equal_one(two: Found, name: str, precision: str) -> None:
-    assert_equals_one_process(two, name, precision)
+def test_one_and_two_processes() -> None:
+    assert_all_within(invariance.compare(invariance.CASES | HARD, worlds=(1, 2)), layouts=2 * (4 + 1 + 3 + 1))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", TOLERANCE)
-@pytest.mark.parametrize("name", CASES)
-def test_four_processes_equal_one(four: Found, name: str, precision: str) -> None:
-    assert_equals_one_process(four, name, precision)
+def test_one_two_and_four_processes() -> None:
+    assert_all_within(invariance.compare(invariance.CASES | HARDER), layouts=2 * (4 + 1 + 3 + 1 + 2 + 1))
+
+
+@pytest.mark.slow
+def test_the_doctor_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--distributed"]) == 0
+    *table, sentence = capsys.readouterr().out.splitlines()
+    assert len(table) == 1 + 24
+    assert sentence.startswith("a step means the same at all 24 layouts")
+
+
+class Divided(Method):
+    """Divides by the rows of its own micro-batch, the mistake that the comparison exists for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = torch.nn.Linear(1, 1).to(dtype)
+        torch.nn.init.ones_(self.model.weight)
+        self.weights = {"square": 1.0}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        return {"square": torch.tensor(1.0)}
+
+    def separate(self, batch: Batch, *_: object) -> dict[str, Tensor]:
+        values_B1 = self.model(batch.rows_B[:, None].to(self.model.weight.dtype))
+        return {"square": values_B1.square().mean()}
+
+
+def divided(dtype: torch.dtype, dropout: float) -> tuple[Method, Batch]:
+    return Divided(dtype), Batch("numbers", torch.arange(16), torch.arange(16))
+
+
+def test_a_mean_over_a_micro_batch_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = invariance.compare({"mean": divided}, worlds=(1,))
+    wrong = {each.layout for each in found if not each.within}
+    assert wrong == {Layout(1, parts, 0.0, precision) for parts in (2, 4, 8) for precision in invariance.TOLERANCE}
+    monkeypatch.setattr(invariance, "compare", lambda: found)
+    assert main(["doctor", "--distributed"]) == 1
+    said = capsys.readouterr().out
+    assert "a step does not mean the same at 6 of 10 layouts" in said
+    assert "mean: " in said and "TOO MUCH" in said
+    assert main(["doctor", "--distributed", "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)) == 10
