@@ -27,6 +27,7 @@ from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint, distributed, optim, precision, run_folder
 from trivium.train.budget import OutOfMemory, calibrate, is_out_of_memory
+from trivium.train.compilation import compile_blocks
 from trivium.train.config import Config
 from trivium.train.logs import Log
 from trivium.train.optim import Optim
@@ -266,8 +267,7 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
     if resume:
         _first_process_does(lambda: run_folder.rewind(folder, step))
     if settings.compile and run.blocks is not None:
-        for block in run.blocks():
-            block.compile()
+        compile_blocks(run.blocks())
     state = {
         "step": step,
         "seconds": seconds,
