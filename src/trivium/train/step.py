@@ -11,6 +11,7 @@ A step means the same on one process and on many, in one micro-batch or in sever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -122,23 +123,24 @@ def step(
     distributed.sum_gradients(parameters)
 
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(grads)])
+    norms = torch.stack(torch._foreach_norm(grads)).double()
     norm = norms.norm()
     agreed = distributed.sum_over_processes({**sums, "/norm": norm})  # what is not finite anywhere is so in the sum
-    accepted = bool(torch.stack([value.to(norm.device) for value in agreed.values()]).isfinite().all())
-    sums = {name: value for name, value in agreed.items() if name != "/norm"}
+    numbers = _numbers({"/own norm": norm, **agreed})
+    accepted = all(math.isfinite(value) for value in numbers.values())
+    grad_norm, _ = numbers.pop("/own norm"), numbers.pop("/norm")
     if accepted:
-        if clip == "global":
-            torch._foreach_mul_(grads, (clip_norm / (norm + 1e-6)).clamp(max=1.0).item())
+        if clip == "global" and (factor := clip_norm / (grad_norm + 1e-6)) < 1.0:
+            torch._foreach_mul_(grads, factor)
         elif clip == "per_tensor":
             scales = (clip_norm / (norms + 1e-6)).clamp(max=1.0)
             for grad, scale in zip(grads, scales.to(grads[0].dtype), strict=True):
                 grad.mul_(scale)
         optimizer.step()
         with torch.no_grad():
-            method.after_step(key.step, everyone, {k: v for k, v in sums.items() if k.startswith("stat/")})
+            method.after_step(key.step, everyone, {k: v for k, v in agreed.items() if k.startswith("stat/")})
     optimizer.zero_grad(set_to_none=True)
-    return _result(sums, counts, float(norm), accepted)
+    return _result(numbers, counts, grad_norm, accepted)
 
 
 def measure(
@@ -168,7 +170,7 @@ def measure(
             for name, value in divisors.items():
                 counts[name] = counts.get(name, 0) + value
     method.train(was_training)
-    return _result(distributed.sum_over_processes(sums), counts, 0.0, True).losses
+    return _result(_numbers(distributed.sum_over_processes(sums)), counts, 0.0, True).losses
 
 
 def _divisors(method: Method, batches: Sequence[Batch]) -> Sums:
@@ -182,7 +184,7 @@ def _divisors(method: Method, batches: Sequence[Batch]) -> Sums:
 def _total(method: Method, sums: Sums, counts: Sums) -> Tensor:
     """Sum of weight x sum / count over the losses present; a count of 0 divides by 1."""
     terms = [
-        method.weights[name] * value / counts[name].clamp(min=1).to(value.device, value.dtype)
+        method.weights[name] * value / counts[name].clamp(min=1).to(value.device, value.dtype, non_blocking=True)
         for name, value in sums.items()
         if not name.startswith("stat/")
     ]
@@ -199,7 +201,15 @@ def _detached(sums: Sums) -> Sums:
     return {name: value.detach().double() for name, value in sums.items()}
 
 
-def _result(sums: Sums, counts: Sums, grad_norm: float, accepted: bool) -> StepResult:
-    losses = {n: float(v / counts[n].clamp(min=1).to(v.device)) for n, v in sums.items() if not n.startswith("stat/")}
-    stats = {name[5:]: float(value) for name, value in sums.items() if name.startswith("stat/")}
+def _numbers(sums: Sums) -> dict[str, float]:
+    """All of them in one copy from the device: each copy waits until the device has nothing left to do."""
+    if not sums:
+        return {}
+    home = next(iter(sums.values())).device
+    return dict(zip(sums, torch.stack([value.double().to(home) for value in sums.values()]).tolist(), strict=True))
+
+
+def _result(sums: dict[str, float], counts: Sums, grad_norm: float, accepted: bool) -> StepResult:
+    losses = {n: v / float(counts[n].clamp(min=1)) for n, v in sums.items() if not n.startswith("stat/")}
+    stats = {name[5:]: value for name, value in sums.items() if name.startswith("stat/")}
     return StepResult(losses, stats, {n: float(counts[n]) for n in losses}, grad_norm, accepted)
