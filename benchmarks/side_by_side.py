@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from trivium.manifest import write_whole
 from trivium.train import precision
 
 RESULTS = Path(__file__).parent / "results"
@@ -87,9 +88,11 @@ def row(ours: list[float], peer: list[float], memory: tuple[int, int] | None = N
     return result
 
 
-def write(name: str, results: dict[str, Any], *, command: str | None = None, **more: Any) -> Path:
+def write(
+    name: str, results: dict[str, Any], *, command: str | None = None, folder: Path = RESULTS, **more: Any
+) -> Path:
     """results/NAME.json with machine, versions and command; `command` where what was typed names this machine's own
-    folders."""
+    folders. Whole or not at all: a benchmark that writes as it goes may be cut off at any time."""
     import transformers
 
     machine = {
@@ -106,8 +109,7 @@ def write(name: str, results: dict[str, Any], *, command: str | None = None, **m
         "results": results,
         **more,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path = folder / f"{name}.json"
+    write_whole(path, json.dumps(document, indent=1) + "\n")
     print(f"wrote {path}", file=sys.stderr)
     return path

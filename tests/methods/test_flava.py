@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.flava_batches import TINY, flava_method, gradients, make_batch, random_flava, split
-from trivium.methods.flava import LOSSES, FlavaMethod
+from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
+from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.flava import Flava
 from trivium.train.protocol import Batch, Key
 from trivium.train.step import backward
@@ -157,3 +158,27 @@ def test_chance_is_that_of_the_pairs_in_the_masked_pass() -> None:
 def test_an_unknown_loss_name_is_refused() -> None:
     with pytest.raises(AssertionError, match="clip"):
         flava_method(random_flava(), weights={"clip": 1.0})
+
+
+@pytest.mark.parametrize("weights", [{}, {"contrastive": 0.0}, {"mmm_image": 0.0, "itm": 0.0}])
+@pytest.mark.parametrize("stream", ["pairs", "images", "text"])
+@pytest.mark.parametrize("cached", [True, False], ids=["codes in the batch", "codes from the tokenizer"])
+def test_no_pass_reads_a_number_back_from_the_device(stream: str, weights: dict[str, float], cached: bool) -> None:
+    """On the meta device numbers do not exist: whatever would wait for a GPU raises here."""
+    config = replace(TINY, image_size=32, patch_size=8)
+    tokenizer = DVae(DVaeConfig(width=8, num_groups=2, num_codes=TINY.num_codes)).frozen()
+    method = FlavaMethod(random_flava(config, dtype=torch.float32), tokenizer, Pixels((0.5,) * 3, (0.25,) * 3), weights)
+    method.masked_share = 0.5
+    batch = make_batch(stream, 4, config, false_rows=(1,))
+    if not cached and batch.images:
+        half = torch.nn.functional.avg_pool2d(batch.images[0].pixels_BCHW.float(), 4).to(torch.uint8)
+        batch.images += (replace(batch.images[0], pixels_BCHW=half),)
+        del batch.targets["codes"]
+    method.to("meta")
+    counts = method.divisors(method.counts(batch))
+    rows, states = method.embed(batch)  # `couple` asks for autocast, which the meta device lacks
+    sums = method.separate(batch, rows, states, counts, Key(0, stream, 0))
+    parts = [*sums.values(), *[rows_BD.sum() for rows_BD in rows.rows.values()]]
+    torch.stack(parts).sum().backward()
+    assert all(value.is_meta for value in (*parts, *rows.marks.values()))
+    assert all(grad.is_meta for grad in gradients(method).values())

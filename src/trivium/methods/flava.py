@@ -116,10 +116,10 @@ class FlavaMethod(Method):
         if not (batch.images and batch.texts) or not self.weights["contrastive"]:
             return Rows(), None
         text = batch.texts[0]
-        pixels_BCHW = self.pixels(batch.images[0].pixels_BCHW)
+        pixels_BCHW = self._to(batch.images[0].pixels_BCHW)
         mask_BT = self._text_mask(text.mask_BT)
-        image = self.model.encode_image(pixels_BCHW, rows=1)
-        words = self.model.encode_text(text.ids_BT.to(self.mean.device), mask_BT, rows=1)
+        image = self.model.encode_image(self.pixels(pixels_BCHW), rows=1)
+        words = self.model.encode_text(self._to(text.ids_BT), mask_BT, rows=1)
         marks = {
             "row": batch.rows_B,
             "kept": batch.targets["matched"],
@@ -127,7 +127,7 @@ class FlavaMethod(Method):
             "same_text": text.same_B,
         }
         rows = {"image": image.projected, "text": words.projected}
-        return Rows(rows, {name: mark.to(self.mean.device) for name, mark in marks.items()}), None
+        return Rows(rows, {name: self._to(mark) for name, mark in marks.items()}), pixels_BCHW
 
     def couple(self, mine: Rows, everyone: Rows) -> Sums:
         if not mine.rows:
@@ -157,14 +157,16 @@ class FlavaMethod(Method):
             return self._masked_image(batch)
         if not batch.images:
             return self._masked_text(batch)
-        return self._masked_pair(batch, gate_is_open=bool(counts["matched"] == 0))
+        # Pixels that the unmasked pass has sent to the device are not sent again.
+        pixels_BCHW = batch.images[0].pixels_BCHW if states is None else states
+        return self._masked_pair(batch, pixels_BCHW, gate_is_open=bool(counts["matched"] == 0))
 
     def _masked_image(self, batch: Batch) -> Sums:
         masked_BN = batch.targets["image_mask"]
         index_BQ, positions = _needed(F.pad(masked_BN, (1, 0)))  # the class token stands in front
         pixels_BCHW = self.pixels(batch.images[0].pixels_BCHW)
         image = self.model.encode_image(pixels_BCHW, self._to(masked_BN), self._to(index_BQ))
-        codes_M = self.codes(batch, torch.arange(len(batch)))[self._to(masked_BN)]
+        codes_M = self.codes(batch, torch.arange(len(batch))).flatten()[self._to(_places(masked_BN))]
         logits_MV = self.model.mim_head(image.tokens.flatten(0, 1)[self._to(positions[0])])
         return {"mim": masked_prediction(logits_MV, codes_M)}
 
@@ -177,7 +179,7 @@ class FlavaMethod(Method):
         logits_MV = self.model.mlm_head(words.tokens.flatten(0, 1)[self._to(positions[0])])
         return {"mlm": masked_prediction(logits_MV, self._to(text.ids_BT[selected_BT]))}
 
-    def _masked_pair(self, batch: Batch, gate_is_open: bool) -> Sums:
+    def _masked_pair(self, batch: Batch, pixels_BCHW: Tensor, gate_is_open: bool) -> Sums:
         wanted = [name for name in ("itm", "mmm_image", "mmm_text") if self.weights[name]]
         masked_R = self._masked_rows(batch)
         if not wanted:
@@ -185,7 +187,9 @@ class FlavaMethod(Method):
         matched_R = batch.targets["matched"][masked_R]
         kept_R = matched_R | gate_is_open
         masked_RN, selected_RT = batch.targets["image_mask"][masked_R], batch.targets["selected"][masked_R]
-        image = self.model.encode_image(self.pixels(batch.images[0].pixels_BCHW[masked_R]), self._to(masked_RN))
+        if len(masked_R) < len(batch):
+            pixels_BCHW = pixels_BCHW[masked_R.to(pixels_BCHW.device, non_blocking=True)]
+        image = self.model.encode_image(self.pixels(pixels_BCHW), self._to(masked_RN))
         words = self.model.encode_text(
             self._to(batch.targets["masked_ids"][masked_R]), self._text_mask(batch.texts[0].mask_BT[masked_R])
         )
@@ -199,7 +203,7 @@ class FlavaMethod(Method):
         if "itm" in wanted:
             sums["itm"] = matching(self.model.itm_head(tokens[self._to(class_R)]), self._to(matched_R))
         if "mmm_image" in wanted:
-            codes_M = self.codes(batch, masked_R)[self._to(patches_RN)]
+            codes_M = self.codes(batch, masked_R).flatten()[self._to(_places(patches_RN))]
             sums["mmm_image"] = masked_prediction(self.model.mmm_image_head(tokens[self._to(patch_M)]), codes_M)
         if "mmm_text" in wanted:
             ids_M = self._to(batch.texts[0].ids_BT[masked_R][words_RT])
@@ -250,6 +254,11 @@ class FlavaMethod(Method):
             return self.image_tokenizer.encode(pixels_RCHW.to(self.mean.dtype) / 255)
 
 
+def _places(mask: Tensor) -> Tensor:
+    """Flat places where a mask on CPU is True: indexing by the mask itself would wait for the device to count them."""
+    return mask.flatten().nonzero()[:, 0]
+
+
 def _needed(*parts: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Which positions of a sequence the last block must compute, and where each part's positions stand then.
 
@@ -266,7 +275,7 @@ def _needed(*parts: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     valid_BQ = torch.arange(Q) < needed_BL.sum(1, keepdim=True)
     ends = torch.tensor([0, *[part.shape[1] for part in parts]]).cumsum(0).tolist()
     places = tuple(
-        (valid_BQ & (index_BQ >= first) & (index_BQ < last)).flatten().nonzero()[:, 0]
+        _places(valid_BQ & (index_BQ >= first) & (index_BQ < last))
         for first, last in zip(ends[:-1], ends[1:], strict=True)
     )
     return index_BQ, places

@@ -11,6 +11,7 @@ A step means the same on one process and on many, in one micro-batch or in sever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -127,20 +128,21 @@ def step(
     norm = norms.norm()
     grads = [distributed.own_part(grad) for grad in whole_grads]
     agreed = distributed.sum_over_processes({**sums, "/norm": norm})  # what is not finite anywhere is so in the sum
-    accepted = bool(torch.stack([value.to(norm.device) for value in agreed.values()]).isfinite().all())
-    sums = {name: value for name, value in agreed.items() if name != "/norm"}
+    numbers = _numbers({"/own norm": norm, **agreed})
+    accepted = all(math.isfinite(value) for value in numbers.values())
+    grad_norm, _ = numbers.pop("/own norm"), numbers.pop("/norm")
     if accepted:
-        if clip == "global":
-            torch._foreach_mul_(grads, (clip_norm / (norm + 1e-6)).clamp(max=1.0).item())
+        if clip == "global" and (factor := clip_norm / (grad_norm + 1e-6)) < 1.0:
+            torch._foreach_mul_(grads, factor)
         elif clip == "per_tensor":
             scales = (clip_norm / (norms + 1e-6)).clamp(max=1.0)
             for grad, scale in zip(grads, scales.to(grads[0].dtype), strict=True):
                 grad.mul_(scale)
         optimizer.step()
         with torch.no_grad():
-            method.after_step(key.step, everyone, {k: v for k, v in sums.items() if k.startswith("stat/")})
+            method.after_step(key.step, everyone, {k: v for k, v in agreed.items() if k.startswith("stat/")})
     optimizer.zero_grad(set_to_none=True)
-    return _result(sums, counts, float(norm), accepted, everyone)
+    return _result(numbers, counts, grad_norm, accepted, everyone)
 
 
 def measure(
@@ -170,7 +172,7 @@ def measure(
             for name, value in divisors.items():
                 counts[name] = counts.get(name, 0) + value
     method.train(was_training)
-    return _result(distributed.sum_over_processes(sums), counts, 0.0, True, Rows()).losses
+    return _result(_numbers(distributed.sum_over_processes(sums)), counts, 0.0, True, Rows()).losses
 
 
 def _divisors(method: Method, batches: Sequence[Batch]) -> Sums:
@@ -184,7 +186,7 @@ def _divisors(method: Method, batches: Sequence[Batch]) -> Sums:
 def _total(method: Method, sums: Sums, counts: Sums) -> Tensor:
     """Sum of weight x sum / count over the losses present; a count of 0 divides by 1."""
     terms = [
-        method.weights[name] * value / counts[name].clamp(min=1).to(value.device, value.dtype)
+        method.weights[name] * value / counts[name].clamp(min=1).to(value.device, value.dtype, non_blocking=True)
         for name, value in sums.items()
         if not name.startswith("stat/")
     ]
@@ -201,7 +203,15 @@ def _detached(sums: Sums) -> Sums:
     return {name: value.detach().double() for name, value in sums.items()}
 
 
-def _result(sums: Sums, counts: Sums, grad_norm: float, accepted: bool, rows: Rows) -> StepResult:
-    losses = {n: float(v / counts[n].clamp(min=1).to(v.device)) for n, v in sums.items() if not n.startswith("stat/")}
-    stats = {name[5:]: float(value) for name, value in sums.items() if name.startswith("stat/")}
+def _numbers(sums: Sums) -> dict[str, float]:
+    """All of them in one copy from the device: each copy waits until the device has nothing left to do."""
+    if not sums:
+        return {}
+    home = next(iter(sums.values())).device
+    return dict(zip(sums, torch.stack([value.double().to(home) for value in sums.values()]).tolist(), strict=True))
+
+
+def _result(sums: dict[str, float], counts: Sums, grad_norm: float, accepted: bool, rows: Rows) -> StepResult:
+    losses = {n: v / float(counts[n].clamp(min=1)) for n, v in sums.items() if not n.startswith("stat/")}
+    stats = {name[5:]: value for name, value in sums.items() if name.startswith("stat/")}
     return StepResult(losses, stats, {name: float(value) for name, value in counts.items()}, grad_norm, accepted, rows)

@@ -28,6 +28,7 @@ from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint, distributed, optim, precision, run_folder
 from trivium.train.budget import OutOfMemory, calibrate, is_out_of_memory
 from trivium.train.checkpoint import Saving
+from trivium.train.compilation import compile_blocks
 from trivium.train.config import Config
 from trivium.train.logs import Log
 from trivium.train.monitors import Monitors
@@ -339,8 +340,7 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
     if resume:
         distributed.first_process_does(lambda: run_folder.rewind(folder, step))
     if settings.compile and run.blocks is not None:
-        for block in run.blocks():
-            block.compile()
+        compile_blocks(run.blocks())
     state = {
         "step": step,
         "seconds": seconds,

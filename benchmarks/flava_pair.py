@@ -1,0 +1,267 @@
+"""FLAVA and transformers.FlavaForPreTraining as one pair: same weights, same batches, a step of each.
+
+What benchmarks of the two have in common: flava_step.py times them on a processor, gpu.py on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import side_by_side
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import FlavaConfig as PeerConfig
+from transformers import FlavaForPreTraining
+from transformers.models.flava.modeling_flava import FlavaLayer
+
+from trivium.convert.dalle import to_hf as codebook_to_hf
+from trivium.convert.flava import config_to_hf, to_hf
+from trivium.data.masking import block_mask
+from trivium.data.order import keyed_generator
+from trivium.layers import attention, embeddings, transformer
+from trivium.methods.flava import FlavaMethod, Pixels
+from trivium.methods.flava_flops import useful_flops
+from trivium.models.dvae import DVae, DVaeConfig
+from trivium.models.flava import Flava, FlavaConfig
+from trivium.train.initial import initialise
+from trivium.train.protocol import Batch, Images, Key, Texts
+from trivium.train.step import backward, step
+
+MODALITIES = ("multimodal", "image", "text")
+PADDED = 77  # tokens
+ROWS = {"multimodal": 192, "image": 256, "text": 48}  # of a step at size base on a GPU of 80 GB; halved where too many
+LENGTHS = (9, 12, 13, 15, 16, 17, 20, 26)  # tokens of eight captions: 16 on average, as 12 words have (FLAVA Table 2)
+
+
+def make_batches(
+    config: FlavaConfig, batch: int, length: int | None, with_codes: bool, lengths: Sequence[int] = LENGTHS
+) -> dict[str, Batch]:
+    """One batch of each modality. length: pad texts to it; None: to the longest caption. lengths: of texts, in turn.
+
+    The pictures and words are noise: no step here takes another time for meaning.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = (batch, max(PADDED, *lengths))
+    length_B = torch.tensor([lengths[row % len(lengths)] for row in range(batch)])
+    width = length or int(length_B.max())
+    mask_BT = torch.arange(width) < length_B[:, None]
+    ids_BT = torch.randint(1000, config.vocab_size, drawn, generator=generator)[:, :width] * mask_BT
+    selected_BT = (torch.rand(drawn, generator=generator)[:, :width] < 0.15) & mask_BT
+    selected_BT[:, 1] = True
+    pixels = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), generator=generator)
+    half = config.image_size // config.patch_size * 8
+    codebook = torch.randint(0, 256, (batch, 3, half, half), generator=generator)
+    masks = [block_mask(keyed_generator("benchmark", row), config.grid, config.grid) for row in range(batch)]
+    rows_B = torch.arange(batch)
+    images = (Images(pixels.to(torch.uint8), rows_B), Images(codebook.to(torch.uint8), rows_B))
+    targets = {
+        "image_mask": torch.stack([torch.as_tensor(mask) for mask in masks]),
+        "masked_ids": torch.where(selected_BT, 103, ids_BT),
+        "selected": selected_BT,
+        "matched": torch.arange(batch) != 3,  # one false pair
+    }
+    if with_codes:
+        targets["codes"] = torch.randint(0, config.num_codes, (batch, config.grid**2), generator=generator)
+    texts = (Texts(ids_BT, mask_BT, rows_B),)
+    return {
+        "multimodal": Batch("pairs", rows_B, rows_B, images, texts, targets),
+        "image": Batch("images", rows_B, rows_B, images, (), targets),
+        "text": Batch("text", rows_B, rows_B, (), texts, targets),
+    }
+
+
+def peer_inputs(batch: Batch, method: FlavaMethod, modality: str) -> dict[str, Tensor]:
+    """The same batch as FlavaForPreTraining takes it."""
+    inputs: dict[str, Tensor] = {}
+    targets = batch.targets
+    if modality != "text":
+        inputs["pixel_values"] = method.pixels(batch.images[0].pixels_BCHW)
+        inputs["bool_masked_pos"] = targets["image_mask"].long()
+        if "codes" in targets:
+            inputs["mim_labels"] = targets["codes"].clone()  # the peer writes into it
+        else:
+            inputs["codebook_pixel_values"] = batch.images[1].pixels_BCHW.to(method.mean.device) / 255 * 0.8 + 0.1
+    if modality != "image":
+        text = batch.texts[0]
+        inputs["input_ids"] = text.ids_BT
+        inputs["input_ids_masked"] = targets["masked_ids"]
+        inputs["attention_mask"] = text.mask_BT.long()
+        inputs["mlm_labels"] = torch.where(targets["selected"], text.ids_BT, -100)
+    if modality == "multimodal":
+        inputs["itm_labels"] = targets["matched"].long()
+    return {name: value.to(method.mean.device) for name, value in inputs.items()}
+
+
+class Pair:
+    """The two models with the same weights, and a step of each."""
+
+    def __init__(self, size: str, autocast: Callable[[], AbstractContextManager], device: torch.device) -> None:
+        config = FlavaConfig.of_size(size)
+        if size != "base":  # the peer's codebook has a stride of 8 and half of the picture's size
+            config = replace(config, image_size=64, patch_size=16)
+        codebook = DVaeConfig() if size == "base" else DVaeConfig(width=16, num_codes=config.num_codes)
+        tokenizer = DVae(codebook)
+        model = Flava(config)
+        initialise(model, 0)
+        codebook_state, codebook_config = codebook_to_hf(tokenizer)
+        peer_config = config_to_hf(config, codebook_config)
+        self.peer = FlavaForPreTraining(PeerConfig.from_dict(peer_config)).train().to(device)
+        state = to_hf(model.state_dict(), config)
+        state |= {f"image_codebook.{name}": tensor for name, tensor in codebook_state.items()}
+        self.peer.load_state_dict(state, strict=False)
+        self.method = FlavaMethod(model, tokenizer.frozen(), Pixels((0.5,) * 3, (0.25,) * 3)).to(device)
+        options: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.1, "fused": True}
+        self.optimizer = torch.optim.AdamW(model.parameters(), **options)
+        self.peer_optimizer = torch.optim.AdamW([p for p in self.peer.parameters() if p.requires_grad], **options)
+        self.autocast = autocast
+        if device.type == "cuda":  # losses are compared in float32, convolutions of the peer included
+            torch.backends.cudnn.allow_tf32 = False
+
+    def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The transformer blocks of both, for compilation one by one."""
+        return self.method.model.blocks(), [layer for layer in self.peer.modules() if isinstance(layer, FlavaLayer)]
+
+    def case(self, modality: str, rows: int, inputs: str) -> tuple[Batch, dict[str, Tensor]]:
+        """A batch for both sides. inputs: "as_used" or "equal" (see flava_step.py), "padded" or "online" for ours.
+
+        Text alone is running text of the model's full length, as in the paper, not captions.
+        """
+        config = self.method.model.config
+        if modality == "text":
+            batch = make_batches(config, rows, None, True, lengths=(config.max_length,))["text"]
+            return batch, peer_inputs(batch, self.method, modality)
+        padded = PADDED if config.max_length >= PADDED else None
+        ours = make_batches(config, rows, padded if inputs == "padded" else None, inputs != "online")[modality]
+        theirs = ours if inputs == "equal" else make_batches(config, rows, padded, False)[modality]
+        return ours, peer_inputs(theirs, self.method, modality)
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        return step(self.method, [batch], Key(0, batch.stream, 0), self.optimizer, autocast=self.autocast).losses
+
+    def flops(self, batch: Batch) -> float:
+        return useful_flops(self.method, batch)
+
+    def memory(self, batch: Batch | dict[str, Tensor]) -> int:
+        """Peak of a forward and backward above the state; a Batch is ours, a dict the peer's."""
+        if isinstance(batch, Batch):
+            key = Key(0, batch.stream, 0)
+            return memory_above_state(lambda: backward(self.method, [batch], key, self.autocast), self.optimizer)
+        return memory_above_state(lambda: self.peer_losses(batch)["total"].backward(), self.peer_optimizer)
+
+    def peer_step(self, inputs: dict[str, Tensor]) -> dict[str, float]:
+        self.peer_optimizer.zero_grad(set_to_none=True)
+        losses = self.peer_losses(inputs)
+        losses["total"].backward()
+        self.peer_optimizer.step()
+        return {name: value.item() for name, value in losses.items()}
+
+    def peer_losses(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "mim_labels" in inputs:
+            inputs = inputs | {"mim_labels": inputs["mim_labels"].clone()}
+        with self.autocast():
+            output = self.peer(**inputs, return_loss=True)
+        names = {"global_contrastive": "contrastive"}
+        found = {names.get(name, name): loss for name, loss in output.loss_info.items() if loss is not None}
+        return found | {"total": output.loss}
+
+    def same_losses(self, batch: Batch, inputs: dict[str, Tensor]) -> None:
+        """Both sides in float32, or nothing is timed."""
+        autocast, self.autocast = self.autocast, nullcontext
+        self.method.zero_grad(set_to_none=True)
+        sums, counts, _ = backward(self.method, [batch], Key(0, batch.stream, 0))
+        self.method.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            theirs = self.peer_losses(inputs)
+        self.autocast = autocast
+        for name, value in sums.items():
+            mine, other = float(value / counts[name].clamp(min=1)), float(theirs[name])
+            assert abs(mine - other) <= 1e-5 * max(1.0, abs(other)), f"{name}: {mine} against the peer's {other}"
+            print(f"  {name}: {mine:.6f} = {other:.6f}")
+
+
+def memory_above_state(function: Callable[[], object], optimizer: torch.optim.Optimizer) -> int:
+    """Peak of a forward and backward above weights, gradients and optimizer state.
+
+    The gradients lie in memory before it begins: taken off afterwards they would count as if all had been there at
+    the peak, which stands where the backward begins.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter).zero_()  # written, so that it is resident
+    peak = side_by_side.peak_memory(function)
+    optimizer.zero_grad(set_to_none=True)
+    return peak
+
+
+# ---------------------------------------------------------------------------------------- steps without one trick
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask_BL: Tensor | None, dropout: float) -> Tensor:
+    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    if mask_BL is not None:
+        scores = scores.masked_fill(~mask_BL[:, None, None, :], float("-inf"))
+    return F.dropout(scores.softmax(-1), dropout) @ value
+
+
+def every_row(self: nn.Module, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+    for block in self.blocks:  # type: ignore[union-attr]
+        x = block(x, mask)
+    return x if rows is None else attention.take_rows(x, rows)
+
+
+def patches_by_convolution(self: embeddings.PatchEmbedding, pixels: Tensor) -> Tensor:
+    size = self.patch_size
+    weight = self.projection.weight.view(-1, 3, size, size)
+    return F.conv2d(pixels, weight, self.projection.bias, stride=size).flatten(2).transpose(1, 2)
+
+
+def three_projections(self: attention.SelfAttention, x: Tensor, mask: Any = None, rows: Any = None) -> Tensor:
+    weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+    asked = x if rows is None else attention.take_rows(x, rows)
+    parts = [F.linear(a, w, b) for a, w, b in zip((asked, x, x), weights, biases, strict=True)]
+    heads = [part.view(len(x), part.shape[1], self.num_heads, -1).transpose(1, 2) for part in parts]
+    attended = attention.attend(heads[0], heads[1], heads[2], mask, 0.0)
+    return self.out(attended.transpose(1, 2).reshape(len(x), -1, x.shape[2]))
+
+
+@contextmanager
+def unused_pass() -> Iterator[None]:
+    """The unmasked pass that the public ports also run in batches of one modality."""
+    embed = FlavaMethod.embed
+
+    def with_unmasked(self: FlavaMethod, batch: Batch) -> Any:
+        if batch.images and not batch.texts:
+            self.model.encode_image(self.pixels(batch.images[0].pixels_BCHW))
+        if batch.texts and not batch.images:
+            text = batch.texts[0]
+            self.model.encode_text(text.ids_BT.to(self.mean.device), text.mask_BT.to(self.mean.device))
+        return embed(self, batch)
+
+    with mock.patch.object(FlavaMethod, "embed", with_unmasked):
+        yield
+
+
+# Each trick taken away: how our step is patched, and the inputs of Pair.case that it then takes.
+WITHOUT: dict[str, tuple[Callable[[], AbstractContextManager], str]] = {
+    "no unused unmasked pass": (unused_pass, "equal"),
+    "last block at needed rows only": (
+        lambda: mock.patch.object(transformer.PreNormEncoder, "forward", every_row),
+        "equal",
+    ),
+    "fused scaled-dot-product attention": (lambda: mock.patch.object(attention, "attend", eager_attention), "equal"),
+    "one projection for queries, keys and values": (
+        lambda: mock.patch.object(attention.SelfAttention, "forward", three_projections),
+        "equal",
+    ),
+    "patches as a linear map": (
+        lambda: mock.patch.object(embeddings.PatchEmbedding, "forward", patches_by_convolution),
+        "equal",
+    ),
+    "real-length text": (nullcontext, "padded"),
+    "cached image codes": (nullcontext, "online"),
+}

@@ -1,0 +1,153 @@
+"""The GPU benchmark at a small size, on whatever device there is: what it reports, and what a run cut off leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu  # noqa: E402
+
+VARIANTS = [("as_used", "eager"), ("as_used", "compiled")]
+CASES = [f"flava/{modality}/{'/'.join(each)}" for modality in ("multimodal", "image", "text") for each in VARIANTS]
+CASES += [f"flava/multimodal/{each}" for each in ("equal/eager", "equal/compiled", "as_used/peer as a whole")]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def measured(out: Path, minutes: float) -> tuple[dict[str, Any], str]:
+    """What a small run of so many minutes wrote and printed; what it did measure is checked here."""
+    program = str(ROOT / "benchmarks" / "gpu.py")
+    done = run(program, "--size", "tiny", "--minutes", str(minutes), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "recompile_limit" not in done.stderr
+    found = json.loads((out / "gpu.json").read_text())
+    ceiling = max(found["matmul"].values())
+    for name, row in found["results"].items():
+        assert "peer_failed" not in row, row
+        assert row["compiled_while_timed"] == 0, f"{name}: the steps that were timed were not yet compiled"
+        assert row["ratio"] == pytest.approx(row["peer"] / row["ours"])
+        assert row["flops"] > 0 and row["ours_bytes"] > 0 and row["peer_bytes"] > 0
+        for side in ("ours", "peer"):
+            assert row[f"{side}_mfu"] == pytest.approx(row["flops"] / row[side] / ceiling)
+    assert ("THE DEVICE IS A CPU" in done.stdout) != torch.cuda.is_available()
+    assert ("(floor" in done.stdout) == torch.cuda.is_available()
+    return found, done.stdout
+
+
+@pytest.mark.slow
+def test_a_small_run_measures_every_section(tmp_path: Path) -> None:
+    found, _ = measured(tmp_path, 8)
+    assert found["not_measured"] == {}
+    assert list(found["results"]) == CASES
+    for modality in ("multimodal", "image"):
+        assert len(found["ladder"][f"flava/{modality}"]) == 9
+        assert all(math.isfinite(factor) for factor in found["ladder"][f"flava/{modality}"].values())
+
+
+def test_a_run_cut_off_keeps_what_it_has_and_names_the_rest(tmp_path: Path) -> None:
+    found, printed = measured(tmp_path, 0.25)
+    assert 0 < len(found["results"]) <= len(CASES)
+    assert list(found["results"]) == CASES[: len(found["results"])]
+    for section, why in found["not_measured"].items():
+        assert f"not measured to its end: {section}: {why}" in printed
+    assert len(found["results"]) + len(found["not_measured"]) >= len(CASES)
+
+
+def test_a_run_without_time_says_so_for_every_section_and_writes(tmp_path: Path) -> None:
+    done = run(str(ROOT / "benchmarks" / "gpu.py"), "--size", "tiny", "--minutes", "0", "--out", str(tmp_path))
+    assert done.returncode != 0 and "nothing was measured" in done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["results"] == {}
+    assert set(found["not_measured"].values()) == {"no time was left"}
+
+
+def test_it_needs_nothing_of_ours_beside_torch_numpy_and_the_peer() -> None:
+    program = """
+import importlib.abc, sys, tomllib
+from pathlib import Path
+import torch, transformers
+from transformers import FlavaForPreTraining
+
+project = tomllib.loads(Path(sys.argv[1], "pyproject.toml").read_text())["project"]
+lists = [project["dependencies"], *project["optional-dependencies"].values()]
+names = {name.partition(">")[0].partition("[")[0].replace("-", "_") for each in lists for name in each}
+absent = {"PIL" if name == "pillow" else name for name in names} - {"torch", "numpy", "safetensors", "transformers"}
+for name in [name for name in sys.modules if name.partition(".")[0] in absent]:
+    del sys.modules[name]
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in absent:
+            raise ImportError(f"{name} is not there")
+
+sys.meta_path.insert(0, Absent())
+sys.path.insert(0, str(Path(sys.argv[1], "benchmarks")))
+import gpu
+"""
+    done = run("-c", program, str(ROOT))
+    assert done.returncode == 0, done.stderr
+
+
+def report() -> tuple[gpu.Report, list[dict[str, Any]]]:
+    written: list[dict[str, Any]] = []
+    return gpu.Report(1.0, lambda report: written.append(dict(report.not_measured))), written
+
+
+def test_a_section_that_takes_too_long_is_ended_and_what_it_found_stays() -> None:
+    found, written = report()
+
+    def slow() -> None:
+        found.rows["before"] = {}
+        time.sleep(60)
+
+    started = time.monotonic()
+    assert not found.section("slow", 0.2, slow)
+    assert time.monotonic() - started < 30
+    assert "before" in found.rows and "slow" in written[0]
+    assert found.section("next", 10.0, lambda: None)  # and no alarm is left over
+    time.sleep(0.3)
+
+
+def test_a_section_that_fails_is_named_with_its_error_and_the_next_goes_on() -> None:
+    found, written = report()
+
+    def fails() -> None:
+        raise ValueError("the second line\nis not said")
+
+    assert not found.section("fails", 1.0, fails)
+    assert found.section("next", 1.0, lambda: None)
+    assert written == [{"fails": "ValueError: the second line"}] * 2
+
+
+def test_memory_that_runs_out_halves_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    tried: list[int] = []
+
+    def needs(limit: int, error: Exception, rows: int) -> int:
+        tried.append(rows)
+        if rows > limit:
+            raise error
+        return rows
+
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    assert gpu.with_fewer_rows(192, lambda rows: needs(50, full, rows)) == 48
+    assert tried == [192, 96, 48]
+    assert "192 rows: trying 96" in capsys.readouterr().out
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu.with_fewer_rows(4, lambda rows: needs(0, full, rows))
+    with pytest.raises(ValueError, match="another"):
+        gpu.with_fewer_rows(4, lambda rows: needs(0, ValueError("another"), rows))
