@@ -5,6 +5,8 @@ B batch, H heads, Q query positions, L key positions, D width, E width of a head
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +15,42 @@ from torch.nn import functional as F
 def attend(query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask_BL: Tensor | None, dropout: float) -> Tensor:
     """softmax(Q K^T / sqrt(E) + mask) V (Vaswani et al. 2017, Eq. 1). mask_BL: bool, True = may be attended."""
     mask_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
+    if query_BHQE.device.type == "cpu" and query_BHQE.dtype == torch.bfloat16 and not dropout and torch.is_grad_enabled():
+        out: Tensor = _WithPlainBackward.apply(query_BHQE, key_BHLE, value_BHLE, mask_B11L)
+        return out
     return F.scaled_dot_product_attention(query_BHQE, key_BHLE, value_BHLE, attn_mask=mask_B11L, dropout_p=dropout)
+
+
+class _WithPlainBackward(torch.autograd.Function):
+    """The fused attention, with a backward pass made of whole matrix products.
+
+    On a CPU in bfloat16 the fused backward is slow: with AMX, 12 heads and 215 positions take 40 ms where the products
+    take 14, and 17 positions of 4 heads ten times as long. Nothing but queries, keys and values is kept, as there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask_B11L: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(query_BHQE, key_BHLE, value_BHLE, mask_B11L)
+        return F.scaled_dot_product_attention(query_BHQE, key_BHLE, value_BHLE, attn_mask=mask_B11L)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BHQE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query_BHQE, key_BHLE, value_BHLE, mask_B11L = ctx.saved_tensors
+        scaled_BHQE = query_BHQE * query_BHQE.shape[-1] ** -0.5
+        key_BHLE, value_BHLE, grad_BHQE = key_BHLE.contiguous(), value_BHLE.contiguous(), grad_BHQE.contiguous()
+        scores_BHQL = scaled_BHQE @ key_BHLE.transpose(-2, -1)
+        if mask_B11L is not None:
+            scores_BHQL.masked_fill_(~mask_B11L, float("-inf"))
+        share_BHQL = scores_BHQL.softmax(-1)
+        grad_value_BHLE = share_BHQL.transpose(-2, -1) @ grad_BHQE
+        grad_share_BHQL = grad_BHQE @ value_BHLE.transpose(-2, -1)
+        grad_scores_BHQL = torch.ops.aten._softmax_backward_data(grad_share_BHQL, share_BHQL, -1, share_BHQL.dtype)
+        grad_query_BHQE = (grad_scores_BHQL @ key_BHLE).mul_(query_BHQE.shape[-1] ** -0.5)
+        grad_key_BHLE = grad_scores_BHQL.transpose(-2, -1) @ scaled_BHQE
+        return grad_query_BHQE, grad_key_BHLE, grad_value_BHLE, None
 
 
 class SelfAttention(nn.Module):
