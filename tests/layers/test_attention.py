@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trivium.layers import attention
 from trivium.layers.attention import SelfAttention, padded_index, take_rows
 from trivium.layers.transformer import PreNormEncoder
 
@@ -59,6 +60,40 @@ def test_fused_projection_and_kernel_equal_plain_attention(masked: bool) -> None
         value_and_gradients(module(x_BLD, mask_BL), weight, *inputs),
         value_and_gradients(plain_attention(module, x_BLD, mask_BL), weight, *inputs),
     )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_backward_of_products_equals_that_of_plain_attention(masked: bool) -> None:
+    """What a CPU takes in bfloat16, in float64."""
+    query, key, value = (torch.randn(B, HEADS, n, 6, dtype=torch.float64, requires_grad=True) for n in (4, L, L))
+    mask_B11L = random_mask()[:, None, None] if masked else None
+    scores = query @ key.transpose(-2, -1) / math.sqrt(6)
+    plain = (scores if mask_B11L is None else scores.masked_fill(~mask_B11L, float("-inf"))).softmax(-1) @ value
+    weight = torch.randn_like(plain)
+    assert_all_close(
+        value_and_gradients(
+            attention._WithPlainBackward.apply(query, key, value, mask_B11L), weight, query, key, value
+        ),
+        value_and_gradients(plain, weight, query, key, value),
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_fused_one(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, 4, n, 32, dtype=torch.float64, generator=generator).requires_grad_() for n in (50, 60, 60)]
+    mask_BL = torch.arange(60) < torch.tensor([60, 41])[:, None] if masked else None
+    mask = None if mask_BL is None else mask_BL[:, None, None]
+    weight = torch.randn(2, 4, 50, 32, dtype=torch.float64, generator=generator)
+    fused = torch.nn.functional.scaled_dot_product_attention
+    truth = value_and_gradients(fused(*exact, attn_mask=mask), weight, *exact)
+    low = [x.detach().bfloat16().requires_grad_() for x in exact]
+    theirs = value_and_gradients(fused(*low, attn_mask=mask), weight.bfloat16(), *low)
+    out = attention.attend(*low, mask_BL, 0.0)
+    assert "WithPlainBackward" in out.grad_fn.name()
+    mine = value_and_gradients(out, weight.bfloat16(), *low)
+    for true, their, my in zip(truth, theirs, mine, strict=True):
+        assert float((my - true).norm()) <= 1.5 * float((their - true).norm())
 
 
 def test_masked_positions_change_nothing() -> None:

@@ -376,6 +376,8 @@ def test_a_partial_checkpoint_in_the_way_stops_no_process(straight: Path, tmp_pa
     found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert found == ["damaged-0-step-00000010", "step-00000015", "step-00000020"]
     assert newest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail) is not None
+
+
 def test_what_is_not_finite_on_one_process_changes_nothing_on_any(tmp_path: Path) -> None:
     """The bad batch is the second process's alone; parameters, teacher, queue and optimizer stay to the bit on both."""
 

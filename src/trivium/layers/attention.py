@@ -15,7 +15,12 @@ from torch.nn import functional as F
 def attend(query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask_BL: Tensor | None, dropout: float) -> Tensor:
     """softmax(Q K^T / sqrt(E) + mask) V (Vaswani et al. 2017, Eq. 1). mask_BL: bool, True = may be attended."""
     mask_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
-    if query_BHQE.device.type == "cpu" and query_BHQE.dtype == torch.bfloat16 and not dropout and torch.is_grad_enabled():
+    if (
+        query_BHQE.device.type == "cpu"
+        and query_BHQE.dtype == torch.bfloat16
+        and not dropout
+        and torch.is_grad_enabled()
+    ):
         out: Tensor = _WithPlainBackward.apply(query_BHQE, key_BHLE, value_BHLE, mask_B11L)
         return out
     return F.scaled_dot_product_attention(query_BHQE, key_BHLE, value_BHLE, attn_mask=mask_B11L, dropout_p=dropout)
@@ -29,9 +34,7 @@ class _WithPlainBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask_B11L: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask_B11L: Tensor | None) -> Tensor:
         ctx.save_for_backward(query_BHQE, key_BHLE, value_BHLE, mask_B11L)
         return F.scaled_dot_product_attention(query_BHQE, key_BHLE, value_BHLE, attn_mask=mask_B11L)
 

@@ -19,7 +19,6 @@ from math import log
 from typing import Any, Literal
 
 import torch
-from scipy.special import entr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -222,7 +221,8 @@ class FlavaMethod(Method):
         if not counts.get("itm"):
             return {}
         true = counts["itm/true"] / counts["itm"]
-        return {"itm": float(entr(true) + entr(1 - true)), "contrastive": log(counts["all/contrastive"])}
+        entropy = -sum(share * log(share) for share in (true, 1 - true) if share > 0)
+        return {"itm": entropy, "contrastive": log(counts["all/contrastive"])}
 
     # Small things of the passes above. Indices are made on CPU, where reading them costs no wait for a device.
 
