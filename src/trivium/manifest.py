@@ -58,7 +58,7 @@ def write_manifest(folder: Path) -> None:
     """Write folder/manifest.json: bytes and sha256 of every other file below the folder."""
     manifest = folder / NAME
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != manifest
     }
@@ -86,7 +86,7 @@ def verify_manifest(folder: Path) -> None:
             raise TriviumError(f"{path}: missing, although {NAME} lists it; use another checkpoint or copy")
         if path.stat().st_size != size:
             raise TriviumError(f"{path}: {path.stat().st_size} bytes where {size} were written; use another copy")
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             raise TriviumError(f"{path}: its bytes changed since it was written; use another checkpoint or copy")
 
 
@@ -114,7 +114,8 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None], part: str = ".")
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -36,6 +36,9 @@ VERBS = {
     "search": Verb("trivium.cli.search:search", "find pictures by a text or by another picture"),
     "data codes": Verb("trivium.cli.data:codes", "cache the image tokenizer's codes of every picture of a run"),
     "data pack": Verb("trivium.cli.data:pack", "write tar shards from any pictures, texts and pairs"),
+    "data build pmd": Verb("trivium.cli.data_build:pmd", "build PMD, a subset at a time, from its annotation files"),
+    "data build imagenet": Verb("trivium.cli.data_build:imagenet", "write tar shards of ImageNet-1k"),
+    "data build text": Verb("trivium.cli.data_build:text", "join running text to sequences of equal length"),
     "convert": Verb("trivium.cli.convert:convert", "read and write the layouts of other libraries"),
 }
 
@@ -97,8 +100,7 @@ def _run(words: list[str]) -> int | None:
         print(f"trivium {__version__}")
         return OK
     verb, rest = words[0], words[1:]
-    group = [name for name in VERBS if name.startswith(f"{verb} ")]
-    if group:  # of verbs of two words
+    while group := [name for name in VERBS if name.startswith(f"{verb} ")]:  # of verbs of several words
         if rest[:1] in ([], ["-h"], ["--help"], ["help"]):
             print(f"trivium {verb} has\n\n{verb_lines(group)}\n\ntrivium {group[0]} --help says what a verb takes")
             return OK

@@ -70,10 +70,10 @@ def codes(
 
     given = tree.data
     described = f"{given.pairs} {given.images} {given.validation} {given.image_column}"
-    with _progress("codes") as progress:
+    with progress_bar("codes") as progress:
         skipped = build(pictures, views, encode, name, out, crops, source_name=described, progress=progress)
     skipped = list(dict.fromkeys(skipped))  # the same file may serve two streams
-    _show_skipped(skipped)
+    show_skipped(skipped)
     bad = f"; {len(skipped)} could not be read and are left out" if skipped else ""
     print(f"codes of {len(CodeCache(out, views, name))} pictures, {crops} crops each, in {out}{bad}")
     print(f"train with the same fields and --data.codes {out}")
@@ -129,17 +129,16 @@ def pack(
     settings = packing.Settings(
         cast(Any, kind), paths, image_column, text_column, shortest_side, quality, samples_per_shard
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with _progress("shards") as progress:
+    with progress_bar("shards") as progress:
         done = packing.pack(
             settings,
             out,
             part=(int(share[1]), int(share[2])),
-            workers=cores if workers is None else workers,
+            workers=num_cores() if workers is None else workers,
             engine=engine,
             progress=progress,
         )
-    _show_skipped([entry["why"] for entry in done.skipped])
+    show_skipped([entry["why"] for entry in done.skipped])
     bad = f"; {len(done.skipped)} could not be used" if done.skipped else ""
     were_there = f", {done.of - done.made} of them from before" if done.made < done.of else ""
     print(f"{done.samples} samples in {done.of} shards{were_there}, in {out}{bad}")
@@ -149,7 +148,11 @@ def pack(
         print("other parts are not done yet: the one that ends last writes the manifest")
 
 
-def _show_skipped(sentences: list[str]) -> None:
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def show_skipped(sentences: list[str]) -> None:
     for sentence in sentences[:ERRORS_SHOWN]:
         print(f"  {sentence}", file=sys.stderr)
     if len(sentences) > ERRORS_SHOWN:
@@ -157,7 +160,7 @@ def _show_skipped(sentences: list[str]) -> None:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on a terminal, nothing where stderr is a file."""
     if not sys.stderr.isatty():
         yield None

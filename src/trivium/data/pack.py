@@ -15,7 +15,6 @@ or another part of a job array, knows what is done. It may be removed when the m
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -39,7 +38,7 @@ from trivium.data.shards import open_index
 from trivium.data.sources import open_source
 from trivium.data.transforms import resize
 from trivium.errors import BadSample, TriviumError
-from trivium.manifest import file_beside
+from trivium.manifest import file_beside, sha256
 from trivium.train.protocol import Sample, Source
 
 FORMAT = 1  # of the shards: another number is another setting
@@ -86,6 +85,7 @@ def pack(
     settings: Settings,
     out: Path,
     *,
+    source: Source | None = None,
     part: tuple[int, int] = (1, 1),
     workers: int = 1,
     engine: Engine = "local",
@@ -96,6 +96,7 @@ def pack(
     The source must stay as it is until all is packed.
 
     Args:
+        source: the samples, where the settings' paths alone do not say how to read them.
         part: (k, n): the k-th of n shares of the shards, k from 1. Parts may run at the same time on any machines that
             see the folder; the one that ends last writes the manifest.
         workers: processes, for the engine "local".
@@ -111,9 +112,9 @@ def pack(
         raise TriviumError(f"part {number}/{parts} is out of range: the first is 1/{parts}, the last {parts}/{parts}")
     if workers < 1:
         raise TriviumError(f"{workers} workers can do nothing: give at least 1")
-    source = open_source(
-        settings.kind, settings.paths, image_column=settings.image_column, text_column=settings.text_column
-    )
+    if source is None:
+        columns = {"image_column": settings.image_column, "text_column": settings.text_column}
+        source = open_source(settings.kind, settings.paths, **columns)
     described = json.loads(json.dumps({"format": FORMAT, **asdict(settings), "rows": len(source)}))
     total = -(-len(source) // settings.samples_per_shard)
     mine = range(total * (number - 1) // parts, total * number // parts)
@@ -170,7 +171,7 @@ def pack_shard(source: Source, settings: Settings, out: Path, shard: int) -> Rec
     if not index.exists():
         raise OSError(errno.ENOSPC, "its index could not be written", str(index))
     record = {
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in (staged, index)},
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in (staged, index)},
         "samples": samples,
         "skipped": skipped,
     }
@@ -229,11 +230,6 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)  # its time, owner and group are 0 and nobody
     member.size, member.mode = len(data), 0o644
     archive.addfile(member, io.BytesIO(data))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------- engines

@@ -254,6 +254,11 @@ class TarShards(RowSource):
             raise self.bad(row, f"its .json has no text under {self.text_column or '|'.join(TEXT_COLUMNS)}")
         return captions
 
+    def identity(self, row: int) -> str:
+        """A picture is known by its bytes: one that stands in several samples, each with a caption, is one picture."""
+        checksum = ABSENT if self.kind == "text" else self._fact(row, "image_crc32")
+        return super().identity(row) if checksum == ABSENT else f"{checksum} {self._fact(row, 'image_length')}"
+
     def label(self, row: int) -> int | None:
         data = self._part(row, "cls")
         return int(data) if data is not None and data.strip().isdigit() else None

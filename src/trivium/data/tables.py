@@ -194,7 +194,7 @@ class Csv(TextTable):
                 offset += len(line)
                 yield line.decode("utf-8", "surrogateescape")  # a line that is not UTF-8 is its own row's trouble
 
-        with _long_fields():
+        with long_fields():
             records = csv.reader(lines(), **self.dialect)
             try:
                 for cells in records:
@@ -216,7 +216,7 @@ class Csv(TextTable):
         """Whether the rest of the file was taken for one quoted field."""
         text = self._file.read(start, stop).decode("utf-8", "surrogateescape")
         try:
-            with _long_fields():
+            with long_fields():
                 list(csv.reader(io.StringIO(text, newline=""), strict=True, **self.dialect))
         except csv.Error as error:
             return "unexpected end" in str(error)
@@ -229,7 +229,7 @@ class Csv(TextTable):
         return columns
 
     def _parse(self, row: int, text: str) -> Mapping[str, Any]:
-        with _long_fields():
+        with long_fields():
             try:
                 [cells] = csv.reader(io.StringIO(text, newline=""), strict=True, **self.dialect)
             except csv.Error as error:
@@ -272,7 +272,7 @@ class Jsonl(TextTable):
 
 
 @contextmanager
-def _long_fields() -> Iterator[None]:
+def long_fields() -> Iterator[None]:
     """The limit on a field's length belongs to the whole process: lifted for us alone, and put back."""
     with _csv_lock:
         limit = csv.field_size_limit(2**31 - 1)

@@ -155,6 +155,11 @@ class Tokenizer:
         return self._role("sep")
 
     @property
+    def sep_token(self) -> str:
+        """How the separator is written inside a text: `encode` turns it into `sep_id`."""
+        return self._tokenizer.id_to_token(self.sep_id)
+
+    @property
     def mask_id(self) -> int:
         return self._role("mask")
 
