@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 
 COMMON_WORDS = {
-    "English": """a about after all an and are as at be been before behind but by during each for from had has have he
-        her his how i if in into is it its just me my near no not of off on one or our out over she some that the their them
-        then there these they this those to two under up us very view was we were what when which while who will with you
-        your""",
+    "English": """a about after all an and are as at be been before behind but by do during each for from had
+        has have he her his how i if in into is it its just me my near no not of off on one or our out over she
+        some that the their them then there these they this those to two under up us very view was we were what
+        when which while who will with you your""",
     "German": """am auch auf aus bei beim bin das dem den der des die ein eine einem einen einer eines es für ich im ist
         mit nach nicht noch nur oder sich sie sind über und unter vom von vor war wie wir wird wurde zu zum zur""",
     "French": """au aux avec ce ces cette chez dans de depuis des du elle en entre est et il je la le les ma mes mon
