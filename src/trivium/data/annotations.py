@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import unquote_plus
 
@@ -51,14 +52,14 @@ def held_out(files: Sequence[str]) -> HeldOut:
     """The pictures of the splits val and test in Karpathy's dataset_coco.json and dataset_flickr30k.json."""
     found = set()
     for file in files:
-        splits = json_object(file)
-        name = splits.text("dataset")
-        for number, fields in enumerate(splits.items("images")):
-            image = Record(file, f"image {number}", fields)
-            if image.text("split") in ("val", "test"):
-                found.add(
-                    f"coco {image.integer('cocoid')}" if name == "coco" else f"{name} {_stem(image.text('filename'))}"
-                )
+        with _needed():
+            splits = json_object(file)
+            name = splits.text("dataset")
+            for number, fields in enumerate(splits.items("images")):
+                image = Record(file, f"image {number}", fields)
+                key = image.integer("cocoid") if name == "coco" else _stem(image.text("filename"))
+                if image.text("split") in ("val", "test"):
+                    found.add(f"{name} {key}")
     return frozenset(found)
 
 
@@ -69,10 +70,9 @@ def coco(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
     """captions_train2014.json: images (id, file_name, coco_url) and annotations (image_id, caption)."""
     for file in files:
         content = json_object(file)
-        images: dict[int, Record] = {}
-        for number, fields in enumerate(content.items("images")):
-            image = Record(file, f"image {number}", fields)
-            images[image.integer("id")] = image
+        with _needed():
+            described = [Record(file, f"image {number}", each) for number, each in enumerate(content.items("images"))]
+            images = {image.integer("id"): image for image in described}
 
         def pairs(annotation: Record, images: dict[int, Record] = images) -> Iterator[Pair | Dropped]:
             number = annotation.integer("image_id")
@@ -96,7 +96,8 @@ def visual_genome(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
     for file in files:
         first = next(json_elements(file), None)
         if first is not None and first.optional("regions") is None and first.optional("url") is not None:
-            images |= {record.integer("image_id"): record for record in json_elements(file)}
+            with _needed():
+                images |= {record.integer("image_id"): record for record in json_elements(file)}
         else:
             described.append(file)
     if not images or not described:
@@ -176,6 +177,7 @@ def conceptual_12m(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
 
 def _conceptual(files: Sequence[str], columns: tuple[str, str]) -> Iterator[Entry]:
     for file in files:
+        order = columns
         for line in lines(file):
             if isinstance(line, BadSample):
                 yield line
@@ -183,11 +185,11 @@ def _conceptual(files: Sequence[str], columns: tuple[str, str]) -> Iterator[Entr
             number, text = line
             fields = text.split("\t")
             if number == 1 and sorted(fields) == ["caption", "url"]:  # many copies have been given a header
-                columns = (fields[0], fields[1])
+                order = (fields[0], fields[1])
                 continue
-            record = Record(file, f"line {number}", dict(zip(columns, fields, strict=False)))
+            record = Record(file, f"line {number}", dict(zip(order, fields, strict=False)))
             if len(fields) != 2:
-                yield record.bad(f"it has {len(fields)} fields, not {' and '.join(columns)}")
+                yield record.bad(f"it has {len(fields)} fields, not {' and '.join(order)}")
             else:
                 yield from _each([record], _captioned)
 
@@ -268,16 +270,25 @@ def _unquoted(text: str) -> str:
 
 
 def _numbered(record: Record, name: str, word: str) -> Iterator[Record | BadSample]:
-    """The entries of a list inside a record. Raises TriviumError where it is not there."""
+    """The entries of a list inside a record. Raises TriviumError where a whole file lacks the list."""
     try:
         items = record.items(name)
     except BadSample as error:
-        if record.entry:
-            yield error
-            return
-        raise TriviumError(f"{error}: is it the file you mean?") from None
+        if not record.entry:
+            raise TriviumError(f"{error}: is it the file you mean?") from None
+        yield error
+        return
     for number, fields in enumerate(items):
         yield Record(record.file, f"{word} {number}", fields)
+
+
+@contextmanager
+def _needed() -> Iterator[None]:
+    """What everything else of a file hangs on: broken, it is a TriviumError."""
+    try:
+        yield
+    except BadSample as error:
+        raise TriviumError(f"{error}: is it the file you mean?") from None
 
 
 def _each(found: Iterable[Record | BadSample], pairs: Callable[[Record], Iterator[Pair | Dropped]]) -> Iterator[Entry]:
