@@ -203,6 +203,7 @@ def test_a_broken_entry_costs_itself_alone_and_is_named(tmp_path: Path) -> None:
     bad = [
         b"{", b"7", b'{"dataset_id": "ADE20k_train", "image_id": "a"}',
         b'{"dataset_id": "x", "image_id": 1, "caption": 3}',
+        b'{"dataset_id": "x", "image_id": 1, "caption": "\\ud800"}',
         b"\xff", b'{"dataset_id": "mscoco_train2017", "image_id": "x1", "caption": "a"}',
     ]  # fmt: skip
     file.write_bytes(b"\n".join([good, *bad, b"", good]))
@@ -212,9 +213,10 @@ def test_a_broken_entry_costs_itself_alone_and_is_named(tmp_path: Path) -> None:
         f"{file} (line 3): it is no record of named fields",
         f'{file} (line 4): it has no "caption"',
         f'{file} (line 5): its "caption" holds no text',
-        f"{file} (line 6): it is not UTF-8",
-        f'{file} (line 7): its image_id "x1" is no number of COCO',
-        ("line 9", "Good.", None, ("a",)),
+        f'{file} (line 6): its "caption" is no Unicode (a lone surrogate)',
+        f"{file} (line 7): it is not UTF-8",
+        f'{file} (line 8): its image_id "x1" is no number of COCO',
+        ("line 10", "Good.", None, ("a",)),
     ]
 
 

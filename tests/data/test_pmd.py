@@ -240,7 +240,7 @@ def test_it_goes_on_and_refuses_other_pictures(table: str, tmp_path: Path) -> No
     folder = tmp_path / "pmd" / "cc12m"
     before = content(tmp_path / "pmd")
     inodes = {path.name: path.stat().st_ino for path in folder.rglob("*.tar")}
-    build(table, tmp_path / "pmd", pictures, workers=2)
+    build(table, tmp_path / "pmd", pictures)
     assert content(tmp_path / "pmd") == before
     assert {path.name: path.stat().st_ino for path in folder.rglob("*.tar")} == inodes
     (pictures / "00000" / "000000004.jpg").unlink()

@@ -83,7 +83,8 @@ def pmd(
     if subset in recipe.HELD_OUT_IN and not held_out:
         print("  no picture is held out: --held-out dataset_coco.json keeps those of COCO's evaluation apart")
     if pictures:
-        print(f"{facts.packed:,} pairs in {len(facts.shards) // 2} shards; {facts.skipped:,} pictures are unusable")
+        num_shards = sum(name.endswith(".tar") for name in facts.shards)
+        print(f"{facts.packed:,} pairs in {num_shards:,} shards; {facts.skipped:,} pictures are unusable")
         print(f"  missing pictures: {facts.missing:,}, listed in {built.folder / 'missing.jsonl'}")
         print(f'use them with --data.pairs "{built.folder}/shards/*.tar"')
     if facts.without_url:

@@ -82,7 +82,7 @@ def coco(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
                 yield HELD_OUT
                 return
             names = (_stem(images[number].text("file_name")), f"{number:012d}")
-            url = images[number].optional("coco_url")
+            url = _address(images[number], "coco_url")
             yield Pair(annotation.text("caption"), annotation.file, annotation.entry, url, names)
 
         yield from _each(_numbered(content, "annotations", "annotation"), pairs)
@@ -119,7 +119,8 @@ def visual_genome(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
         if right <= left or bottom <= top:
             raise region.bad("its region is empty or outside the picture")
         box = (left / width, top / height, right / width, bottom / height)
-        yield Pair(region.text("phrase"), region.file, region.entry, image.optional("url"), (str(number),), box)
+        url = _address(image, "url")
+        yield Pair(region.text("phrase"), region.file, region.entry, url, (str(number),), box)
 
     for file in described:
         for picture in json_elements(file):
@@ -300,6 +301,11 @@ def _each(found: Iterable[Record | BadSample], pairs: Callable[[Record], Iterato
             yield from pairs(record)
         except BadSample as error:
             yield error
+
+
+def _address(image: Record, name: str) -> str | None:
+    """Raises BadSample."""
+    return None if image.optional(name) is None else image.text(name)
 
 
 def _stem(name: str) -> str:

@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 class Pictures:
-    """The pictures below some paths: folders, tar shards and Parquet files. 32 bytes of memory for each name.
+    """The pictures below some paths: folders, tar shards and Parquet files. 40 bytes of memory for each.
 
     Raises TriviumError for a path that does not exist or holds no picture, and for two pictures of one name.
     """

@@ -230,7 +230,7 @@ def _write_pairs(name: str, entries: Iterator[Entry], folder: Path, given: dict[
                 words += len(entry.caption.split())
                 without_url += entry.url is None
                 images.append(hash64(entry.url or entry.names[0], str(entry.box)))
-                rows.append(asdict(entry))
+                rows.append({name: getattr(entry, name) for name in PAIRS.names})
             elif isinstance(entry, Dropped):
                 dropped[entry.why] += 1
                 first = first or entry.why

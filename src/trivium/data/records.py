@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -42,7 +43,13 @@ class Record:
         """The value under the first of some names that is there and holds one; None without. Raises BadSample."""
         if not isinstance(self.fields, dict):
             raise self.bad("it is no record of named fields")
-        return next((self.fields[name] for name in names if self.fields.get(name) not in (None, "")), None)
+        value = next((self.fields[name] for name in names if self.fields.get(name) not in (None, "")), None)
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:  # JSON can spell half a character
+                raise self.bad(f'its "{"|".join(names)}" is no Unicode (a lone surrogate)') from None
+        return value
 
     def value(self, *names: str) -> Any:
         """Raises BadSample."""
@@ -61,7 +68,7 @@ class Record:
     def number(self, name: str) -> float:
         """Raises BadSample."""
         value = self.value(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.bad(f'its "{name}" is no number')
         return value
 
