@@ -113,8 +113,9 @@ def pack(
     if workers < 1:
         raise TriviumError(f"{workers} workers can do nothing: give at least 1")
     if source is None:
-        columns = {"image_column": settings.image_column, "text_column": settings.text_column}
-        source = open_source(settings.kind, settings.paths, **columns)
+        source = open_source(
+            settings.kind, settings.paths, image_column=settings.image_column, text_column=settings.text_column
+        )
     described = json.loads(json.dumps({"format": FORMAT, **asdict(settings), "rows": len(source)}))
     total = -(-len(source) // settings.samples_per_shard)
     mine = range(total * (number - 1) // parts, total * number // parts)

@@ -157,7 +157,9 @@ class Tokenizer:
     @property
     def sep_token(self) -> str:
         """How the separator is written inside a text: `encode` turns it into `sep_id`."""
-        return self._tokenizer.id_to_token(self.sep_id)
+        token = self._tokenizer.id_to_token(self.sep_id)
+        assert token is not None
+        return token
 
     @property
     def mask_id(self) -> int:

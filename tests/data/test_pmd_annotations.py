@@ -13,8 +13,8 @@ import pytest
 
 from tests.data import pmd_files
 from tests.data.pmd_files import write_json, write_lines
-from trivium.data import annotations, records
-from trivium.data.annotations import Dropped, Pair
+from trivium.data import pmd_annotations, records
+from trivium.data.pmd_annotations import Dropped, Pair
 from trivium.data.english import is_english
 from trivium.errors import BadSample, TriviumError
 
@@ -40,13 +40,13 @@ def test_coco(tmp_path: Path) -> None:
         (f"http://images.cocodataset.org/train2014/COCO_train2014_{n}.jpg", (f"COCO_train2014_{n}", n))
         for n in ("000000057870", "000000384029")
     )
-    assert shown(annotations.coco([file], NONE)) == [
+    assert shown(pmd_annotations.coco([file], NONE)) == [
         ("annotation 0", "A restaurant has modern wooden tables and chairs.", *first),
         ("annotation 1", "A man preparing desserts in a kitchen.", *second),
         ("annotation 2", "A long restaurant table.", *first),
     ]
     splits = pmd_files.karpathy(tmp_path / "dataset_coco.json", "coco", {57870: "test", 384029: "restval"})
-    found = shown(annotations.coco([file], annotations.held_out([splits])))
+    found = shown(pmd_annotations.coco([file], pmd_annotations.held_out([splits])))
     kept = ("annotation 1", "A man preparing desserts in a kitchen.", *second)
     assert found == ["held out for evaluation", kept, "held out for evaluation"]
 
@@ -54,7 +54,7 @@ def test_coco(tmp_path: Path) -> None:
 def test_visual_genome(tmp_path: Path) -> None:
     files = pmd_files.visual_genome(tmp_path)
     url = "https://cs.stanford.edu/people/rak248/VG_100K_2/{}.jpg"
-    pairs = list(annotations.visual_genome(files[::-1], frozenset({"coco 511"})))
+    pairs = list(pmd_annotations.visual_genome(files[::-1], frozenset({"coco 511"})))
     assert shown(pairs) == [
         ("entry 0, region 0", "the clock is green", url.format(1), ("1",)),
         ("entry 0, region 1", "a long shadow", url.format(1), ("1",)),
@@ -64,14 +64,14 @@ def test_visual_genome(tmp_path: Path) -> None:
     assert [pair.box for pair in pairs if isinstance(pair, Pair)] == [(0.5, 0.0, 1.0, 0.5), (0.0, 0.25, 1.0, 1.0)]
     for given, lacking in ((files[:1], "image_data.json"), (files[1:], "region_descriptions.json")):
         with pytest.raises(TriviumError, match=f"two files and {lacking} is not given"):
-            list(annotations.visual_genome(given, NONE))
+            list(pmd_annotations.visual_genome(given, NONE))
 
 
 def test_localized_narratives_are_cut_into_sentences(tmp_path: Path) -> None:
     file = pmd_files.localized_narratives(tmp_path / "a.jsonl")
     coco = ("http://images.cocodataset.org/train2017/000000000139.jpg", ("000000000139",))
     dog = "https://open-images-dataset.s3.amazonaws.com/train/000b0f4d98b3f4ee.jpg"
-    assert shown(annotations.localized_narratives([file], NONE)) == [
+    assert shown(pmd_annotations.localized_narratives([file], NONE)) == [
         ("line 1", "In this image there is a table.", *coco),
         ("line 1", "On the table, I can see a vase.", *coco),
         ("line 1", "It is blue", *coco),
@@ -83,12 +83,12 @@ def test_localized_narratives_are_cut_into_sentences(tmp_path: Path) -> None:
         pmd_files.karpathy(tmp_path / "c.json", "coco", {139: "val"}),
         pmd_files.karpathy(tmp_path / "f.json", "flickr30k", {1000092795: "test"}),
     ]
-    held_out = shown(annotations.localized_narratives([file], annotations.held_out(splits)))
+    held_out = shown(pmd_annotations.localized_narratives([file], pmd_annotations.held_out(splits)))
     assert [type(entry) for entry in held_out] == [str, tuple, tuple, str]
 
 
 def test_redcaps(tmp_path: Path) -> None:
-    [pair] = shown(annotations.redcaps([pmd_files.redcaps(tmp_path / "airplants_2019.json")], NONE))
+    [pair] = shown(pmd_annotations.redcaps([pmd_files.redcaps(tmp_path / "airplants_2019.json")], NONE))
     url = "https://i.redd.it/ho0wntksivy21.jpg"
     assert pair == ("annotation 0", "Found on a friend’s property in the Keys FL.", url, ("bpzj7r",))
 
@@ -99,12 +99,12 @@ def test_conceptual_captions_in_both_orders(tmp_path: Path) -> None:
     large = write_lines(tmp_path / "cc12m.tsv", ['http://a/1.jpg\t"big" dog', "http://a/2.jpg\ta cat"])
     headed = write_lines(tmp_path / "headed.tsv", ["caption\turl", "a cat\thttp://a/2.jpg"])
     cat = ("line 2", "a cat", "http://a/2.jpg", ())
-    assert shown(annotations.conceptual_3m([small], NONE)) == [("line 1", 'a "big dog', "http://a/1.jpg", ()), cat]
-    assert shown(annotations.conceptual_12m([large], NONE)) == [("line 1", '"big" dog', "http://a/1.jpg", ()), cat]
-    assert shown(annotations.conceptual_12m([headed, large], NONE)) == [
+    assert shown(pmd_annotations.conceptual_3m([small], NONE)) == [("line 1", 'a "big dog', "http://a/1.jpg", ()), cat]
+    assert shown(pmd_annotations.conceptual_12m([large], NONE)) == [("line 1", '"big" dog', "http://a/1.jpg", ()), cat]
+    assert shown(pmd_annotations.conceptual_12m([headed, large], NONE)) == [
         cat, ("line 1", '"big" dog', "http://a/1.jpg", ()), cat
     ]  # fmt: skip
-    swapped = shown(annotations.conceptual_3m([large], NONE))
+    swapped = shown(pmd_annotations.conceptual_3m([large], NONE))
     assert swapped[1] == f'{large} (line 2): its url "a cat" is no web address'
 
 
@@ -125,7 +125,7 @@ def test_sbu_as_its_owners_publish_it_and_as_tables(tmp_path: Path) -> None:
     pq.write_table(pa.table({"caption": captions, "url": urls}), tmp_path / "a.parquet")
     (tmp_path / "b.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
     for file in [*files, str(tmp_path / "a.parquet"), str(tmp_path / "b.csv.gz")]:
-        found = [entry[1:3] for entry in shown(annotations.captioned([file], NONE))]
+        found = [entry[1:3] for entry in shown(pmd_annotations.captioned([file], NONE))]
         assert found == [(caption, url) for url, caption in rows], file
 
 
@@ -138,7 +138,7 @@ def test_wit_keeps_english_reference_descriptions(tmp_path: Path) -> None:
     ]
     file = tmp_path / "wit_v1.train.all-00000-of-00010.tsv.gz"
     file.write_bytes(gzip.compress("\n".join("\t".join(row) for row in [columns, *rows]).encode()))
-    assert shown(annotations.wikipedia([str(file)], NONE)) == [
+    assert shown(pmd_annotations.wikipedia([str(file)], NONE)) == [
         ("line 2", 'The "Scream" by Munch', "https://upload.wikimedia.org/a.jpg", ()),
         "not English",
         "no reference description",
@@ -146,7 +146,7 @@ def test_wit_keeps_english_reference_descriptions(tmp_path: Path) -> None:
     table = write_lines(
         tmp_path / "a.csv", ["url,caption", "http://a/1.jpg,The tower of it", "http://a/2.jpg,La tour de la"]
     )
-    assert shown(annotations.wikipedia([table], NONE)) == [
+    assert shown(pmd_annotations.wikipedia([table], NONE)) == [
         ("line 2", "The tower of it", "http://a/1.jpg", ()),
         "not English",
     ]
@@ -169,7 +169,7 @@ def test_wit_keeps_english_reference_descriptions(tmp_path: Path) -> None:
 )
 def test_yfcc_takes_the_description_else_the_title(tmp_path: Path, description: str, title: str, expected: str) -> None:
     row = {"photoid": 6, "downloadurl": "http://a/1.jpg", "title": title, "description": description}
-    [found] = shown(annotations.yfcc([write_lines(tmp_path / "a.jsonl", [json.dumps(row)])], NONE))
+    [found] = shown(pmd_annotations.yfcc([write_lines(tmp_path / "a.jsonl", [json.dumps(row)])], NONE))
     assert found == (expected if " " in expected and expected.endswith(("English", "fewer", "text")) else (
         "line 1", expected, "http://a/1.jpg", ("6",)
     ))  # fmt: skip
@@ -178,7 +178,7 @@ def test_yfcc_takes_the_description_else_the_title(tmp_path: Path, description: 
 def test_a_language_column_decides(tmp_path: Path) -> None:
     rows = [{"url": "http://a/1.jpg", "caption": "Der Hund am Strand", "language": name} for name in ("en", "de")]
     file = write_lines(tmp_path / "a.jsonl", list(map(json.dumps, rows)))
-    assert [type(entry) for entry in annotations.yfcc([file], NONE)] == [Pair, Dropped]
+    assert [type(entry) for entry in pmd_annotations.yfcc([file], NONE)] == [Pair, Dropped]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_broken_entry_costs_itself_alone_and_is_named(tmp_path: Path) -> None:
         b"\xff", b'{"dataset_id": "mscoco_train2017", "image_id": "x1", "caption": "a"}',
     ]  # fmt: skip
     file.write_bytes(b"\n".join([good, *bad, b"", good]))
-    assert shown(annotations.localized_narratives([str(file)], NONE)) == [
+    assert shown(pmd_annotations.localized_narratives([str(file)], NONE)) == [
         ("line 1", "Good.", None, ("a",)),
         f"{file} (line 2): it is no JSON object",
         f"{file} (line 3): it is no record of named fields",
@@ -224,19 +224,19 @@ def test_broken_entries_of_json_files(tmp_path: Path) -> None:
     coco = json.loads(Path(pmd_files.coco_captions(tmp_path / "c.json")).read_text())
     coco["annotations"] = [{"image_id": 5, "caption": "a"}, {"image_id": 57870}, {"caption": "a"}]
     file = write_json(tmp_path / "c.json", coco)
-    assert shown(annotations.coco([file], NONE)) == [
+    assert shown(pmd_annotations.coco([file], NONE)) == [
         f"{file} (annotation 0): it is of image 5, which the file does not describe",
         f'{file} (annotation 1): it has no "caption"',
         f'{file} (annotation 2): it has no "image_id"',
     ]
     with pytest.raises(TriviumError, match=r'c.json: it has no "annotations": is it the file you mean'):
-        list(annotations.redcaps([write_json(tmp_path / "c.json", {"info": {}})], NONE))
+        list(pmd_annotations.redcaps([write_json(tmp_path / "c.json", {"info": {}})], NONE))
     regions, pictures = pmd_files.visual_genome(tmp_path)
     broken = [
         {"id": 1, "regions": [{"image_id": 1, "phrase": "a", "x": 90, "y": 0, "width": 5, "height": 5}]},
         {"id": 2},
     ]
-    assert shown(annotations.visual_genome([write_json(Path(regions), broken), pictures], NONE)) == [
+    assert shown(pmd_annotations.visual_genome([write_json(Path(regions), broken), pictures], NONE)) == [
         f"{regions} (entry 0, region 0): its region is empty or outside the picture",
         f'{regions} (entry 1): it has no "regions"',
     ]
@@ -269,7 +269,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, se
 
 def test_rows_of_the_wrong_width(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.csv", ["url,caption", "http://a/1.jpg,a, b", "", "http://a/2.jpg,c"])
-    assert shown(annotations.captioned([file], NONE)) == [
+    assert shown(pmd_annotations.captioned([file], NONE)) == [
         f"{file} (line 2): it has 3 fields, the header 2", ("line 4", "c", "http://a/2.jpg", ())
     ]  # fmt: skip
 
