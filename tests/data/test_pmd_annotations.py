@@ -14,8 +14,8 @@ import pytest
 from tests.data import pmd_files
 from tests.data.pmd_files import write_json, write_lines
 from trivium.data import pmd_annotations, records
-from trivium.data.pmd_annotations import Dropped, Pair
 from trivium.data.english import is_english
+from trivium.data.pmd_annotations import Dropped, Pair
 from trivium.errors import BadSample, TriviumError
 
 NONE = frozenset[str]()
@@ -46,7 +46,7 @@ def test_coco(tmp_path: Path) -> None:
         ("annotation 2", "A long restaurant table.", *first),
     ]
     splits = pmd_files.karpathy(tmp_path / "dataset_coco.json", "coco", {57870: "test", 384029: "restval"})
-    found = shown(pmd_annotations.coco([file], pmd_annotations.held_out([splits])))
+    found = shown(pmd_annotations.coco([file], pmd_annotations.held_out_pictures([splits])))
     kept = ("annotation 1", "A man preparing desserts in a kitchen.", *second)
     assert found == ["held out for evaluation", kept, "held out for evaluation"]
 
@@ -83,7 +83,7 @@ def test_localized_narratives_are_cut_into_sentences(tmp_path: Path) -> None:
         pmd_files.karpathy(tmp_path / "c.json", "coco", {139: "val"}),
         pmd_files.karpathy(tmp_path / "f.json", "flickr30k", {1000092795: "test"}),
     ]
-    held_out = shown(pmd_annotations.localized_narratives([file], pmd_annotations.held_out(splits)))
+    held_out = shown(pmd_annotations.localized_narratives([file], pmd_annotations.held_out_pictures(splits)))
     assert [type(entry) for entry in held_out] == [str, tuple, tuple, str]
 
 

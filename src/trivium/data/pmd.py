@@ -34,9 +34,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trivium.data import pack, pmd_annotations
-from trivium.data.pmd_annotations import Dropped, Entry, Pair, Reader
+from trivium.data import pack
 from trivium.data.pictures import JOINED, PicturePairs, Pictures
+from trivium.data.pmd_annotations import (
+    Dropped,
+    Entry,
+    Pair,
+    Reader,
+    captioned,
+    coco,
+    conceptual_3m,
+    conceptual_12m,
+    held_out_pictures,
+    localized_narratives,
+    redcaps,
+    visual_genome,
+    wikipedia,
+    yfcc,
+)
 from trivium.errors import TriviumError
 from trivium.manifest import NAME, file_beside, sha256, write_whole
 from trivium.train.protocol import hash64
@@ -67,24 +82,17 @@ class Subset:
 
 
 SUBSETS = {
-    "coco": Subset("COCO", 0.9, 12.4, pmd_annotations.coco, "captions_train2014.json captions_val2014.json"),
-    "sbu": Subset("SBU Captions", 1.0, 12.1, pmd_annotations.captioned, "a table, or sbu-captions-all.json"),
-    "localized-narratives": Subset("Localized Narratives", 1.9, 13.8, pmd_annotations.localized_narratives, "*.jsonl"),
-    "cc3m": Subset("Conceptual Captions", 3.1, 10.3, pmd_annotations.conceptual_3m, "Train_GCC-training.tsv"),
+    "coco": Subset("COCO", 0.9, 12.4, coco, "captions_train2014.json captions_val2014.json"),
+    "sbu": Subset("SBU Captions", 1.0, 12.1, captioned, "sbu-captions-all.json, or a table"),
+    "localized-narratives": Subset("Localized Narratives", 1.9, 13.8, localized_narratives, "*_captions.jsonl"),
+    "cc3m": Subset("Conceptual Captions", 3.1, 10.3, conceptual_3m, "Train_GCC-training.tsv"),
     "visual-genome": Subset(
-        "Visual Genome",
-        5.4,
-        5.1,
-        pmd_annotations.visual_genome,
-        "region_descriptions.json image_data.json",
-        resized=False,
+        "Visual Genome", 5.4, 5.1, visual_genome, "region_descriptions.json image_data.json", False
     ),
-    "wit": Subset(
-        "Wikipedia Image Text", 4.8, 12.8, pmd_annotations.wikipedia, "wit_v1.train.all-*.tsv.gz, or a table"
-    ),
-    "cc12m": Subset("Conceptual Captions 12M", 11.0, 17.3, pmd_annotations.conceptual_12m, "cc12m.tsv"),
-    "redcaps": Subset("Red Caps", 11.6, 9.5, pmd_annotations.redcaps, "annotations/*.json"),
-    "yfcc": Subset("YFCC100M, filtered", 30.3, 12.7, pmd_annotations.yfcc, "a table of url, description and title"),
+    "wit": Subset("Wikipedia Image Text", 4.8, 12.8, wikipedia, "wit_v1.train.all-*.tsv.gz, or a table"),
+    "cc12m": Subset("Conceptual Captions 12M", 11.0, 17.3, conceptual_12m, "cc12m.tsv"),
+    "redcaps": Subset("Red Caps", 11.6, 9.5, redcaps, "annotations/*.json"),
+    "yfcc": Subset("YFCC100M, filtered", 30.3, 12.7, yfcc, "a table of url, description and title"),
 }
 HELD_OUT_IN = ("coco", "localized-narratives", "visual-genome")  # subsets with pictures of COCO
 PUBLISHED_PAIRS = 70.0  # millions, the sum of the above
@@ -207,13 +215,13 @@ def download_command(name: str, folder: Path) -> str:
 
 
 def _entries(reader: Reader, files: Sequence[str], held_out: Sequence[str]) -> Iterator[Entry]:
-    kept_out = pmd_annotations.held_out(held_out)
+    kept_out = held_out_pictures(held_out)
     tables = [file for file in files if file.lower().endswith(TABLE_SUFFIXES)]
-    tables = [] if reader in (pmd_annotations.wikipedia, pmd_annotations.yfcc) else tables
+    tables = [] if reader in (wikipedia, yfcc) else tables
     official = [file for file in files if file not in tables]
     if official:
         yield from reader(official, kept_out)
-    yield from pmd_annotations.captioned(tables, kept_out)
+    yield from captioned(tables, kept_out)
 
 
 def _write_pairs(name: str, entries: Iterator[Entry], folder: Path, given: dict[str, Any]) -> Facts:

@@ -48,7 +48,7 @@ OPEN_IMAGES = "https://open-images-dataset.s3.amazonaws.com"
 COCO_IMAGES = "http://images.cocodataset.org"
 
 
-def held_out(files: Sequence[str]) -> HeldOut:
+def held_out_pictures(files: Sequence[str]) -> HeldOut:
     """The pictures of the splits val and test in Karpathy's dataset_coco.json and dataset_flickr30k.json."""
     found = set()
     for file in files:
