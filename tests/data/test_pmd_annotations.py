@@ -254,6 +254,7 @@ def test_broken_entries_of_json_files(tmp_path: Path) -> None:
         ),
         ("a.json", b'["\xff"]', "a.json is not UTF-8"),
         ("a.csv", b'url,caption\nx,"a\ny,b\nz,c\n', "a.csv: a quote opened in the row at line 2 never closes"),
+        ("a.csv", b'url,caption\n"x,a\ny,b\n', "a.csv: a quote opened in the row at line 2 never closes"),
         ("a.csv.gz", b"no gzip", "a.csv.gz cannot be read"),
         ("a.parquet", b"PAR1", "a.parquet is no readable Parquet file"),
         ("a.xls", b"", "a.xls is no table we know"),

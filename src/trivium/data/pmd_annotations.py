@@ -95,11 +95,11 @@ def visual_genome(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
     described = []
     for file in files:
         first = next(json_elements(file), None)
-        if first is not None and first.optional("regions") is None and first.optional("url") is not None:
-            with _needed():
+        with _needed():
+            if first is None or first.optional("regions") is not None:
+                described.append(file)
+            else:
                 images |= {record.integer("image_id"): record for record in json_elements(file)}
-        else:
-            described.append(file)
     if not images or not described:
         lacking = "region_descriptions.json" if images else "image_data.json"
         raise TriviumError(f"Visual Genome comes in two files and {lacking} is not given: name both")

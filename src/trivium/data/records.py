@@ -206,11 +206,14 @@ def _separated(file: str, delimiter: str) -> Iterator[Record | BadSample]:
     """CSV and TSV with a header and with quotes, as pandas, pyarrow and img2dataset read and write them."""
     with opened(file) as stream:
         raw: list[str] = []  # the lines of the record that is being read
+        ended = False
 
         def text() -> Iterator[str]:
+            nonlocal ended
             for line in stream:
                 raw.append(line.decode("utf-8", "surrogateescape"))
                 yield raw[-1]
+            ended = True
 
         rows = csv.reader(text(), delimiter=delimiter)
         header: list[str] = []
@@ -224,16 +227,16 @@ def _separated(file: str, delimiter: str) -> Iterator[Record | BadSample]:
                 raise TriviumError(f"{file} (line {start}) is no table: {error}") from None
             if cells is None:
                 return
+            if ended:  # a row is complete at the end of its line, unless a quote is open
+                raise TriviumError(
+                    f"{file}: a quote opened in the row at line {start} never closes: close or double it"
+                )
             if not cells:
                 continue
             if not header:
                 header = [cell.removeprefix("\ufeff").strip() for cell in cells]
             elif any("\udc80" <= character <= "\udcff" for line in raw for character in line):
                 yield BadSample(file, f"line {start}", "it is not UTF-8")
-            elif len(raw) > 1 and len(cells) < len(header):
-                raise TriviumError(
-                    f"{file}: a quote opened in the row at line {start} never closes: close or double it"
-                )
             elif len(cells) != len(header):
                 yield BadSample(file, f"line {start}", f"it has {len(cells)} fields, the header {len(header)}")
             else:
