@@ -7,6 +7,7 @@ BadSample that says so; a file that cannot be read on is a TriviumError.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 from trivium.data.tables import long_fields
 from trivium.errors import BadSample, TriviumError
 
-CHUNK = 2**20  # characters of a JSON array that are read at once
+CHUNK = 2**20  # bytes of a JSON array that are read at once
 ELEMENT_LIMIT = 2**28  # characters of one element of a JSON array
 
 
@@ -168,7 +169,7 @@ def json_elements(file: str) -> Iterator[Record]:
                 buffer, position = buffer[position:], 0
                 before = len(buffer)
                 # Twice as much each time, so that a long element is not begun again too often.
-                while len(buffer) < max(2 * before, CHUNK) and (more := next(reader, "")):
+                while len(buffer) < max(2 * before, CHUNK) and (more := next(reader, None)) is not None:
                     buffer += more
                 if len(buffer) == before or before > ELEMENT_LIMIT:
                     raise TriviumError(f"{file} (entry {number}) is no JSON ({error}): is the file whole?") from None
@@ -187,19 +188,13 @@ def _columns(record: Record) -> Iterator[Record]:
 
 
 def _decoded(file: str, stream: IO[bytes]) -> Iterator[str]:
-    rest = b""
-    while data := stream.read(CHUNK):
-        # A character takes at most 4 bytes: the last ones may be cut in two.
-        data = rest + data
-        try:
-            text, rest = data.decode("utf-8"), b""
-        except UnicodeDecodeError as error:
-            if error.start < len(data) - 3:
-                raise TriviumError(f"{file} is not UTF-8 (near byte {stream.tell()}): convert it") from None
-            text, rest = data[: error.start].decode("utf-8"), data[error.start :]
-        yield text
-    if rest:
-        raise TriviumError(f"{file} ends inside a character: is the file whole?")
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        while data := stream.read(CHUNK):
+            yield decoder.decode(data)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise TriviumError(f"{file} is not UTF-8 (before byte {stream.tell():,}), or is cut short") from None
 
 
 def _separated(file: str, delimiter: str) -> Iterator[Record | BadSample]:
