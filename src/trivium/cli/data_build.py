@@ -92,7 +92,8 @@ def pmd(
     if built.to_download:
         print(f"{built.to_download:,} pictures are to be downloaded (pip install img2dataset):\n")
         print(f"  {recipe.download_command(subset, built.folder)}\n")
-        print("then run this command again with --pictures and that folder")
+        again = f", too; remove {built.folder / 'shards'} before" if pictures else ""
+        print(f"then run this command again with that folder under --pictures{again}")
 
 
 def imagenet(
