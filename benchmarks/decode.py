@@ -80,7 +80,7 @@ def peer(data: list[bytes], views: Views) -> None:
         box = views.draw(Draws(0, "images", place).generator("crop"), image.height, image.width).box
         assert box is not None
         corners = (box.left, box.top, box.left + box.width, box.top + box.height)
-        cropped = image.crop(corners).resize((views.size, views.size), resampling)  # type: ignore[arg-type]
+        cropped = image.crop(corners).resize((views.size, views.size), resampling)
         np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1))
 
 
@@ -118,7 +118,7 @@ def main() -> None:
     for name, (one, other) in cases.items():
         pictures = len(data[name.partition(",")[0]])
         times = side_by_side.interleaved(one, other, rounds)
-        row = side_by_side.row(*([seconds / pictures for seconds in each] for each in times))
+        row = side_by_side.row([each / pictures for each in times[0]], [each / pictures for each in times[1]])
         row |= {"pictures_per_second": 1 / row["ours"], "peer_pictures_per_second": 1 / row["peer"]}
         results[name] = row
         print(f"  {name}: {1 / row['ours']:.0f} pictures/s, Pillow {1 / row['peer']:.0f}", flush=True)

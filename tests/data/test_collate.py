@@ -13,7 +13,7 @@ from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextColl
 from trivium.data.loader import read
 from trivium.data.order import Draws
 from trivium.data.tokenizer import Tokenizer
-from trivium.data.transforms import resize
+from trivium.data.transforms import crop_and_resize
 from trivium.data.views import View, Views
 from trivium.errors import BadSample, TriviumError
 from trivium.train.protocol import Batch, Sample
@@ -51,7 +51,7 @@ def test_a_pair_batch() -> None:
     assert images.pixels_BCHW.dtype == torch.uint8
     assert images.pixels_BCHW.shape == (4, 3, 16, 16)
     whole = VIEWS.decode(drawn_picture(8))
-    assert np.array_equal(images.pixels_BCHW[1].permute(1, 2, 0).numpy(), resize(whole, 16, filter="bicubic"))
+    assert np.array_equal(images.pixels_BCHW[1].numpy(), crop_and_resize(whole, 16, filter="bicubic"))
     found = [ids[mask].tolist() for ids, mask in zip(texts.ids_BT, texts.mask_BT, strict=True)]
     for row, ids in zip((4, 8, 15, 16), found, strict=True):
         assert ids in TOKENIZER.encode([caption(row), caption(row) + " again"], 32)  # one of the picture's captions

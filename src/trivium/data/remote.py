@@ -70,7 +70,7 @@ class RemoteFile:
 
     def stream(self) -> BinaryIO:
         """The file from end to end, in bounded pieces."""
-        return io.BufferedReader(_Ranges(self), PIECE)  # type: ignore[return-value]  # it is one
+        return io.BufferedReader(_Ranges(self), PIECE)
 
     def _opened(self) -> Any:
         if self._file is None or self._process != os.getpid():

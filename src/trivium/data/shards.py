@@ -180,7 +180,7 @@ def _members(shard: str, file: BinaryIO, left_out: Counter[str]) -> Iterator[tup
     """Name, offset and length of each ordinary member. What is left out is counted, by its reason."""
     headers = _Headers(file)
     try:
-        archive = tarfile.open(fileobj=headers, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
+        archive = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115  (the file is the caller's)
     except (tarfile.TarError, OSError) as error:
         raise TriviumError(
             f"{shard} is no tar file ({error}); a compressed one must be unpacked to .tar first"
