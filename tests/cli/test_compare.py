@@ -25,7 +25,7 @@ def test_two_runs_side_by_side(trained: Path, other: Path, tmp_path: Path, capsy
     assert trivium("compare", trained, other, "--out", page) == 0
     lines = capsys.readouterr().out.splitlines()
     fields = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("train.")}
-    assert fields == {"train.save_every": ["3", "1000"], "train.seed": ["0", "1"]}
+    assert fields == {"train.save_every": ["3", "500"], "train.seed": ["0", "1"]}
     found = {line.split()[0]: line.split() for line in lines if line.startswith(("retrieval.", "losses."))}
     assert found["retrieval.pairs.text_to_image_r1"][-1] == "12"  # captions of goods.csv
     assert "losses.itm.final" in found

@@ -148,12 +148,22 @@ class Page(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes nothing"
 
 
+MONITORS = [
+    {"step": step, "stream": "pairs", "monitor": monitor, "subject": subject, "value": value, "threshold": 0.2} | said
+    for step, monitor, subject, value, said in (
+        (100, "duplicates", "same_image", 0.31, {"sentence": "31% of the rows of a batch <repeat> another"}),
+        (200, "duplicates", "same_image", 0.1234, {}),
+        (200, "collapse", "image", 7.4, {}),
+    )
+]
+
+
 def full(evaluation: Evaluation) -> report.Report:
     values = dict.fromkeys(LOSSES, (2.0, 2.5))
     curves = {name: [(step, 3.0 - step / 100) for step in range(10, 100, 10)] for name in LOSSES}
     return report.Report(
         "Demo", evaluation, values, curves, {"train": 61.0, "total": 99.5}, {"cpu": "x", "gpus": []}, {"optim.lr": 0.1},
-        command="trivium demo",
+        command="trivium demo", monitors=MONITORS,
     )  # fmt: skip
 
 
@@ -171,9 +181,13 @@ def test_page_is_well_formed_and_needs_nothing_else(evaluation: Evaluation) -> N
         "Finding",
         "Sorting",
         "Filling in what is hidden",
+        "While it trained",
+        "<b>Step 100 (pairs):</b> 31% of the rows of a batch &lt;repeat&gt; another.",
+        "0.123",  # the last figure
         "1 min 01 s",
     ):
         assert title in text
+    assert text.count("<b>Step ") == 1
 
 
 def test_page_of_nothing_has_no_empty_section() -> None:
@@ -186,6 +200,7 @@ def test_page_of_nothing_has_no_empty_section() -> None:
         "Sorting",
         "Telling",
         "Filling in",
+        "While it trained",
         "Time and machine",
     ):
         assert title not in text

@@ -62,7 +62,6 @@ class Report:
     evaluation: Evaluation
     losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # name -> (final, chance)
     curves: Mapping[str, charts.Curve] = field(default_factory=dict)  # name -> (step, training loss)
-    monitors: Sequence[Mapping[str, Any]] = ()  # lines of monitors.jsonl
     seconds: Mapping[str, float] = field(default_factory=dict)  # "train", "total" and other parts of the command
     machine: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # leaves by their dotted path
@@ -70,6 +69,7 @@ class Report:
     model_path: str = "RUN"  # how the commands under "Use it" name the model
     note: str = ""  # a sentence under the headline
     comparison: str = ""  # address of a page that sets joint training beside the contrastive loss alone
+    monitors: Sequence[Mapping[str, Any]] = ()  # lines of monitors.jsonl
 
 
 def read_curves(metrics: Path) -> dict[str, list[tuple[float, float]]]:
