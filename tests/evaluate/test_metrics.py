@@ -170,6 +170,9 @@ def test_chances_of_all_six() -> None:
         }
     )
     assert losses.binary_entropy(0.0) == 0
+    # The best constant score of the sigmoid loss: sigmoid = 1/128, asked once for the answer and 127 times else.
+    sigmoid = losses.chances({}, {}, 0.25, 128, sigmoid=True)["contrastive"]
+    assert sigmoid == pytest.approx(-math.log(1 / 128) - 127 * math.log(127 / 128))
 
 
 def test_labels_are_those_at_masked_positions_of_true_pairs() -> None:

@@ -1,4 +1,4 @@
-"""The global contrastive loss against a plain construction, row by row, float64."""
+"""The global contrastive loss against a plain construction, row by row, float64: softmax and sigmoid, in any tiles."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trivium.objectives.contrastive import contrastive
 
@@ -22,8 +23,9 @@ def plain(
     kept_G: list[bool],
     same_image_G: list[int],
     same_text_G: list[int],
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Sum over the kept rows of (image to text + text to image) / 2, every softmax written out."""
+    """Sum over the kept rows of (image to text + text to image) / 2, every softmax or sigmoid written out."""
     total = torch.zeros((), dtype=torch.float64)
     for row, kept in enumerate(kept_G):
         if not kept:
@@ -34,7 +36,11 @@ def plain(
         ):
             columns = [column for column in range(len(kept_G)) if column == row or others[column] != same]
             scores = torch.stack([scale.exp()[0] * query_D @ key_GD[column] for column in columns])
-            total = total + 0.5 * (scores.logsumexp(0) - scores[columns.index(row)])
+            if bias is None:
+                total = total + 0.5 * (scores.logsumexp(0) - scores[columns.index(row)])
+            else:
+                sign = torch.tensor([1.0 if column == row else -1.0 for column in columns], dtype=scores.dtype)
+                total = total + 0.5 * (1 + (-sign * (scores + bias)).exp()).log().sum()
     return total
 
 
@@ -52,13 +58,15 @@ def ours(
     same_text_G: list[int],
     mine: list[int],
     order: list[int],
+    bias: Tensor | None = None,
+    tile: int | None = None,
 ) -> Tensor:
     """My rows against everyone's, who stand in any order."""
     kept, same_image, same_text = torch.tensor(kept_G), torch.tensor(same_image_G), torch.tensor(same_text_G)
     return contrastive(
         image_GD[mine], text_GD[mine], image_GD[order], text_GD[order], scale, torch.tensor(mine), torch.tensor(order),
         kept_B=kept[mine], same_image_B=same_image[mine], same_text_B=same_text[mine],
-        same_image_G=same_image[order], same_text_G=same_text[order],
+        same_image_G=same_image[order], same_text_G=same_text[order], logit_bias=bias, tile=tile,
     )  # fmt: skip
 
 
@@ -74,6 +82,8 @@ def global_batches(draw: st.DrawFn) -> dict:
         "order": draw(st.permutations(range(rows))),
         "cut": draw(st.integers(0, rows)),
         "seed": draw(st.integers(0, 99)),
+        "tile": draw(st.integers(1, 7)),
+        "bias": draw(st.sampled_from([None, -2.5])),
     }
 
 
@@ -82,14 +92,17 @@ def test_agrees_with_the_plain_construction_in_value_and_gradient(batch: dict) -
     marks = {name: batch[name] for name in ("kept_G", "same_image_G", "same_text_G")}
     image, text = unit_rows(batch["rows"], batch["seed"]), unit_rows(batch["rows"], batch["seed"] + 1000)
     scale = torch.tensor([math.log(1 / 0.07)], dtype=torch.float64, requires_grad=True)
-    expected = plain(image, text, scale, **marks)
+    bias = None if batch["bias"] is None else torch.tensor([batch["bias"]], dtype=torch.float64, requires_grad=True)
+    expected = plain(image, text, scale, **marks, bias=bias)
     # Two processes: each counts its own rows against all of them.
     processes = [part for part in (batch["order"][: batch["cut"]], batch["order"][batch["cut"] :]) if part]
-    found = sum(ours(image, text, scale, **marks, mine=part, order=batch["order"]) for part in processes)
+    parts = [ours(image, text, scale, **marks, mine=p, order=batch["order"], bias=bias, tile=batch["tile"]) for p in
+             processes]  # fmt: skip
+    found = sum(parts)
     assert isinstance(found, Tensor)
     assert float(found) == pytest.approx(float(expected), rel=1e-12, abs=1e-12)
     if any(batch["kept_G"]):
-        inputs = (image, text, scale)
+        inputs = (image, text, scale) if bias is None else (image, text, scale, bias)
         for mine, reference in zip(
             torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True
         ):
@@ -120,3 +133,74 @@ def test_a_dropped_row_is_still_a_column_of_the_others() -> None:
     loss.backward()
     assert image.grad is not None and text.grad is not None
     assert image.grad[2].any() and text.grad[2].any()
+
+
+# Tiles. Numbers of concepts repeat, so that some columns are no negatives, and every third row is dropped.
+
+ROWS = 70
+MARKS = {
+    "kept_B": torch.arange(ROWS) % 3 > 0,
+    "same_image_B": torch.arange(ROWS) % 20,
+    "same_text_B": torch.arange(ROWS) % 33,
+}
+MARKS |= {"same_image_G": MARKS["same_image_B"], "same_text_G": MARKS["same_text_B"]}
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("tile", [1, 7, 64, ROWS])
+def test_tiles_change_neither_value_nor_gradient(tile: int, sigmoid: bool) -> None:
+    image, text = unit_rows(ROWS, 0), unit_rows(ROWS, 1)
+    scale = torch.tensor([math.log(100.0)], dtype=torch.float64, requires_grad=True)  # logits of a long run
+    bias = torch.tensor([-10.0], dtype=torch.float64, requires_grad=True) if sigmoid else None
+    inputs = [x for x in (image, text, scale, bias) if x is not None]
+    marks = {f"{name}_G": MARKS[f"{name}_B"].tolist() for name in ("kept", "same_image", "same_text")}
+    expected = plain(image, text, scale, **marks, bias=bias)
+    reference = torch.autograd.grad(expected, inputs)
+    row = torch.arange(ROWS)
+    options = {**MARKS, "logit_bias": bias, "tile": tile}
+    same = contrastive(image, text, image, text, scale, row, row, **options)
+    image_G, text_G = image.detach().clone().requires_grad_(), text.detach().clone().requires_grad_()
+    apart = contrastive(image, text, image_G, text_G, scale, row, row, **options)
+    of_columns = torch.autograd.grad(apart, (image_G, text_G), retain_graph=True)
+    for loss, columns in ((same, None), (apart, of_columns)):
+        assert float(loss) == pytest.approx(float(expected), rel=1e-10)
+        grads = list(torch.autograd.grad(loss, inputs))
+        if columns is not None:  # the rows stand apart from the columns: their gradients are the two summands
+            grads[:2] = [mine + others for mine, others in zip(grads[:2], columns, strict=True)]
+        for mine, true in zip(grads, reference, strict=True):
+            assert float((mine - true).abs().max()) <= 1e-10 * float(true.abs().max())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(
+            [self.numel, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor))]
+        )
+        return out
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_no_tensor_is_larger_than_a_tile_forward_or_backward(sigmoid: bool) -> None:
+    image, text = unit_rows(ROWS, 0), unit_rows(ROWS, 1)
+    bias = torch.full((1,), -10.0, dtype=torch.float64, requires_grad=True) if sigmoid else None
+    scale, row, tile = torch.zeros(1, dtype=torch.float64, requires_grad=True), torch.arange(ROWS), 9
+    with LargestTensor() as largest:
+        contrastive(image, text, image, text, scale, row, row, **MARKS, logit_bias=bias, tile=tile).backward()
+    assert WIDTH * ROWS < largest.numel <= tile * ROWS
+
+
+def test_the_sigmoid_loss_is_the_published_formula() -> None:
+    """SigLIP, algorithm 1: -sum(log_sigmoid(labels * logits)) / n, where no concept stands twice."""
+    image, text = unit_rows(9, 0).detach(), unit_rows(9, 1).detach()
+    scale, bias = torch.tensor([math.log(10.0)], dtype=torch.float64), torch.tensor([-10.0], dtype=torch.float64)
+    logits = image @ text.T * scale.exp() + bias
+    labels = 2 * torch.eye(9, dtype=torch.float64) - 1
+    published = -torch.nn.functional.logsigmoid(labels * logits).sum() / 9
+    numbers = list(range(9))
+    found = ours(image, text, scale, [True] * 9, numbers, numbers, numbers, numbers, bias=bias)
+    assert float(found / 9) == pytest.approx(float(published), rel=1e-12)

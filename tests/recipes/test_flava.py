@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.recipes.shop import LOSSES, THINGS, data_of, flags
+from tests.recipes.shop import LOSSES, THINGS, checkpoint, data_of, flags, trivium
 from trivium.cli.overrides import set_overrides, split_overrides
 from trivium.errors import TriviumError
 from trivium.recipes.flava import FlavaRecipe, Prepared, chance_of, flava, validation_losses
@@ -105,6 +106,17 @@ def test_the_streams_are_those_whose_data_is_there(shop: Path, prepared: Prepare
     pairs_alone = replace(recipe, data=replace(recipe.data, images=(), text=()))
     mixture = pairs_alone.prepare("flava", {}).run.mixture
     assert {mixture.stream_at(step).name for step in range(20)} == {"pairs"}
+
+
+def test_the_sigmoid_form_has_a_bias_that_is_trained_and_saved_with_the_method(
+    shop: Path, prepared: Prepared, tmp_path: Path
+) -> None:
+    assert "logit_bias" not in state(prepared)
+    run, words = tmp_path / "run", (*data_of(shop), *flags(objectives__contrastive_form="sigmoid"))
+    assert trivium("pretrain", "flava", "--out", run, *words) == 0
+    [bias] = load_file(checkpoint(run, 6) / "training" / "method.safetensors")["logit_bias"]
+    assert bias != -10.0 and abs(bias + 10.0) < 0.1
+    assert "logit_bias" not in load_file(checkpoint(run, 6) / "model" / "model.safetensors")
 
 
 # ------------------------------------------------------------------------------------- losses and chance

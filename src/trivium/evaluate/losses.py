@@ -33,7 +33,11 @@ def chance(labels: Tensor, num_classes: int) -> float:
 
 
 def chances(
-    masked_labels: Mapping[str, Tensor], num_classes: Mapping[str, int], false_share: float, contrastive_batch: float
+    masked_labels: Mapping[str, Tensor],
+    num_classes: Mapping[str, int],
+    false_share: float,
+    contrastive_batch: float,
+    sigmoid: bool = False,
 ) -> dict[str, float]:
     """Chance of the losses that are given.
 
@@ -43,9 +47,11 @@ def chances(
         false_share: the recipe's own share of false pairs.
         contrastive_batch: rows of one evaluated batch (their geometric mean, where batches differ); a model that
             knows nothing gives each the same score.
+        sigmoid: the contrastive loss asks of every column whether it is the answer, as one in contrastive_batch is.
     """
     masked = {name: chance(labels, num_classes[name]) for name, labels in masked_labels.items()}
-    return masked | {"itm": binary_entropy(false_share), "contrastive": math.log(contrastive_batch)}
+    asked = contrastive_batch * binary_entropy(1 / contrastive_batch) if sigmoid else math.log(contrastive_batch)
+    return masked | {"itm": binary_entropy(false_share), "contrastive": asked}
 
 
 def labels_of(batches: Iterable[Any], codes_of: Callable[[Any], Tensor]) -> dict[str, Tensor]:

@@ -14,10 +14,10 @@ B rows, N patches, T text tokens, M masked positions of the batch, R rows of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.layers.attention import padded_index
@@ -29,6 +29,7 @@ from trivium.objectives.matching import matching
 from trivium.train.protocol import Batch, Key, Method, Rows, Sums
 
 LOSSES = ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")
+START_LOGIT_BIAS = -10.0  # of the sigmoid loss: nearly all pairs are negatives (SigLIP, section 3.2)
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,13 @@ class FlavaMethod(Method):
             one modality always is: leave its stream out instead, as the recipe does.
         masked_share: share of the pairs that go through the masked pass (MMM and ITM). 1 is the paper. Less is
             cheaper and **changes training**: the contrastive loss still sees every pair. In eval mode all do.
+        contrastive_form: "softmax" is the paper; "sigmoid" is SigLIP's loss, whose bias no use of the model needs: it
+            belongs to the method.
     """
 
     model: Flava
     image_tokenizer: ImageTokenizer | None
+    logit_bias: nn.Parameter | None
     mean: Tensor
     std: Tensor
 
@@ -62,6 +66,7 @@ class FlavaMethod(Method):
         pixels: Pixels,
         weights: dict[str, float] | None = None,
         masked_share: float = 1.0,
+        contrastive_form: Literal["softmax", "sigmoid"] = "softmax",
     ) -> None:
         super().__init__()
         self.model = model
@@ -69,6 +74,8 @@ class FlavaMethod(Method):
         self.weights = dict.fromkeys(LOSSES, 1.0) | (weights or {})
         assert set(self.weights) == set(LOSSES), f"no such loss: {sorted(set(self.weights) - set(LOSSES))}"
         self.masked_share = masked_share
+        sigmoid = contrastive_form == "sigmoid"
+        self.register_parameter("logit_bias", nn.Parameter(torch.tensor([START_LOGIT_BIAS])) if sigmoid else None)
         self.register_buffer("mean", torch.tensor(pixels.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(pixels.std).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -135,6 +142,7 @@ class FlavaMethod(Method):
             same_text_B=mine.marks["same_text"],
             same_image_G=everyone.marks["same_image"],
             same_text_G=everyone.marks["same_text"],
+            logit_bias=self.logit_bias,
         )
         return {"contrastive": loss}
 

@@ -1,13 +1,22 @@
-"""The global contrastive loss (Radford et al. 2021; FLAVA section 3.2).
+"""The global contrastive loss: softmax (Radford et al. 2021; FLAVA section 3.2) or sigmoid (SigLIP, Zhai et al. 2023).
 
-B rows of this process, G rows of the global batch, D width.
+The scores of all rows against all columns are never whole: they come and go in tiles of some columns, so memory is
+O(B x tile), forward and backward. The backward pass computes them again.
+
+B rows of this process, G rows of the global batch, D width, T columns of a tile.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Scores of a tile, 16 MiB in float32. A batch of up to 2,048 is one tile, and takes the time of a plain softmax that
+# keeps everything; at 8,192, where that falls out of every cache, tiles of this size take three quarters of its time.
+TILE_SCORES = 1 << 22
 
 
 def contrastive(
@@ -24,33 +33,121 @@ def contrastive(
     same_text_B: Tensor,
     same_image_G: Tensor,
     same_text_G: Tensor,
+    logit_bias: Tensor | None = None,
+    tile: int | None = None,
 ) -> Tensor:
-    """Sum over this process's kept rows of the mean of both directions' cross-entropy against all columns.
+    """Sum over this process's kept rows of the mean of both directions' loss against all columns.
 
     Rows of unit length in, logits exp(logit_scale) times their cosine. The right answer of a row is the column with
     the same row number. A column that shows the same concept as a row, but isn't its answer, is no negative: it is
-    left out of that row's softmax. Rows not kept still stand as columns for the others (the matching gate of FLAVA).
+    left out of that row's loss. Rows not kept still stand as columns for the others (the matching gate of FLAVA).
+
+    Softmax: a row's loss is its cross-entropy over the columns. Sigmoid, where `logit_bias` is given: the sum over
+    the columns of -log sigmoid(z (logit + bias)), z = 1 for the answer and -1 else (SigLIP, Eq. 1, which divides by
+    the rows alone and not by rows times columns, as is done here).
 
     Args:
-        image_BD, text_BD: my rows. image_GD, text_GD: everyone's, with gradient.
+        image_BD, text_BD: my rows. image_GD, text_GD: everyone's, with gradient; they may be the same tensors.
         logit_scale: [1]. row_B, row_G: numbers within the global batch.
         kept_B: bool, rows whose loss counts.
         same_image_*, same_text_*: equal numbers = same picture, caption or concept.
+        logit_bias: [1]; None: the softmax loss.
+        tile: columns at once; None: as many as TILE_SCORES allows.
 
     Returns:
         0-dim sum; divide by the number of kept rows of the global batch.
     """
-    scale = logit_scale.exp()
-    is_answer_BG = row_B[:, None] == row_G[None, :]
-    answer_B = is_answer_BG.to(torch.uint8).argmax(1)
-
-    def direction(query_BD: Tensor, key_GD: Tensor, same_B: Tensor, same_G: Tensor) -> Tensor:
-        logits_BG = scale * query_BD @ key_GD.T
-        false_negative_BG = (same_B[:, None] == same_G[None, :]) & ~is_answer_BG
-        logits_BG = logits_BG.masked_fill(false_negative_BG, float("-inf"))
-        return F.cross_entropy(logits_BG, answer_B, reduction="none")
-
+    order_G = row_G.argsort()
+    answer_B = order_G[torch.searchsorted(row_G[order_G], row_B)]
+    tile = tile or max(1, TILE_SCORES // max(1, len(row_B)))
     with torch.autocast(image_BD.device.type, enabled=False):  # cosines of long batches need float32
-        image_to_text_B = direction(image_BD, text_GD, same_image_B, same_text_G)
-        text_to_image_B = direction(text_BD, image_GD, same_text_B, same_image_G)
+        scale, bias = (None if x is None else x.to(image_BD.dtype) for x in (logit_scale.exp(), logit_bias))
+        image_to_text_B = _Direction.apply(
+            image_BD, text_GD, scale, bias, answer_B, same_image_B, same_text_G, min(tile, len(row_G))
+        )
+        text_to_image_B = _Direction.apply(
+            text_BD, image_GD, scale, bias, answer_B, same_text_B, same_image_G, min(tile, len(row_G))
+        )
     return (0.5 * (image_to_text_B + text_to_image_B) * kept_B).sum()
+
+
+class _Direction(torch.autograd.Function):
+    """Loss of each query against all keys. The answers stand apart from the tiles, where they are left out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BD: Tensor,
+        key_GD: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        answer_B: Tensor,
+        same_B: Tensor,
+        same_G: Tensor,
+        tile: int,
+    ) -> Tensor:
+        ctx.tile = tile
+        answer_logit_B = scale * (query_BD * key_GD[answer_B]).sum(1)
+        if bias is not None:
+            answer_logit_B = answer_logit_B + bias
+        total_B = answer_logit_B if bias is None else -F.logsigmoid(answer_logit_B)
+        scaled_BD = query_BD * scale
+        for columns in _tiles(len(key_GD), tile):
+            logits_BT = _logits(scaled_BD, key_GD, bias, answer_B, same_B, same_G, columns)
+            if bias is None:
+                total_B = torch.logaddexp(total_B, logits_BT.logsumexp(1))
+            else:
+                total_B = total_B - F.logsigmoid(-logits_BT).sum(1)
+        ctx.save_for_backward(query_BD, key_GD, scale, bias, answer_B, same_B, same_G, answer_logit_B, total_B)
+        return total_B - answer_logit_B if bias is None else total_B
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor | None, ...]:
+        query_BD, key_GD, scale, bias, answer_B, same_B, same_G, answer_logit_B, total_B = ctx.saved_tensors
+        # Gradients with respect to the logits: softmax minus one-hot, or the sigmoid's.
+        answer_grad_B = torch.expm1(answer_logit_B - total_B) if bias is None else -torch.sigmoid(-answer_logit_B)
+        answer_grad_B = answer_grad_B * grad_B
+        grad_query_BD = answer_grad_B[:, None] * key_GD[answer_B]
+        grad_key_GD = torch.zeros_like(key_GD).index_add_(0, answer_B, answer_grad_B[:, None] * query_BD)
+        grad_bias = answer_grad_B.sum()
+        scaled_BD = query_BD * scale
+        for columns in _tiles(len(key_GD), ctx.tile):
+            logits_BT = _logits(scaled_BD, key_GD, bias, answer_B, same_B, same_G, columns)
+            grad_BT = logits_BT.sub_(total_B[:, None]).exp_() if bias is None else logits_BT.sigmoid_()
+            grad_BT.mul_(grad_B[:, None])
+            grad_query_BD.addmm_(grad_BT, key_GD[columns])
+            grad_key_GD[columns].addmm_(grad_BT.T, query_BD)
+            if bias is not None:
+                grad_bias = grad_bias + grad_BT.sum()
+        grad_scale = (grad_query_BD * query_BD).sum().view_as(scale)
+        grad_query_BD, grad_key_GD = grad_query_BD.mul_(scale), grad_key_GD.mul_(scale)
+        return (
+            *(grad_query_BD, grad_key_GD, grad_scale, None if bias is None else grad_bias.view_as(bias)),
+            *(None, None, None, None),
+        )
+
+
+def _tiles(num_columns: int, tile: int) -> list[slice]:
+    return [slice(first, first + tile) for first in range(0, num_columns, tile)]
+
+
+def _logits(
+    scaled_BD: Tensor,
+    key_GD: Tensor,
+    bias: Tensor | None,
+    answer_B: Tensor,
+    same_B: Tensor,
+    same_G: Tensor,
+    columns: slice,
+) -> Tensor:
+    """[B, T], minus infinity at the answer and at what shows the same concept."""
+    logits_BT = scaled_BD @ key_GD[columns].T
+    if bias is not None:
+        logits_BT.add_(bias)
+    left_out_BT = same_B[:, None] == same_G[None, columns]
+    place_B = answer_B - columns.start
+    inside_B = (place_B >= 0) & (place_B < logits_BT.shape[1])
+    nearest_B1 = place_B.clamp(0, logits_BT.shape[1] - 1)[:, None]
+    left_out_BT.scatter_(1, nearest_B1, left_out_BT.gather(1, nearest_B1) | inside_B[:, None])
+    return logits_BT.masked_fill_(left_out_BT, float("-inf"))

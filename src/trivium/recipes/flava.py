@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -56,6 +56,7 @@ class Objectives:
     itm: float = 1.0
     contrastive: float = 1.0
     masked_share: float = 1.0  # share of the pairs that take the masked pass; below 1 is cheaper and changes training
+    contrastive_form: Literal["softmax", "sigmoid"] = "softmax"  # SigLIP: "sigmoid" with model.start_logit_scale 10
 
     def streams(self) -> list[str]:
         """The streams that feed a loss. Raises TriviumError where every weight is 0."""
@@ -195,7 +196,8 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     weights = {loss: getattr(recipe.objectives, loss) for loss in LOSSES}
     transform = ImageTransform(model_config.image_size) if start is None else start.transform
     pixels = Pixels(transform.mean, transform.std)
-    method = FlavaMethod(model, image_tokenizer, pixels, weights, recipe.objectives.masked_share)
+    objectives = recipe.objectives
+    method = FlavaMethod(model, image_tokenizer, pixels, weights, objectives.masked_share, objectives.contrastive_form)
     false_pairs = None if start is None else start.false_pairs
     if recipe.objectives.itm and sources.pairs is not None:
         false_pairs = data.false_pairs
@@ -340,5 +342,6 @@ def chance_of(prepared: Prepared) -> dict[str, float]:
     sizes = [len(batch) for batch in prepared.validation.get("pairs", [])]
     # The last batch may be smaller; each pair counts in its own, so the logarithms are weighted by their pairs.
     rows = math.exp(sum(size * math.log(size) for size in sizes) / sum(sizes)) if sizes else 1.0
-    found = losses.chances(labels, num_classes, prepared.recipe.data.false_pairs, rows)
+    sigmoid = prepared.recipe.objectives.contrastive_form == "sigmoid"
+    found = losses.chances(labels, num_classes, prepared.recipe.data.false_pairs, rows, sigmoid)
     return found if sizes else {name: found[name] for name in labels}
