@@ -95,5 +95,7 @@ def test_what_cannot_be_is_refused() -> None:
         StreamMixture(streams(1.0, -1.0), seed=0)
     with pytest.raises(TriviumError, match="share a name"):
         StreamMixture(streams(1.0) + streams(1.0), seed=0)
-    with pytest.raises(TriviumError, match="3 processes cannot share 4 micro-batches"):
+    with pytest.raises(TriviumError, match="'stream0': 3 processes cannot share a global batch of 8 evenly"):
         StreamMixture(streams(1.0), seed=0).loader(0, 0, 3, 1)
+    with pytest.raises(TriviumError, match="4 processes cannot share 2 micro-batches"):
+        StreamMixture(streams(1.0, micro_batch=4), seed=0).loader(0, 0, 4, 1)

@@ -58,6 +58,16 @@ def test_micro_batches_change_no_loss_and_no_gradient(stream: str, false_rows: t
         assert_close(without_key_bias[0], without_key_bias[1], 1e-9)
 
 
+def test_a_batch_of_64_is_the_same_in_micro_batches_of_64_32_8_and_1() -> None:
+    method = flava_method(random_flava())
+    batch = make_batch("pairs", 64, false_rows=range(0, 64, 5))
+    losses, grads = losses_and_gradients(method, [batch])
+    for parts in (2, 8, 64):
+        found = losses_and_gradients(method, split(batch, parts))
+        assert_close(found[0], losses, 1e-9)
+        assert_close(found[1], grads, 1e-9)
+
+
 class Recorded(FlavaMethod):
     """Keeps the rows of every pass."""
 
@@ -67,19 +77,21 @@ class Recorded(FlavaMethod):
         return rows, states
 
 
-def test_both_passes_of_a_micro_batch_draw_the_same_dropout() -> None:
+@pytest.mark.parametrize("parts", [2, 8, 64])
+def test_both_passes_of_a_micro_batch_draw_the_same_dropout(parts: int) -> None:
     config = replace(TINY, dropout=0.1)
     method = flava_method(random_flava(config))
     method.__class__ = Recorded
     method.seen = []
-    losses_and_gradients(method, split(make_batch("pairs", ROWS), 2))
-    first, second, first_again, second_again = method.seen
-    for name in ("image", "text"):
-        assert torch.equal(first[name], first_again[name])
-        assert torch.equal(second[name], second_again[name])
+    batches = split(make_batch("pairs", 64), parts)
+    losses_and_gradients(method, batches)
+    assert len(method.seen) == 2 * parts
+    for first, again in zip(method.seen[:parts], method.seen[parts:], strict=True):
+        for name in ("image", "text"):
+            assert torch.equal(first[name], again[name])
     method.eval()
-    plain, _ = FlavaMethod.embed(method, split(make_batch("pairs", ROWS), 2)[0])
-    assert not torch.allclose(plain.rows["image"], first["image"])  # there was dropout
+    plain, _ = FlavaMethod.embed(method, batches[0])
+    assert not torch.allclose(plain.rows["image"], method.seen[0]["image"])  # there was dropout
 
 
 def test_cached_gradients_with_dropout_equal_one_graph_over_all_micro_batches() -> None:

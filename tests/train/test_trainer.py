@@ -299,6 +299,7 @@ def test_what_a_run_folder_holds(straight: Path) -> None:
     assert state["layout"] == {
         "processes": 1,
         "micro_batch": {"pairs": 4, "text": 3},
+        "sharded": False,
         "threads": 1,
         "device": "cpu",
         "precision": "fp32",
@@ -449,6 +450,28 @@ def test_micro_batch_auto_goes_down_until_it_fits() -> None:
 
     with pytest.raises(TriviumError, match="single sample"):
         budget.largest_micro_batch(never, 4)
+
+
+def test_memory_that_runs_out_on_one_process_alone_lowers_the_micro_batch_of_all() -> None:
+    def action(rank: int) -> None:
+        tried = []
+
+        def attempt(rows: int) -> None:
+            tried.append(rows)
+            run = make()
+
+            def exhaust(step: int) -> None:
+                if rank == 1 and rows > 2:
+                    torch.empty(1 << 60, dtype=torch.uint8)
+
+            run.method.before_accept = exhaust  # type: ignore[assignment]
+            trainer.try_streams(run)
+
+        distributed.start()
+        assert budget.largest_micro_batch(attempt, 16, distributed.world()) == 2
+        assert tried == [8, 4, 2]
+
+    on_two_processes(action)
 
 
 def test_every_stream_is_tried_for_memory() -> None:

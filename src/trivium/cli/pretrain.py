@@ -110,7 +110,7 @@ def with_budget(prepared: Prepared) -> Prepared:
     if settings.micro_batch == "auto":
         batch = prepared.recipe.data.batch
         rows = largest_micro_batch(
-            lambda rows: trainer.try_streams(prepared.with_train(micro_batch=rows).run), batch // distributed.world()
+            lambda rows: trainer.try_streams(prepared.with_train(micro_batch=rows).run), batch, distributed.world()
         )
         prepared = prepared.with_train(micro_batch=rows)
         say(f"micro-batches of {rows} of {batch} samples fit into memory")

@@ -82,6 +82,11 @@ class StreamMixture:
         """
         for stream in self.streams:
             num_micro_batches = stream.batch // stream.micro_batch
+            if stream.batch % world:
+                raise TriviumError(
+                    f"stream {stream.name!r}: {world} processes cannot share a global batch of {stream.batch} evenly:"
+                    " choose a batch that they divide, or another number of them"
+                )
             if num_micro_batches % world:
                 raise TriviumError(
                     f"stream {stream.name!r}: {world} processes cannot share {num_micro_batches} micro-batches"

@@ -26,6 +26,7 @@ from trivium.load import load_image_tokenizer
 from trivium.models.flava import FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.patch_codebook import PatchCodebook
+from trivium.train import distributed
 from trivium.train.protocol import Source, Stream, hash64
 
 TEXTS_FOR_VOCABULARY = 200_000
@@ -175,6 +176,13 @@ def make_image_tokenizer(data: Data, sources: Sources, views: Views, config: Fla
     """
     if data.image_tokenizer != "patches":
         return load_image_tokenizer(data.image_tokenizer)
+    [centres_KE] = distributed.from_first(lambda: [_learn_centres(sources, views, config, seed)])
+    codebook = PatchCodebook(len(centres_KE), config.patch_size)
+    codebook.centres.copy_(centres_KE)
+    return codebook
+
+
+def _learn_centres(sources: Sources, views: Views, config: FlavaConfig, seed: int) -> Tensor:
     pictures, worst = [], ""
     for source in (sources.pairs, sources.images):
         for row in _spread(source, PICTURES_FOR_CODEBOOK // 2):
@@ -193,7 +201,8 @@ def make_image_tokenizer(data: Data, sources: Sources, views: Views, config: Fla
     pixels_BCHW: Tensor = torch.from_numpy(np.stack(pictures))
     num_patches = len(pictures) * (views.size // config.patch_size) ** 2
     num_codes = min(config.num_codes, num_patches)  # a handful of pictures has fewer patches than codes
-    return PatchCodebook.fit(pixels_BCHW, num_codes, config.patch_size, seed=hash64(seed, "patch codebook") % 2**63)
+    key = hash64(seed, "patch codebook") % 2**63
+    return PatchCodebook.fit(pixels_BCHW, num_codes, config.patch_size, seed=key).centres
 
 
 def all_pictures(sources: Sources) -> Source:

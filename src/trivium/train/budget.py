@@ -28,12 +28,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def largest_micro_batch(try_one: Callable[[int], None], batch: int) -> int:
-    """What ``--train.micro-batch auto`` means: `batch` rows, then about half as many, until `try_one` has room.
+def largest_micro_batch(try_one: Callable[[int], None], batch: int, processes: int = 1) -> int:
+    """What ``--train.micro-batch auto`` means: a process's share of the batch, then about half as many rows, until
+    `try_one` has room on all of them.
 
     Only divisors of the batch are tried. try_one: takes a step with so many rows at once, see ``trainer.try_streams``.
     """
-    rows = batch
+
+    def at_most(limit: int) -> int:
+        return next(rows for rows in range(limit, 0, -1) if batch % rows == 0)
+
+    rows = at_most(max(1, batch // processes))
     while True:
         try:
             try_one(rows)
@@ -45,7 +50,7 @@ def largest_micro_batch(try_one: Callable[[int], None], batch: int) -> int:
                 raise TriviumError("out of memory with a single sample at once: use a smaller --size") from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        rows = next(fewer for fewer in range(rows // 2, 0, -1) if batch % fewer == 0)
+        rows = at_most(rows // 2)
 
 
 def calibrate(one_step: Callable[[int], None], stream_at: Callable[[int], str], minutes: float) -> int:

@@ -6,15 +6,19 @@ B rows on this process, G rows on all of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from trivium.errors import TriviumError
 from trivium.train.protocol import Rows, Sums
+
+T = TypeVar("T")
 
 
 def start() -> None:
@@ -76,6 +80,33 @@ def any_process(flag: bool) -> bool:
     return bool(vote.item() > 0)
 
 
+def first_process_does(action: Callable[[], T]) -> T | None:
+    """Run an action on the first process while the others wait; an error there stops all of them."""
+    result, error = None, None
+    if rank() == 0:
+        try:
+            with alone():
+                result = action()
+        except TriviumError as raised:
+            error = raised
+    if any_process(error is not None):
+        raise error or TriviumError("the first process stopped: its message says why")
+    return result
+
+
+def from_first(make: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    """Tensors that the first process makes, on every process: what is learned from data is learned once."""
+    made = [tensor.detach().contiguous() for tensor in first_process_does(make) or ()]
+    if world() == 1:
+        return made
+    described = [[(tensor.shape, tensor.dtype, tensor.device) for tensor in made]]
+    dist.broadcast_object_list(described, src=0)
+    received = made or [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in described[0]]
+    for tensor in received:
+        dist.broadcast(tensor, src=0)
+    return received
+
+
 class _Gather(torch.autograd.Function):
     """All processes' rows in rank order; the gradient is summed over processes and sliced back.
 
@@ -114,11 +145,12 @@ def gather(mine: Rows) -> Rows:
 def sum_gradients(parameters: list[torch.nn.Parameter], bytes_per_message: int = 64 << 20) -> None:
     """Sum over processes the gradients that exist, many tensors to a message.
 
-    All processes draw the same stream at a step, so the same parameters have gradients everywhere.
+    All processes draw the same stream at a step, so the same parameters have gradients everywhere. Those of a sharded
+    method (see train/sharding.py) were summed when they were scattered.
     """
     if world() == 1:
         return
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     while grads:
         size, bucket = 0, list[Tensor]()
         dtype = grads[0].dtype
@@ -129,3 +161,33 @@ def sum_gradients(parameters: list[torch.nn.Parameter], bytes_per_message: int =
         dist.all_reduce(flat)
         for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
             grad.copy_(part.view_as(grad))
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What of a tensor this process holds; all of it, where nothing is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Norm of each whole tensor, float64 [n]; of sharded ones every process holds a part."""
+    norms_of_parts = torch.stack([norm.double() for norm in torch._foreach_norm([own_part(each) for each in tensors])])
+    sharded = [isinstance(tensor, DTensor) for tensor in tensors]
+    if not any(sharded):
+        return norms_of_parts
+    squares = norms_of_parts.square()
+    summed = squares.clone()
+    dist.all_reduce(summed)
+    return torch.where(torch.tensor(sharded, device=squares.device), summed, squares).sqrt()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that lies in parts. All processes call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(example: Tensor, value: Tensor) -> Tensor:
+    """This process's part of a tensor, cut as the example is. Every process brings the whole."""
+    if not isinstance(example, DTensor):
+        return value
+    value = value.to(example.device)
+    return distribute_tensor(value, example.device_mesh, example.placements, src_data_rank=None)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.errors import TriviumError
+from trivium.train import distributed
 
 # What decay towards zero only harms, although it may have more than one dimension. 0-D and 1-D tensors (biases,
 # norms, logit scale) are never decayed.
@@ -189,6 +190,6 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, method: nn.Module, tens
         if value.ndim and value.shape != parameter.shape:
             raise TriviumError(f"the saved {kind} of {name} has shape {list(value.shape)}, not {list(parameter.shape)}")
         if value.ndim:  # with the strides of the parameter (channels last): fused kernels walk both alike
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(distributed.part_like(parameter, value))
         state.setdefault(index[parameter], {})[kind] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -121,9 +121,10 @@ def step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     distributed.sum_gradients(parameters)
 
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(grads)])
+    whole_grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = distributed.norms(whole_grads)
     norm = norms.norm()
+    grads = [distributed.own_part(grad) for grad in whole_grads]
     agreed = distributed.sum_over_processes({**sums, "/norm": norm})  # what is not finite anywhere is so in the sum
     accepted = bool(torch.stack([value.to(norm.device) for value in agreed.values()]).isfinite().all())
     sums = {name: value for name, value in agreed.items() if name != "/norm"}

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -33,10 +33,9 @@ from trivium.train.optim import Optim
 from trivium.train.precision import Precision
 from trivium.train.protocol import Batch, Key, Method, Mixture, Stream
 from trivium.train.run_folder import RunFolder
+from trivium.train.sharding import Sharded, Trained
 from trivium.train.step import Context, StepResult, backward
 from trivium.train.step import step as take_step
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Train:
     threads: int | None = None  # of torch; None: as torch finds best
     workers: int = 1  # processes that decode samples; 0: none
     compile: bool = False  # torch.compile for each block: faster steps after a slow start
+    shard: bool = False  # each process holds a part of every tensor (FSDP2), for sizes that do not fit one device
     save_every: int = 1000  # steps between checkpoints; the last step is always saved
     keep_last: int = 2  # checkpoints
     keep_every: int | None = None  # those at multiples of so many steps stay for good
@@ -63,6 +63,13 @@ class Train:
         for name in ("steps", "save_every", "keep_last", "log_every"):
             if getattr(self, name) < 1:
                 raise TriviumError(f"train.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.shard and (self.compile or self.micro_batch == "auto"):
+            raise TriviumError("train.shard goes neither with train.compile nor with train.micro_batch auto: drop one")
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the method is sharded: one process has nobody to share with."""
+        return self.shard and distributed.world() > 1
 
     def evaluates_after(self, done: int) -> bool:
         return done == self.steps or (self.evaluate_every is not None and done % self.evaluate_every == 0)
@@ -107,6 +114,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
     """
     settings = run.train
     folder, optimizer, autocast, state = begin(run, out, resume)
+    trained = _trained(run, optimizer)
     first = int(state["step"])
     log = Log(
         folder.metrics,
@@ -124,18 +132,20 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every)
 
     def measured(done: int) -> dict[str, Any] | None:
-        results = _first_process_does(partial(evaluate, run))
+        trained.gather()
+        results = distributed.first_process_does(partial(evaluate, run))
         if results is not None:
             log.results(done, results)
         return results
 
+    training = replace(run, method=trained.method)
     with log, StopSignals() as stop, closing(_steps(run, first, settings.steps)) as steps:
         # A run that was killed while it evaluated does that again: its old lines are gone.
         results = measured(first) if first and settings.evaluates_after(first) else None
         skipped_in_a_row = 0
         clock = time.perf_counter()
         for step, stream, batches in steps:
-            result = one_step(run, optimizer, step, batches, autocast)
+            result = one_step(training, trained.optimizer, step, batches, autocast)
             done = step + 1
             lr = run.optim.lr * optim.learning_rate(run.optim, step, settings.steps)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -150,7 +160,8 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
                 log.flush()
             if stopping or done == settings.steps or done % settings.save_every == 0:
                 log.flush()
-                _first_process_does(partial(save, done))
+                trained.gather()
+                distributed.first_process_does(partial(save, done))
                 clock = time.perf_counter()
             if stopping and done < settings.steps:
                 log.say(f"saved after step {done} of {settings.steps}; --resume continues from here")
@@ -158,6 +169,8 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
             if settings.evaluates_after(done):
                 results = measured(done)
                 clock = time.perf_counter()
+    if distributed.rank() == 0:  # for whoever measures it next
+        run.method.to(precision.choose_device(settings.device))
     return Outcome(settings.steps, log.seconds(), None, results)
 
 
@@ -198,11 +211,11 @@ def evaluate(run: Run) -> dict[str, Any] | None:
     """What the recipe measures, in eval mode; the method is left as it was."""
     if run.evaluate is None:
         return None
-    training = run.method.training
-    run.method.eval()
+    training, home = run.method.training, next(run.method.parameters()).device
+    run.method.to(precision.choose_device(run.train.device)).eval()
     with torch.no_grad():
         results = run.evaluate(run.method)
-    run.method.train(training)
+    run.method.to(home).train(training)
     return results
 
 
@@ -218,12 +231,24 @@ def steps_in(run: Run, minutes: float) -> int:
 
 
 def try_streams(run: Run) -> None:
-    """One step of each stream, on a copy: raises OutOfMemory where one of them does not fit (micro-batch "auto")."""
+    """One step of each stream, on a copy: raises OutOfMemory where one of them does not fit (micro-batch "auto").
+
+    Each process takes the step alone and then all of them vote: one that ran out in the midst of a common step would
+    leave the others waiting for it. The rows gathered from the others, a few megabytes, are not counted.
+    """
     run, optimizer, autocast = _trial(run)
     first_of = {run.mixture.stream_at(step).name: step for step in reversed(range(min(run.train.steps, 1000)))}
     for first in first_of.values():
         with closing(_steps(run, first, first + 1)) as steps:
-            one_step(run, optimizer, first, next(steps)[2], autocast)
+            _, stream, batches = next(steps)
+        error = None
+        try:
+            with distributed.alone():
+                one_step(run, optimizer, first, batches, autocast)
+        except OutOfMemory as raised:
+            error = raised
+        if distributed.any_process(error is not None):
+            raise error or OutOfMemory(f"out of memory in a step of stream {stream.name} on another process")
 
 
 def _trial(run: Run) -> tuple[Run, torch.optim.Optimizer, Context]:
@@ -232,9 +257,23 @@ def _trial(run: Run) -> tuple[Run, torch.optim.Optimizer, Context]:
     device = precision.choose_device(run.train.device)
     if run.train.threads is not None:
         torch.set_num_threads(run.train.threads)
-    run = replace(run, method=copy.deepcopy(run.method).to(device))
+    method, blocks = copy.deepcopy((run.method, [] if run.blocks is None else list(run.blocks())))
+    run = replace(run, method=method.to(_home(run, device)), blocks=lambda: blocks)
     autocast = partial(precision.autocast, device, _common_precision(run, device))
-    return run, optim.build(run.method, run.optim), autocast
+    trained = _trained(run, optim.build(run.method, run.optim))
+    return replace(run, method=trained.method), trained.optimizer, autocast
+
+
+def _home(run: Run, device: torch.device) -> torch.device:
+    """Where the whole method lives: in main memory, where devices train parts of it."""
+    return torch.device("cpu") if run.train.in_parts else device
+
+
+def _trained(run: Run, optimizer: torch.optim.Optimizer) -> Trained:
+    if not run.train.in_parts:
+        return Trained(run.method, optimizer)
+    blocks = [] if run.blocks is None else list(run.blocks())
+    return Sharded(run.method, optimizer, run.optim, blocks, precision.choose_device(run.train.device))
 
 
 # ---------------------------------------------------------------------------------------- beginning and resuming
@@ -251,9 +290,9 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
     device = precision.choose_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    run.method.to(device)
+    run.method.to(_home(run, device))
     optimizer = optim.build(run.method, run.optim)
-    _first_process_does(lambda: (run_folder.reopen if resume else run_folder.create)(out, run.config))
+    distributed.first_process_does(lambda: (run_folder.reopen if resume else run_folder.create)(out, run.config))
     folder = RunFolder(out)
 
     step, seconds, layout = 0, 0.0, _layout(run, device)
@@ -264,7 +303,7 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
         layout = _settled_layout(layout, saved["layout"], settings.precision, say)
         say(f"resuming after step {step} of {settings.steps}")
     if resume:
-        _first_process_does(lambda: run_folder.rewind(folder, step))
+        distributed.first_process_does(lambda: run_folder.rewind(folder, step))
     if settings.compile and run.blocks is not None:
         for block in run.blocks():
             block.compile()
@@ -295,6 +334,7 @@ def _layout(run: Run, device: torch.device) -> dict[str, Any]:
     return {
         "processes": distributed.world(),
         "micro_batch": {stream.name: stream.micro_batch for stream in streams},
+        "sharded": run.train.in_parts,
         "threads": torch.get_num_threads(),
         "device": device.type,
         "precision": _common_precision(run, device),
@@ -330,24 +370,10 @@ def _settled_layout(
     """A precision that was measured once stays for the run; any other difference is said aloud."""
     if asked == "auto" and now["device"] == saved["device"]:
         now = {**now, "precision": saved["precision"]}
-    changed = [f"{name} {saved[name]} before, {now[name]} now" for name in now if now[name] != saved.get(name)]
+    changed = [f"{name} {saved.get(name)} before, {now[name]} now" for name in now if now[name] != saved.get(name)]
     if changed:
         say(f"the last bits may differ from a run that was never stopped: {'; '.join(changed)}")
     return now
-
-
-def _first_process_does(action: Callable[[], T]) -> T | None:
-    """Run an action on the first process while the others wait; an error there stops all of them."""
-    result, error = None, None
-    if distributed.rank() == 0:
-        try:
-            with distributed.alone():
-                result = action()
-        except TriviumError as raised:
-            error = raised
-    if distributed.any_process(error is not None):
-        raise error or TriviumError("the first process stopped: its message says why")
-    return result
 
 
 # --------------------------------------------------------------------------------------------- what may go wrong
