@@ -28,7 +28,7 @@ def start_at_frequencies(method: FlavaMethod, streams: Sequence[Stream], special
     """
     model = method.model
     heads = (model.mim_head, model.mlm_head, model.mmm_image_head, model.mmm_text_head, model.itm_head)
-    biases = [head.decoder.bias for head in heads]
+    biases: list[Tensor] = [head.decoder.bias for head in heads]
 
     def count() -> list[Tensor]:
         for stream in streams:
