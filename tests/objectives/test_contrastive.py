@@ -100,7 +100,7 @@ def test_agrees_with_the_plain_construction_in_value_and_gradient(batch: dict) -
              processes]  # fmt: skip
     found = sum(parts)
     assert isinstance(found, Tensor)
-    assert float(found) == pytest.approx(float(expected), rel=1e-12, abs=1e-12)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-12)
     if any(batch["kept_G"]):
         inputs = (image, text, scale) if bias is None else (image, text, scale, bias)
         for mine, reference in zip(
@@ -163,7 +163,7 @@ def test_tiles_change_neither_value_nor_gradient(tile: int, sigmoid: bool) -> No
     apart = contrastive(image, text, image_G, text_G, scale, row, row, **options)
     of_columns = torch.autograd.grad(apart, (image_G, text_G), retain_graph=True)
     for loss, columns in ((same, None), (apart, of_columns)):
-        assert float(loss) == pytest.approx(float(expected), rel=1e-10)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
         grads = list(torch.autograd.grad(loss, inputs))
         if columns is not None:  # the rows stand apart from the columns: their gradients are the two summands
             grads[:2] = [mine + others for mine, others in zip(grads[:2], columns, strict=True)]

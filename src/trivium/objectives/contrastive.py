@@ -47,7 +47,8 @@ def contrastive(
     the rows alone and not by rows times columns, as is done here).
 
     Args:
-        image_BD, text_BD: my rows. image_GD, text_GD: everyone's, with gradient; they may be the same tensors.
+        image_BD, text_BD: my rows.
+        image_GD, text_GD: everyone's, with gradient; on one process they are the tensors of my rows themselves.
         logit_scale: [1]. row_B, row_G: numbers within the global batch.
         kept_B: bool, rows whose loss counts.
         same_image_*, same_text_*: equal numbers = same picture, caption or concept.
@@ -59,20 +60,24 @@ def contrastive(
     """
     order_G = row_G.argsort()
     answer_B = order_G[torch.searchsorted(row_G[order_G], row_B)]
-    tile = tile or max(1, TILE_SCORES // max(1, len(row_B)))
+    tile = min(tile or max(1, TILE_SCORES // max(1, len(row_B))), len(row_G))
     with torch.autocast(image_BD.device.type, enabled=False):  # cosines of long batches need float32
         scale, bias = (None if x is None else x.to(image_BD.dtype) for x in (logit_scale.exp(), logit_bias))
-        image_to_text_B = _Direction.apply(
-            image_BD, text_GD, scale, bias, answer_B, same_image_B, same_text_G, min(tile, len(row_G))
-        )
-        text_to_image_B = _Direction.apply(
-            text_BD, image_GD, scale, bias, answer_B, same_text_B, same_image_G, min(tile, len(row_G))
-        )
+        common = (scale, bias, answer_B, tile)
+        if image_BD is image_GD and text_BD is text_GD:  # one process: both directions have the same scores
+            image_to_text_B, text_to_image_B = _Losses.apply(
+                image_BD, text_GD, *common, same_image_B, same_text_G, True
+            )
+        else:
+            image_to_text_B, _ = _Losses.apply(image_BD, text_GD, *common, same_image_B, same_text_G, False)
+            text_to_image_B, _ = _Losses.apply(text_BD, image_GD, *common, same_text_B, same_image_G, False)
     return (0.5 * (image_to_text_B + text_to_image_B) * kept_B).sum()
 
 
-class _Direction(torch.autograd.Function):
-    """Loss of each query against all keys. The answers stand apart from the tiles, where they are left out."""
+class _Losses(torch.autograd.Function):
+    """Loss of each query against all keys and, with `both`, of each key against all queries: the keys are then the
+    answers of the queries, row by row. The answers stand apart from the tiles, where they are left out.
+    """
 
     @staticmethod
     def forward(
@@ -82,50 +87,70 @@ class _Direction(torch.autograd.Function):
         scale: Tensor,
         bias: Tensor | None,
         answer_B: Tensor,
+        tile: int,
         same_B: Tensor,
         same_G: Tensor,
-        tile: int,
-    ) -> Tensor:
+        both: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.tile = tile
-        answer_logit_B = scale * (query_BD * key_GD[answer_B]).sum(1)
+        scaled_BD = query_BD * scale
+        answer_logit_B = (scaled_BD * key_GD[answer_B]).sum(1)
         if bias is not None:
             answer_logit_B = answer_logit_B + bias
+        # Softmax: the logarithm of its denominator, so far. Sigmoid: the loss itself, so far.
         total_B = answer_logit_B if bias is None else -F.logsigmoid(answer_logit_B)
-        scaled_BD = query_BD * scale
+        of_keys_G = total_B.clone() if both else None
         for columns in _tiles(len(key_GD), tile):
             logits_BT = _logits(scaled_BD, key_GD, bias, answer_B, same_B, same_G, columns)
-            if bias is None:
-                total_B = torch.logaddexp(total_B, logits_BT.logsumexp(1))
-            else:
-                total_B = total_B - F.logsigmoid(-logits_BT).sum(1)
-        ctx.save_for_backward(query_BD, key_GD, scale, bias, answer_B, same_B, same_G, answer_logit_B, total_B)
-        return total_B - answer_logit_B if bias is None else total_B
+            total_B = _joined(total_B, logits_BT, 1, bias)
+            if of_keys_G is not None:
+                of_keys_G[columns] = _joined(of_keys_G[columns], logits_BT, 0, bias)
+        ctx.save_for_backward(
+            query_BD, key_GD, scale, bias, answer_B, same_B, same_G, answer_logit_B, total_B, of_keys_G
+        )
+        if bias is not None:
+            return total_B, of_keys_G
+        return total_B - answer_logit_B, None if of_keys_G is None else of_keys_G - answer_logit_B
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor | None, ...]:
-        query_BD, key_GD, scale, bias, answer_B, same_B, same_G, answer_logit_B, total_B = ctx.saved_tensors
+    def backward(ctx: Any, grad_B: Tensor, grad_of_keys_G: Tensor | None) -> tuple[Tensor | None, ...]:
+        query_BD, key_GD, scale, bias, answer_B, same_B, same_G, answer_logit_B, total_B, of_keys_G = ctx.saved_tensors
+        scaled_BD = query_BD * scale
         # Gradients with respect to the logits: softmax minus one-hot, or the sigmoid's.
-        answer_grad_B = torch.expm1(answer_logit_B - total_B) if bias is None else -torch.sigmoid(-answer_logit_B)
-        answer_grad_B = answer_grad_B * grad_B
+        answer_grad_B = _answer_grad(answer_logit_B, total_B, bias) * grad_B
+        if of_keys_G is not None:
+            answer_grad_B = answer_grad_B + _answer_grad(answer_logit_B, of_keys_G, bias) * grad_of_keys_G
         grad_query_BD = answer_grad_B[:, None] * key_GD[answer_B]
         grad_key_GD = torch.zeros_like(key_GD).index_add_(0, answer_B, answer_grad_B[:, None] * query_BD)
         grad_bias = answer_grad_B.sum()
-        scaled_BD = query_BD * scale
         for columns in _tiles(len(key_GD), ctx.tile):
             logits_BT = _logits(scaled_BD, key_GD, bias, answer_B, same_B, same_G, columns)
-            grad_BT = logits_BT.sub_(total_B[:, None]).exp_() if bias is None else logits_BT.sigmoid_()
-            grad_BT.mul_(grad_B[:, None])
+            grad_BT = _negative_grad(logits_BT, total_B[:, None], bias).mul_(grad_B[:, None])
+            if of_keys_G is not None:
+                grad_BT += _negative_grad(logits_BT, of_keys_G[columns], bias).mul_(grad_of_keys_G[columns])
             grad_query_BD.addmm_(grad_BT, key_GD[columns])
             grad_key_GD[columns].addmm_(grad_BT.T, query_BD)
             if bias is not None:
                 grad_bias = grad_bias + grad_BT.sum()
         grad_scale = (grad_query_BD * query_BD).sum().view_as(scale)
         grad_query_BD, grad_key_GD = grad_query_BD.mul_(scale), grad_key_GD.mul_(scale)
-        return (
-            *(grad_query_BD, grad_key_GD, grad_scale, None if bias is None else grad_bias.view_as(bias)),
-            *(None, None, None, None),
-        )
+        of_bias = None if bias is None else grad_bias.view_as(bias)
+        return grad_query_BD, grad_key_GD, grad_scale, of_bias, None, None, None, None, None
+
+
+def _joined(total: Tensor, logits_BT: Tensor, dim: int, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.logaddexp(total, logits_BT.logsumexp(dim))
+    return total - F.logsigmoid(-logits_BT).sum(dim)
+
+
+def _answer_grad(answer_logit_B: Tensor, total_B: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.expm1(answer_logit_B - total_B) if bias is None else -torch.sigmoid(-answer_logit_B)
+
+
+def _negative_grad(logits_BT: Tensor, total: Tensor, bias: Tensor | None) -> Tensor:
+    return (logits_BT - total).exp_() if bias is None else logits_BT.sigmoid()
 
 
 def _tiles(num_columns: int, tile: int) -> list[slice]:
