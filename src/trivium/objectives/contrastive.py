@@ -119,7 +119,7 @@ class _Losses(torch.autograd.Function):
         scaled_BD = query_BD * scale
         # Gradients with respect to the logits: softmax minus one-hot, or the sigmoid's.
         answer_grad_B = _answer_grad(answer_logit_B, total_B, bias) * grad_B
-        if of_keys_G is not None:
+        if grad_of_keys_G is not None:
             answer_grad_B = answer_grad_B + _answer_grad(answer_logit_B, of_keys_G, bias) * grad_of_keys_G
         grad_query_BD = answer_grad_B[:, None] * key_GD[answer_B]
         grad_key_GD = torch.zeros_like(key_GD).index_add_(0, answer_B, answer_grad_B[:, None] * query_BD)
@@ -127,7 +127,7 @@ class _Losses(torch.autograd.Function):
         for columns in _tiles(len(key_GD), ctx.tile):
             logits_BT = _logits(scaled_BD, key_GD, bias, answer_B, same_B, same_G, columns)
             grad_BT = _negative_grad(logits_BT, total_B[:, None], bias).mul_(grad_B[:, None])
-            if of_keys_G is not None:
+            if grad_of_keys_G is not None:
                 grad_BT += _negative_grad(logits_BT, of_keys_G[columns], bias).mul_(grad_of_keys_G[columns])
             grad_query_BD.addmm_(grad_BT, key_GD[columns])
             grad_key_GD[columns].addmm_(grad_BT.T, query_BD)

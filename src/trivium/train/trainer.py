@@ -209,9 +209,9 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
     return Outcome(settings.steps, log.seconds(), None, results)
 
 
-def _steps(run: Run, first: int, stop: int) -> Generator[tuple[int, Stream, list[Batch]]]:
-    """(number, stream, this process's micro-batches) of each step in [first, stop)."""
-    loader = run.mixture.loader(first, distributed.rank(), distributed.world(), stop)
+def _steps(run: Run, first: int, stop: int, rank: int | None = None) -> Generator[tuple[int, Stream, list[Batch]]]:
+    """(number, stream, micro-batches) of each step in [first, stop). rank: of the process; None: this one."""
+    loader = run.mixture.loader(first, distributed.rank() if rank is None else rank, distributed.world(), stop)
     for step, batches in enumerate(loader, start=first):
         yield step, run.mixture.stream_at(step), batches
 
@@ -268,13 +268,14 @@ def steps_in(run: Run, minutes: float) -> int:
 def try_streams(run: Run) -> None:
     """One step of each stream, on a copy: raises OutOfMemory where one of them does not fit (micro-batch "auto").
 
-    Each process takes the step alone and then all of them vote: one that ran out in the midst of a common step would
-    leave the others waiting for it. The rows gathered from the others, a few megabytes, are not counted.
+    Each process takes the step alone, on the first one's micro-batches, and then all of them vote: one that ran out in
+    the midst of a common step would leave the others waiting. The rows gathered from the others, a few megabytes, are
+    not counted.
     """
     run, optimizer, autocast = _trial(run)
     first_of = {run.mixture.stream_at(step).name: step for step in reversed(range(min(run.train.steps, 1000)))}
     for first in first_of.values():
-        with closing(_steps(run, first, first + 1)) as steps:
+        with closing(_steps(run, first, first + 1, rank=0)) as steps:
             _, stream, batches = next(steps)
         error = None
         try:
