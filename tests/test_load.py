@@ -133,6 +133,26 @@ def test_every_kind_of_picture_gives_the_same(saved: Path, pictures: list[Path])
     assert torch.allclose(bundle.encode_image(prepared[None].float() / 255).projected, expected, atol=1e-5)
 
 
+def test_a_picture_in_memory_is_read_by_the_rules_of_files(saved: Path, tmp_path: Path) -> None:
+    """Transparent, 16 bits a channel, turned by EXIF: opened by Pillow or by path, the same."""
+    bundle, generator = load(saved), np.random.default_rng(0)
+    clear = Image.fromarray(generator.integers(0, 256, (40, 40, 4), dtype=np.uint8), "RGBA")
+    grey = Image.fromarray(generator.integers(0, 65536, (40, 40), dtype=np.uint16))
+    turned = Image.fromarray(generator.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, picture in (("clear", clear), ("grey", grey), ("turned", turned)):
+        path = tmp_path / f"{name}.png"
+        picture.save(path, exif=exif if name == "turned" else Image.Exif())
+        with Image.open(path) as opened:
+            assert torch.equal(bundle.encode_image(opened).projected, bundle.encode_image(path).projected), name
+
+
+def test_no_text_is_a_sentence(saved: Path) -> None:
+    with pytest.raises(TriviumError, match="no text to encode: the list is empty"):
+        load(saved).encode_text([])
+
+
 def test_long_lists_go_in_pieces_and_come_out_whole(saved: Path, pictures: list[Path]) -> None:
     bundle = load(saved)
     several = pictures * 3
@@ -183,6 +203,7 @@ def test_the_mode_of_a_model_in_training_is_left_as_it_was() -> None:
         (np.zeros((4, 4, 3)), "this one float64"),
         (np.zeros((4, 4), np.uint8), r"this one uint8 \[4, 4\]"),
         (torch.zeros(3, 32, 32), r"\[B, 3, H, W\], this one \[3, 32, 32\]"),
+        (torch.zeros(1, 3, 32, 36), "32 x 36 pixels cannot be cut into patches of"),
         (torch.full((1, 3, 32, 32), 7.0), r"lie in \[0, 1\]"),
         (torch.full((1, 3, 32, 32), float("nan")), r"lie in \[0, 1\]"),
         ([], "list is empty"),

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from trivium.errors import TriviumError
-from trivium.manifest import file_beside, write_whole
+from trivium.manifest import file_beside, write_whole, written_beside
 
 
 def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -22,6 +24,23 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
             assert path.exists() == (content == b"new")
         assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_as_open_as_the_user_has_it(tmp_path: Path) -> None:
+    """safetensors writes for the owner alone; a colleague or a web server is to read what lies there."""
+    tensors = {"a": torch.ones(2)}
+    before = os.umask(0o022)
+    try:
+        with file_beside(tmp_path / "a.safetensors") as beside:
+            save_file(tensors, beside)
+        with written_beside(tmp_path / "folder") as folder:
+            (folder / "below").mkdir()
+            save_file(tensors, folder / "below" / "b.safetensors")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "a.safetensors", tmp_path / "folder" / "below" / "b.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "folder" / "below").stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -103,6 +103,8 @@ class Bundle:
                 "that it was trained with"
             )
         texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return self._joined([], "no text to encode")
         ids_BT, mask_BT = self.tokenizer.pad(self.tokenizer.encode(texts, self.max_length))
         parts = []
         for ids, mask in zip(ids_BT.split(batch), mask_BT.split(batch), strict=True):
@@ -167,6 +169,12 @@ class Bundle:
             assert isinstance(picture, Tensor)
             if given.ndim != 4 or given.shape[1] != 3:
                 raise TriviumError(f"a tensor of pictures is [B, 3, H, W], this one {list(given.shape)}")
+            patch = self.model.config.patch_size  # type: ignore[union-attr]
+            if given.shape[2] % patch or given.shape[3] % patch:
+                raise TriviumError(
+                    f"pictures of {given.shape[2]} x {given.shape[3]} pixels cannot be cut into patches of {patch}:"
+                    " resize them to multiples of it"
+                )
             return picture
         if isinstance(picture, str | Path):
             try:

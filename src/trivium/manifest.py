@@ -37,7 +37,10 @@ def file_beside(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # as the user's umask has it; safetensors writes for the owner alone
         yield beside
+        beside.chmod(mode)
         _sync(beside)
         beside.replace(path)
     finally:
@@ -144,7 +147,10 @@ def written_beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)  # left by a killed process
         beside.mkdir()
         yield beside
+        mode = beside.stat().st_mode & 0o666  # as the user's umask has it; safetensors writes for the owner alone
         for path in [*beside.rglob("*"), beside]:
+            if path.is_file():
+                path.chmod(mode)
             _sync(path)
         beside.rename(folder)
         _sync(folder.parent)

@@ -242,6 +242,9 @@ def test_columns_by_name_and_the_messages_where_they_fail(tmp_path: Path, pictur
     with pytest.raises(TriviumError, match=r'c.csv has no column "titel"; its columns are file, alt, note'):
         open_source("pairs", [file], text_column="titel")
     assert open_source("pairs", [file], text_column="alt").read(0, 0)["text"] == "mug"
+    words = write_csv(tmp_path / "words.csv", [["note", "title"], ["y", "z"]])
+    read = [open_source("text", [each], text_column="alt,note").read(0, 0)["text"] for each in (file, words)]
+    assert read == ["mug", "y"]  # the first name that a table has
     both = write_csv(tmp_path / "both.csv", [["file", "caption", "title"], ["photos/c.webp", "mug", "x"]])
     with pytest.raises(TriviumError, match=r"more than one column that may be meant \(caption, title\)"):
         open_source("pairs", [both])

@@ -58,6 +58,12 @@ def decode(data: bytes, *, max_pixels: int = 64_000_000, min_side: int | None = 
         return _upright(pixels_HWC, _orientation(picture))
 
 
+def rgb(picture: Image.Image) -> np.ndarray:
+    """A Pillow picture under the same rules: uint8 [H, W, 3], upright, on white where it is transparent.
+    Raises DecodeError."""
+    return _upright(np.array(_to_rgb(picture)), _orientation(picture))
+
+
 def picture_size(data: bytes) -> tuple[int, int]:
     """(height, width) as the header of `data` has them, before any rotation. Raises DecodeError."""
     with _opened(data, max_pixels=2**62) as picture:

@@ -322,9 +322,6 @@ class TarShards(RowSource):
     def where(self, row: int) -> tuple[str, str]:
         return without_query(self.paths[self._shard(row)]), self._fact(row, "key")
 
-    def identity(self, row: int) -> str:
-        return "\n".join((_identity(self.paths[self._shard(row)]), self._fact(row, "key")))
-
     def picture(self, row: int) -> bytes:
         data = self._part(row, "image")
         if data is None:
@@ -348,7 +345,9 @@ class TarShards(RowSource):
     def identity(self, row: int) -> str:
         """A picture is known by its bytes: one that stands in several samples, each with a caption, is one picture."""
         checksum = ABSENT if self.kind == "text" else self._fact(row, "image_crc32")
-        return super().identity(row) if checksum == ABSENT else f"{checksum} {self._fact(row, 'image_length')}"
+        if checksum == ABSENT:
+            return "\n".join((_identity(self.paths[self._shard(row)]), self._fact(row, "key")))
+        return f"{checksum} {self._fact(row, 'image_length')}"
 
     def label(self, row: int) -> int | None:
         data = self._part(row, "cls")

@@ -39,12 +39,14 @@ os.register_at_fork(before=_csv_lock.acquire, after_in_parent=_csv_lock.release,
 
 
 def find_column(path: str, columns: Sequence[str], named: str | None, usual: Sequence[str], option: str) -> str:
-    """The column that was `named`, or the one with a `usual` name. Raises TriviumError with the columns there are."""
+    """The column that was `named` ("a,b": the first that there is, for tables that differ), or the one with a `usual`
+    name. Raises TriviumError with the columns there are."""
     have = f"its columns are {', '.join(columns)}"
     if named is not None:
-        if named not in columns:
+        known = next((name for name in (named, *named.split(",")) if name in columns), None)
+        if known is None:
             raise TriviumError(f'{path} has no column "{named}"; {have}: name one of them with --data.{option}')
-        return named
+        return known
     found = [column for column in columns if column.lower() in usual]
     if len(found) == 1:
         return found[0]

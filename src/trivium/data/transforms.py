@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from trivium.data.decode import decode
+from trivium.data.decode import decode, rgb
 from trivium.errors import TriviumError
 
 Triple = tuple[float, float, float]
@@ -149,7 +149,7 @@ class ImageTransform:
     def __call__(self, picture: bytes | np.ndarray | Image.Image) -> Tensor:
         """uint8 [3, size, size] of an encoded picture, uint8 [H, W, 3] or a Pillow picture. Raises DecodeError."""
         if isinstance(picture, Image.Image):
-            picture = np.asarray(picture.convert("RGB"))
+            picture = rgb(picture)
         image_HWC = decode(picture) if isinstance(picture, bytes) else picture
         height, width, _ = image_HWC.shape
         if self.crop == "center":
