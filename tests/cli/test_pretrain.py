@@ -24,6 +24,8 @@ from tests.recipes.shop import (
     lines_of,
     trivium,
 )
+from trivium.recipes.flava import flava
+from trivium.train.config import leaves
 
 
 def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: object) -> str:
@@ -188,6 +190,48 @@ def test_ten_megabytes_of_text_in_one_field_are_cut(shop: Path, tmp_path: Path) 
     words = flags(data__batch=24, train__steps=1)
     assert trivium("pretrain", "flava", "--out", run, "--data.pairs", goods, *words) == 0
     assert lines_of(run / "skipped.jsonl") == []
+
+
+# ------------------------------------------------------------------------------------------------ its help
+
+
+@pytest.mark.parametrize("size", [None, "base"])
+def test_the_help_of_a_recipe_lists_every_field_with_its_value(
+    size: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert trivium("pretrain", "flava", *([] if size is None else ["--size", size]), "--help") == 0
+    _, page = capsys.readouterr().out.split("\nfields of flava")
+    recipe = flava() if size is None else flava(size)
+    for path in leaves(recipe):
+        assert f"  --{path.replace('_', '-')}" in page, path
+    said = " ".join(page.split())
+    assert f"--data.batch INT samples of one step, over all processes ({recipe.data.batch})" in said
+    assert f"--optim.lr FLOAT ({recipe.optim.lr:g})" in said
+    assert "--optim.clip none|global|per_tensor" in said
+    assert "--optim.groups.0.rate FLOAT times the learning rate (1)" in said
+    assert "--train.micro-batch INT|auto rows of one forward" in said
+    assert max(map(len, page.splitlines())) <= 120
+
+
+def test_the_help_of_a_recipe_of_ones_own_tells_its_own_fields(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_run.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from trivium.recipes.flava import FlavaRecipe, flava\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Shop(FlavaRecipe):\n"
+        "    shelves: int = 7  # of the '#' shop\n\n"
+        "def shop():\n"
+        "    return Shop(flava('small').model)\n"
+    )
+    assert trivium("pretrain", f"{tmp_path}/my_run.py:shop", "-h") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--shelves INT of the '#' shop (7)" in said
+    assert "--model.width INT (384)" in said
+    assert trivium("pretrain", "flavo", "--help") == 2
+    assert "there is no recipe flavo: did you mean flava?" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------- mistakes found before training

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import tyro
-from safetensors.torch import save_file
+from tyro.conf import arg
 
-from trivium.convert import ADAPTERS, FORMATS, processor, read_foreign
 from trivium.errors import TriviumError
-from trivium.load import Bundle, bundle_of, model_folder, open_own, save_image_tokenizer
-from trivium.manifest import written_beside
-from trivium.models.dvae import DVae
-from trivium.models.flava import Flava
+
+if TYPE_CHECKING:
+    from trivium.load import Bundle
 
 
-def convert(path: Path, *, to: str, out: Path, from_: Annotated[str | None, tyro.conf.arg(name="from")] = None) -> None:
+def convert(
+    path: Path,
+    *,
+    to: Annotated[str, arg(metavar="FORMAT")],
+    out: Path,
+    from_: Annotated[str | None, arg(name="from", metavar="FORMAT")] = None,
+) -> None:
     """Read a checkpoint of any layout and write it in another, whole or not at all.
 
     Args:
@@ -28,6 +31,9 @@ def convert(path: Path, *, to: str, out: Path, from_: Annotated[str | None, tyro
 
     Raises TriviumError as `trivium.load` does, where a layout has no place for this model, and where `out` is taken.
     """
+    from trivium.convert import FORMATS, read_foreign
+    from trivium.load import bundle_of, model_folder, open_own, save_image_tokenizer
+
     if to not in FORMATS:
         raise TriviumError(f"no format is called {to!r}: choose one of {', '.join(FORMATS)}")
     said: list[str] = []
@@ -51,6 +57,13 @@ def convert(path: Path, *, to: str, out: Path, from_: Annotated[str | None, tyro
 
 
 def _write_foreign(bundle: Bundle, to: str, out: Path) -> None:
+    from safetensors.torch import save_file
+
+    from trivium.convert import ADAPTERS
+    from trivium.manifest import written_beside
+    from trivium.models.dvae import DVae
+    from trivium.models.flava import Flava
+
     model, image_tokenizer = bundle.model, bundle.image_tokenizer
     adapter = ADAPTERS[to]
     write = adapter.write
@@ -79,6 +92,9 @@ def _write_foreign(bundle: Bundle, to: str, out: Path) -> None:
 
 def _write_processor(bundle: Bundle, folder: Path) -> None:
     """What FlavaProcessor.from_pretrained reads."""
+    from trivium.convert import processor
+    from trivium.models.flava import Flava
+
     assert isinstance(bundle.model, Flava)
     transform, config = bundle.transform, bundle.model.config
     stride = bundle.image_tokenizer.stride if bundle.image_tokenizer is not None else 8

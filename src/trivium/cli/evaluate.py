@@ -6,25 +6,21 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
-from trivium.data.sources import open_source
+from tyro.conf import arg
+
 from trivium.errors import TriviumError
-from trivium.evaluate import pairs as pairs_protocol
-from trivium.load import load
-from trivium.manifest import checkpoints_in, newest_checkpoint
-from trivium.recipes import RECIPES, finish
-from trivium.train import config
-from trivium.train.precision import choose_device
 
 
 def evaluate(
     path: Path,
     *,
-    pairs: tuple[str, ...] = (),
-    image_column: str | None = None,
-    text_column: str | None = None,
+    pairs: Annotated[tuple[str, ...], arg(metavar="PATH ...")] = (),
+    image_column: Annotated[str | None, arg(metavar="NAME")] = None,
+    text_column: Annotated[str | None, arg(metavar="NAME")] = None,
     out: Path | None = None,
-    device: str = "auto",
+    device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto",
 ) -> int:
     """Measure a model and write results.json and report.html.
 
@@ -44,6 +40,13 @@ def evaluate(
     out = out or (path if is_run else Path("evaluation"))
     if out.exists() and not out.is_dir():
         raise TriviumError(f"{out} is a file: name a folder with --out")
+    from trivium.data.sources import open_source
+    from trivium.evaluate import pairs as pairs_protocol
+    from trivium.load import load
+    from trivium.recipes import RECIPES, finish
+    from trivium.train import config
+    from trivium.train.precision import choose_device
+
     on = choose_device(device)
     prepared = None
     seconds: dict[str, float] = {}
@@ -79,6 +82,8 @@ def evaluate(
 
 
 def _newest_checkpoint(run: Path) -> Path:
+    from trivium.manifest import checkpoints_in, newest_checkpoint
+
     checkpoints = run / "checkpoints"
     newest = newest_checkpoint(checkpoints, lambda sentence: print(sentence, file=sys.stderr))
     if newest is not None:
