@@ -34,7 +34,8 @@ def evaluate(
     data = prepared.recipe.data
     if prepared.validation:
         say("validation losses")
-    final = validation_losses(prepared.run.method, prepared.validation, prepared.recipe.train.seed)
+    recipe = prepared.recipe
+    final = validation_losses(prepared.run.method, prepared.validation, recipe.train.seed, recipe.rows_at_once)
     chance = chance_of(prepared) if prepared.validation else {}
     if data.is_embedded:
         found = _on_drawings(bundle, say)

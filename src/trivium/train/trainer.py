@@ -26,7 +26,7 @@ from torch import nn
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint, distributed, optim, precision, run_folder
-from trivium.train.budget import OutOfMemory, calibrate, is_out_of_memory
+from trivium.train.budget import calibrate, memory_dial_named
 from trivium.train.config import Config
 from trivium.train.logs import Log
 from trivium.train.optim import Optim
@@ -174,7 +174,7 @@ def one_step(
     """Step number `step` (0 is the first) of a run, with the rate and the decay that belong to it."""
     stream = run.mixture.stream_at(step)
     optim.set_step(optimizer, run.optim, step, run.train.steps)
-    try:
+    with memory_dial_named(f"a step of stream {stream.name}", stream.micro_batch):
         return take_step(
             run.method,
             batches,
@@ -184,14 +184,6 @@ def one_step(
             clip_norm=run.optim.clip_norm,
             autocast=autocast,
         )
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        smaller = max(1, stream.micro_batch // 2)
-        raise OutOfMemory(
-            f"out of memory in a step of stream {stream.name} with {stream.micro_batch} samples at once: "
-            f"use --train.micro-batch {smaller} (the batch stays the same), or --train.micro-batch auto"
-        ) from error
 
 
 def evaluate(run: Run) -> dict[str, Any] | None:
