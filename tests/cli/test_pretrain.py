@@ -91,7 +91,7 @@ def test_a_second_run_never_takes_the_folder_of_the_first(
 ) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
     assert trivium("pretrain", "flava", "--out", trained, *data_of(shop), *flags()) == 2
-    assert "holds a run already: continue it with --resume" in capsys.readouterr().err
+    assert f"holds a run already: continue it with `trivium pretrain {trained} --resume`" in capsys.readouterr().err
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 

@@ -122,7 +122,7 @@ def test_a_run_that_is_told_to_stop_saves_and_resumes_to_the_same_weights(
     settings = flags(train__steps=20, train__save_every=10, train__workers=1)
     done = process("pretrain", recipe, "--out", run, *data_of(shop), *settings)
     assert done.returncode == 0, done.stderr
-    assert "saved after step 7 of 20; --resume continues from here" in done.stdout
+    assert f"saved after step 7 of 20; to go on: trivium pretrain {run} --resume\n" in done.stdout
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000007"]
     assert not (run / "results.json").exists()
     assert trivium("pretrain", run, "--resume") == 0
@@ -153,7 +153,7 @@ def test_when_every_checkpoint_is_damaged(twenty: Path, tmp_path: Path, capsys: 
     os.truncate(checkpoint(run, 10) / "model" / "model.safetensors", 1000)
     before = sorted(path.relative_to(run) for path in run.rglob("*"))
     assert trivium("pretrain", "flava", "--out", run, "--resume") == 2
-    assert "every checkpoint is damaged; begin a new run in another folder" in capsys.readouterr().err
+    assert "every checkpoint is damaged; use another copy, or begin a new run in another folder" in capsys.readouterr().err
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
 
 

@@ -44,15 +44,21 @@ def evaluate(
     from trivium.evaluate import pairs as pairs_protocol
     from trivium.load import load
     from trivium.recipes import RECIPES, finish
-    from trivium.train import config
+    from trivium.train import config, run_folder
     from trivium.train.precision import choose_device
+
+    def say(sentence: str) -> None:
+        print(sentence, file=sys.stderr)
 
     on = choose_device(device)
     prepared = None
     seconds: dict[str, float] = {}
     if is_run and not pairs:
         settings = config.load(path)
-        newest = _newest_checkpoint(path)
+        newest = run_folder.newest_sound(path, say)
+        if newest is None:
+            resume = run_folder.to_resume(path)
+            raise TriviumError(f"{path} holds no finished checkpoint yet: train on with `{resume}`")
         seconds["train"] = json.loads((newest / "training" / "state.json").read_text())["seconds"]
         prepared = config.build(settings, RECIPES).prepare(settings.recipe, settings.arguments, newest / "model")
         prepared.run.method.to(on)
@@ -64,7 +70,7 @@ def evaluate(
         source = open_source("pairs", pairs, image_column=image_column, text_column=text_column)
         found = pairs_protocol.run(bundle, source)
     else:
-        found, losses = finish.evaluate(bundle, prepared, lambda part: print(part, file=sys.stderr))
+        found, losses = finish.evaluate(bundle, prepared, say)
     out.mkdir(parents=True, exist_ok=True)
     page = finish.write(
         out,
@@ -79,15 +85,3 @@ def evaluate(
         print(sentence)
     print(f"report: {page}")
     return 0
-
-
-def _newest_checkpoint(run: Path) -> Path:
-    from trivium.manifest import checkpoints_in, newest_checkpoint
-
-    checkpoints = run / "checkpoints"
-    newest = newest_checkpoint(checkpoints, lambda sentence: print(sentence, file=sys.stderr))
-    if newest is not None:
-        return newest
-    if checkpoints_in(checkpoints):
-        raise TriviumError(f"{checkpoints}: every checkpoint is damaged; use another copy, or train again")
-    raise TriviumError(f"{run} holds no finished checkpoint yet: train on with --resume")

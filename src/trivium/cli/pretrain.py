@@ -13,7 +13,6 @@ from tyro.conf import arg
 
 from trivium.cli.overrides import set_overrides
 from trivium.errors import TriviumError
-from trivium.manifest import newest_checkpoint
 
 if TYPE_CHECKING:
     from trivium.recipes.flava import Prepared
@@ -108,11 +107,12 @@ def _resume(recipe: str, out: Path | None, changes: Mapping[str, Any], begun: fl
         raise TriviumError("--resume needs the run folder: trivium pretrain RUN --resume")
     from trivium.recipes import RECIPES
     from trivium.train import config as configuration
+    from trivium.train import run_folder
 
     settings = configuration.load(Path(recipe)) if out is None else _stated(out, recipe)
     out = out or Path(recipe)
     tree = set_overrides(configuration.build(settings, RECIPES), changes)
-    newest = newest_checkpoint(out / "checkpoints", say)
+    newest = run_folder.newest_sound(out, say)
     prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")
     return run(prepared, out, begun, resume=newest or True)
 

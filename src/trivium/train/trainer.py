@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from trivium.errors import TriviumError
-from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint, distributed, optim, precision, run_folder
 from trivium.train.budget import calibrate, memory_dial_named
 from trivium.train.config import Config
@@ -153,7 +152,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
                 _first_process_does(partial(save, done))
                 clock = time.perf_counter()
             if stopping and done < settings.steps:
-                log.say(f"saved after step {done} of {settings.steps}; --resume continues from here")
+                log.say(f"saved after step {done} of {settings.steps}; to go on: {run_folder.to_resume(out)}")
                 return Outcome(done, log.seconds(), stop.received or signal.SIGTERM, results)
             if settings.evaluates_after(done):
                 results = measured(done)
@@ -273,9 +272,7 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
 
 def _checkpoint_to_resume(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
     """The newest sound checkpoint; None where the run ended before its first."""
-    found = newest_checkpoint(folder.checkpoints, say)
-    if found is None and checkpoints_in(folder.checkpoints):
-        raise TriviumError(f"{folder.checkpoints}: every checkpoint is damaged; begin a new run in another folder")
+    found = run_folder.newest_sound(folder.path, say)
     if found is None:
         say(f"{folder.path} holds no checkpoint yet: beginning at step 0")
     return found
