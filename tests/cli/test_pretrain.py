@@ -25,7 +25,9 @@ from tests.recipes.shop import (
     trivium,
 )
 from trivium.recipes.flava import flava
+from trivium.train import step as train_step
 from trivium.train.config import leaves
+from trivium.train.protocol import Key
 
 
 def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: object) -> str:
@@ -82,8 +84,26 @@ def test_a_run_reports_losses_beside_chance_and_retrieval_on_its_validation_pair
     assert {f"losses.{loss}.{figure}" for loss in LOSSES for figure in ("final", "chance")} <= named
     assert {f"retrieval.pairs.{way}_r10" for way in ("text_to_image", "image_to_text")} <= named
     assert 0 < found["seconds"]["train"] < found["seconds"]["total"]
+    assert json.loads((trained / "config.json").read_text())["arguments"] == {"size": "tiny"}
+    assert "<h1>flava, tiny: what it learned</h1>" in (trained / "report.html").read_text(encoding="utf-8")
     logged = lines_of(trained / "metrics.jsonl")[-1]["results"]["losses"]
     assert {loss: found["results"][f"losses.{loss}.final"]["value"] for loss in LOSSES} == pytest.approx(logged)
+
+
+def test_what_was_measured_at_the_end_of_training_is_not_measured_again(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    plain = train_step.measure
+
+    def counting(method: object, batches: object, key: Key) -> dict[str, float]:
+        measured.append(key.stream)
+        return plain(method, batches, key)
+
+    monkeypatch.setattr(train_step, "measure", counting)
+    words = [*data_of(shop), "--data.validation", shop / "goods.csv", *flags(train__steps=1)]
+    assert trivium("pretrain", "flava", "--out", tmp_path / "run", *words) == 0
+    assert sorted(measured) == ["images", "pairs", "text"]
 
 
 def test_a_second_run_never_takes_the_folder_of_the_first(

@@ -30,14 +30,16 @@ def evaluate(
             them the model is measured on the embedded drawings, and a run on its own validation samples.
         image_column: of --pairs in tables, where it has an unusual name.
         text_column: likewise.
-        out: the folder to write into; by default the run folder, or the folder "evaluation".
+        out: the folder to write into; by default the run folder, with --pairs the folder "evaluation" in it, and for
+            a model that is no run the folder "evaluation" here.
         device: cpu, cuda, or auto for the fastest there is.
     """
     begun = time.perf_counter()
     if not path.exists():
         raise TriviumError(f"{path}: there is no such file or folder; give a run, a model folder or a checkpoint")
     is_run = (path / "checkpoints").is_dir()
-    out = out or (path if is_run else Path("evaluation"))
+    own = is_run and not pairs  # what a run measures of itself: its results.json is made anew
+    out = out or (path if own else path / "evaluation" if is_run else Path("evaluation"))
     if out.exists() and not out.is_dir():
         raise TriviumError(f"{out} is a file: name a folder with --out")
     from trivium.data.sources import open_source
@@ -53,7 +55,7 @@ def evaluate(
     on = choose_device(device)
     prepared = None
     seconds: dict[str, float] = {}
-    if is_run and not pairs:
+    if own:
         settings = config.load(path)
         newest = run_folder.newest_sound(path, say)
         if newest is None:
@@ -77,6 +79,7 @@ def evaluate(
         found,
         losses,
         prepared=prepared,
+        run=path if own else None,
         seconds=seconds | {"total": time.perf_counter() - begun},
         model_path=str(path),
         title=f"Evaluation of {path}",

@@ -60,17 +60,25 @@ def pretrain(
         if config is not None:
             raise TriviumError("--resume takes the config of its run folder: leave out --config")
         return _resume(recipe, out, changes, begun)
-    settings = configuration.Config(recipe, {} if size is None else {"size": size}, {})
     if config is not None:
         settings = _stated(config, recipe)
+    else:
+        arguments = {} if size is None else {"size": size}
+        settings = configuration.Config(recipe, arguments)
+        settings = configuration.with_defaults(settings, RECIPES)
     tree = set_overrides(configuration.build(settings, RECIPES), changes)
-    out = out or Path("runs") / f"{Path(recipe).stem}-{size or 'default'}-{_now():%Y%m%d-%H%M%S}"
+    named = "-".join([Path(recipe).stem, *_size_of(settings), f"{_now():%Y%m%d-%H%M%S}"])
+    out = out or Path("runs") / named
     run_folder.refuse_a_run(out)
     say(f"preparing data and model for {out}")
     prepared = tree.prepare(settings.recipe, settings.arguments)
     for sentence in (*prepared.notes, *noticed(prepared.sources)):
         say(sentence)
     return run(with_budget(prepared), out, begun)
+
+
+def _size_of(settings: Config) -> list[str]:
+    return [str(settings.arguments["size"])] if "size" in settings.arguments else []
 
 
 def say(sentence: str) -> None:
@@ -151,15 +159,17 @@ def run(prepared: Prepared, out: Path, begun: float, *, resume: bool | Path = Fa
         if outcome.signal is not None or distributed.rank() > 0:
             return outcome.exit_code
         distributed.stop()  # the others are done: what follows is this process's alone
-        found, losses = finish.evaluate(prepared.bundle, prepared, say)
+        final = (outcome.results or {}).get("losses")
+        found, losses = finish.evaluate(prepared.bundle, prepared, say, final)
         page = finish.write(
             out,
             found,
             losses,
             prepared=prepared,
+            run=out,
             seconds={"train": outcome.seconds, "total": time.perf_counter() - begun},
             model_path=str(out),
-            title=f"{prepared.name}, {prepared.arguments.get('size', 'default size')}: what it learned",
+            title=f"{', '.join([Path(prepared.name).name, *_size_of(prepared.run.config)])}: what it learned",
         )
     finally:
         distributed.stop()

@@ -236,6 +236,22 @@ def load(path: Path) -> Config:
     return config
 
 
+def with_defaults(config: Config, known: Mapping[str, Recipe]) -> Config:
+    """The same with the arguments that a recipe of ours sets by default, so that they are stated and not implied."""
+    if config.recipe not in known:
+        return config
+    call = _call(config, known[config.recipe])
+    call.apply_defaults()
+    return dataclasses.replace(config, arguments=dict(call.arguments))
+
+
+def _call(config: Config, recipe: Recipe) -> inspect.BoundArguments:
+    try:
+        return inspect.signature(recipe).bind(**config.arguments)
+    except TypeError as error:
+        raise TriviumError(f"the recipe {config.recipe} does not take these arguments: {error}") from None
+
+
 def find_recipe(name: str, known: Mapping[str, Recipe]) -> Recipe:
     """The function behind a recipe's name: one of `known`, or ``path/to/file.py:function``."""
     if name in known:
@@ -262,8 +278,5 @@ def find_recipe(name: str, known: Mapping[str, Recipe]) -> Recipe:
 def build(config: Config, known: Mapping[str, Recipe]) -> Any:
     """Call the recipe and set the leaves: the tree of dataclasses that a run is made from."""
     recipe = find_recipe(config.recipe, known)
-    try:
-        inspect.signature(recipe).bind(**config.arguments)
-    except TypeError as error:
-        raise TriviumError(f"the recipe {config.recipe} does not take these arguments: {error}") from None
-    return set_leaves(recipe(**config.arguments), config.values)
+    call = _call(config, recipe)
+    return set_leaves(recipe(*call.args, **call.kwargs), config.values)
