@@ -64,9 +64,9 @@ def pretrain(
         settings = _stated(config, recipe)
     else:
         arguments = {} if size is None else {"size": size}
-        settings = configuration.Config(recipe, arguments)
+        settings = configuration.Config(configuration.with_absolute_file(recipe), arguments)
         settings = configuration.with_defaults(settings, RECIPES)
-    tree = set_overrides(configuration.build(settings, RECIPES), changes)
+    tree = set_overrides(configuration.build(settings, RECIPES), changes).with_absolute_paths()
     named = "-".join([Path(recipe).stem, *_size_of(settings), f"{_now():%Y%m%d-%H%M%S}"])
     out = out or Path("runs") / named
     run_folder.refuse_a_run(out)
@@ -104,7 +104,7 @@ def _stated(config: Path, recipe: str) -> Config:
     from trivium.train import config as configuration
 
     settings = configuration.load(config)
-    if settings.recipe != recipe:
+    if configuration.with_absolute_file(settings.recipe) != configuration.with_absolute_file(recipe):
         raise TriviumError(f"{config} is a config of the recipe {settings.recipe}, not of {recipe}")
     return settings
 

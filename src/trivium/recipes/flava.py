@@ -27,6 +27,7 @@ from trivium.recipes.bert import Bert
 from trivium.recipes.data import (
     Data,
     Sources,
+    absolute,
     all_pictures,
     make_image_tokenizer,
     make_streams,
@@ -87,6 +88,11 @@ class FlavaRecipe:
     def rows_at_once(self) -> int:
         """Samples of one forward, in steps and in validation; the whole batch until "auto" is settled."""
         return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
+
+    def with_absolute_paths(self) -> FlavaRecipe:
+        """The same for whoever stands in another folder: what a config that is kept should state."""
+        init, init_text = (None if path is None else absolute(path) for path in (self.init, self.init_text))
+        return replace(self, data=self.data.with_absolute_paths(), init=init, init_text=init_text)
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> Prepared:
         """Open the data, make or read tokenizer and codebook, build model and method.

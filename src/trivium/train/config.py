@@ -236,6 +236,12 @@ def load(path: Path) -> Config:
     return config
 
 
+def with_absolute_file(name: str) -> str:
+    """The name of a recipe that holds in every folder: ``my_run.py:shop`` with the file's whole path."""
+    file, _, function = name.rpartition(":")
+    return f"{os.path.abspath(file)}:{function}" if file.endswith(".py") else name
+
+
 def with_defaults(config: Config, known: Mapping[str, Recipe]) -> Config:
     """The same with the arguments that a recipe of ours sets by default, so that they are stated and not implied."""
     if config.recipe not in known:
