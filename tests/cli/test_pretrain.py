@@ -326,12 +326,37 @@ def test_a_model_folder_that_is_damaged_is_not_begun_from(
         (["--data.vocabulary", "none.json"], "none.json does not exist"),
         (["--init", "nothing"], "nothing does not exist"),
         (["--objectives.mimm", "1"], "did you mean objectives.mim?"),
+        (["--objectives.foo", "1"], "the recipe has no option objectives.foo\n"),
+        (["--optm.lr", "1"], "did you mean optim.lr?"),
     ],
 )
 def test_values_that_fit_no_run(
     shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
 ) -> None:
-    assert says in refused(capsys, tmp_path / "run", *data_of(shop), *flags(), *words)
+    assert says in refused(capsys, tmp_path / "run", *data_of(shop), *flags(), *words) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("def shop():\n    return (1\n", "line 2: '(' was never closed: mend the file"),
+        ("import nothing_of_this_name\n", "line 1: ModuleNotFoundError: No module named"),
+        ("def shop():\n    x = 1\n    return flava()\n", "line 3: NameError: name 'flava' is not defined"),
+        (
+            "def shop():\n    from trivium.recipes.flava import flava\n    return flava('big')\n",
+            "there is no FLAVA of size",
+        ),
+    ],
+)
+def test_a_mistake_in_a_recipe_of_ones_own_is_told_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: str, says: str
+) -> None:
+    (tmp_path / "my_run.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    assert trivium("pretrain", "my_run.py:shop", "--out", "run") == 2
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert says in sentence
+    assert "size" in says or f"{tmp_path}/my_run.py, " in sentence
 
 
 def test_what_a_config_states_is_not_stated_again(
@@ -374,7 +399,8 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_whole(shop: Path, tmp_path:
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     sentence = done.stderr.splitlines()[-1]
-    assert sentence.startswith(f"trivium: {run}/checkpoints/")
+    assert sentence.startswith(f"trivium: {run}/checkpoints/step-00000003")
+    assert ".tmp-" not in sentence
     assert "step-00000003" in sentence
     assert "could not be written" in sentence
     assert "free some space" in sentence

@@ -36,6 +36,8 @@ def convert(
 
     if to not in FORMATS:
         raise TriviumError(f"no format is called {to!r}: choose one of {', '.join(FORMATS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):  # told before anything is read, and said
+        raise TriviumError(f"{out} exists already and is not empty: name a new folder, or remove it first")
     said: list[str] = []
     folder = model_folder(path, said) if from_ is None else None
     if folder is not None:

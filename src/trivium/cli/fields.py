@@ -48,7 +48,7 @@ def page(recipe: str, size: str | None = None) -> str:
 def fields_of(tree: Any, prefix: str = "") -> Iterator[Field]:
     """Every leaf of a tree of dataclasses. Of a tuple of dataclasses the fields of a first member."""
     hints, comments = get_type_hints(type(tree)), comments_of(type(tree))
-    for field in dataclasses.fields(tree):
+    for field in (field for field in dataclasses.fields(tree) if field.init):
         path, value = prefix + field.name, getattr(tree, field.name)
         member = (*get_args(hints[field.name]), None)[0]
         if dataclasses.is_dataclass(value):

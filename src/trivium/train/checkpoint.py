@@ -66,15 +66,19 @@ def save(
     target = folder_of(checkpoints, step)
     if target.exists():
         _set_aside(target)
-    with written_beside(target) as folder:
-        (folder / "model").mkdir()
-        export(folder / "model")
-        write_manifest(folder / "model")
-        (folder / "training").mkdir()
-        _save_method(method, folder)
-        _save_optimizer(optimizer, method, folder / "training")
-        _write_json(folder / "training" / "state.json", {"step": step, **state})
-        write_manifest(folder)
+    try:
+        with written_beside(target) as folder:
+            (folder / "model").mkdir()
+            export(folder / "model")
+            write_manifest(folder / "model")
+            (folder / "training").mkdir()
+            _save_method(method, folder)
+            _save_optimizer(optimizer, method, folder / "training")
+            _write_json(folder / "training" / "state.json", {"step": step, **state})
+            write_manifest(folder)
+    except TriviumError as error:  # it may name files where they were written, which nobody will find there
+        sentence = str(error).replace(f".tmp-{target.name}", target.name).replace(".tmp-model", "model")
+        raise TriviumError(sentence) from error
     return target
 
 
