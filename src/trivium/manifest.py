@@ -154,9 +154,12 @@ def written_beside(folder: Path) -> Iterator[Path]:
             _sync(path)
         beside.rename(folder)
         _sync(folder.parent)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+    except (OSError, SafetensorError, TriviumError) as error:  # safetensors reports a full disk as an error of its own
+        told = str(error).replace(beside.name, folder.name)  # nobody will find the other
+        if isinstance(error, TriviumError):
+            raise TriviumError(told) from error
         raise TriviumError(
-            f"{folder} could not be written ({error}): free some space or check the folder; "
+            f"{folder} could not be written ({told}): free some space or check the folder; "
             "what was saved before is untouched"
         ) from error
     finally:

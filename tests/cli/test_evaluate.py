@@ -67,6 +67,9 @@ def test_a_run_is_measured_on_its_own_validation_pairs(
         assert found["results"][name]["value"] == pytest.approx(trained_found["results"][name]["value"], abs=1e-6)
     assert 0 < found["seconds"]["train"] <= trained_found["seconds"]["train"]  # of the last line of metrics.jsonl
     assert sorted(path.name for path in out.iterdir()) == ["outcomes.parquet", "report.html", "results.json"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count('alt="Training curve of the loss') == len(LOSSES)  # they lie in the run folder
+    assert "the dot is the loss on held-out samples" in page
 
 
 @pytest.mark.parametrize("of", ["run", "model folder", "checkpoint"])
@@ -75,12 +78,22 @@ def test_on_pairs_of_ones_own(trained: Path, shop: Path, tmp_path: Path, of: str
     before = (trained / "results.json").read_bytes()
     words = ["--pairs", shop / "goods.csv", shop / "goods.jsonl", "--out", tmp_path / "out"]
     assert trivium("evaluate", path, *words) == 0
+    assert "What it was taught" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert (trained / "results.json").read_bytes() == before
     found = read(tmp_path / "out")
     check_schema(found)
     assert found["results"].keys() == PAIR_NAMES | {"seconds.total"}
     assert found["results"]["retrieval.pairs.image_to_text_r1"]["n"] == len(THINGS)
     assert found["results"]["retrieval.pairs.text_to_image_r1"]["n"] == len(THINGS) * 3 // 2  # goods.jsonl has two each
+
+
+def test_pairs_of_ones_own_leave_the_figures_of_the_run(trained: Path, shop: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = {name: (run / name).read_bytes() for name in ("results.json", "report.html")}
+    assert trivium("evaluate", run, "--pairs", shop / "goods.csv") == 0
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert read(run / "evaluation")["results"].keys() == PAIR_NAMES | {"seconds.total"}
 
 
 def test_the_page_needs_nothing_beside_itself(trained: Path) -> None:
@@ -137,6 +150,12 @@ def test_a_run_without_validation_pairs_still_gets_a_page(
 ) -> None:
     run = tmp_path / "run"
     assert trivium("pretrain", "flava", "--out", run, *data_of(shop), *flags(train__steps=3)) == 0
+    assert "not measured: nothing was held out: give --data.validation" in capsys.readouterr().out
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Not measured: nothing was held out" in page
+    assert 'alt="Training curve of the loss' in page
+    for absent in ("<em>chance</em>", "the dot is"):
+        assert absent not in page
     assert read(run)["results"].keys() == {"seconds.train", "seconds.total"}
     assert trivium("evaluate", run) == 0
     assert read(run)["results"].keys() == {"seconds.train", "seconds.total"}

@@ -24,6 +24,10 @@ from tests.recipes.shop import (
     lines_of,
     trivium,
 )
+from trivium.recipes.flava import flava
+from trivium.train import step as train_step
+from trivium.train.config import leaves
+from trivium.train.protocol import Key
 
 
 def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: object) -> str:
@@ -80,8 +84,26 @@ def test_a_run_reports_losses_beside_chance_and_retrieval_on_its_validation_pair
     assert {f"losses.{loss}.{figure}" for loss in LOSSES for figure in ("final", "chance")} <= named
     assert {f"retrieval.pairs.{way}_r10" for way in ("text_to_image", "image_to_text")} <= named
     assert 0 < found["seconds"]["train"] < found["seconds"]["total"]
+    assert json.loads((trained / "config.json").read_text())["arguments"] == {"size": "tiny"}
+    assert "<h1>flava, tiny: what it learned</h1>" in (trained / "report.html").read_text(encoding="utf-8")
     logged = lines_of(trained / "metrics.jsonl")[-1]["results"]["losses"]
     assert {loss: found["results"][f"losses.{loss}.final"]["value"] for loss in LOSSES} == pytest.approx(logged)
+
+
+def test_what_was_measured_at_the_end_of_training_is_not_measured_again(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    plain = train_step.measure
+
+    def counting(method: object, batches: object, key: Key) -> dict[str, float]:
+        measured.append(key.stream)
+        return plain(method, batches, key)
+
+    monkeypatch.setattr(train_step, "measure", counting)
+    words = [*data_of(shop), "--data.validation", shop / "goods.csv", *flags(train__steps=1)]
+    assert trivium("pretrain", "flava", "--out", tmp_path / "run", *words) == 0
+    assert sorted(measured) == ["images", "pairs", "text"]
 
 
 def test_a_second_run_never_takes_the_folder_of_the_first(
@@ -89,7 +111,7 @@ def test_a_second_run_never_takes_the_folder_of_the_first(
 ) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
     assert trivium("pretrain", "flava", "--out", trained, *data_of(shop), *flags()) == 2
-    assert "holds a run already: continue it with --resume" in capsys.readouterr().err
+    assert f"holds a run already: continue it with `trivium pretrain {trained} --resume`" in capsys.readouterr().err
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
@@ -190,6 +212,48 @@ def test_ten_megabytes_of_text_in_one_field_are_cut(shop: Path, tmp_path: Path) 
     assert lines_of(run / "skipped.jsonl") == []
 
 
+# ------------------------------------------------------------------------------------------------ its help
+
+
+@pytest.mark.parametrize("size", [None, "base"])
+def test_the_help_of_a_recipe_lists_every_field_with_its_value(
+    size: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert trivium("pretrain", "flava", *([] if size is None else ["--size", size]), "--help") == 0
+    _, page = capsys.readouterr().out.split("\nfields of flava")
+    recipe = flava() if size is None else flava(size)
+    for path in leaves(recipe):
+        assert f"  --{path.replace('_', '-')}" in page, path
+    said = " ".join(page.split())
+    assert f"--data.batch INT samples of one step, over all processes ({recipe.data.batch})" in said
+    assert f"--optim.lr FLOAT ({recipe.optim.lr:g})" in said
+    assert "--optim.clip none|global|per_tensor" in said
+    assert "--optim.groups.0.rate FLOAT times the learning rate (1)" in said
+    assert "--train.micro-batch INT|auto rows of one forward" in said
+    assert max(map(len, page.splitlines())) <= 120
+
+
+def test_the_help_of_a_recipe_of_ones_own_tells_its_own_fields(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_run.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from trivium.recipes.flava import FlavaRecipe, flava\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Shop(FlavaRecipe):\n"
+        "    shelves: int = 7  # of the '#' shop\n\n"
+        "def shop():\n"
+        "    return Shop(flava('small').model)\n"
+    )
+    assert trivium("pretrain", f"{tmp_path}/my_run.py:shop", "-h") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--shelves INT of the '#' shop (7)" in said
+    assert "--model.width INT (384)" in said
+    assert trivium("pretrain", "flavo", "--help") == 2
+    assert "there is no recipe flavo: did you mean flava?" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------- mistakes found before training
 
 
@@ -262,12 +326,37 @@ def test_a_model_folder_that_is_damaged_is_not_begun_from(
         (["--data.vocabulary", "none.json"], "none.json does not exist"),
         (["--init", "nothing"], "nothing does not exist"),
         (["--objectives.mimm", "1"], "did you mean objectives.mim?"),
+        (["--objectives.foo", "1"], "the recipe has no option objectives.foo\n"),
+        (["--optm.lr", "1"], "did you mean optim.lr?"),
     ],
 )
 def test_values_that_fit_no_run(
     shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
 ) -> None:
-    assert says in refused(capsys, tmp_path / "run", *data_of(shop), *flags(), *words)
+    assert says in refused(capsys, tmp_path / "run", *data_of(shop), *flags(), *words) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("def shop():\n    return (1\n", "line 2: '(' was never closed: mend the file"),
+        ("import nothing_of_this_name\n", "line 1: ModuleNotFoundError: No module named"),
+        ("def shop():\n    x = 1\n    return flava()\n", "line 3: NameError: name 'flava' is not defined"),
+        (
+            "def shop():\n    from trivium.recipes.flava import flava\n    return flava('big')\n",
+            "there is no FLAVA of size",
+        ),
+    ],
+)
+def test_a_mistake_in_a_recipe_of_ones_own_is_told_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: str, says: str
+) -> None:
+    (tmp_path / "my_run.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    assert trivium("pretrain", "my_run.py:shop", "--out", "run") == 2
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert says in sentence
+    assert "size" in says or f"{tmp_path}/my_run.py, " in sentence
 
 
 def test_what_a_config_states_is_not_stated_again(
@@ -310,7 +399,8 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_whole(shop: Path, tmp_path:
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     sentence = done.stderr.splitlines()[-1]
-    assert sentence.startswith(f"trivium: {run}/checkpoints/")
+    assert sentence.startswith(f"trivium: {run}/checkpoints/step-00000003")
+    assert ".tmp-" not in sentence
     assert "step-00000003" in sentence
     assert "could not be written" in sentence
     assert "free some space" in sentence

@@ -209,7 +209,7 @@ def test_foreign_folders_that_are_no_flava(tmp_path: Path, make: object, says: s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]  # nothing half-written
 
 
-def test_mistakes_in_the_command(folder: Path, tmp_path: Path) -> None:
+def test_mistakes_in_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TriviumError, match="no format is called 'onnx': choose one of trivium, torchmultimodal-flava"):
         convert(folder, to="onnx", out=tmp_path / "out")
     with pytest.raises(TriviumError, match="no layout is called 'clip'"):
@@ -220,6 +220,12 @@ def test_mistakes_in_the_command(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "taken" / "mine").write_text("precious")
     with pytest.raises(TriviumError, match="exists already and is not empty"):
         convert(folder, to="trivium", out=tmp_path / "taken")
+    bundle = load(folder)
+    bundle.image_tokenizer = PatchCodebook(50, 8)
+    bundle.save(tmp_path / "patches")
+    with pytest.raises(TriviumError, match="taken exists already and is not empty"):
+        convert(tmp_path / "patches", to="hf-flava", out=tmp_path / "taken")
+    assert capsys.readouterr().out == ""  # nothing is said to be left out of what is not written
     assert (tmp_path / "taken" / "mine").read_text() == "precious"
     (tmp_path / "alone").mkdir()
     weights = tmp_path / "alone" / "model.safetensors"

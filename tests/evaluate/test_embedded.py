@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import re
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from trivium.data.decode import decode
 from trivium.data.embedded import HELD_OUT_STYLE, corpus, emoji
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
-from trivium.evaluate import embedded, report
+from trivium.errors import BadSample
+from trivium.evaluate import embedded, features, pairs, report
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.results import Result
-from trivium.evaluate.retrieval import summary
+from trivium.evaluate.retrieval import ranks_by_cosine, summary
 from trivium.evaluate.walls import Picture, Query, Wall
 from trivium.load import Bundle
 from trivium.methods.flava import LOSSES
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.models.patch_codebook import PatchCodebook
+from trivium.train.protocol import Sample
 
 RECALLS = [f"{direction}_r{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 REQUIRED = {
@@ -234,6 +240,46 @@ def test_headline_leads_with_the_figure(evaluation: Evaluation) -> None:
     results = {"retrieval.style.text_to_image_r10": Result(0.27)}
     (sentence,) = report.headline(Evaluation(results, {"retrieval.style.text_to_image_r10": 0.006}))
     assert "27.0\N{NO-BREAK SPACE}% of the time: 45 times a blind guess" in sentence
+
+
+class LargePictures:
+    """A source of captioned pictures of 1500 x 1500 pixels, each of a colour of its own."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def blocks(self) -> list[range]:
+        return [range(len(self))]
+
+    def read(self, image_row: int, text_row: int) -> Sample:
+        if image_row == 7:
+            raise BadSample("large.csv", "line 9", "its picture does not exist")
+        file = io.BytesIO()
+        Image.new("RGB", (1500, 1500), (6 * image_row, 255 - 6 * image_row, 90)).save(file, "PNG", compress_level=1)
+        names = {"image": file.getvalue(), "texts": [f"the picture {text_row}", f"number {text_row}"]}
+        return {**names, "same_image": image_row, "same_text": text_row, "name": f"row {image_row}"}  # type: ignore[typeddict-item]
+
+    def lengths(self) -> None:
+        return None
+
+
+def test_pairs_of_large_pictures_are_never_decoded_in_memory_at_once(bundle: Bundle) -> None:
+    source = LargePictures()
+    tracemalloc.start()
+    found = pairs.run(bundle, source)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 1500 * 1500 * 3  # far fewer than 39 of them
+    assert found.not_applicable == ["a pair that cannot be read: large.csv (line 9): its picture does not exist"]
+    assert found.results["retrieval.pairs.image_to_text_r1"].n == 39
+    assert found.results["retrieval.pairs.text_to_image_r1"].n == 78
+    # The same figures as with all pictures side by side.
+    samples = [source.read(row, row) for row in range(40) if row != 7]
+    images_BD = features.of_pictures(bundle, [decode(sample["image"]) for sample in samples]).projected
+    texts_BD = features.of_texts(bundle, [text for sample in samples for text in sample["texts"]])
+    labels = torch.arange(39)
+    ranks = ranks_by_cosine(images_BD, texts_BD, labels, labels.repeat_interleave(2))
+    assert found.results["retrieval.pairs.image_to_text_median_rank"].value == float(np.median(ranks))
 
 
 def test_page_shows_captioned_pictures_of_ones_own() -> None:

@@ -18,8 +18,11 @@ from tests.recipes.shop import LOSSES, THINGS, checkpoint, data_of, flags, trivi
 from trivium.cli.overrides import set_overrides, split_overrides
 from trivium.errors import TriviumError
 from trivium.recipes.flava import FlavaRecipe, Prepared, chance_of, flava, validation_losses
+from trivium.train.budget import OutOfMemory
 from trivium.train.config import leaves, set_leaves
 from trivium.train.optim import learning_rate
+from trivium.train.protocol import Batch
+from trivium.train.trainer import evaluate as evaluated
 
 
 def recipe_on(shop: Path, **changes: object) -> FlavaRecipe:
@@ -124,10 +127,38 @@ def test_the_sigmoid_form_has_a_bias_that_is_trained_and_saved_with_the_method(
 
 def test_validation_losses_are_the_same_at_each_call_and_change_nothing(prepared: Prepared) -> None:
     before = {name: tensor.clone() for name, tensor in state(prepared).items()}
-    first = validation_losses(prepared.run.method, prepared.validation, 0)
+    first = validation_losses(prepared.run.method, prepared.validation, 0, 8)
     assert first.keys() == set(LOSSES)
-    assert validation_losses(prepared.run.method, prepared.validation, 0) == first
+    assert validation_losses(prepared.run.method, prepared.validation, 0, 8) == first
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(prepared).items())
+
+
+def test_validation_takes_the_micro_batch_of_the_recipe_and_its_losses_stay(shop: Path) -> None:
+    """Neither the model nor the image tokenizer ever sees more rows at once than a step does."""
+    whole = recipe_on(shop, data__batch=16).prepare("flava", {})
+    method = whole.run.method
+    losses = evaluated(whole.run)["losses"]
+    chance = chance_of(whole)
+    seen = []
+
+    def at_most_three(batch: Batch) -> None:
+        seen.append(len(batch))
+        if len(batch) > 3:
+            raise MemoryError
+
+    for name in ("embed", "separate", "codes"):
+        plain = getattr(method, name)
+        setattr(method, name, lambda batch, *more, plain=plain: (at_most_three(batch), plain(batch, *more))[1])
+    small = whole.with_train(micro_batch=3)
+    assert evaluated(small.run)["losses"] == pytest.approx(losses, rel=1e-5)
+    assert chance_of(small) == pytest.approx(chance)
+    assert max(seen) == 3
+    with pytest.raises(
+        OutOfMemory, match=r"validation on stream .* with 16 samples at once: use --train\.micro-batch 8 "
+    ):
+        evaluated(whole.run)
+    with pytest.raises(OutOfMemory, match="the image tokenizer with 16 samples at once"):
+        chance_of(whole)
 
 
 def test_validation_is_on_every_row_and_chance_knows_the_small_last_batch(shop: Path) -> None:
@@ -150,5 +181,5 @@ def test_chance_is_what_a_model_without_knowledge_reaches(prepared: Prepared) ->
         assert 0 < chance[loss] <= math.log(16)
     for loss in ("mlm", "mmm_text"):
         assert 0 < chance[loss] <= math.log(prepared.recipe.model.vocab_size)
-    untrained = validation_losses(prepared.run.method, prepared.validation, 0)
+    untrained = validation_losses(prepared.run.method, prepared.validation, 0, 8)
     assert all(untrained[loss] > 0.8 * chance[loss] for loss in ("mim", "mlm", "mmm_image", "mmm_text"))

@@ -23,7 +23,7 @@ def test_a_head_begins_at_the_loss_of_a_guess_from_frequencies() -> None:
     losses = {}
     for label_frequencies in (True, False):
         prepared = small(label_frequencies=label_frequencies).prepare("flava", {"size": "tiny"})
-        losses[label_frequencies] = validation_losses(prepared.run.method, prepared.validation, 0)
+        losses[label_frequencies] = validation_losses(prepared.run.method, prepared.validation, 0, 128)
     chance = chance_of(prepared)
     for name in ("mim", "mmm_image", "mlm", "mmm_text"):
         # The bias alone would lose the cross-entropy of training against held-out frequencies: chance and a little.

@@ -107,6 +107,33 @@ def test_ten_and_ten_steps_are_twenty(
     assert steps == list(range(1, 21))
 
 
+def test_a_run_is_taken_up_and_measured_from_any_folder(
+    twenty: Path, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Begun among its data, with paths that hold there alone, its own recipe's among them."""
+    (shop / "my_run.py").write_text(
+        "from trivium.recipes.flava import flava\n\ndef shop():\n    return flava('tiny')\n"
+    )
+    (shop / "tokenizer.json").write_bytes((checkpoint(twenty, 20) / "model" / "tokenizer.json").read_bytes())
+    run = tmp_path / "run"
+    data = [str(Path(word).relative_to(shop)) if word.startswith("/") else word for word in data_of(shop)]
+    words = [*data, "--data.validation", "goods.csv", "--data.vocabulary", "tokenizer.json"]
+    monkeypatch.chdir(shop)
+    settings = flags(train__steps=4, train__save_every=2)
+    assert trivium("pretrain", "my_run.py:shop", "--out", run, *words, "--init", twenty, *settings) == 0
+    whole = digests(checkpoint(run, 4))
+    shutil.rmtree(checkpoint(run, 4))
+    monkeypatch.chdir(tmp_path)
+    assert trivium("pretrain", "run", "--resume") == 0
+    assert digests(checkpoint(run, 4)) == whole
+    assert trivium("evaluate", "run") == 0
+    assert "retrieval on the validation pairs" in capsys.readouterr().err
+    # Its recipe may also be named, as it reads from here.
+    named = f"{os.path.relpath(shop, tmp_path)}/my_run.py:shop"
+    assert trivium("pretrain", os.path.abspath(shop) + "/my_run.py:shop", "--out", run, "--resume") == 0
+    assert trivium("pretrain", named, "--config", run, "--out", "again", "--train.steps", 1) == 0
+
+
 STOPPING = """
 import os, signal
 from dataclasses import fields
@@ -141,7 +168,7 @@ def test_a_run_that_is_told_to_stop_saves_and_resumes_to_the_same_weights(
     settings = flags(train__steps=20, train__save_every=10, train__workers=1)
     done = process("pretrain", recipe, "--out", run, *data_of(shop), *settings)
     assert done.returncode == 0, done.stderr
-    assert "saved after step 7 of 20; --resume continues from here" in done.stdout
+    assert f"saved after step 7 of 20; to go on: trivium pretrain {run} --resume\n" in done.stdout
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000007"]
     assert not (run / "results.json").exists()
     assert trivium("pretrain", run, "--resume") == 0
@@ -172,7 +199,9 @@ def test_when_every_checkpoint_is_damaged(twenty: Path, tmp_path: Path, capsys: 
     os.truncate(checkpoint(run, 10) / "model" / "model.safetensors", 1000)
     before = sorted(path.relative_to(run) for path in run.rglob("*"))
     assert trivium("pretrain", "flava", "--out", run, "--resume") == 2
-    assert "every checkpoint is damaged; begin a new run in another folder" in capsys.readouterr().err
+    assert (
+        "every checkpoint is damaged; use another copy, or begin a new run in another folder" in capsys.readouterr().err
+    )
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
 
 

@@ -121,7 +121,7 @@ def test_signals_in_a_process_of_its_own(straight: Path, tmp_path: Path) -> None
     run = tmp_path / "run"
     code, out, err = start(run, "term", "7")
     assert (code, "Traceback" in err) == (0, False), err
-    assert "saved after step 7 of 20; --resume continues from here" in out
+    assert f"saved after step 7 of 20; to go on: trivium pretrain {run} --resume\n" in out
     assert "SIGTERM: finishing this step and saving" in err
     code, out, err = start(run, "int", "12", "--resume")
     assert (code, "Traceback" in err) == (130, False), err
@@ -506,7 +506,7 @@ def test_a_mistake_on_the_first_process_stops_both(straight: Path) -> None:
 
 def test_an_existing_run_is_not_started_over(straight: Path) -> None:
     before = (straight / "metrics.jsonl").read_bytes()
-    with pytest.raises(TriviumError, match="holds a run already: continue it with --resume"):
+    with pytest.raises(TriviumError, match=r"holds a run already: continue it with `trivium pretrain .* --resume`"):
         train(make(with_train(log_every=1)), straight)
     assert (straight / "metrics.jsonl").read_bytes() == before
 

@@ -6,10 +6,12 @@ import difflib
 import functools
 import inspect
 import io
+import os
 import re
+import types
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -25,7 +27,8 @@ def parse(function: Callable[..., Any], verb: str, words: Sequence[str]) -> Call
     As in Python, what stands before ``*`` in the verb's signature is given by place, what stands after it by name.
 
     A verb with a parameter ``overrides`` (``dict[str, list[str]]``) gets there every dotted flag that is none of its
-    own parameters: ``--optim.lr 3e-4``. Any other verb refuses what it does not know.
+    own parameters: ``--optim.lr 3e-4``. Its help lists them where the first word names a recipe. Any other verb refuses
+    what it does not know.
 
     Raises:
         TriviumError: unknown flag (with the nearest), missing or superfluous argument, value of the wrong type.
@@ -41,6 +44,8 @@ def parse(function: Callable[..., Any], verb: str, words: Sequence[str]) -> Call
             )
     except SystemExit as stop:
         if not stop.code:
+            if takes_overrides and words and not is_flag(words[0]):
+                _print_fields(words)
             return None
         if not takes_overrides:
             _refuse_unknown_flags(bound, verb, words)
@@ -67,6 +72,8 @@ def _binding(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
     parameters = []
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints[name]
+        if name != "overrides" and any(parameter.default is nothing for nothing in (None, False, ())):
+            hint = _optional(hint)
         if parameter.kind is not parameter.KEYWORD_ONLY:
             hint = tyro.conf.Positional[hint]  # type: ignore[misc, valid-type]
         if name != "overrides":
@@ -75,6 +82,39 @@ def _binding(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
     bound.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     bound.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return bound
+
+
+def _print_fields(words: Sequence[str]) -> None:
+    from trivium.cli.fields import page
+
+    recipe, *rest = (word for word in words if word not in ("-h", "--help"))
+    size = split_overrides(rest).get("size")
+    print(page(recipe, size[0] if size else None), end="")
+
+
+def _optional(hint: Any) -> Any:
+    """The hint of a parameter that may be left out, shown as one writes it: ``--out PATH``, and no "default: None"."""
+    known = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    given = any(getattr(mark, "metavar", None) for mark in known)
+    shown = None if given or hint is bool else metavar(hint)
+    return Annotated[hint, tyro.conf.arg(metavar=shown, help_behavior_hint="")]
+
+
+def metavar(annotation: Any) -> str:
+    """What to write for a value of this type: INT, PATH, "none|global", "STR ..." for any number of them."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return metavar(arguments[0])
+    if origin in (Union, types.UnionType):
+        return "|".join(metavar(member) for member in arguments if member is not type(None))
+    if origin is Literal:
+        return "|".join(map(str, arguments))
+    if origin in (tuple, list):
+        several = origin is list or arguments[-1] is Ellipsis
+        return f"{metavar(arguments[0])} ..." if several else " ".join(map(metavar, arguments))
+    if annotation is bool:
+        return "true|false"
+    return "PATH" if issubclass(annotation, os.PathLike) else annotation.__name__.upper()
 
 
 def _refuse_unknown_flags(bound: Callable[..., Any], verb: str, words: Sequence[str]) -> None:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import tyro
+from tyro.conf import arg
 
-from trivium.convert import ADAPTERS, FORMATS, processor, read_foreign
 from trivium.errors import TriviumError
-from trivium.load import Bundle, bundle_of, model_folder, open_own, save_image_tokenizer
-from trivium.manifest import written_beside
-from trivium.models.dvae import DVae
-from trivium.models.flava import Flava
-from trivium.tensor_files import SHARD_BYTES, save_tensors
+
+if TYPE_CHECKING:
+    from trivium.load import Bundle
 
 
 def convert(
     path: Path,
     *,
-    to: str,
+    to: Annotated[str, arg(metavar="FORMAT")],
     out: Path,
-    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None,
-    shard_mb: float = SHARD_BYTES / 1e6,
+    from_: Annotated[str | None, arg(name="from", metavar="FORMAT")] = None,
+    shard_mb: float = 5000,
 ) -> None:
     """Read a checkpoint of any layout and write it in another, whole or not at all.
 
@@ -36,11 +33,16 @@ def convert(
 
     Raises TriviumError as `trivium.load` does, where a layout has no place for this model, and where `out` is taken.
     """
+    from trivium.convert import FORMATS, read_foreign
+    from trivium.load import bundle_of, model_folder, open_own, save_image_tokenizer
+
     if to not in FORMATS:
         raise TriviumError(f"no format is called {to!r}: choose one of {', '.join(FORMATS)}")
     if shard_mb <= 0:
         raise TriviumError(f"--shard-mb is {shard_mb:g}: it must be above 0")
     shard_bytes = int(shard_mb * 1e6)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):  # told before anything is read, and said
+        raise TriviumError(f"{out} exists already and is not empty: name a new folder, or remove it first")
     said: list[str] = []
     folder = model_folder(path, said) if from_ is None else None
     if folder is not None:
@@ -62,6 +64,12 @@ def convert(
 
 
 def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None:
+    from trivium.convert import ADAPTERS
+    from trivium.manifest import written_beside
+    from trivium.models.dvae import DVae
+    from trivium.models.flava import Flava
+    from trivium.tensor_files import save_tensors
+
     model, image_tokenizer = bundle.model, bundle.image_tokenizer
     adapter = ADAPTERS[to]
     write = adapter.write
@@ -90,6 +98,9 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
 
 def _write_processor(bundle: Bundle, folder: Path) -> None:
     """What FlavaProcessor.from_pretrained reads."""
+    from trivium.convert import processor
+    from trivium.models.flava import Flava
+
     assert isinstance(bundle.model, Flava)
     transform, config = bundle.transform, bundle.model.config
     stride = bundle.image_tokenizer.stride if bundle.image_tokenizer is not None else 8

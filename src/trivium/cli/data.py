@@ -24,7 +24,7 @@ def codes(
     recipe: str,
     *,
     out: Path,
-    size: str | None = None,
+    size: Annotated[str | None, arg(metavar="SIZE")] = None,
     crops: int = 4,
     overrides: Mapping[str, Any] | None = None,
 ) -> None:

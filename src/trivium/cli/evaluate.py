@@ -6,25 +6,21 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
-from trivium.data.sources import open_source
+from tyro.conf import arg
+
 from trivium.errors import TriviumError
-from trivium.evaluate import pairs as pairs_protocol
-from trivium.load import load
-from trivium.manifest import checkpoints_in, newest_checkpoint
-from trivium.recipes import RECIPES, finish
-from trivium.train import config
-from trivium.train.precision import choose_device
 
 
 def evaluate(
     path: Path,
     *,
-    pairs: tuple[str, ...] = (),
-    image_column: str | None = None,
-    text_column: str | None = None,
+    pairs: Annotated[tuple[str, ...], arg(metavar="PATH ...")] = (),
+    image_column: Annotated[str | None, arg(metavar="NAME")] = None,
+    text_column: Annotated[str | None, arg(metavar="NAME")] = None,
     out: Path | None = None,
-    device: str = "auto",
+    device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto",
 ) -> int:
     """Measure a model and write results.json and report.html.
 
@@ -34,22 +30,37 @@ def evaluate(
             them the model is measured on the embedded drawings, and a run on its own validation samples.
         image_column: of --pairs in tables, where it has an unusual name.
         text_column: likewise.
-        out: the folder to write into; by default the run folder, or the folder "evaluation".
+        out: the folder to write into; by default the run folder, with --pairs the folder "evaluation" in it, and for
+            a model that is no run the folder "evaluation" here.
         device: cpu, cuda, or auto for the fastest there is.
     """
     begun = time.perf_counter()
     if not path.exists():
         raise TriviumError(f"{path}: there is no such file or folder; give a run, a model folder or a checkpoint")
     is_run = (path / "checkpoints").is_dir()
-    out = out or (path if is_run else Path("evaluation"))
+    own = is_run and not pairs  # what a run measures of itself: its results.json is made anew
+    out = out or (path if own else path / "evaluation" if is_run else Path("evaluation"))
     if out.exists() and not out.is_dir():
         raise TriviumError(f"{out} is a file: name a folder with --out")
+    from trivium.data.sources import open_source
+    from trivium.evaluate import pairs as pairs_protocol
+    from trivium.load import load
+    from trivium.recipes import RECIPES, finish
+    from trivium.train import config, run_folder
+    from trivium.train.precision import choose_device
+
+    def say(sentence: str) -> None:
+        print(sentence, file=sys.stderr)
+
     on = choose_device(device)
     prepared = None
     seconds: dict[str, float] = {}
-    if is_run and not pairs:
+    if own:
         settings = config.load(path)
-        newest = _newest_checkpoint(path)
+        newest = run_folder.newest_sound(path, say)
+        if newest is None:
+            resume = run_folder.to_resume(path)
+            raise TriviumError(f"{path} holds no finished checkpoint yet: train on with `{resume}`")
         seconds["train"] = json.loads((newest / "training" / "state.json").read_text())["seconds"]
         prepared = config.build(settings, RECIPES).prepare(settings.recipe, settings.arguments, newest / "model")
         prepared.run.method.to(on)
@@ -61,13 +72,14 @@ def evaluate(
         source = open_source("pairs", pairs, image_column=image_column, text_column=text_column)
         found = pairs_protocol.run(bundle, source)
     else:
-        found, losses = finish.evaluate(bundle, prepared, lambda part: print(part, file=sys.stderr))
+        found, losses = finish.evaluate(bundle, prepared, say)
     out.mkdir(parents=True, exist_ok=True)
     page = finish.write(
         out,
         found,
         losses,
         prepared=prepared,
+        run=path if own else None,
         seconds=seconds | {"total": time.perf_counter() - begun},
         model_path=str(path),
         title=f"Evaluation of {path}",
@@ -76,13 +88,3 @@ def evaluate(
         print(sentence)
     print(f"report: {page}")
     return 0
-
-
-def _newest_checkpoint(run: Path) -> Path:
-    checkpoints = run / "checkpoints"
-    newest = newest_checkpoint(checkpoints, lambda sentence: print(sentence, file=sys.stderr))
-    if newest is not None:
-        return newest
-    if checkpoints_in(checkpoints):
-        raise TriviumError(f"{checkpoints}: every checkpoint is damaged; use another copy, or train again")
-    raise TriviumError(f"{run} holds no finished checkpoint yet: train on with --resume")

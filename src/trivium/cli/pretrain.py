@@ -7,33 +7,30 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+from tyro.conf import arg
 
 from trivium.cli.overrides import set_overrides
 from trivium.errors import TriviumError
-from trivium.manifest import newest_checkpoint
-from trivium.recipes import RECIPES, finish
-from trivium.recipes.data import noticed
-from trivium.recipes.flava import Prepared
-from trivium.train import config as configuration
-from trivium.train import distributed, run_folder, trainer
-from trivium.train.budget import largest_micro_batch
+
+if TYPE_CHECKING:
+    from trivium.recipes.flava import Prepared
+    from trivium.train.config import Config
 
 
 def pretrain(
     recipe: str,
     *,
-    size: str | None = None,
+    size: Annotated[str | None, arg(metavar="SIZE")] = None,
     out: Path | None = None,
-    init: str | None = None,
+    init: Annotated[str | None, arg(metavar="PATH")] = None,
     config: Path | None = None,
     resume: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> int:
     """Train a model from a recipe. Every field of the recipe is a flag, such as --optim.lr 3e-4, --data.pairs a.csv
-    or --train.minutes 8; a name that does not exist is answered with the nearest one that does.
+    or --train.minutes 8: `trivium pretrain flava --help` lists them all, with --size those of that size.
 
     Args:
         recipe: "flava", or a function of your own: my_run.py:shop. With --resume it may be a run folder.
@@ -48,6 +45,11 @@ def pretrain(
         The exit code: 0, or 130 after Ctrl-C.
     """
     begun = time.perf_counter()
+    from trivium.recipes import RECIPES
+    from trivium.recipes.data import noticed
+    from trivium.train import config as configuration
+    from trivium.train import distributed, run_folder
+
     distributed.start()
     changes = dict(overrides or {})
     if init is not None:
@@ -58,11 +60,15 @@ def pretrain(
         if config is not None:
             raise TriviumError("--resume takes the config of its run folder: leave out --config")
         return _resume(recipe, out, changes, begun)
-    settings = configuration.Config(recipe, {} if size is None else {"size": size}, {})
     if config is not None:
         settings = _stated(config, recipe)
-    tree = set_overrides(configuration.build(settings, RECIPES), changes)
-    out = out or Path("runs") / f"{Path(recipe).stem}-{size or 'default'}-{_now():%Y%m%d-%H%M%S}"
+    else:
+        arguments = {} if size is None else {"size": size}
+        settings = configuration.Config(configuration.with_absolute_file(recipe), arguments)
+        settings = configuration.with_defaults(settings, RECIPES)
+    tree = set_overrides(configuration.build(settings, RECIPES), changes).with_absolute_paths()
+    named = "-".join([Path(recipe).stem, *_size_of(settings), f"{_now():%Y%m%d-%H%M%S}"])
+    out = out or Path("runs") / named
     run_folder.refuse_a_run(out)
     say(f"preparing data and model for {out}")
     prepared = tree.prepare(settings.recipe, settings.arguments)
@@ -71,22 +77,34 @@ def pretrain(
     return run(with_budget(prepared), out, begun)
 
 
+def _size_of(settings: Config) -> list[str]:
+    return [str(settings.arguments["size"])] if "size" in settings.arguments else []
+
+
 def say(sentence: str) -> None:
     """One line for the person who watches, from the first process alone."""
+    from trivium.train import distributed
+
     if distributed.rank() == 0:
         print(sentence, file=sys.stderr)
 
 
 def _now() -> datetime:
     """The first process's clock: all processes name one folder."""
+    import torch
+
+    from trivium.train import distributed
+
     mine = torch.tensor(time.time() if distributed.rank() == 0 else 0.0, dtype=torch.float64)
     return datetime.fromtimestamp(distributed.sum_over_processes({"now": mine})["now"].item())
 
 
-def _stated(config: Path, recipe: str) -> configuration.Config:
+def _stated(config: Path, recipe: str) -> Config:
     """What a config.json, or the one in a run folder, says; it must be of this recipe."""
+    from trivium.train import config as configuration
+
     settings = configuration.load(config)
-    if settings.recipe != recipe:
+    if configuration.with_absolute_file(settings.recipe) != configuration.with_absolute_file(recipe):
         raise TriviumError(f"{config} is a config of the recipe {settings.recipe}, not of {recipe}")
     return settings
 
@@ -95,10 +113,14 @@ def _resume(recipe: str, out: Path | None, changes: Mapping[str, Any], begun: fl
     """`recipe` is that of the run in `out`; or, where `out` is None, the run folder itself."""
     if out is None and not (Path(recipe) / "config.json").is_file():
         raise TriviumError("--resume needs the run folder: trivium pretrain RUN --resume")
+    from trivium.recipes import RECIPES
+    from trivium.train import config as configuration
+    from trivium.train import run_folder
+
     settings = configuration.load(Path(recipe)) if out is None else _stated(out, recipe)
     out = out or Path(recipe)
     tree = set_overrides(configuration.build(settings, RECIPES), changes)
-    newest = newest_checkpoint(out / "checkpoints", say)
+    newest = run_folder.newest_sound(out, say)
     prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")
     return run(prepared, out, begun, resume=newest or True)
 
@@ -106,6 +128,9 @@ def _resume(recipe: str, out: Path | None, changes: Mapping[str, Any], begun: fl
 def with_budget(prepared: Prepared) -> Prepared:
     """Settle what depends on this machine, once and before the run, and write it down as the run's own values:
     the largest micro-batch that fits ("auto"), and how many steps fit into a time budget."""
+    from trivium.train import distributed, trainer
+    from trivium.train.budget import largest_micro_batch
+
     settings = prepared.recipe.train
     if settings.micro_batch == "auto":
         batch = prepared.recipe.data.batch
@@ -126,20 +151,25 @@ def run(prepared: Prepared, out: Path, begun: float, *, resume: bool | Path = Fa
 
     begun: what time.perf_counter() said when the command began. resume: as `trainer.train` takes it.
     """
+    from trivium.recipes import finish
+    from trivium.train import distributed, trainer
+
     try:
         outcome = trainer.train(prepared.run, out, resume=resume)
         if outcome.signal is not None or distributed.rank() > 0:
             return outcome.exit_code
         distributed.stop()  # the others are done: what follows is this process's alone
-        found, losses = finish.evaluate(prepared.bundle, prepared, say)
+        final = (outcome.results or {}).get("losses")
+        found, losses = finish.evaluate(prepared.bundle, prepared, say, final)
         page = finish.write(
             out,
             found,
             losses,
             prepared=prepared,
+            run=out,
             seconds={"train": outcome.seconds, "total": time.perf_counter() - begun},
             model_path=str(out),
-            title=f"{prepared.name}, {prepared.arguments.get('size', 'default size')}: what it learned",
+            title=f"{', '.join([Path(prepared.name).name, *_size_of(prepared.run.config)])}: what it learned",
         )
     finally:
         distributed.stop()

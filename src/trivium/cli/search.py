@@ -21,10 +21,10 @@ def search(
     query: Annotated[str | None, arg(metavar="[TEXT]")] = None,
     *,
     images: Path,
-    picture: Annotated[Path | None, arg(metavar="PATH")] = None,
+    picture: Path | None = None,
     k: Annotated[int, arg(aliases=["-k"])] = 12,
     rerank: int = 0,
-    out: Annotated[Path | None, arg(metavar="PATH")] = None,
+    out: Path | None = None,
 ) -> None:
     """Print the pictures nearest to a text, or to a picture, best first. Exact: every picture is compared.
 

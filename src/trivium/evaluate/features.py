@@ -5,8 +5,9 @@ B rows, D width, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -42,6 +43,18 @@ def of_pictures(bundle: Bundle, pictures: Sequence[np.ndarray]) -> ImageFeatures
         parts["projected"].append(encoded.projected)
         parts["mean_of_patches"].append(encoded.tokens[:, 1:].mean(dim=1))
     return ImageFeatures(**{name: torch.cat(found).float().cpu() for name, found in parts.items()})
+
+
+@torch.inference_mode()
+def projected(bundle: Bundle, pixels: Iterable[Tensor]) -> Tensor:
+    """In the space that images and texts share, float32 [B, D] on CPU.
+
+    pixels: uint8 [3, H, W] each, from the bundle's transform; taken a few at a time, and not kept. At least one.
+    """
+    rest, parts = iter(pixels), []
+    while several := list(islice(rest, BATCH)):
+        parts.append(bundle.encode_image(torch.stack(several)).projected.float().cpu())
+    return torch.cat(parts)
 
 
 @torch.inference_mode()

@@ -6,9 +6,12 @@ its own counts. Ties count against us. Pictures that share a number (`same_image
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
 
-from trivium.data.decode import DecodeError, decode
+import torch
+from torch import Tensor
+
+from trivium.data.decode import DecodeError
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import features, retrieval
 from trivium.evaluate.embedded import Evaluation
@@ -22,24 +25,33 @@ def run(bundle: Bundle, source: Source, limit: int = 5000) -> Evaluation:
     Raises:
         TriviumError: no row can be read.
     """
-    pictures, concepts, names, captions, caption_concepts, caption_names, bad = [], [], [], [], [], [], []
-    for row in range(min(limit, len(source))):
-        try:
-            sample = source.read(row, row)
-            picture_HWC = decode(sample["image"])
-        except (BadSample, DecodeError) as error:
-            bad.append(str(error))
-            continue
-        pictures.append(picture_HWC)
-        concepts.append(sample["same_image"])
-        texts = sample.get("texts") or [sample["text"]]
-        captions.extend(texts)
-        caption_concepts.extend([sample["same_text"]] * len(texts))
-        names.append(sample.get("name", f"row {row}"))
-        caption_names.extend(f"{names[-1]}, caption {number}" for number in range(1, len(texts) + 1))
-    if not pictures:
-        raise TriviumError(f"none of the captioned pictures could be read; the first: {bad[0] if bad else 'no row'}")
-    images_BD = features.of_pictures(bundle, pictures).projected
+    concepts: list[int] = []
+    names: list[str] = []
+    captions: list[str] = []
+    caption_concepts: list[int] = []
+    caption_names: list[str] = []
+    bad: list[str] = []
+
+    def pixels() -> Iterator[Tensor]:
+        for row in range(min(limit, len(source))):
+            try:
+                sample = source.read(row, row)
+                pixels_CHW = bundle.transform(sample["image"])
+            except (BadSample, DecodeError) as error:
+                bad.append(str(error))
+                continue
+            concepts.append(sample["same_image"])
+            texts = sample.get("texts") or [sample["text"]]
+            captions.extend(texts)
+            caption_concepts.extend([sample["same_text"]] * len(texts))
+            names.append(sample.get("name", f"row {row}"))
+            caption_names.extend(f"{names[-1]}, caption {number}" for number in range(1, len(texts) + 1))
+            yield pixels_CHW
+        if not concepts:
+            first = bad[0] if bad else "no row"
+            raise TriviumError(f"none of the captioned pictures could be read; the first: {first}")
+
+    images_BD = features.projected(bundle, pixels())
     texts_BD = features.of_texts(bundle, captions)
     image_labels, text_labels = torch.tensor(concepts), torch.tensor(caption_concepts)
     found = Evaluation()

@@ -68,6 +68,24 @@ class Data:
     def is_embedded(self) -> bool:
         return not (self.pairs or self.images or self.text)
 
+    def with_absolute_paths(self) -> Data:
+        """The same for whoever stands in another folder."""
+        return replace(
+            self,
+            pairs=tuple(map(absolute, self.pairs)),
+            images=tuple(map(absolute, self.images)),
+            text=tuple(map(absolute, self.text)),
+            validation=tuple(map(absolute, self.validation)),
+            vocabulary=self.vocabulary if self.vocabulary in ("learned", "bert") else absolute(self.vocabulary),
+            image_tokenizer="patches" if self.image_tokenizer == "patches" else absolute(self.image_tokenizer),
+            codes=None if self.codes is None else absolute(self.codes),
+        )
+
+
+def absolute(path: str) -> str:
+    """A path as it reads from any folder; an address (https://...) as it is."""
+    return path if "://" in path else str(Path(path).absolute())
+
 
 @dataclass(frozen=True)
 class Sources:

@@ -19,12 +19,22 @@ from trivium.train.config import leaves
 
 # In a checkout; an installed package comes without.
 COMPARISON = Path(__file__).parents[3] / "benchmarks" / "results" / "joint_or_contrastive.md"
+NOTHING_HELD_OUT = (
+    "nothing was held out: give --data.validation captioned pictures that are not trained on, or measure the run on"
+    " some with trivium evaluate RUN --pairs"
+)
 
 
 def evaluate(
-    bundle: Bundle, prepared: Prepared | None, say: Callable[[str], None] = lambda _: None
+    bundle: Bundle,
+    prepared: Prepared | None,
+    say: Callable[[str], None] = lambda _: None,
+    final: dict[str, float] | None = None,
 ) -> tuple[Evaluation, dict[str, tuple[float, float]]]:
     """Evaluate a model on the embedded drawings, or on the validation pairs of the run that it comes from.
+
+    Args:
+        final: the validation losses, where they are known already.
 
     Returns:
         the evaluation, and for each loss (final, chance) where there is a run to measure them on.
@@ -32,9 +42,11 @@ def evaluate(
     if prepared is None:
         return _on_drawings(bundle, say), {}
     data = prepared.recipe.data
-    if prepared.validation:
-        say("validation losses")
-    final = validation_losses(prepared.run.method, prepared.validation, prepared.recipe.train.seed)
+    if final is None:
+        if prepared.validation:
+            say("validation losses")
+        recipe = prepared.recipe
+        final = validation_losses(prepared.run.method, prepared.validation, recipe.train.seed, recipe.rows_at_once)
     chance = chance_of(prepared) if prepared.validation else {}
     if data.is_embedded:
         found = _on_drawings(bundle, say)
@@ -42,7 +54,9 @@ def evaluate(
         say("retrieval on the validation pairs")
         found = pairs.run(bundle, prepared.sources.validation_pairs)
     else:
-        found = Evaluation()
+        found = Evaluation(not_applicable=[NOTHING_HELD_OUT])
+    if not prepared.recipe.validate:
+        found.not_applicable.append("losses on held-out samples: --validate is 0")
     losses = {name: (final[name], chance[name]) for name in final}
     for name, (value, guess) in losses.items():
         found.results[f"losses.{name}.final"] = Result(value)
@@ -68,11 +82,15 @@ def write(
     losses: dict[str, tuple[float, float]],
     *,
     prepared: Prepared | None,
+    run: Path | None,
     seconds: dict[str, float],
     model_path: str,
     title: str,
 ) -> Path:
-    """results.json and report.html into a folder; returns the page's path."""
+    """results.json and report.html into a folder; returns the page's path.
+
+    run: the folder of the run whose curves the page shows.
+    """
     command = shlex.join(["trivium", *sys.argv[1:]])
     machine = run_folder.machine()
     results.write(
@@ -90,8 +108,8 @@ def write(
             title,
             found,
             losses,
-            curves=report.read_curves(out / "metrics.jsonl"),
-            monitors=report.read_lines(out / "monitors.jsonl"),
+            curves={} if run is None else report.read_curves(run / "metrics.jsonl"),
+            monitors=[] if run is None else report.read_lines(run / "monitors.jsonl"),
             seconds=seconds,
             machine=machine,
             config={} if prepared is None else leaves(prepared.recipe),

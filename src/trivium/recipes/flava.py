@@ -27,6 +27,7 @@ from trivium.recipes.bert import Bert
 from trivium.recipes.data import (
     Data,
     Sources,
+    absolute,
     all_pictures,
     make_image_tokenizer,
     make_streams,
@@ -35,10 +36,11 @@ from trivium.recipes.data import (
 )
 from trivium.recipes.priors import start_at_frequencies
 from trivium.train import step as train_step
+from trivium.train.budget import memory_dial_named
 from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
-from trivium.train.protocol import Batch, Key, Method, Source
+from trivium.train.protocol import Batch, Images, Key, Method, Source, Texts
 from trivium.train.trainer import Run, Train
 
 HEADS = ("*_head.decoder.weight",)
@@ -82,6 +84,16 @@ class FlavaRecipe:
     init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
     label_frequencies: bool = False  # True: the heads start at the frequencies of their labels (see priors.py)
     validate: int = 4096  # held-out samples of each stream that losses are measured on, up to 8 times each; 0: none
+
+    @property
+    def rows_at_once(self) -> int:
+        """Samples of one forward, in steps and in validation; the whole batch until "auto" is settled."""
+        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
+
+    def with_absolute_paths(self) -> FlavaRecipe:
+        """The same for whoever stands in another folder: what a config that is kept should state."""
+        init, init_text = (None if path is None else absolute(path) for path in (self.init, self.init_text))
+        return replace(self, data=self.data.with_absolute_paths(), init=init, init_text=init_text)
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> Prepared:
         """Open the data, make or read tokenizer and codebook, build model and method.
@@ -153,6 +165,7 @@ class Prepared:
             self.run,
             train=recipe.train,
             mixture=self.mixture_of(recipe.train),
+            evaluate=_measures(self.validation, recipe),
             config=Config(self.name, self.arguments, leaves(recipe)),
         )
         return replace(self, recipe=recipe, run=run)
@@ -212,7 +225,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         start_at_frequencies(method, streams, tokenizer.special_ids, seed)
 
     def mixture_of(train: Train) -> StreamMixture:
-        rows = train.micro_batch if isinstance(train.micro_batch, int) else data.batch
+        rows = replace(recipe, train=train).rows_at_once
         return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, data.schedule, train.workers)
 
     validation = {
@@ -229,7 +242,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         recipe.train,
         export=bundle.save,
         config=Config(name, arguments, leaves(recipe)),
-        evaluate=lambda method: {"losses": validation_losses(method, validation, seed)},
+        evaluate=_measures(validation, recipe),
         blocks=model.blocks,
     )
     return Prepared(recipe, run, sources, bundle, validation, mixture_of, name, arguments, notes)
@@ -328,11 +341,40 @@ def _image_side(
     return views if codebook_size == config.image_size else replace(views, codebook_size=codebook_size), image_tokenizer
 
 
-def validation_losses(method: Method, validation: dict[str, list[Batch]], seed: int) -> dict[str, float]:
-    """Mean of each loss over the held-out samples, in eval mode with fixed masks."""
+def _measures(validation: dict[str, list[Batch]], recipe: FlavaRecipe) -> Callable[[Method], dict[str, Any]]:
+    seed, rows = recipe.train.seed, recipe.rows_at_once
+    return lambda method: {"losses": validation_losses(method, validation, seed, rows)}
+
+
+def _micro_batches(batch: Batch, rows: int) -> list[Batch]:
+    """A batch in pieces of `rows` rows, padded as the whole: pads may be seen (`model.pads_visible`)."""
+
+    def piece(number: int, part: slice) -> Batch:
+        return replace(
+            batch,
+            rows_B=batch.rows_B[part],
+            places_B=batch.places_B[part],
+            images=tuple(Images(images.pixels_BCHW[part], images.same_B[part]) for images in batch.images),
+            texts=tuple(Texts(text.ids_BT[part], text.mask_BT[part], text.same_B[part]) for text in batch.texts),
+            targets={name: target[part] for name, target in batch.targets.items()},  # FLAVA's are a row each
+            number=number,
+        )
+
+    return [piece(first // rows, slice(first, first + rows)) for first in range(0, len(batch), rows)]
+
+
+def validation_losses(
+    method: Method, validation: dict[str, list[Batch]], seed: int, micro_batch: int
+) -> dict[str, float]:
+    """Mean of each loss over the held-out samples, in eval mode with fixed masks.
+
+    Contrastive rows see their whole batch, whatever the micro-batch. Raises OutOfMemory.
+    """
     found: dict[str, float] = {}
     for stream, batches in validation.items():
-        found |= train_step.measure(method, [[batch] for batch in batches], Key(seed, stream, 0))
+        pieces = (_micro_batches(batch, micro_batch) for batch in batches)
+        with memory_dial_named(f"validation on stream {stream}", micro_batch):
+            found |= train_step.measure(method, pieces, Key(seed, stream, 0))
     return found
 
 
@@ -340,13 +382,16 @@ def chance_of(prepared: Prepared) -> dict[str, float]:
     """What each validation loss is for a guess from the labels' frequencies alone (see evaluate/losses.py)."""
     method, config = prepared.run.method, prepared.recipe.model
     assert isinstance(method, FlavaMethod)
+    rows = prepared.recipe.rows_at_once
     batches = [batch for stream in prepared.validation.values() for batch in stream]
-    labels = losses.labels_of(batches, lambda batch: method.codes(batch, torch.arange(len(batch))).cpu())
+    pieces = (piece for batch in batches for piece in _micro_batches(batch, rows))
+    with memory_dial_named("the image tokenizer", rows):
+        labels = losses.labels_of(pieces, lambda batch: method.codes(batch, torch.arange(len(batch))).cpu())
     num_classes = {"mim": config.num_codes, "mmm_image": config.num_codes}
     num_classes |= {"mlm": config.vocab_size, "mmm_text": config.vocab_size}
     sizes = [len(batch) for batch in prepared.validation.get("pairs", [])]
     # The last batch may be smaller; each pair counts in its own, so the logarithms are weighted by their pairs.
-    rows = math.exp(sum(size * math.log(size) for size in sizes) / sum(sizes)) if sizes else 1.0
+    mean_size = math.exp(sum(size * math.log(size) for size in sizes) / sum(sizes)) if sizes else 1.0
     sigmoid = prepared.recipe.objectives.contrastive_form == "sigmoid"
-    found = losses.chances(labels, num_classes, prepared.recipe.data.false_pairs, rows, sigmoid)
+    found = losses.chances(labels, num_classes, prepared.recipe.data.false_pairs, mean_size, sigmoid)
     return found if sizes else {name: found[name] for name in labels}

@@ -56,8 +56,12 @@ class Table:
         }
         metadata = json.dumps({"model": self.model, "folder": self.folder})
         table = pa.table(columns).replace_schema_metadata({METADATA: metadata})
-        with file_beside(path) as beside:
-            pq.write_table(table, beside)
+        try:
+            with file_beside(path) as beside:
+                pq.write_table(table, beside)
+        except OSError as error:
+            error.filename = str(path)  # pyarrow does not say which file it was
+            raise
 
     @classmethod
     def read(cls, path: Path) -> Table:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,6 +27,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+@contextmanager
+def memory_dial_named(doing: str, rows: int) -> Iterator[None]:
+    """Running out of memory inside becomes OutOfMemory. doing: what with so many `rows` at once, for its sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory in {doing} with {rows} samples at once: use --train.micro-batch {max(1, rows // 2)} (the"
+            " batch stays the same), or --train.micro-batch auto"
+        ) from error
 
 
 def largest_micro_batch(try_one: Callable[[int], None], batch: int, processes: int = 1) -> int:

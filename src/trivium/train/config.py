@@ -15,8 +15,10 @@ import inspect
 import json
 import os
 import sys
+import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -204,7 +206,13 @@ def _describe(annotation: Any) -> str:
 def _no_such_path(path: str, known: list[str]) -> str:
     """The nearest path by spelling; where a user left out the branch ("lr"), the one that ends so."""
     ends_so = [other for other in known if other.endswith("." + path)]
-    near = ends_so[:1] or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    branch, _, leaf = path.rpartition(".")
+    beside = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == branch}
+    # Beside its siblings the last part alone decides: objectives.foo is not near to objectives.mlm.
+    alike = [beside[name] for name in difflib.get_close_matches(leaf, beside, n=1, cutoff=0.6)]
+    if not (branch and beside):
+        alike = alike or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    near = ends_so[:1] or alike
     below = [other for other in known if other.startswith(path + ".")]
     if below:
         return f"{path} is a group of options: set one of them, such as {below[0]}"
@@ -236,6 +244,28 @@ def load(path: Path) -> Config:
     return config
 
 
+def with_absolute_file(name: str) -> str:
+    """The name of a recipe that holds in every folder: ``my_run.py:shop`` with the file's whole path."""
+    file, _, function = name.rpartition(":")
+    return f"{os.path.abspath(file)}:{function}" if file.endswith(".py") else name
+
+
+def with_defaults(config: Config, known: Mapping[str, Recipe]) -> Config:
+    """The same with the arguments that a recipe of ours sets by default, so that they are stated and not implied."""
+    if config.recipe not in known:
+        return config
+    call = _call(config, known[config.recipe])
+    call.apply_defaults()
+    return dataclasses.replace(config, arguments=dict(call.arguments))
+
+
+def _call(config: Config, recipe: Recipe) -> inspect.BoundArguments:
+    try:
+        return inspect.signature(recipe).bind(**config.arguments)
+    except TypeError as error:
+        raise TriviumError(f"the recipe {config.recipe} does not take these arguments: {error}") from None
+
+
 def find_recipe(name: str, known: Mapping[str, Recipe]) -> Recipe:
     """The function behind a recipe's name: one of `known`, or ``path/to/file.py:function``."""
     if name in known:
@@ -248,12 +278,13 @@ def find_recipe(name: str, known: Mapping[str, Recipe]) -> Recipe:
     if not Path(file).is_file():
         raise TriviumError(f"{file}: there is no such file to take the recipe {function} from")
     module_name = f"trivium_recipe_{Path(file).stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
+    spec = importlib.util.spec_from_file_location(module_name, Path(file).absolute())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # annotations of its dataclasses are looked up there
-    spec.loader.exec_module(module)
+    with _mistakes_of_the_file(name):
+        spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise TriviumError(f"{file} has no function {function}")
     return getattr(module, function)
@@ -262,8 +293,28 @@ def find_recipe(name: str, known: Mapping[str, Recipe]) -> Recipe:
 def build(config: Config, known: Mapping[str, Recipe]) -> Any:
     """Call the recipe and set the leaves: the tree of dataclasses that a run is made from."""
     recipe = find_recipe(config.recipe, known)
+    call = _call(config, recipe)
+    with _mistakes_of_the_file(config.recipe):
+        tree = recipe(*call.args, **call.kwargs)
+    return set_leaves(tree, config.values)
+
+
+@contextmanager
+def _mistakes_of_the_file(name: str) -> Iterator[None]:
+    """What the code of a user's own recipe raises is a sentence with file and line; our own code stays as it is."""
+    file = name.rpartition(":")[0]
+    compiled_as = str(Path(file).absolute())
     try:
-        inspect.signature(recipe).bind(**config.arguments)
-    except TypeError as error:
-        raise TriviumError(f"the recipe {config.recipe} does not take these arguments: {error}") from None
-    return set_leaves(recipe(**config.arguments), config.values)
+        yield
+    except TriviumError:
+        raise
+    except SyntaxError as error:
+        if error.filename != compiled_as:
+            raise
+        raise TriviumError(f"{file}, line {error.lineno}: {error.msg}: mend the file and try again") from None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == compiled_as]
+        if not lines:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise TriviumError(f"{file}, line {lines[-1]}: {what}: mend the file and try again") from error

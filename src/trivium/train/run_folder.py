@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from trivium.errors import TriviumError
-from trivium.manifest import checkpoints_in, write_whole
+from trivium.manifest import checkpoints_in, newest_checkpoint, write_whole
 from trivium.train import checkpoint, config, precision
 from trivium.train.config import Config
 
@@ -48,7 +49,14 @@ def refuse_a_run(path: Path) -> None:
     """Raises TriviumError where a run stands in a folder already; ask before anything costly is begun."""
     folder = RunFolder(path)
     if checkpoints_in(folder.checkpoints) or (folder.metrics.exists() and folder.metrics.stat().st_size):
-        raise TriviumError(f"{path} holds a run already: continue it with --resume, or name another folder with --out")
+        raise TriviumError(
+            f"{path} holds a run already: continue it with `{to_resume(path)}`, or name another folder with --out"
+        )
+
+
+def to_resume(path: Path) -> str:
+    """The command that continues a run, whichever verb began it."""
+    return shlex.join(["trivium", "pretrain", str(path), "--resume"])
 
 
 def create(path: Path, settings: Config) -> RunFolder:
@@ -92,6 +100,24 @@ def reopen(path: Path, settings: Config) -> RunFolder:
             "resume it as it was, or begin a new run with --init from its checkpoint"
         )
     return RunFolder(path)
+
+
+def newest_sound(path: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest sound checkpoint of a run; None where it ended before its first.
+
+    Args:
+        say: gets a sentence about each damaged one that was passed over.
+
+    Raises:
+        TriviumError: there are checkpoints, and every one is damaged.
+    """
+    folder = RunFolder(path)
+    found = newest_checkpoint(folder.checkpoints, say)
+    if found is None and checkpoints_in(folder.checkpoints):
+        raise TriviumError(
+            f"{folder.checkpoints}: every checkpoint is damaged; use another copy, or begin a new run in another folder"
+        )
+    return found
 
 
 def rewind(folder: RunFolder, step: int) -> None:

@@ -24,9 +24,8 @@ import torch
 from torch import nn
 
 from trivium.errors import TriviumError, lost_process
-from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint, distributed, optim, precision, run_folder
-from trivium.train.budget import OutOfMemory, calibrate, is_out_of_memory
+from trivium.train.budget import OutOfMemory, calibrate, memory_dial_named
 from trivium.train.checkpoint import Saving
 from trivium.train.compilation import compile_blocks
 from trivium.train.config import Config
@@ -198,7 +197,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
                 clock = time.perf_counter()
             if stopping and done < settings.steps:
                 distributed.first_process_does(saving.finish)
-                log.say(f"saved after step {done} of {settings.steps}; --resume continues from here")
+                log.say(f"saved after step {done} of {settings.steps}; to go on: {run_folder.to_resume(out)}")
                 return Outcome(done, log.seconds(), stop.received or signal.SIGTERM, results)
             if settings.evaluates_after(done):
                 results = measured(done)
@@ -222,7 +221,7 @@ def one_step(
     """Step number `step` (0 is the first) of a run, with the rate and the decay that belong to it."""
     stream = run.mixture.stream_at(step)
     optim.set_step(optimizer, run.optim, step, run.train.steps)
-    try:
+    with memory_dial_named(f"a step of stream {stream.name}", stream.micro_batch):
         return take_step(
             run.method,
             batches,
@@ -232,14 +231,6 @@ def one_step(
             clip_norm=run.optim.clip_norm,
             autocast=autocast,
         )
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        smaller = max(1, stream.micro_batch // 2)
-        raise OutOfMemory(
-            f"out of memory in a step of stream {stream.name} with {stream.micro_batch} samples at once: "
-            f"use --train.micro-batch {smaller} (the batch stays the same), or --train.micro-batch auto"
-        ) from error
 
 
 def evaluate(run: Run) -> dict[str, Any] | None:
@@ -355,9 +346,7 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
 
 def _checkpoint_to_resume(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
     """The newest sound checkpoint; None where the run ended before its first."""
-    found = newest_checkpoint(folder.checkpoints, say)
-    if found is None and checkpoints_in(folder.checkpoints):
-        raise TriviumError(f"{folder.checkpoints}: every checkpoint is damaged; begin a new run in another folder")
+    found = run_folder.newest_sound(folder.path, say)
     if found is None:
         say(f"{folder.path} holds no checkpoint yet: beginning at step 0")
     return found
