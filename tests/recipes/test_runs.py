@@ -345,3 +345,27 @@ def test_two_processes_make_the_step_of_one(shop: Path, tmp_path: Path, micro_ba
     assert line["grad_norm"] > 1  # so that 1e-5 is small beside what moved
     assert (shared / "report.html").is_file()
     assert done.stderr.count("preparing data and model for") == 1
+
+
+# ----------------------------------------------------------------------------------------- other sizes, fewer streams
+
+
+def test_pictures_alone_need_no_words(shop: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert trivium("pretrain", "flava", "--out", out, "--data.images", shop / "pictures", *flags(train__steps=2)) == 0
+    assert {line["stream"] for line in lines_of(out / "metrics.jsonl") if "stream" in line} == {"images"}
+    assert library.load(out).encode_image(shop / "pictures" / "red-bar.png").projected.shape == (1, 16)
+
+
+def test_pictures_of_another_size_interpolate_the_positions(shop: Path, twenty: Path, tmp_path: Path) -> None:
+    """32 pixels to 48: the model keeps its table of positions, its transform takes the new size, and training uses it."""
+    out = tmp_path / "run"
+    start = ("--init", twenty, "--data.image-size", 48)
+    assert trivium("pretrain", "flava", "--out", out, *start, *data_of(shop), *flags(train__steps=3)) == 0
+    bundle = library.load(out)
+    assert bundle.transform.size == 48
+    before, after = weights(twenty, 20)["image.positions"], weights(out, 3)["image.positions"]
+    assert before.shape == after.shape == (1, 17, 32)
+    assert not torch.equal(before[:, 1:], after[:, 1:])  # the gradient goes through the interpolation
+    assert bundle.encode_image(shop / "pictures" / "red-bar.png").states.shape[1] == 1 + 6 * 6
+    assert trivium("pretrain", "flava", "--out", tmp_path / "no", "--data.image-size", 50, *data_of(shop), *flags()) == 2

@@ -59,7 +59,7 @@ def reconstruct(bundle: Bundle, pictures: Sequence[np.ndarray], names: Sequence[
     if tokenizer is None or not hasattr(model, "mim_head") or not len(pictures):
         return []
     device = next(model.parameters()).device
-    grid = model.config.grid
+    grid = bundle.transform.size // model.config.patch_size
     N, side = grid**2, grid * tokenizer.stride
     transform = bundle.transform
     views = Views(transform.size, transform.filter, codebook_size=None if side == transform.size else side)

@@ -50,6 +50,7 @@ class Data:
     images_ratio: float = 0.15
     text_ratio: float = 0.15
     batch: int = 128  # samples of one step, over all processes
+    image_size: int | None = None  # side of the pictures in pixels; None: the model's own. Others interpolate positions
     max_length: int = 64  # tokens of a caption or text, [CLS] and [SEP] among them
     false_pairs: float = 0.1  # share of the pairs whose captions are rotated, for the matching loss
     sort_by_length: bool = False  # texts inside a batch, so that micro-batches are padded less
@@ -119,7 +120,7 @@ def open_sources(data: Data) -> Sources:
 
 def make_tokenizer(data: Data, sources: Sources, vocab_size: int) -> Tokenizer:
     """The text tokenizer of a run; a learned one is a function of the text alone."""
-    if data.vocabulary == "bert":
+    if data.vocabulary == "bert" or not (sources.pairs or sources.text):  # pictures alone: no word is read
         return Tokenizer.wordpiece(embedded.bert_vocabulary())
     if data.vocabulary != "learned":
         return Tokenizer.from_file(Path(data.vocabulary))

@@ -207,7 +207,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     if bert is not None:
         notes.append(bert.start(model))
     weights = {loss: getattr(recipe.objectives, loss) for loss in LOSSES}
-    transform = ImageTransform(model_config.image_size) if start is None else start.transform
+    transform = replace(ImageTransform() if start is None else start.transform, size=views.size)
     pixels = Pixels(transform.mean, transform.std)
     objectives = recipe.objectives
     method = FlavaMethod(model, image_tokenizer, pixels, weights, objectives.masked_share, objectives.contrastive_form)
@@ -297,13 +297,14 @@ def _fits(
 
 def _check(config: FlavaConfig, data: Data) -> None:
     """Raises TriviumError where shapes do not go together."""
-    size, patch = config.image_size, config.patch_size
-    if size % patch:
-        near = max(patch, round(size / patch) * patch)
-        raise TriviumError(
-            f"a picture of {size} pixels cannot be cut into patches of {patch}: choose a multiple, such as"
-            f" --model.image-size {near}"
-        )
+    patch = config.patch_size
+    for flag, size in (("--model.image-size", config.image_size), ("--data.image-size", data.image_size)):
+        if size is not None and size % patch:
+            near = max(patch, round(size / patch) * patch)
+            raise TriviumError(
+                f"a picture of {size} pixels cannot be cut into patches of {patch}: choose a multiple, such as"
+                f" {flag} {near}"
+            )
     if config.width % config.num_heads:
         raise TriviumError(
             f"a width of {config.width} cannot be shared by {config.num_heads} heads: choose --model.num-heads so that"
@@ -326,8 +327,9 @@ def _image_side(
     recipe: FlavaRecipe, sources: Sources, start: Bundle | None, config: FlavaConfig
 ) -> tuple[Views, ImageTokenizer | None]:
     """All that decides the codes of a picture. A run on text alone needs no image tokenizer."""
+    size = recipe.data.image_size or config.image_size
     views = Views(
-        config.image_size,
+        size,
         crop_scale=recipe.data.crop_scale,
         flip=recipe.data.flip,
         scaled_decode=recipe.data.scaled_decode,
@@ -337,8 +339,8 @@ def _image_side(
         return views, None
     if image_tokenizer is None:
         image_tokenizer = make_image_tokenizer(recipe.data, sources, views, config, recipe.train.seed)
-    codebook_size = image_tokenizer.input_size(config.image_size, config.patch_size)
-    return views if codebook_size == config.image_size else replace(views, codebook_size=codebook_size), image_tokenizer
+    codebook_size = image_tokenizer.input_size(size, config.patch_size)
+    return views if codebook_size == size else replace(views, codebook_size=codebook_size), image_tokenizer
 
 
 def _measures(validation: dict[str, list[Batch]], recipe: FlavaRecipe) -> Callable[[Method], dict[str, Any]]:

@@ -29,6 +29,7 @@ RULES: dict[str, Rule] = {
     ),
     "objectives.masked_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "data.batch": SOME,
+    "data.image_size": (lambda value: value is None or value >= 1, "a number of pixels of 1 or more"),
     "data.max_length": (lambda value: value >= 3, "3 tokens or more: [CLS], [SEP] and a word between them"),
     "data.false_pairs": SHARE,
     "data.mask_probability": (lambda value: 0 < value < 1, "above 0 and below 1"),
