@@ -23,7 +23,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -180,7 +180,7 @@ def _members(shard: str, file: BinaryIO, left_out: Counter[str]) -> Iterator[tup
     """Name, offset and length of each ordinary member. What is left out is counted, by its reason."""
     headers = _Headers(file)
     try:
-        archive = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115  (the file is the caller's)
+        archive = tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:")  # noqa: SIM115  (the file is the caller's)
     except (tarfile.TarError, OSError) as error:
         raise TriviumError(
             f"{shard} is no tar file ({error}); a compressed one must be unpacked to .tar first"
