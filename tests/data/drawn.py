@@ -73,3 +73,11 @@ class DrawnSource:
 
     def lengths(self) -> Sequence[int] | None:
         return [len(caption(row)) for row in range(self.num_rows)]
+
+
+def photograph(number: int, height: int = 72, width: int = 96) -> Image.Image:
+    """Soft random shapes with some grain: like a photograph, it looks the same at half the size."""
+    rng = np.random.default_rng(number)
+    shapes = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    smooth_HWC = np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
+    return Image.fromarray((smooth_HWC + rng.normal(0, 3, smooth_HWC.shape)).clip(0, 255).astype(np.uint8))

@@ -36,6 +36,9 @@ VERBS = {
     "search": Verb("trivium.cli.search:search", "find pictures by a text or by another picture"),
     "data codes": Verb("trivium.cli.data:codes", "cache the image tokenizer's codes of every picture of a run"),
     "data pack": Verb("trivium.cli.data:pack", "write tar shards from any pictures, texts and pairs"),
+    "data doctor": Verb(
+        "trivium.cli.data_doctor:doctor", "say what is wrong with the data of a run, before it is trained"
+    ),
     "convert": Verb("trivium.cli.convert:convert", "read and write the layouts of other libraries"),
 }
 

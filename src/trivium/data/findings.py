@@ -2,8 +2,8 @@
 
 Pure functions of what was read (see data/survey.py). From when on a figure is a finding stands in the constants.
 
-A *picture* is one number of a batch's ``same_B``: rows that name the same file, or show the same concept in the embedded
-data, are one picture on purpose and no duplicates of each other.
+A *picture* is one number of a batch's ``same_B``: rows that name the same file, or show the same concept in the
+embedded data, are one picture on purpose and no duplicates of each other.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def unreadable(seen: Survey) -> list[Finding]:
     share = len(seen.bad) / seen.num_read
     stops = f": above {_percent(FATAL)} a run stops" if share > FATAL else ", which a run replaces by others"
     sentence = f"{_of(len(seen.bad), seen.num_read, 'sample')} cannot be read{stops}"
-    advice = "mend or remove them; each is named below with the reason"
+    advice = "mend or remove them: report.json names each with the reason"
     return [Finding("unreadable", seen.stream, sentence, advice, len(seen.bad), examples=tuple(seen.bad))]
 
 
@@ -108,7 +108,7 @@ def pictures(seen: Survey, facts: StreamFacts) -> list[Finding]:
             f" {DISTANCE} of 64 bits of their DCT hashes and {COLOURS:g} of 255 in colour apart"
             f" ({_counted(len(near), 'group', 'groups')})"
         )
-        advice = "look at them below, and keep one of each where they are copies"
+        advice = "look at them in the report, and keep one of each where they are copies"
         findings.append(_shown("near-duplicates", seen.stream, sentence, advice, facts.near, near))
     by_number: defaultdict[int, set[bytes]] = defaultdict(set)
     for sample in with_picture:
@@ -190,8 +190,8 @@ def captions(seen: Survey, facts: StreamFacts, max_length: int) -> list[Finding]
     few = len(beside) <= LABEL_LIKE * num_pictures and num_pictures > REPEATED_OFTEN
     if few or (most >= REPEATED_OFTEN and most >= VERY_REPEATED * num_pictures):
         sentence = (
-            f"captions are like labels: {_counted(len(beside), 'distinct caption stands', 'distinct captions stand')} beside"
-            f" {num_pictures:,} pictures, the commonest beside {_of(most, num_pictures, 'picture')}"
+            f"captions are like labels: {len(beside):,} distinct for {num_pictures:,} pictures, the commonest beside"
+            f" {_of(most, num_pictures, 'picture')}"
         )
         advice = "say in each caption what sets its picture apart, or train a classifier on them instead"
         findings.append(Finding("label-like-captions", seen.stream, sentence, advice, len(beside), examples=examples))
@@ -214,7 +214,7 @@ def loss_floor(seen: Survey, seed: int) -> tuple[dict[str, float], list[Finding]
         batch = [sample_of[row] for row in rows.tolist() if row in sample_of]
         if len(batch) < 2:
             continue
-        drawn: list[Caption] = [sample.captions[rng.integers(len(sample.captions))] for sample in batch]
+        drawn = [sample.captions[rng.integers(len(sample.captions))] for sample in batch]
         picture_B = _numbers([sample.picture.pixels for sample in batch if sample.picture is not None])
         caption_B = _numbers([caption.tokens for caption in drawn])
         same_B = np.array([sample.same for sample in batch], dtype=np.int64)
@@ -238,8 +238,8 @@ def loss_floor(seen: Survey, seed: int) -> tuple[dict[str, float], list[Finding]
     if loss < FLOOR:
         return found, []
     sentence = (
-        f"in batches of {size:,} duplicates alone hold the contrastive loss at {loss:.3f} or more ({from_captions:.3f} by"
-        f" equal captions, {from_pictures:.3f} by equal pictures; {math.log(size):.2f} is chance)"
+        f"in batches of {size:,} duplicates alone hold the contrastive loss at {loss:.3f} or more:"
+        f" {from_captions:.3f} by equal captions, {from_pictures:.3f} by equal pictures; {math.log(size):.2f} is chance"
     )
     advice = "make captions tell more, remove duplicates, or take a smaller --data.batch"
     return found, [Finding("loss-floor", seen.stream, sentence, advice)]
@@ -289,7 +289,8 @@ def leakage(train: Sequence[Survey], held_out: Survey) -> list[Finding]:
     own = {caption.tokens: caption.text for sample in held_out.samples for caption in sample.captions}
     again = [text for tokens, text in own.items() if tokens in known]
     if again:
-        sentence = f"{_of(len(again), len(own), 'caption')} of this split {'stands' if len(again) == 1 else 'stand'} word by word in training"
+        stand = "stands" if len(again) == 1 else "stand"
+        sentence = f"{_of(len(again), len(own), 'caption')} of this split {stand} word by word in training"
         advice = "short captions may repeat by chance; whole sentences say that the split was not made by picture"
         findings.append(
             Finding("leakage-captions", held_out.stream, sentence, advice, len(again), examples=tuple(again))

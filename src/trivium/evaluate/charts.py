@@ -40,6 +40,15 @@ def png_uri(picture_HWC: np.ndarray) -> str:
     return uri("image/png", buffer.getvalue())
 
 
+def webp_uri(picture_HWC: np.ndarray, side: int) -> str:
+    """The same as a thumbnail, at most `side` pixels on the longer side."""
+    picture = Image.fromarray(picture_HWC)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=80)
+    return uri("image/webp", buffer.getvalue())
+
+
 def uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -87,6 +96,25 @@ def bars(rows: Mapping[str, tuple[float, float | None, float | None]], marked: s
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(length=0, labelbottom=False)
         axes.margins(x=0.12)
+        return _svg(figure)
+
+
+def histogram(title: str, counts: Mapping[int, int], limit: int) -> str:
+    """How often each whole number occurs, those above `limit` in the accent; the last bar holds all from there on."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.6, 2.1), layout="constrained")
+        axes = figure.subplots()
+        values, weights = np.array(list(counts)), np.array(list(counts.values()))
+        last = max(2 * limit, 8)
+        edges = np.arange(0, last + 2, max(1, -(-last // 64)))
+        heights, _ = np.histogram(values.clip(max=int(edges[-1]) - 1), edges, weights=weights)
+        colours = [ACCENT if edge > limit else "#b8c4ce" for edge in edges[:-1]]
+        axes.bar(edges[:-1], heights, width=np.diff(edges), align="edge", color=colours)
+        axes.axvline(limit + 1, color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
+        axes.set_title(title)
+        axes.set_xlabel("tokens")
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
         return _svg(figure)
 
 

@@ -83,44 +83,53 @@ def write(path: Path, report: Report) -> None:
     write_whole(path, render(report))
 
 
-def render(report: Report) -> str:
-    """The page as a string."""
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """What the pages beside this file are made with."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "clock": clock, "webp": lambda data: charts.uri("image/webp", data)}
+    found.filters |= {"percent": percent, "clock": clock, "webp": lambda data: charts.uri("image/webp", data)}
+    return found
+
+
+def render(report: Report) -> str:
+    """The page as a string."""
     evaluation = report.evaluation
-    return environment.get_template("report.html").render(
-        report=report,
-        evaluation=evaluation,
-        headline=headline(evaluation),
-        losses=_losses(report),
-        retrieval=_retrieval(evaluation),
-        readings=_readings(evaluation),
-        classification=_classification(evaluation),
-        matching=[evaluation.results.get("itm.accuracy"), evaluation.results.get("itm.auroc")],
-        reconstructions=[
-            {
-                "name": sample.name,
-                "right": sample.right,
-                "num_masked": sample.num_masked,
-                "pictures": [
-                    (charts.png_uri(picture), label)
-                    for picture, label in (
-                        (sample.original, "original"),
-                        (sample.masked, "what the model sees"),
-                        (sample.from_picture, "its guess"),
-                        (sample.with_name, "its guess, told the name"),
-                        (sample.true_codes, "the true codes"),
-                    )
-                ],
-            }
-            for sample in evaluation.reconstructions
-        ],
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            evaluation=evaluation,
+            headline=headline(evaluation),
+            losses=_losses(report),
+            retrieval=_retrieval(evaluation),
+            readings=_readings(evaluation),
+            classification=_classification(evaluation),
+            matching=[evaluation.results.get("itm.accuracy"), evaluation.results.get("itm.auroc")],
+            reconstructions=[
+                {
+                    "name": sample.name,
+                    "right": sample.right,
+                    "num_masked": sample.num_masked,
+                    "pictures": [
+                        (charts.png_uri(picture), label)
+                        for picture, label in (
+                            (sample.original, "original"),
+                            (sample.masked, "what the model sees"),
+                            (sample.from_picture, "its guess"),
+                            (sample.with_name, "its guess, told the name"),
+                            (sample.true_codes, "the true codes"),
+                        )
+                    ],
+                }
+                for sample in evaluation.reconstructions
+            ],
+        )
     )
 
 
