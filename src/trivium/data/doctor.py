@@ -89,7 +89,7 @@ def diagnose(
     for number, stream in enumerate(streams):
         progress(f"reading {stream.name}")
         share = max(1.0, begun + seconds - time.perf_counter()) / (len(streams) - number)
-        fits = sample or sample_that_fits(stream, decode, tokenizer, max_length, share, threads)
+        fits = sample or sample_that_fits(stream, decode, tokenizer, max_length, seed, share, threads)
         surveys.append(survey(stream, decode, tokenizer, max_length, seed, fits, threads))
     progress("comparing")
     found = conclude(surveys[: len(train)], surveys[len(train) :], max_length, seed, queue)
@@ -124,7 +124,12 @@ def conclude(
         findings += captions(each, facts[each.stream], max_length)
         if number < len(train) and each.stream == "pairs":
             floor, more = loss_floor(each, seed)
-            findings += [*more, *long_queue(each.num_rows, len(each.batches[0]), queue)]
+            if floor and len(each.batches[0]) < each.batch:
+                notes.append(
+                    f"the loss floor is that of {floor['rows']:,} rows; it is higher in a batch of {each.batch:,},"
+                    " which takes a larger --sample"
+                )
+            findings += [*more, *long_queue(each.num_rows, each.batch, queue)]
     for each in held_out:
         findings += leakage(train, each)
     findings.sort(key=lambda finding: not finding.is_problem)

@@ -24,6 +24,7 @@ from scipy.sparse.csgraph import connected_components
 DISTANCE = 6  # bits
 COLOURS = 4.0  # of 255
 SIDE = 32  # pixels; the DCT is taken of a luma of this side
+FIELDS = 8  # on a side; their mean colours are compared
 BITS = 64
 _u, _v = np.indices((SIDE, SIDE))
 LOWEST = np.lexsort((_u.ravel(), (_u + _v).ravel()))[
@@ -51,7 +52,7 @@ def fingerprint(picture_HWC: np.ndarray) -> Fingerprint:
     # Rounded, since the frequencies of one flat colour are nothing but rounding errors.
     frequencies = dctn(luma, norm="ortho").ravel()[LOWEST].round(3)
     bits = np.packbits(frequencies > np.median(frequencies))
-    fields = small.reshape(8, SIDE // 8, 8, SIDE // 8, 3).mean((1, 3)).round().astype(np.uint8)
+    fields = small.reshape(FIELDS, SIDE // FIELDS, FIELDS, SIDE // FIELDS, 3).mean((1, 3)).round().astype(np.uint8)
     return Fingerprint(digest.digest(), int.from_bytes(bits.tobytes(), "big"), fields.tobytes(), height, width)
 
 
@@ -86,7 +87,7 @@ def close_pairs(hashes_N: np.ndarray, distance: int) -> np.ndarray:
 def near_pairs(pictures: Sequence[Fingerprint]) -> np.ndarray:
     """The rows of every two pictures that look the same, equal ones too: int64 [P, 2], smaller row first."""
     pairs = close_pairs(np.array([picture.hash for picture in pictures], dtype=np.uint64), DISTANCE)
-    colours = np.frombuffer(b"".join(picture.colours for picture in pictures), np.uint8).reshape(len(pictures), -1)
+    colours = np.frombuffer(b"".join(picture.colours for picture in pictures), np.uint8).reshape(-1, FIELDS**2 * 3)
     apart = [
         np.abs(colours[part[:, 0]].astype(np.int16) - colours[part[:, 1]]).mean(axis=1)
         for part in np.array_split(pairs, 1 + len(pairs) // 100_000)

@@ -253,10 +253,10 @@ def long_queue(num_pairs: int, batch: int, queue: int) -> list[Finding]:
     whole = longest // batch * batch
     cut = f"; a whole number of batches of {batch:,} is {whole:,}" if whole not in (0, longest) else ""
     sentence = (
-        f"a momentum queue of {queue:,} (ALBEF) is longer than a quarter of these {num_pairs:,} pairs, so that a pair"
-        " stands among its own negatives"
+        f"a momentum queue of {queue:,} is longer than a quarter of these {num_pairs:,} pairs: a pair would stand among"
+        " its own negatives"
     )
-    advice = f"where a recipe has such a queue, let it hold at most {longest:,}{cut}"
+    advice = f"where a recipe has a queue, as ALBEF does, let it hold at most {longest:,}{cut}"
     return [Finding("long-queue", "pairs", sentence, advice, longest, is_problem=False)]
 
 
@@ -268,7 +268,7 @@ def leakage(train: Sequence[Survey], held_out: Survey) -> list[Finding]:
     first = {each.pixels: sample for each, sample in zip(prints, trained, strict=True)}
     exact = [(first[each.pixels], row) for row, each in enumerate(held_prints) if each.pixels in first]
     leaked = {row for _, row in exact}
-    pairs = duplicates.near_pairs([*prints, *held_prints])
+    pairs = duplicates.near_pairs([*prints, *held_prints] if held_prints else [])
     near: dict[int, Looked] = {}
     for one, other in pairs[(pairs[:, 0] < len(prints)) & (pairs[:, 1] >= len(prints))].tolist():
         if other - len(prints) not in leaked:

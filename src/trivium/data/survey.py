@@ -54,6 +54,7 @@ class Survey:
     """What was seen of one stream."""
 
     stream: str
+    batch: int  # rows of a run's global batch
     num_rows: int
     num_read: int  # rows that were tried
     samples: list[Looked]  # by row
@@ -76,7 +77,7 @@ def survey(
             bad.append(str(outcome))
         else:
             samples.append(outcome)
-    return Survey(stream.name, len(stream.source), len(rows), samples, bad, batches)
+    return Survey(stream.name, stream.batch, len(stream.source), len(rows), samples, bad, batches)
 
 
 def rows_of(stream: Stream, seed: int, sample: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -95,11 +96,10 @@ def rows_of(stream: Stream, seed: int, sample: int) -> tuple[np.ndarray, list[np
 
 
 def sample_that_fits(
-    stream: Stream, decode: Decode, tokenizer: Tokenizer, max_length: int, seconds: float, threads: int
+    stream: Stream, decode: Decode, tokenizer: Tokenizer, max_length: int, seed: int, seconds: float, threads: int
 ) -> int:
     """About how many rows can be read in `seconds`, told from a few of them; at least those few."""
-    num_rows = len(stream.source)
-    rows = np.unique(np.arange(TRIED) * num_rows // TRIED)
+    rows, _ = rows_of(stream, seed, TRIED)
     begun = time.perf_counter()
     for _ in look(stream.source, rows, decode, tokenizer, max_length, threads):
         pass
