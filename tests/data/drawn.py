@@ -75,9 +75,10 @@ class DrawnSource:
         return [len(caption(row)) for row in range(self.num_rows)]
 
 
-def photograph(number: int, height: int = 72, width: int = 96) -> Image.Image:
+def photograph(number: int, height: int = 144, width: int = 192) -> Image.Image:
     """Soft random shapes with some grain: like a photograph, it looks the same at half the size."""
     rng = np.random.default_rng(number)
-    shapes = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    smooth_HWC = np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC)).astype(np.float64)
-    return Image.fromarray((smooth_HWC + rng.normal(0, 3, smooth_HWC.shape)).clip(0, 255).astype(np.uint8))
+    shapes = rng.integers(30, 226, (6, 8, 1)) + rng.integers(-30, 31, (6, 8, 3))
+    picture = Image.fromarray(shapes.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    grain_HWC = rng.normal(0, 3, (height, width, 1))
+    return Image.fromarray((np.asarray(picture) + grain_HWC).clip(0, 255).astype(np.uint8))

@@ -90,7 +90,7 @@ def test_clean_data_has_no_findings(table: Callable[..., Path], tmp_path: Path) 
     assert (found.floor["batches"], found.floor["rows"], found.floor["chance"]) == (5, 8, math.log(8))
     facts = found.streams["pairs"]
     assert (facts.rows, facts.read, facts.unreadable, facts.pictures, facts.exact, facts.near) == (40, 40, 0, 40, 0, 0)
-    assert (facts.captions, facts.distinct_captions, facts.median_width, facts.median_height) == (40, 40, 96, 72)
+    assert (facts.captions, facts.distinct_captions, facts.median_width, facts.median_height) == (40, 40, 192, 144)
     assert facts.above_max_length == 0
     assert sum(facts.histogram.values()) == 40
     assert found.streams["text"].pictures is None
@@ -122,7 +122,7 @@ def test_exact_and_near_copies_are_counted_apart(table: Callable[..., Path], tmp
     save(tmp_path / "b.png", photograph(0), compress_level=1)
     save(tmp_path / "c.png", photograph(1))
     save(tmp_path / "d.jpg", photograph(2), quality=60)
-    save(tmp_path / "e.jpg", photograph(2).resize((48, 36), Image.Resampling.BICUBIC), quality=80)
+    save(tmp_path / "e.jpg", photograph(2).resize((96, 72), Image.Resampling.BICUBIC), quality=80)
     save(tmp_path / "f.webp", photograph(3), quality=80)
     names = ("a.bmp", "b.png", "c.png", "d.jpg", "e.jpg", "f.webp")
     path = table("train.csv", range(30), [(name, sentence(300 + n)) for n, name in enumerate(names)])
@@ -207,10 +207,12 @@ def test_one_caption_that_stands_everywhere_is_like_a_label(table: Callable[...,
     assert set(findings) == {("pairs", "loss-floor")}
 
 
-def test_captions_that_are_cut(table: Callable[..., Path]) -> None:
-    more = [
-        (f"{number}.png", f"{sentence(number)}, {sentence(number + 200)}, {sentence(number)}") for number in range(3)
-    ]
+def test_captions_that_are_cut(table: Callable[..., Path], tmp_path: Path) -> None:
+    more = []
+    for number in range(3):
+        save(tmp_path / f"{number}.png", photograph(number))
+        long = f"{sentence(number)}, {sentence(number + 200)}, {sentence(number)}"
+        more.append((f"{number}.png", long))
     found, findings = conclusion([stream_of("pairs", table("train.csv", range(3, 20), more))])
     finding = findings.pop(("pairs", "long-captions"))
     assert finding.count == 3

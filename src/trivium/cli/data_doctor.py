@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from trivium.data.views import Views
     from trivium.recipes.data import Sources
     from trivium.recipes.flava import FlavaRecipe
+    from trivium.train.protocol import Stream
 
 NAMES = ("pairs", "images", "text")
 EXAMPLES = 3  # of each problem on the terminal; the others stand in the report
@@ -69,7 +71,7 @@ def doctor(
     sources = open_sources(tree.data)
     views, patch, tokenizer = _inputs(tree, sources)
     train = make_streams(tree.data, sources, views, patch, tokenizer, None, NAMES)
-    held_out = {}
+    held_out: dict[str, Stream] = {}
     for stream in make_streams(tree.data, sources, views, patch, tokenizer, None, NAMES, train=False):
         if all(stream.source is not other.source for other in held_out.values()):
             name = "validation" if stream.name == "pairs" else f"validation {stream.name}"
@@ -152,7 +154,7 @@ def _summarise(found: Diagnosis, workers: int) -> None:
         say(f"{mark} {finding.stream}: {finding.sentence}", style)
         if finding.is_problem:
             for example in finding.examples[:EXAMPLES]:
-                say(f"    {example}")
+                say(f"    {textwrap.shorten(example, 160, placeholder=' ...')}")
         say(f"  → {finding.advice}")
     if not any(finding.is_problem for finding in found.findings):
         say("nothing to mend was found")

@@ -2,8 +2,8 @@
 
 Exact means equal pixels. Near means that two hashes of the lowest frequencies of the luma differ in at most DISTANCE of
 64 bits ("pHash", Zauner 2010) and that the colours of 8 x 8 fields differ by at most COLOURS of 255 on average: the
-hash alone takes a red heart for a blue one. Between a picture and its JPEG of quality 50, or of half the side, 99 % of
-photographs lie within 4 bits and 0.9; between different ones among a thousand no pair lies within 8 bits.
+hash alone takes a red heart for a light blue one. Between a photograph and its JPEG of quality 50, or of half the side,
+99 % lie within 4 bits and 0.9; between different ones among a thousand no pair lies within 8 bits.
 
 Legend: N pictures, P pairs, H height, W width.
 """
@@ -46,7 +46,7 @@ def fingerprint(picture_HWC: np.ndarray) -> Fingerprint:
     """Of a decoded picture, uint8 [H, W, 3]."""
     height, width, _ = picture_HWC.shape
     digest = hashlib.sha256(f"{height} {width} ".encode())
-    digest.update(np.ascontiguousarray(picture_HWC))
+    digest.update(np.ascontiguousarray(picture_HWC).data)
     small = np.asarray(Image.fromarray(picture_HWC).resize((SIDE, SIDE), Image.Resampling.BOX))
     luma = small @ np.array([0.299, 0.587, 0.114])
     # Rounded, since the frequencies of one flat colour are nothing but rounding errors.
