@@ -34,7 +34,7 @@ def test_findings_are_said_shown_and_written(shop: Path, tmp_path: Path, capsys:
     assert f"pairs: {len(THINGS) + 1} samples; 24 distinct pictures, 40 x 40 pixels; 36 texts, " in captured.out
     assert "! pairs: 1 of 25 samples (4 %) cannot be read: above 1 % a run stops" in lines
     assert any(line.startswith(f"    {tmp_path / 'more.csv'} (line 2): ") for line in lines)
-    assert "! validation: 12 of 12 pictures (100 %) of this split stand to the pixel in training" in lines
+    assert "! validation: 12 of 12 pictures (100 %) of this split are in training too, equal to the pixel" in lines
     assert any(
         re.match(r"the loader gives about [\d,]+ samples/s here with no worker \(pairs ", line) for line in lines
     )

@@ -25,6 +25,7 @@ LONG = 0.01  # share of captions above the model's length from which on it is a 
 LABEL_LIKE = 0.2  # distinct captions to a picture at or below which captions are like labels
 VERY_REPEATED = 0.01  # share of the pictures that one caption stands beside, from which on it is a finding ...
 REPEATED_OFTEN = 10  # ... if those are so many pictures
+FEW = 0.01  # share of texts that repeat below which it is no problem
 FLOOR = 0.005  # nats of the contrastive loss
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 SHOWN = 50  # captions and groups of pictures of a finding that are kept to be shown
@@ -182,7 +183,15 @@ def captions(seen: Survey, facts: StreamFacts, max_length: int) -> list[Finding]
         if extra:
             sentence = f"{_of(extra, len(lengths), what)} {'repeats' if extra == 1 else 'repeat'} another one"
             findings.append(
-                Finding("repeated-texts", seen.stream, sentence, "keep one of each", extra, examples=examples)
+                Finding(
+                    "repeated-texts",
+                    seen.stream,
+                    sentence,
+                    "keep one of each",
+                    extra,
+                    extra >= FEW * len(lengths),
+                    examples,
+                )
             )
         return findings
     num_pictures = len(set().union(*beside.values()))
@@ -204,7 +213,7 @@ def captions(seen: Survey, facts: StreamFacts, max_length: int) -> list[Finding]
 def loss_floor(seen: Survey, seed: int) -> tuple[dict[str, float], list[Finding]]:
     """The mean over sampled batches of the smallest contrastive loss that their duplicates allow.
 
-    A caption is drawn for each row, as in a run; a row that could not be read is left out.
+    A caption is drawn for each row, as in a run; a row that could not be read is left out of the mean.
     """
     sample_of = {sample.row: sample for sample in seen.samples if sample.captions and sample.picture is not None}
     rng = np.random.default_rng(seed)
@@ -226,7 +235,7 @@ def loss_floor(seen: Survey, seed: int) -> tuple[dict[str, float], list[Finding]
                 contrastive_floor(picture_B, alone_B, same_B),
             )
         )
-        sizes.append(len(batch))
+        sizes.append(len(rows))
     if not floors:
         return {}, []
     loss, from_captions, from_pictures = np.mean(floors, axis=0).tolist()
@@ -275,16 +284,18 @@ def leakage(train: Sequence[Survey], held_out: Survey) -> list[Finding]:
             near.setdefault(other - len(prints), trained[one])
     findings = []
 
-    def shown(kind: str, what: str, found: list[tuple[Looked, int]]) -> None:
+    def shown(kind: str, what: str, advice: str, found: list[tuple[Looked, int]]) -> None:
         if found:
-            sentence = f"{_of(len(found), len(measured), 'picture')} of this split {what} in training"
+            sentence = f"{_of(len(found), len(measured), 'picture')} of this split {what}"
             groups = tuple([(stream_of[id(one)], one.row), (held_out.stream, measured[row].row)] for one, row in found)
             names = tuple(f"{measured[row].name} and {one.name}" for one, row in found)
-            advice = "take them out of training: figures on this split are too good otherwise"
             findings.append(Finding(kind, held_out.stream, sentence, advice, len(found), True, names, groups[:SHOWN]))
 
-    shown("leakage-exact", "stand to the pixel" if len(exact) > 1 else "stands to the pixel", exact)
-    shown("leakage-near", "have a near copy" if len(near) > 1 else "has a near copy", [(v, k) for k, v in near.items()])
+    are, have = "are" if len(exact) > 1 else "is", "have" if len(near) > 1 else "has"
+    advice = "take them out of training: figures on this split are too good otherwise"
+    shown("leakage-exact", f"{are} in training too, equal to the pixel", advice, exact)
+    advice = "look at them in the report, and take copies out of training"
+    shown("leakage-near", f"{have} a near copy in training", advice, [(one, row) for row, one in near.items()])
     known = {caption.tokens for each in train for sample in each.samples for caption in sample.captions}
     own = {caption.tokens: caption.text for sample in held_out.samples for caption in sample.captions}
     again = [text for tokens, text in own.items() if tokens in known]
@@ -293,7 +304,15 @@ def leakage(train: Sequence[Survey], held_out: Survey) -> list[Finding]:
         sentence = f"{_of(len(again), len(own), 'caption')} of this split {stand} word by word in training"
         advice = "short captions may repeat by chance; whole sentences say that the split was not made by picture"
         findings.append(
-            Finding("leakage-captions", held_out.stream, sentence, advice, len(again), examples=tuple(again))
+            Finding(
+                "leakage-captions",
+                held_out.stream,
+                sentence,
+                advice,
+                len(again),
+                len(again) >= FEW * len(own),
+                tuple(again),
+            )
         )
     return findings
 
