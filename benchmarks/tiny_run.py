@@ -41,10 +41,11 @@ SIZES = {"pairs": (8, 4), "text": (6, 3)}  # global batch, micro-batch
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(2))
+        linear = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), each) for each in linear)
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.head.weight = self.blocks[0][1].weight  # tied
+        self.head.weight = linear[0].weight  # tied
         self.text_head = nn.Linear(WIDTH, 1)  # only stream "text" gives it a gradient
         self.logit_scale = nn.Parameter(torch.ones(1))
 
@@ -55,6 +56,9 @@ class Model(nn.Module):
 
 
 class Tiny(Method):
+    model: Model
+    queue: Tensor
+
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.model = Model()
@@ -125,7 +129,7 @@ class TinyMixture:
             generator = torch.Generator().manual_seed(hash64(self.seed, stream.name, number) % 2**63)
             x_GD = torch.randn(stream.batch, WIDTH, generator=generator)
             y_G = x_GD.sum(1) * (float("nan") if number in self.nan_at else 1.0)
-            batches = []
+            batches: list[Batch] = []
             for first in range(0, stream.batch, stream.micro_batch):
                 rows = slice(first, first + stream.micro_batch)
                 rows_B = torch.arange(stream.batch)[rows]

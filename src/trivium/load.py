@@ -169,7 +169,7 @@ class Bundle:
             assert isinstance(picture, Tensor)
             if given.ndim != 4 or given.shape[1] != 3:
                 raise TriviumError(f"a tensor of pictures is [B, 3, H, W], this one {list(given.shape)}")
-            patch = self.model.config.patch_size  # type: ignore[union-attr]
+            patch: int = self.model.config.patch_size  # type: ignore[union-attr, assignment]
             if given.shape[2] % patch or given.shape[3] % patch:
                 raise TriviumError(
                     f"pictures of {given.shape[2]} x {given.shape[3]} pixels cannot be cut into patches of {patch}:"

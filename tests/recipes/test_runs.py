@@ -368,4 +368,6 @@ def test_pictures_of_another_size_interpolate_the_positions(shop: Path, twenty: 
     assert before.shape == after.shape == (1, 17, 32)
     assert not torch.equal(before[:, 1:], after[:, 1:])  # the gradient goes through the interpolation
     assert bundle.encode_image(shop / "pictures" / "red-bar.png").states.shape[1] == 1 + 6 * 6
-    assert trivium("pretrain", "flava", "--out", tmp_path / "no", "--data.image-size", 50, *data_of(shop), *flags()) == 2
+    assert (
+        trivium("pretrain", "flava", "--out", tmp_path / "no", "--data.image-size", 50, *data_of(shop), *flags()) == 2
+    )

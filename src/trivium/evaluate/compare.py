@@ -136,7 +136,7 @@ def difference(name: str, left: Side, right: Side) -> Difference:
 def differing_fields(left: Side, right: Side) -> list[tuple[str, str, str]]:
     """(dotted path, value, value) where two configs differ; what one of them has not got is a dash."""
     paths = [*left.config, *(path for path in right.config if path not in left.config)]
-    both = [(path, *(str(side.config.get(path, NONE)) for side in (left, right))) for path in paths]
+    both = [(path, str(left.config.get(path, NONE)), str(right.config.get(path, NONE))) for path in paths]
     return [entry for entry in both if entry[1] != entry[2]]
 
 

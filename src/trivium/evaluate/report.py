@@ -221,7 +221,7 @@ def _monitors(report: Report) -> list[dict[str, Any]]:
     for line in report.monitors:
         about = (line["monitor"], line["subject"], line["stream"])
         said = {"said_at": line["step"]} if "sentence" in line else {}
-        last[about] = last.get(about, {}) | line | said
+        last[about] = {**last.get(about, {}), **line, **said}
     found = []
     for name, (title, side) in MONITOR_TITLES.items():
         found += [{**line, "title": title, "side": side} for (monitor, *_), line in last.items() if monitor == name]
