@@ -358,7 +358,7 @@ def test_pictures_alone_need_no_words(shop: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_of_another_size_interpolate_the_positions(shop: Path, twenty: Path, tmp_path: Path) -> None:
-    """32 pixels to 48: the model keeps its table of positions, its transform takes the new size, and training uses it."""
+    """32 pixels to 48: the model keeps its table of positions, and its transform takes the new size."""
     out = tmp_path / "run"
     start = ("--init", twenty, "--data.image-size", 48)
     assert trivium("pretrain", "flava", "--out", out, *start, *data_of(shop), *flags(train__steps=3)) == 0
