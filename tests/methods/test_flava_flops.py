@@ -22,8 +22,9 @@ CONTRASTIVE = dict.fromkeys(("itm", "mmm_image", "mmm_text"), 0.0)
 
 
 def scores(rows: int) -> int:
-    """What a tiled contrastive loss may compute again in its backward pass, both ways."""
-    return 4 * rows**2 * TINY.projection_width
+    """One product of all rows with all columns: the tiled contrastive loss takes one again in its backward pass, and
+    torch does not count the two that are added up in place."""
+    return 2 * rows**2 * TINY.projection_width
 
 
 def counted(method: FlavaMethod, batches: list[Batch]) -> int:
@@ -50,7 +51,7 @@ def test_the_formula_is_the_count_where_nothing_is_computed_in_vain(stream: str,
     method = flava_method(random_flava(config, dtype=torch.float32))
     batch = even(stream, 4, config)
     again = scores(4) if stream == "pairs" else 0
-    assert 0 <= counted(method, [batch]) - useful_flops(method, batch) <= again
+    assert abs(counted(method, [batch]) - useful_flops(method, batch)) <= again
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_what_a_step_leaves_out_is_left_out(options: dict[str, Any]) -> None:
     method = flava_method(random_flava(), **options)
     batch = even("pairs", 4)
     whole = useful_flops(flava_method(random_flava()), batch)
-    assert 0 <= counted(method, [batch]) - useful_flops(method.train(), batch) <= scores(4)
+    assert abs(counted(method, [batch]) - useful_flops(method.train(), batch)) <= scores(4)
     assert counted(method, [batch]) < whole
 
 
@@ -79,7 +80,7 @@ def test_pads_positions_of_false_pairs_and_what_is_done_again_are_not_useful(str
 def test_pictures_of_another_size_than_the_config_names() -> None:
     method = flava_method(random_flava())
     batch = even("pairs", 4, replace(TINY, image_size=48))
-    assert 0 <= counted(method, [batch]) - useful_flops(method, batch) <= scores(4)
+    assert abs(counted(method, [batch]) - useful_flops(method, batch)) <= scores(4)
 
 
 def test_pads_count_where_the_model_sees_them() -> None:

@@ -141,18 +141,18 @@ def test_validation_takes_the_micro_batch_of_the_recipe_and_its_losses_stay(shop
     chance = chance_of(whole)
     seen = []
 
-    def at_most_three(batch: Batch) -> None:
+    def at_most_four(batch: Batch) -> None:
         seen.append(len(batch))
-        if len(batch) > 3:
+        if len(batch) > 4:
             raise MemoryError
 
     for name in ("embed", "separate", "codes"):
         plain = getattr(method, name)
-        setattr(method, name, lambda batch, *more, plain=plain: (at_most_three(batch), plain(batch, *more))[1])
-    small = whole.with_train(micro_batch=3)
+        setattr(method, name, lambda batch, *more, plain=plain: (at_most_four(batch), plain(batch, *more))[1])
+    small = whole.with_train(micro_batch=4)
     assert evaluated(small.run)["losses"] == pytest.approx(losses, rel=1e-5)
     assert chance_of(small) == pytest.approx(chance)
-    assert max(seen) == 3
+    assert max(seen) == 4
     with pytest.raises(
         OutOfMemory, match=r"validation on stream .* with 16 samples at once: use --train\.micro-batch 8 "
     ):

@@ -91,13 +91,13 @@ def test_ten_and_ten_steps_are_twenty(
 ) -> None:
     run = without_its_end(twenty, tmp_path / "run")
     hashed: Counter[Path] = Counter()
-    digest_of = manifest._sha256
+    digest_of = manifest.sha256
 
     def counted(path: Path) -> str:
         hashed[path] += 1
         return digest_of(path)
 
-    monkeypatch.setattr(manifest, "_sha256", counted)
+    monkeypatch.setattr(manifest, "sha256", counted)
     assert trivium("pretrain", "flava", "--out", run, "--resume", "--train.workers", workers) == 0
     assert digests(checkpoint(run, 20)) == digests(checkpoint(twenty, 20))
     begun_from = checkpoint(run, 10)

@@ -45,7 +45,7 @@ def useful_flops(method: FlavaMethod, batch: Batch, global_rows: int | None = No
 
 
 def _unmasked_pass(method: FlavaMethod, batch: Batch, global_rows: int) -> float:
-    """Both towers down to their class tokens, projected, and each row against every column, both ways."""
+    """Both towers down to their class tokens, projected, and each row against every column: one product tells both ways."""
     if not method.weights["contrastive"]:
         return 0.0
     config, rows = method.model.config, len(batch)
@@ -53,7 +53,7 @@ def _unmasked_pass(method: FlavaMethod, batch: Batch, global_rows: int) -> float
     image = _image_tower(config, _num_patches(config, batch).expand(rows), one_B)
     text = _encoder(config, config.text_layers, _lengths(config, batch), one_B)
     projections = 2 * 2 * rows * config.width * config.projection_width
-    scores = 2 * 2 * rows * global_rows * config.projection_width
+    scores = 2 * rows * global_rows * config.projection_width
     return image + 3 * (text + projections + scores)
 
 
