@@ -297,7 +297,8 @@ def test_killed_in_each_phase_and_run_again_the_bytes_are_the_same(table: str, t
         first(f"{renamed}.urls.parquet"),
         first(f"{renamed}shards/.packing/shard-000001.tar"),
         first(f"{renamed}shards/.packing/manifest.json"),
-        first(f"os.rename {out}/.pmd.json"),
+        first(f"{renamed}.pmd.json"),
+        first(f"{renamed}pmd.json"),
     ]
     assert len(set(named)) == len(named)
     for kill_at in named:

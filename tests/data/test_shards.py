@@ -85,7 +85,8 @@ def test_samples_of_two_shards(tmp_path: Path, format: int) -> None:
     lengths = source.lengths()
     assert lengths is not None
     assert list(lengths) == [9, 3, 6, 4]
-    assert len({sample["same_image"] for sample in samples}) == 4
+    # Three of the pictures are the same bytes, so the same picture.
+    assert [samples[row]["same_image"] == samples[0]["same_image"] for row in range(4)] == [True, False, True, True]
     assert all(sample["same_image"] == sample["same_text"] for sample in samples)
     assert source.read(0, 3)["text"] == "long"
     assert source.notes == []

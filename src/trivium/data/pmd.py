@@ -22,6 +22,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -167,6 +168,9 @@ def build(
     folder = out / name
     facts = _read_facts(folder / "subset.json")
     given = {"format": FORMAT, "annotations": _digests(files), "held_out": _digests(held_out)}
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+", path.name):  # left by a killed process
+            path.unlink(missing_ok=True)
     if facts is None or facts.given != given or not (folder / "pairs.parquet").exists():
         facts = _write_pairs(name, _entries(subset.reader, files, held_out), folder, given)
         _write_facts(folder, facts)
@@ -190,7 +194,8 @@ def build(
         shards = json.loads((folder / "shards" / NAME).read_text(encoding="utf-8"))["files"]
         facts = replace(facts, missing=missing, packed=packed.samples, skipped=len(packed.skipped), shards=shards)
         _write_facts(folder, facts)
-    write_whole(out / "pmd.json", json.dumps(_summary(facts_of(out)), indent=1) + "\n")
+    write_whole(folder / "pmd.json", json.dumps(_summary(facts_of(out)), indent=1) + "\n")
+    (folder / "pmd.json").replace(out / "pmd.json")
     return Built(facts, folder, sentences, to_download)
 
 
