@@ -28,8 +28,8 @@ from trivium.data.mixture import StreamMixture
 from trivium.data.order import Order
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.views import Views
+from trivium.train.mishaps import Replaced
 from trivium.train.protocol import Stream, hash64
-from trivium.train.trainer import Replaced
 
 BATCH = 1000
 SHARD = 1000  # rows of a block

@@ -20,8 +20,8 @@ from trivium.data.order import Order
 from trivium.data.shards import TarShards
 from trivium.data.views import Views
 from trivium.errors import TriviumError
+from trivium.train.mishaps import Replaced
 from trivium.train.protocol import Stream, hash64
-from trivium.train.trainer import Replaced
 
 ROWS, SHARDS, BATCH = 20_000, 20, 200
 PICTURE = Image.fromarray(gradient(20, 24))

@@ -26,6 +26,7 @@ from tiny_run import Recipe, TinyMixture, make, real_mixture, with_train
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import budget, checkpoint, distributed, optim, precision, trainer
+from trivium.train.mishaps import Replaced
 from trivium.train.optim import Optim
 from trivium.train.protocol import Batch
 from trivium.train.trainer import Outcome, Run, train
@@ -621,7 +622,7 @@ def test_replaced_samples_are_logged_and_too_many_are_fatal(tmp_path: Path) -> N
         {"step": 3, "stream": "text", "sample": "sample 2.png: truncated"},
         {"step": 6, "stream": "text", "sample": "sample 5.png: truncated"},
     ]
-    meter = trainer.Replaced(tmp_path / "skipped.jsonl", window=200, rate=0.05)
+    meter = Replaced(tmp_path / "skipped.jsonl", window=200, rate=0.05)
 
     def note(step: int, bad: int) -> None:
         rows = torch.arange(20)

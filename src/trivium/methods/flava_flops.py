@@ -45,7 +45,7 @@ def useful_flops(method: FlavaMethod, batch: Batch, global_rows: int | None = No
 
 
 def _unmasked_pass(method: FlavaMethod, batch: Batch, global_rows: int) -> float:
-    """Both towers down to their class tokens, projected, and each row against every column: one product tells both ways."""
+    """Both towers down to their class tokens, projected, and each row against every column in one product."""
     if not method.weights["contrastive"]:
         return 0.0
     config, rows = method.model.config, len(batch)

@@ -1,0 +1,100 @@
+"""What may go wrong in a run, and what is then said: signals, lost processes, bad samples, gradients without end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from trivium.errors import TriviumError, lost_process
+from trivium.train import distributed
+from trivium.train.protocol import Batch, Mixture
+
+
+class StopSignals:
+    """Notes Ctrl-C and SIGTERM, so that the step in hand is finished and saved. A second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker of the loader: Ctrl-C is its parent's affair
+            if number == signal.SIGTERM:
+                os._exit(0)
+            return
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        os.write(2, f"\n{self.received.name}: finishing this step and saving\n".encode())  # print may be interrupted
+
+
+@contextmanager
+def lost_processes_told() -> Iterator[None]:
+    """The end of a data worker or of another training process is a sentence, not a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        failure = lost_process(error)
+        if failure is None:
+            raise
+        raise failure from None
+
+
+class Replaced:
+    """Logs the samples that the loader replaced, and stops the run where they are more than `rate` of a `window` of
+    samples, over all processes."""
+
+    def __init__(self, path: Path, window: int = 10_000, rate: float = 0.01) -> None:
+        self.path, self.window, self.rate = path, window, rate
+        self.seen = self.bad = 0
+
+    def note(self, done: int, batches: Sequence[Batch]) -> None:
+        sentences = [(batch.stream, sentence) for batch in batches for sentence in batch.bad]
+        if sentences:
+            lines = [json.dumps({"step": done, "stream": stream, "sample": text}) + "\n" for stream, text in sentences]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        counts = {"bad": torch.tensor(len(sentences)), "seen": torch.tensor(sum(map(len, batches)))}
+        everywhere = distributed.sum_over_processes(counts)
+        self.bad += int(everywhere["bad"])
+        self.seen += int(everywhere["seen"])
+        if self.bad > self.rate * self.window:
+            last = f", the last of them {sentences[-1][1]}" if sentences else ""
+            raise TriviumError(
+                f"{self.bad} of the last {self.seen} samples were bad (more than {self.rate * 100:g}% of {self.window})"
+                f"{last}: see {self.path} and mend or remove them, or raise --train.bad-rate"
+            )
+        if self.seen >= self.window:
+            self.seen = self.bad = 0
+
+
+def not_finite(mixture: Mixture, steps: Sequence[int]) -> str:
+    """Which samples to look at: whole global batches, since what is not finite on one process is so on all."""
+    named = []
+    for step in steps:
+        stream, first = mixture.stream_at(step), mixture.place_at(step)
+        named.append(f"step {step + 1} with places {first} to {first + stream.batch - 1} of stream {stream.name}")
+    return (
+        f"the gradient was not finite in three steps in a row, {', '.join(named)}: lower --optim.lr, or look at these"
+        " samples"
+    )
