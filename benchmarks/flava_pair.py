@@ -208,10 +208,19 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask_BL: Tensor |
     return F.dropout(scores.softmax(-1), dropout) @ value
 
 
-def every_row(self: nn.Module, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
-    for block in self.blocks:  # type: ignore[union-attr]
-        x = block(x, mask)
-    return x if rows is None else attention.take_rows(x, rows)
+@contextmanager
+def every_row() -> Iterator[None]:
+    def whole(self: nn.Module, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+        for block in self.blocks:  # type: ignore[union-attr]
+            x = block(x, mask)
+        return x if rows is None else attention.take_rows(x, rows)
+
+    def both(self: nn.Module, x: Tensor, mask: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
+        x = whole(self, x, mask)
+        return x[:first, :1], x[first:]
+
+    with mock.patch.multiple(transformer.PreNormEncoder, forward=whole, both=both):
+        yield
 
 
 def patches_by_convolution(self: embeddings.PatchEmbedding, pixels: Tensor) -> Tensor:
@@ -249,8 +258,9 @@ def unused_pass() -> Iterator[None]:
 # Each trick taken away: how our step is patched, and the inputs of Pair.case that it then takes.
 WITHOUT: dict[str, tuple[Callable[[], AbstractContextManager], str]] = {
     "no unused unmasked pass": (unused_pass, "equal"),
-    "last block at needed rows only": (
-        lambda: mock.patch.object(transformer.PreNormEncoder, "forward", every_row),
+    "last block at needed rows only": (every_row, "equal"),
+    "both passes of a tower at once": (
+        lambda: mock.patch.object(FlavaMethod, "_both_at_once", lambda self: False),
         "equal",
     ),
     "fused scaled-dot-product attention": (lambda: mock.patch.object(attention, "attend", eager_attention), "equal"),

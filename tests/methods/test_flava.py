@@ -109,6 +109,29 @@ def test_a_loss_of_weight_zero_is_not_computed_and_the_others_are_as_before(drop
     assert_equals_plain(method, make_batch("pairs", 6, false_rows=(2,)))
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1])  # of six rows, the last leaves none
+def test_both_passes_at_once_are_the_passes_one_after_the_other(
+    at_once: bool, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass over the towers where there is a graph and no dropout; else two. Either equals the plain form."""
+    method, batch = flava_method(random_flava(), masked_share=share), make_batch("pairs", 6, false_rows=(1, 5))
+    calls = []
+    plain = method.model.encode_pairs_twice
+    monkeypatch.setattr(method.model, "encode_pairs_twice", lambda *given: (calls.append(1), plain(*given))[1])
+    if not at_once:
+        monkeypatch.setattr(method, "_both_at_once", lambda: False)
+    chosen = method.train()._masked_rows(batch).tolist()
+    if chosen:
+        assert_equals_plain(method, batch, chosen)
+    else:
+        backward(method, [batch], Key(0, "pairs", 0))
+    assert bool(calls) == at_once
+    with torch.no_grad():
+        assert not method._both_at_once()
+    assert not flava_method(random_flava(replace(TINY, dropout=0.1)))._both_at_once()
+
+
 @given(st.integers(1, 40), st.floats(0.01, 1.0), st.data())
 def test_the_share_is_even_and_no_micro_batch_changes_who_is_in_it(
     rows: int, share: float, data: st.DataObject

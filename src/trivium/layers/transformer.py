@@ -79,3 +79,10 @@ class PreNormEncoder(nn.Module):
         for block in self.blocks[:-1]:
             x_BLD = block(x_BLD, mask_BL)
         return self.blocks[-1](x_BLD, mask_BL, rows)
+
+    def both(self, x_BLD: Tensor, mask_BL: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
+        """Two batches in one pass: the class tokens of the `first` samples, [first, 1, D], and the rest, whole."""
+        for block in self.blocks[:-1]:
+            x_BLD = block(x_BLD, mask_BL)
+        masks = (None, None) if mask_BL is None else (mask_BL[:first], mask_BL[first:])
+        return self.blocks[-1](x_BLD[:first], masks[0], 1), self.blocks[-1](x_BLD[first:], masks[1])

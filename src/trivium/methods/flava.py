@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.layers.attention import padded_index
-from trivium.models.flava import MAX_LOGIT_SCALE, Flava
+from trivium.models.flava import MAX_LOGIT_SCALE, Encoded, Flava
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.objectives.contrastive import contrastive
 from trivium.objectives.masked import masked_prediction
@@ -116,9 +116,12 @@ class FlavaMethod(Method):
             return Rows(), None
         text = batch.texts[0]
         pixels_BCHW = self._to(batch.images[0].pixels_BCHW)
-        mask_BT = self._text_mask(text.mask_BT)
-        image = self.model.encode_image(self.pixels(pixels_BCHW), rows=1)
-        words = self.model.encode_text(self._to(text.ids_BT), mask_BT, rows=1)
+        states: Any = pixels_BCHW
+        if self._both_at_once():
+            (image, words), states = self._encode_both(batch, pixels_BCHW)
+        else:
+            image = self.model.encode_image(self.pixels(pixels_BCHW), rows=1)
+            words = self.model.encode_text(self._to(text.ids_BT), self._text_mask(text.mask_BT), rows=1)
         marks = {
             "row": batch.rows_B,
             "kept": batch.targets["matched"],
@@ -126,7 +129,28 @@ class FlavaMethod(Method):
             "same_text": text.same_B,
         }
         rows = {"image": image.projected, "text": words.projected}
-        return Rows(rows, {name: self._to(mark) for name, mark in marks.items()}), pixels_BCHW
+        return Rows(rows, {name: self._to(mark) for name, mark in marks.items()}), states
+
+    def _both_at_once(self) -> bool:
+        """Whether the masked pass goes through the towers together with the unmasked one. The first of the two passes
+        of GradCache has no graph and no use for it; and with dropout its draws would be others than the second's."""
+        masked = any(self.weights[name] for name in ("itm", "mmm_image", "mmm_text"))
+        return masked and torch.is_grad_enabled() and self.model.config.dropout == 0
+
+    def _encode_both(
+        self, batch: Batch, pixels_BCHW: Tensor
+    ) -> tuple[tuple[Encoded, Encoded], tuple[Encoded, Encoded]]:
+        text, masked_R = batch.texts[0], self._masked_rows(batch)
+        masked_RN = batch.targets["image_mask"][masked_R]
+        masked_PN = torch.cat([masked_RN.new_zeros(len(batch), masked_RN.shape[1]), masked_RN])
+        pixels_RCHW = self._rows_of(pixels_BCHW, masked_R)
+        return self.model.encode_pairs_twice(
+            self.pixels(torch.cat([pixels_BCHW, pixels_RCHW])),
+            self._to(masked_PN),
+            self._to(torch.cat([text.ids_BT, batch.targets["masked_ids"][masked_R]])),
+            self._text_mask(torch.cat([text.mask_BT, text.mask_BT[masked_R]])),
+            len(batch),
+        )
 
     def couple(self, mine: Rows, everyone: Rows) -> Sums:
         if not mine.rows:
@@ -156,9 +180,7 @@ class FlavaMethod(Method):
             return self._masked_image(batch)
         if not batch.images:
             return self._masked_text(batch)
-        # Pixels that the unmasked pass has sent to the device are not sent again.
-        pixels_BCHW = batch.images[0].pixels_BCHW if states is None else states
-        return self._masked_pair(batch, pixels_BCHW, gate_is_open=bool(counts["matched"] == 0))
+        return self._masked_pair(batch, states, gate_is_open=bool(counts["matched"] == 0))
 
     def _masked_image(self, batch: Batch) -> Sums:
         masked_BN = batch.targets["image_mask"]
@@ -178,7 +200,8 @@ class FlavaMethod(Method):
         logits_MV = self.model.mlm_head(words.tokens.flatten(0, 1)[self._to(positions[0])])
         return {"mlm": masked_prediction(logits_MV, self._to(text.ids_BT[selected_BT]))}
 
-    def _masked_pair(self, batch: Batch, pixels_BCHW: Tensor, gate_is_open: bool) -> Sums:
+    def _masked_pair(self, batch: Batch, states: Any, gate_is_open: bool) -> Sums:
+        """states: of `embed`: pictures and texts encoded already; pixels that are on the device; or nothing."""
         wanted = [name for name in ("itm", "mmm_image", "mmm_text") if self.weights[name]]
         masked_R = self._masked_rows(batch)
         if not wanted:
@@ -186,12 +209,14 @@ class FlavaMethod(Method):
         matched_R = batch.targets["matched"][masked_R]
         kept_R = matched_R | gate_is_open
         masked_RN, selected_RT = batch.targets["image_mask"][masked_R], batch.targets["selected"][masked_R]
-        if len(masked_R) < len(batch):
-            pixels_BCHW = pixels_BCHW[masked_R.to(pixels_BCHW.device, non_blocking=True)]
-        image = self.model.encode_image(self.pixels(pixels_BCHW), self._to(masked_RN))
-        words = self.model.encode_text(
-            self._to(batch.targets["masked_ids"][masked_R]), self._text_mask(batch.texts[0].mask_BT[masked_R])
-        )
+        if isinstance(states, tuple):
+            image, words = states
+        else:
+            pixels_RCHW = self._rows_of(batch.images[0].pixels_BCHW if states is None else states, masked_R)
+            image = self.model.encode_image(self.pixels(pixels_RCHW), self._to(masked_RN))
+            words = self.model.encode_text(
+                self._to(batch.targets["masked_ids"][masked_R]), self._text_mask(batch.texts[0].mask_BT[masked_R])
+            )
         # Order of the fused sequence: its class token, the image's class token, patches, text.
         class_R1 = torch.ones(len(masked_R), 1, dtype=torch.bool)
         patches_RN, words_RT = masked_RN & kept_R[:, None], selected_RT & kept_R[:, None]
@@ -233,6 +258,11 @@ class FlavaMethod(Method):
         row_B = batch.rows_B.double()
         chosen_B = ((row_B + 1) * self.masked_share).floor() > (row_B * self.masked_share).floor()
         return chosen_B.nonzero()[:, 0]
+
+    def _rows_of(self, pixels_BCHW: Tensor, rows_R: Tensor) -> Tensor:
+        if len(rows_R) == len(pixels_BCHW):
+            return pixels_BCHW
+        return pixels_BCHW[rows_R.to(pixels_BCHW.device, non_blocking=True)]
 
     def _to(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.mean.device, non_blocking=True)
