@@ -260,7 +260,7 @@ WITHOUT: dict[str, tuple[Callable[[], AbstractContextManager], str]] = {
     "no unused unmasked pass": (unused_pass, "equal"),
     "last block at needed rows only": (every_row, "equal"),
     "both passes of a tower at once": (
-        lambda: mock.patch.object(FlavaMethod, "_both_at_once", lambda self: False),
+        lambda: mock.patch.object(FlavaMethod, "_both_at_once", return_value=False),
         "equal",
     ),
     "fused scaled-dot-product attention": (lambda: mock.patch.object(attention, "attend", eager_attention), "equal"),
