@@ -15,6 +15,8 @@ GIB = 2**30
 EXTRAS = {  # extra -> (package that it brings, what it is for)
     "track": ("tensorboard", "curves of a run in TensorBoard"),
     "hub": ("huggingface_hub", "fetching published weights"),
+    "remote": ("fsspec", "tar shards at an address"),
+    "scale": ("ray", "packing data on a Ray cluster"),
 }
 
 

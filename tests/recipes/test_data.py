@@ -380,3 +380,8 @@ def test_what_is_no_bert_or_came_without_words(shop: Path, tmp_path: Path, dvae:
         prepared_of(*words, "--init-text", folder)
     with pytest.raises(TriviumError, match="nowhere does not exist"):
         prepared_of(*words, "--init-text", tmp_path / "nowhere")
+
+
+def test_pairs_held_out_of_no_data_are_refused(shop: Path) -> None:
+    with pytest.raises(TriviumError, match=r"--data\.validation holds pairs out of data of your own"):
+        open_sources(Data(validation=(str(shop / "goods.csv"),)))

@@ -101,6 +101,11 @@ class Sources:
 def open_sources(data: Data) -> Sources:
     """Open what the recipe names. Raises TriviumError with the file and what to do."""
     if data.is_embedded:
+        if data.validation:
+            raise TriviumError(
+                "--data.validation holds pairs out of data of your own: give --data.pairs, --data.images or"
+                " --data.text too"
+            )
         return Sources(
             *(embedded.pairs("train"), embedded.images("train"), embedded.text("train")),
             *(embedded.pairs("val"), embedded.images("val"), embedded.text("val")),
