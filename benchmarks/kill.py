@@ -50,7 +50,7 @@ from trivium.train import checkpoint, optim
 from trivium.train.optim import Optim
 from trivium.train.trainer import train
 
-STEPS, SAVE_EVERY = 200, 10
+STEPS, SAVE_EVERY = 200, 20
 WATCHED = {"open": "open", "os.mkdir": "make", "os.rename": "rename", "shutil.rmtree": "remove"}  # audit event -> verb
 PATIENCE = 120.0  # seconds that a process may take
 
