@@ -1,6 +1,6 @@
 """kill -9 at 100 instants of a run of 200 steps, 40 of them inside a save: what comes out is what would have come out.
 
-    python benchmarks/kill.py                          # about five minutes on two cores
+    python benchmarks/kill.py                          # about four minutes on two cores
     python benchmarks/kill.py --kills 5 --sizes tiny   # to see that it runs
 
 Each kill is a run of its own (`tiny_run`: AdamW, a queue, an EMA teacher, dropout, two streams) in a process of its
@@ -60,6 +60,11 @@ def whole_run(out: Path) -> None:
     with out.with_name(f"{out.name}.log").open("a") as log, redirect_stdout(log):
         recipe = tiny_run.with_train(steps=STEPS, save_every=SAVE_EVERY)
         train(tiny_run.make(recipe), out, resume=(out / "config.json").exists())
+
+
+def warm_up(out: Path) -> None:
+    """One step in this process: what torch imports at its first step is then there in every process forked from it."""
+    train(tiny_run.make(tiny_run.with_train(steps=1)), out)
 
 
 def started(action: Callable[[], None]) -> multiprocessing.process.BaseProcess:
@@ -176,6 +181,7 @@ def survives(out: Path, straight: dict[str, Any]) -> tuple[bool, bool]:
 
 def kill_many(folder: Path, kills: int) -> tuple[dict[str, int], list[str]]:
     """The figures, and the named points at which runs were killed."""
+    warm_up(folder / "warm")
     begun = time.perf_counter()
     assert ended(started(lambda: whole_run(folder / "straight"))) == 0
     lasts = time.perf_counter() - begun

@@ -19,6 +19,7 @@ class Straight(NamedTuple):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
     run = tmp_path_factory.mktemp("straight") / "run"
+    kill.warm_up(run.with_name("warm"))
     points = kill.points_of_a_save(run, 100)
     return Straight(kill.result_of(run), points)
 
