@@ -19,9 +19,9 @@ from trivium.train.protocol import Batch, Method
 
 HARD = {
     "the first half is false": partial(flava.case, "pairs", false_rows=tuple(range(flava.ROWS // 2))),
-    "some processes have no share of the masked pass": partial(flava.case, "pairs", masked_share=0.1),
 }
 HARDER = HARD | {
+    "some processes have no share of the masked pass": partial(flava.case, "pairs", masked_share=0.1),
     "all are false": partial(flava.case, "pairs", false_rows=tuple(range(flava.ROWS))),
     "nothing is masked": partial(flava.case, "pairs", masked=False),
     "sigmoid": partial(flava.case, "pairs", false_rows=(3,), contrastive_form="sigmoid"),

@@ -121,7 +121,7 @@ def test_one_concept_alone_has_no_negatives_and_no_loss() -> None:
     scale = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     loss = ours(image, text, scale, [True] * 3, [5] * 3, [5] * 3, [0, 1, 2], [0, 1, 2])
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
     for tensor in (image, text, scale):
         assert tensor.grad is not None and not tensor.grad.any()
 
