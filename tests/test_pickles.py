@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny_run
 import torch
 
 import trivium
 from tests.test_load import new_bundle
-from tests.train import tiny_run
 from trivium import manifest
 from trivium.convert import read_foreign
 from trivium.convert.weights import read_json, read_weights

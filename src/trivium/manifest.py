@@ -67,7 +67,7 @@ def write_manifest(folder: Path) -> None:
         if path.is_file() and path != manifest
     }
     with file_beside(manifest) as beside:
-        content = {"files": files, "sha256": _digest_of(files)}
+        content = {"files": files, "sha256": digest_of(files)}
         beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -83,8 +83,8 @@ def verify_manifest(folder: Path) -> None:
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         files = content["files"]
-        if content.get("sha256", _digest_of(files)) != _digest_of(files) or content.keys() - {"files", "sha256"}:
-            raise ValueError("not what was written")  # folders of older versions have no digest of their own
+        if content["sha256"] != digest_of(files):
+            raise ValueError("not what was written")
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise TriviumError(f"{manifest}: damaged; use another checkpoint or copy") from None
@@ -122,7 +122,8 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None], part: str = ".")
     return None
 
 
-def _digest_of(files: object) -> str:
+def digest_of(files: object) -> str:
+    """What a manifest states as the digest of its own list of files."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

@@ -47,7 +47,7 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: object) -> st
 def test_a_run_folder_holds_what_is_promised_and_nothing_else(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         *("config.json", "passport.json", "metrics.jsonl", "skipped.jsonl", "results.json", "report.html"),
-        "checkpoints",
+        *("checkpoints", "monitors.jsonl", "outcomes.parquet"),
     }
     assert [path.name for path in sorted((trained / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
     for step in (3, 6):

@@ -20,6 +20,7 @@ from tiny_run import make, with_train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trivium.manifest import write_manifest
 from trivium.train import config, monitors
 from trivium.train.config import Config
 from trivium.train.monitors import Monitors
@@ -118,12 +119,17 @@ def run_on(folder: Path, method: Method, data: Things) -> list[dict[str, Any]]:
     settings = Train(
         steps=120, monitor_every=20, log_every=120, precision="fp32", device="cpu", threads=1, save_every=120
     )
+
+    def export(model: Path, weights: Mapping[str, Tensor]) -> None:
+        save_file(dict(weights), model / "model.safetensors")
+        write_manifest(model)
+
     run = Run(
         method,
         data,
         Optim(lr=2e-2, warmup=5, weight_decay=0.0, schedule="constant"),
         settings,
-        lambda model: save_file(method.model.state_dict(), model / "model.safetensors"),
+        export,
         Config("views", {}, config.leaves(settings)),
     )
     train(run, folder)
@@ -253,7 +259,7 @@ def test_norms_are_those_of_the_weighted_losses() -> None:
     mine = method.embed(batch)[0].rows
     right = torch.cat([everyone.rows["right"][:4], mine["right"]])
     assert torch.equal(right, everyone.rows["right"])  # the same draws as in the step
-    logits = method.model.logit_scale * mine["left"] @ right.T
+    logits = method.model.logit_scale * mine["left"] @ torch.cat([right, method.queue]).T
     (0.5 * F.cross_entropy(logits, torch.arange(4, 8))).backward()
     expected = torch.stack([p.grad.norm() for p in method.parameters() if p.grad is not None]).norm()
     assert norms["contrastive"] == pytest.approx(float(expected), rel=1e-5)

@@ -74,6 +74,8 @@ def _binding(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
         hint = hints[name]
         if name != "overrides" and any(parameter.default is nothing for nothing in (None, False, ())):
             hint = _optional(hint)
+        elif parameter.default is parameter.empty and get_origin(_plain(hint)) is tuple:  # none of them is no default
+            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="(required)")]
         if parameter.kind is not parameter.KEYWORD_ONLY:
             hint = tyro.conf.Positional[hint]  # type: ignore[misc, valid-type]
         if name != "overrides":
@@ -90,6 +92,10 @@ def _print_fields(words: Sequence[str]) -> None:
     recipe, *rest = (word for word in words if word not in ("-h", "--help"))
     size = split_overrides(rest).get("size")
     print(page(recipe, size[0] if size else None), end="")
+
+
+def _plain(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _optional(hint: Any) -> Any:

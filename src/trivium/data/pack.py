@@ -362,6 +362,7 @@ def _finish(out: Path, total: int, described: dict[str, Any]) -> bool:
     if not samples:
         raise TriviumError(f"not one of {len(skipped)} samples can be used; the first: {skipped[0]['why']}")
     content = {"settings": described, "samples": samples, "skipped": len(skipped), "files": files}
+    content["sha256"] = manifest.digest_of(files)
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
     for name, text in (("skipped.jsonl", lines), (manifest.NAME, json.dumps(content, indent=1) + "\n")):
         staged = out / UNDER_WAY / name
