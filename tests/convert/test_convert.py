@@ -96,7 +96,7 @@ def test_shards_and_pickles_of_hugging_face(folder: Path, tmp_path: Path) -> Non
 
 def test_shards_of_our_own_and_back(folder: Path, tmp_path: Path) -> None:
     convert(folder, to="trivium", out=tmp_path / "whole")
-    convert(tmp_path / "whole", to="trivium", out=tmp_path / "shards", shard_mb=0.2)
+    convert(tmp_path / "whole", to="trivium", out=tmp_path / "shards", shard_mb=0.1)
     names = sorted(path.name for path in (tmp_path / "shards").glob("model*.safetensors"))
     assert len(names) > 2
     assert names == [f"model-{n:05d}-of-{len(names):05d}.safetensors" for n in range(len(names))]
