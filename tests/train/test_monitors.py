@@ -87,11 +87,12 @@ class Views(Method):
 
 @dataclass
 class Things:
-    """things: how many there are, a batch draws of them. wrong_labels: "true" says nothing. wait: seconds a step."""
+    """things: how many there are, a batch draws of them. wrong_labels: "true" says nothing. slow: each batch takes as
+    long as the step before it."""
 
     things: int = 10_000
     wrong_labels: bool = False
-    wait: float = 0.0
+    slow: bool = False
 
     def stream_at(self, step: int) -> Stream:
         return Stream("pairs", None, None, ROWS, ROWS)  # type: ignore[arg-type]
@@ -100,8 +101,9 @@ class Things:
         return step * ROWS
 
     def loader(self, step: int, rank: int, world: int, stop: int) -> Iterator[list[Batch]]:
+        step_took = 0.0
         for number in range(step, stop):
-            time.sleep(self.wait)
+            time.sleep(step_took if self.slow else 0.0)
             generator = torch.Generator().manual_seed(hash64("things", number) % 2**63)
             thing = torch.randint(self.things, (ROWS,), generator=generator)
             z = LATENT[thing]
@@ -111,7 +113,9 @@ class Things:
                 true = true[torch.randperm(ROWS, generator=generator)]
             rows = torch.arange(ROWS)
             targets = {"left": z, "right": right, "true": true, "thing": thing}
+            handed_over = time.perf_counter()
             yield [Batch("pairs", rows, self.place_at(number) + rows, targets=targets)]
+            step_took = time.perf_counter() - handed_over
 
 
 def run_on(folder: Path, method: Method, data: Things) -> list[dict[str, Any]]:
@@ -159,7 +163,7 @@ BAD = {
     "balance": (Views(itm=0.001), Things(), r"contrastive makes 9\d\.\d% of the gradient \(contrastive 9.*, itm 0"),
     "chance": (Views(), Things(wrong_labels=True), r"itm is 0\.\d+ where guessing gives 0\.5623"),
     "duplicates": (Views(), Things(things=12), r"6\d% of the rows of a batch repeat another \(same_thing\)"),
-    "loading": (Views(), Things(wait=0.01), r"loader-bound: \d\d% of the time .* --train\.workers \(1 now\)"),
+    "loading": (Views(), Things(slow=True), r"loader-bound: \d\d% of the time .* --train\.workers \(1 now\)"),
 }
 
 
