@@ -1,6 +1,6 @@
 """20,000 steps of a run in miniature: does memory grow, does a file stay open?
 
-    python benchmarks/soak.py                 # two to three minutes on two cores
+    python benchmarks/soak.py                 # three to five minutes on two cores
 
 `tiny_run` with the loader's own worker, a log and a checkpoint every 500 steps. Every 1,000 steps, long after the last
 save, the resident memory of the training process and the number of its open files are read. Growth is counted from
@@ -37,7 +37,8 @@ def soak(steps: int, out: Path) -> dict[str, float | list[int]]:
 
     run.method.before_accept = read  # type: ignore[assignment]
     begun = time.perf_counter()
-    train(run, out)
+    if train(run, out).done < steps:
+        raise SystemExit("the run was stopped before its last step: nothing is written")
     warm = WARM // EVERY - 1
     return {
         "steps": steps,
