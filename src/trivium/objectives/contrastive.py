@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Scores of a tile, 16 MiB in float32. A batch of up to 2,048 is one tile, and takes the time of a plain softmax that
-# keeps everything; at 8,192, where that falls out of every cache, tiles of this size take three quarters of its time.
+# Scores of a tile, 16 MiB in float32: up to 2,048 rows are one tile. A plain form that keeps everything is half a
+# millisecond faster at 128 rows, and takes 1.4 times as long at 2,048 and 1.9 times at 8,192: so there is but one form.
 TILE_SCORES = 1 << 22
 
 
