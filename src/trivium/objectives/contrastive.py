@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Scores of a tile, 16 MiB in float32: up to 2,048 rows are one tile. A plain form that keeps everything is half a
+# Scores of a tile, 16 MiB in float32: up to 2,048 rows are one tile. A plain form that keeps everything is about a
 # millisecond faster at 128 rows, and takes 1.4 times as long at 2,048 and 1.9 times at 8,192: so there is but one form.
 TILE_SCORES = 1 << 22
 
