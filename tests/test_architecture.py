@@ -13,8 +13,10 @@ FILES = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py"))
 EVERYWHERE = "errors manifest tensor_files __version__"
 ROOMS = {  # what a room may import beside itself and EVERYWHERE
     "layers": "", "models": "layers", "objectives": "", "methods": "models objectives layers train.protocol",
-    "data": "train.protocol", "train": "", "convert": "models", "evaluate": "load data train.protocol",
-    "load": "models convert data.tokenizer data.transforms", "recipes": "methods models data train evaluate load",
+    "data": "train.protocol", "train": "", "convert": "models", "bundle": "models data.tokenizer data.transforms",
+    "load": "bundle models convert data.tokenizer data.transforms",
+    "evaluate": "bundle load models.encoded data train.protocol",
+    "recipes": "methods models data train evaluate bundle load",
 }  # fmt: skip
 NUMERIC = {"torch", "numpy", "scipy", "safetensors", "trivium"}
 ONLY_IN = {

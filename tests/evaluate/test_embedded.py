@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from trivium.bundle import Bundle
 from trivium.data.decode import decode
 from trivium.data.embedded import HELD_OUT_STYLE, corpus, emoji
 from trivium.data.tokenizer import Tokenizer
@@ -23,8 +24,8 @@ from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.results import Result
 from trivium.evaluate.retrieval import ranks_by_cosine, summary
 from trivium.evaluate.walls import Picture, Query, Wall
-from trivium.load import Bundle
 from trivium.methods.flava import LOSSES
+from trivium.models.encoded import Encoded
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.models.patch_codebook import PatchCodebook
 from trivium.train.protocol import Sample
@@ -84,12 +85,44 @@ def test_a_perfect_text_tower_is_seen_as_perfect(bundle: Bundle, evaluation: Eva
     """Names that get the vectors of their own pictures are found every time, byte-equal pictures or not."""
     noto = embedded._drawings(bundle, emoji(HELD_OUT_STYLE), embedded.concept_numbers(emoji(HELD_OUT_STYLE)))
     distinct = torch.nn.functional.one_hot(noto.concepts.unique(return_inverse=True)[1]).float()
-    perfect = embedded.Drawings(
-        noto.records, noto.pixels, embedded.ImageFeatures(distinct, distinct, distinct), noto.concepts
-    )
     found = Evaluation()
-    embedded._retrieval(found, perfect, distinct)
+    embedded._retrieval(found, noto, distinct, distinct)
     assert {result.value for name, result in found.results.items() if "_r" in name} == {1.0}
+
+
+class PicturesAlone(torch.nn.Module):
+    """What a family without a text encoder offers: FLAVA's image encoder, and no space shared with texts."""
+
+    def __init__(self, flava: Flava) -> None:
+        super().__init__()
+        self.flava = flava
+
+    def encode_image(self, pixels_BCHW: torch.Tensor) -> Encoded:
+        encoded = self.flava.encode_image(pixels_BCHW)
+        return Encoded(encoded.states, None, self.flava.image.norm, None)
+
+
+def test_a_model_that_reads_no_texts_is_measured_on_pictures_and_says_what_is_left_out(
+    bundle: Bundle, evaluation: Evaluation
+) -> None:
+    assert isinstance(bundle.model, Flava)
+    found = embedded.run(Bundle("pictures", PicturesAlone(bundle.model), None, bundle.transform))
+    shared = {
+        name for name in evaluation.results if name.startswith(("knn", "probe", "retrieval.style.image_to_image"))
+    }
+    shared -= {"retrieval.style.image_to_image_r1", "retrieval.style.image_to_image.projected_r1"}
+    assert found.results.keys() == shared | {"retrieval.style.image_to_image_r1"}
+    assert {name: found.results[name].value for name in shared} == {
+        name: evaluation.results[name].value for name in shared
+    }
+    headline = found.results["retrieval.style.image_to_image_r1"]
+    assert headline == found.results["retrieval.style.image_to_image.class_token_r1"]
+    assert [sentence.partition(":")[0] for sentence in found.not_applicable] == [
+        "retrieval by text and zero-shot classification",
+        "image-text matching",
+    ]
+    assert len(found.walls) == 1
+    assert "Picture to picture" in report.render(report.Report("pictures alone", found))
 
 
 def test_false_partners_are_wrong_for_their_rows() -> None:

@@ -26,7 +26,7 @@ from trivium.load import image_tokenizer_hash, load_image_tokenizer, save_image_
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.patch_codebook import PatchCodebook
 from trivium.recipes.data import Data, Sources, make_tokenizer, noticed, open_sources
-from trivium.recipes.flava import FlavaRecipe, Prepared, flava
+from trivium.recipes.flava import FlavaRecipe, PreparedFlava, flava
 from trivium.train import trainer
 
 CROPS = 2
@@ -36,7 +36,7 @@ def recipe_of(*words: object) -> FlavaRecipe:
     return set_overrides(flava("tiny"), split_overrides([str(word) for word in words]))
 
 
-def prepared_of(*words: object) -> Prepared:
+def prepared_of(*words: object) -> PreparedFlava:
     return recipe_of(*words).prepare("flava", {"size": "tiny"})
 
 

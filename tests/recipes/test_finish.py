@@ -13,7 +13,7 @@ from trivium.evaluate import embedded
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.results import Result
 from trivium.load import Bundle, load
-from trivium.recipes import finish
+from trivium.recipes.prepared import on_drawings
 
 
 def test_a_model_folder_says_at_which_share_of_false_pairs_matching_was_trained(
@@ -28,8 +28,8 @@ def test_a_model_folder_says_at_which_share_of_false_pairs_matching_was_trained(
 
     monkeypatch.setattr(embedded, "run", suite)
     bundle = load(checkpoint(twenty, 20) / "model")
-    found, _ = finish.evaluate(bundle, None)
+    found = on_drawings(bundle, print)
     assert found.not_applicable == []
-    older, _ = finish.evaluate(replace(bundle, false_pairs=None), None)
+    older = on_drawings(replace(bundle, false_pairs=None), print)
     assert "takes half of the training pairs as false" in older.not_applicable[0]
     assert shares == [0.1, 0.5]

@@ -17,7 +17,8 @@ from torch import Tensor
 from tests.recipes.shop import LOSSES, THINGS, checkpoint, data_of, flags, trivium
 from trivium.cli.overrides import set_overrides, split_overrides
 from trivium.errors import TriviumError
-from trivium.recipes.flava import FlavaRecipe, Prepared, chance_of, flava, validation_losses
+from trivium.recipes import validation
+from trivium.recipes.flava import FlavaRecipe, PreparedFlava, flava
 from trivium.train.budget import OutOfMemory
 from trivium.train.config import leaves, set_leaves
 from trivium.train.optim import learning_rate
@@ -33,11 +34,11 @@ def recipe_on(shop: Path, **changes: object) -> FlavaRecipe:
 
 
 @pytest.fixture(scope="module")
-def prepared(shop: Path) -> Prepared:
+def prepared(shop: Path) -> PreparedFlava:
     return recipe_on(shop).prepare("flava", {"size": "tiny"})
 
 
-def state(prepared: Prepared) -> dict[str, Tensor]:
+def state(prepared: PreparedFlava) -> dict[str, Tensor]:
     return prepared.run.method.state_dict()
 
 
@@ -75,7 +76,7 @@ def test_no_other_size(size: str) -> None:
 # ---------------------------------------------------------------------------------------------- prepare
 
 
-def test_what_runs_is_a_function_of_the_recipe_and_its_seed(shop: Path, prepared: Prepared) -> None:
+def test_what_runs_is_a_function_of_the_recipe_and_its_seed(shop: Path, prepared: PreparedFlava) -> None:
     again = recipe_on(shop).prepare("flava", {"size": "tiny"})
     assert again.run.config.digest() == prepared.run.config.digest()
     for name, tensor in state(prepared).items():
@@ -85,7 +86,7 @@ def test_what_runs_is_a_function_of_the_recipe_and_its_seed(shop: Path, prepared
     assert not torch.equal(state(other)["model.image.class_token"], state(prepared)["model.image.class_token"])
 
 
-def test_the_config_states_the_shape_that_was_found(prepared: Prepared) -> None:
+def test_the_config_states_the_shape_that_was_found(prepared: PreparedFlava) -> None:
     values = prepared.run.config.values
     assert values["model.vocab_size"] == prepared.bundle.tokenizer.vocab_size < 4096
     assert values["model.num_codes"] == prepared.bundle.image_tokenizer.num_codes == 16
@@ -93,7 +94,7 @@ def test_the_config_states_the_shape_that_was_found(prepared: Prepared) -> None:
     assert prepared.bundle.max_length == prepared.recipe.data.max_length
 
 
-def test_settling_a_budget_opens_nothing_again(prepared: Prepared) -> None:
+def test_settling_a_budget_opens_nothing_again(prepared: PreparedFlava) -> None:
     settled = prepared.with_train(steps=7, minutes=None, micro_batch=4)
     assert settled.run.method is prepared.run.method
     assert settled.sources is prepared.sources
@@ -103,7 +104,7 @@ def test_settling_a_budget_opens_nothing_again(prepared: Prepared) -> None:
     assert prepared.recipe.train.steps == 6
 
 
-def test_the_streams_are_those_whose_data_is_there(shop: Path, prepared: Prepared) -> None:
+def test_the_streams_are_those_whose_data_is_there(shop: Path, prepared: PreparedFlava) -> None:
     assert {prepared.run.mixture.stream_at(step).name for step in range(3)} == {"pairs", "images", "text"}
     recipe = recipe_on(shop)
     pairs_alone = replace(recipe, data=replace(recipe.data, images=(), text=()))
@@ -112,7 +113,7 @@ def test_the_streams_are_those_whose_data_is_there(shop: Path, prepared: Prepare
 
 
 def test_the_sigmoid_form_has_a_bias_that_is_trained_and_saved_with_the_method(
-    shop: Path, prepared: Prepared, tmp_path: Path
+    shop: Path, prepared: PreparedFlava, tmp_path: Path
 ) -> None:
     assert "logit_bias" not in state(prepared)
     run, words = tmp_path / "run", (*data_of(shop), *flags(objectives__contrastive_form="sigmoid"))
@@ -125,11 +126,11 @@ def test_the_sigmoid_form_has_a_bias_that_is_trained_and_saved_with_the_method(
 # ------------------------------------------------------------------------------------- losses and chance
 
 
-def test_validation_losses_are_the_same_at_each_call_and_change_nothing(prepared: Prepared) -> None:
+def test_validation_losses_are_the_same_at_each_call_and_change_nothing(prepared: PreparedFlava) -> None:
     before = {name: tensor.clone() for name, tensor in state(prepared).items()}
-    first = validation_losses(prepared.run.method, prepared.validation, 0, 8)
+    first = validation.losses(prepared.run.method, prepared.validation, 0, 8)
     assert first.keys() == set(LOSSES)
-    assert validation_losses(prepared.run.method, prepared.validation, 0, 8) == first
+    assert validation.losses(prepared.run.method, prepared.validation, 0, 8) == first
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(prepared).items())
 
 
@@ -138,7 +139,7 @@ def test_validation_takes_the_micro_batch_of_the_recipe_and_its_losses_stay(shop
     whole = recipe_on(shop, data__batch=16).prepare("flava", {})
     method = whole.run.method
     losses = evaluated(whole.run)["losses"]
-    chance = chance_of(whole)
+    chance = whole.chance()
     seen = []
 
     def at_most_four(batch: Batch) -> None:
@@ -151,14 +152,14 @@ def test_validation_takes_the_micro_batch_of_the_recipe_and_its_losses_stay(shop
         setattr(method, name, lambda batch, *more, plain=plain: (at_most_four(batch), plain(batch, *more))[1])
     small = whole.with_train(micro_batch=4)
     assert evaluated(small.run)["losses"] == pytest.approx(losses, rel=1e-5)
-    assert chance_of(small) == pytest.approx(chance)
+    assert small.chance() == pytest.approx(chance)
     assert max(seen) == 4
     with pytest.raises(
         OutOfMemory, match=r"validation on stream .* with 16 samples at once: use --train\.micro-batch 8 "
     ):
         evaluated(whole.run)
     with pytest.raises(OutOfMemory, match="the image tokenizer with 16 samples at once"):
-        chance_of(whole)
+        whole.chance()
 
 
 def test_validation_is_on_every_row_and_chance_knows_the_small_last_batch(shop: Path) -> None:
@@ -168,12 +169,12 @@ def test_validation_is_on_every_row_and_chance_knows_the_small_last_batch(shop: 
     sizes = {stream: [len(batch) for batch in batches] for stream, batches in prepared.validation.items()}
     eight_passes = [16, 8] * 8
     assert sizes == {"pairs": eight_passes, "images": eight_passes, "text": eight_passes}
-    assert chance_of(prepared)["contrastive"] == pytest.approx((16 * math.log(16) + 8 * math.log(8)) / 24)
+    assert prepared.chance()["contrastive"] == pytest.approx((16 * math.log(16) + 8 * math.log(8)) / 24)
 
 
-def test_chance_is_what_a_model_without_knowledge_reaches(prepared: Prepared) -> None:
+def test_chance_is_what_a_model_without_knowledge_reaches(prepared: PreparedFlava) -> None:
     """No constant guess does better on these samples, and a new model does about as well as chance, or worse."""
-    chance = chance_of(prepared)
+    chance = prepared.chance()
     assert chance.keys() == set(LOSSES)
     assert chance["contrastive"] == pytest.approx(math.log(8))
     assert chance["itm"] == pytest.approx(-0.1 * math.log(0.1) - 0.9 * math.log(0.9))
@@ -181,5 +182,5 @@ def test_chance_is_what_a_model_without_knowledge_reaches(prepared: Prepared) ->
         assert 0 < chance[loss] <= math.log(16)
     for loss in ("mlm", "mmm_text"):
         assert 0 < chance[loss] <= math.log(prepared.recipe.model.vocab_size)
-    untrained = validation_losses(prepared.run.method, prepared.validation, 0, 8)
+    untrained = validation.losses(prepared.run.method, prepared.validation, 0, 8)
     assert all(untrained[loss] > 0.8 * chance[loss] for loss in ("mim", "mlm", "mmm_image", "mmm_text"))

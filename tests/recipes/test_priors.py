@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from trivium.recipes.flava import FlavaRecipe, chance_of, flava, validation_losses
+from trivium.recipes import validation
+from trivium.recipes.flava import FlavaRecipe, flava
 
 
 def small(**changes: object) -> FlavaRecipe:
@@ -23,8 +24,8 @@ def test_a_head_begins_at_the_loss_of_a_guess_from_frequencies() -> None:
     losses = {}
     for label_frequencies in (True, False):
         prepared = small(label_frequencies=label_frequencies).prepare("flava", {"size": "tiny"})
-        losses[label_frequencies] = validation_losses(prepared.run.method, prepared.validation, 0, 128)
-    chance = chance_of(prepared)
+        losses[label_frequencies] = validation.losses(prepared.run.method, prepared.validation, 0, 128)
+    chance = prepared.chance()
     for name in ("mim", "mmm_image", "mlm", "mmm_text"):
         # The bias alone would lose the cross-entropy of training against held-out frequencies: chance and a little.
         assert chance[name] - 0.1 < losses[True][name] < losses[False][name] - 0.2, name

@@ -11,7 +11,7 @@ from tyro.conf import arg
 from trivium.errors import TriviumError
 
 if TYPE_CHECKING:
-    from trivium.load import Bundle
+    from trivium.bundle import Bundle
 
 
 def convert(
@@ -49,11 +49,11 @@ def convert(
         bundle = open_own(folder)
     else:
         foreign = read_foreign(path, from_)
-        if foreign.config is None and foreign.image_tokenizer is not None and to == "trivium":
+        if foreign.model is None and foreign.image_tokenizer is not None and to == "trivium":
             save_image_tokenizer(foreign.image_tokenizer, out)
             print(f"{out} holds the image tokenizer ({foreign.image_tokenizer.num_codes:,} codes)")
             return
-        bundle, said = bundle_of(foreign)
+        bundle, said = bundle_of(foreign), foreign.said
     for sentence in said:
         print(sentence)
     if to == "trivium":
@@ -74,14 +74,14 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
     adapter = ADAPTERS[to]
     write = adapter.write
     assert write is not None
-    if not isinstance(model, Flava):
-        raise TriviumError(f"{to} is a layout of FLAVA, and this model is of the family {bundle.family}")
+    if bundle.family != adapter.family:
+        raise TriviumError(f"{to} is a layout of {adapter.family}, and this model is of the family {bundle.family}")
     if image_tokenizer is not None and not isinstance(image_tokenizer, DVae):
         print(f"left out: {to} has no place for an image tokenizer of the kind {image_tokenizer.kind}")
         image_tokenizer = None
     if isinstance(image_tokenizer, DVae) and image_tokenizer.decoder is not None:
         print(f"left out: {to} has no place for the decoder of the image tokenizer")
-    if model.config.pads_visible != adapter.pads_visible:
+    if isinstance(model, Flava) and model.config.pads_visible != adapter.pads_visible:
         there, here = ("sees", "does not") if adapter.pads_visible else ("is kept from", "sees them")
         print(
             f"left out: {to} has no place for pads_visible; its multimodal encoder {there} the pads of a text and this"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trivium.errors import TriviumError
 
 if TYPE_CHECKING:
-    from trivium.load import Bundle
+    from trivium.bundle import Bundle
     from trivium.search.table import Row
 
 SECONDS_BETWEEN_SAVES = 60.0

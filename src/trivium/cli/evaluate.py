@@ -46,6 +46,7 @@ def evaluate(
     from trivium.evaluate import pairs as pairs_protocol
     from trivium.load import load
     from trivium.recipes import RECIPES, finish
+    from trivium.recipes.prepared import Losses, on_drawings
     from trivium.train import config, run_folder
     from trivium.train.precision import choose_device
 
@@ -64,15 +65,14 @@ def evaluate(
         seconds["train"] = json.loads((newest / "training" / "state.json").read_text())["seconds"]
         prepared = config.build(settings, RECIPES).prepare(settings.recipe, settings.arguments, newest / "model")
         prepared.run.method.to(on)
-        bundle = prepared.bundle
-    else:
-        bundle = load(path, on)
-    losses: dict[str, tuple[float, float]] = {}
-    if pairs:
+    losses: Losses = {}
+    if prepared is not None:
+        found, losses = finish.evaluate(prepared, say)
+    elif pairs:
         source = open_source("pairs", pairs, image_column=image_column, text_column=text_column)
-        found = pairs_protocol.run(bundle, source)
+        found = pairs_protocol.run(load(path, on), source)
     else:
-        found, losses = finish.evaluate(bundle, prepared, say)
+        found = on_drawings(load(path, on), say)
     out.mkdir(parents=True, exist_ok=True)
     page = finish.write(
         out,

@@ -15,7 +15,7 @@ from trivium.cli.overrides import set_overrides
 from trivium.errors import TriviumError
 
 if TYPE_CHECKING:
-    from trivium.recipes.flava import Prepared
+    from trivium.recipes.prepared import Prepared
     from trivium.train.config import Config
 
 
@@ -46,7 +46,6 @@ def pretrain(
     """
     begun = time.perf_counter()
     from trivium.recipes import RECIPES
-    from trivium.recipes.data import noticed
     from trivium.train import config as configuration
     from trivium.train import distributed, run_folder
 
@@ -72,7 +71,7 @@ def pretrain(
     run_folder.refuse_a_run(out)
     say(f"preparing data and model for {out}")
     prepared = tree.prepare(settings.recipe, settings.arguments)
-    for sentence in (*prepared.notes, *noticed(prepared.sources)):
+    for sentence in prepared.notes:
         say(sentence)
     return run(with_budget(prepared), out, begun)
 
@@ -133,7 +132,7 @@ def with_budget(prepared: Prepared) -> Prepared:
 
     settings = prepared.recipe.train
     if settings.micro_batch == "auto":
-        batch = prepared.recipe.data.batch
+        batch = max(stream.batch for stream in prepared.mixture_of(settings).streams)
         rows = largest_micro_batch(
             lambda rows: trainer.try_streams(prepared.with_train(micro_batch=rows).run), batch, distributed.world()
         )
@@ -160,7 +159,7 @@ def run(prepared: Prepared, out: Path, begun: float, *, resume: bool | Path = Fa
             return outcome.exit_code
         distributed.stop()  # the others are done: what follows is this process's alone
         final = (outcome.results or {}).get("losses")
-        found, losses = finish.evaluate(prepared.bundle, prepared, say, final)
+        found, losses = finish.evaluate(prepared, say, final)
         page = finish.write(
             out,
             found,

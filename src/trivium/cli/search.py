@@ -11,7 +11,7 @@ from tyro.conf import arg
 from trivium.errors import TriviumError
 
 if TYPE_CHECKING:
-    from trivium.load import Bundle
+    from trivium.bundle import Bundle
     from trivium.search.page import Hit
     from trivium.search.table import Table
 

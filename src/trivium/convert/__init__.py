@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trivium.convert import dalle, flava, torchmultimodal
 from trivium.convert.weights import PICKLES, State, read_json, read_weights
@@ -21,10 +21,12 @@ from trivium.models.flava import Flava, FlavaConfig
 class Foreign:
     """What a foreign checkpoint holds, in our words."""
 
-    config: FlavaConfig | None  # None: an image tokenizer alone
-    state: State
-    image_tokenizer: DVae | None
+    family: str
+    model: nn.Module | None  # None: an image tokenizer alone
+    image_tokenizer: DVae | None = None
     said: list[str] = field(default_factory=list)  # sentences that the user is to read
+    max_length: int = 512  # tokens of a text
+    transform: dict[str, Any] = field(default_factory=dict)  # of pictures, where no file beside the weights says it
     folder: Path = Path()  # where tokenizer and image settings may lie
 
 
@@ -32,21 +34,29 @@ class Foreign:
 class Adapter:
     """One layout."""
 
+    family: str  # of the models that it holds
     mark: str  # a regular expression that one of its keys fits, and no key of another layout
     read: Callable[[State, Mapping[str, Any]], Foreign]  # tensors and the config.json beside ({} without)
-    write: Callable[[Flava, DVae | None], tuple[State, dict[str, Any]]] | None  # tensors and config.json
+    write: Callable[[Any, DVae | None], tuple[State, dict[str, Any]]] | None  # a model -> tensors and config.json
     pads_visible: bool = False  # whether its multimodal encoder attends the pads of a text
+
+
+def _flava(config: FlavaConfig, state: State, image_tokenizer: DVae | None, said: list[str]) -> Foreign:
+    model, drawn = flava.build(config, state)
+    if drawn:
+        said = [*said, f"not in the file and therefore drawn at random (seed 0): {', '.join(drawn)}"]
+    return Foreign("flava", model, image_tokenizer, said, config.max_length, {"size": config.image_size})
 
 
 def _read_hf(state: State, config: Mapping[str, Any]) -> Foreign:
     codebook = dalle.codebook_of(state)
     if len(codebook) == len(state):
-        return Foreign(None, {}, _hf_codebook(codebook, config))
+        return Foreign("flava", None, _hf_codebook(codebook, config))
     if not config:
         raise TriviumError("Hugging Face's layout needs the config.json of the model beside its weights: add it")
     ours, tensors = flava.from_hf(state, config)
     tokenizer = _hf_codebook(codebook, config.get("image_codebook_config") or {}) if codebook else None
-    return Foreign(ours, tensors, tokenizer)
+    return _flava(ours, tensors, tokenizer, [])
 
 
 def _hf_codebook(state: State, config: Mapping[str, Any]) -> DVae:
@@ -71,7 +81,7 @@ def _read_torchmultimodal(state: State, config: Mapping[str, Any]) -> Foreign:
     codebook = dalle.codebook_of(state)
     ours, tensors = torchmultimodal.from_torchmultimodal(state, config.get("image_num_attention_heads"))
     said = [f"torchmultimodal's masked heads normalise with eps 1e-05, here with {ours.eps:g}"]
-    return Foreign(ours, tensors, dalle.from_dalle(codebook) if codebook else None, said)
+    return _flava(ours, tensors, dalle.from_dalle(codebook) if codebook else None, said)
 
 
 def _write_torchmultimodal(model: Flava, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
@@ -83,18 +93,21 @@ def _write_torchmultimodal(model: Flava, image_tokenizer: DVae | None) -> tuple[
 
 
 def _read_dalle(state: State, config: Mapping[str, Any]) -> Foreign:
-    return Foreign(None, {}, dalle.from_dalle(dalle.codebook_of(state)))
+    return Foreign("image_tokenizer", None, dalle.from_dalle(dalle.codebook_of(state)))
 
 
 ADAPTERS = {
     "torchmultimodal-flava": Adapter(
+        "flava",
         r"(model\.)?(image|text|mm)_encoder\.(encoder|embeddings)\..*",
         _read_torchmultimodal,
         _write_torchmultimodal,
         pads_visible=True,
     ),
-    "hf-flava": Adapter(r"(flava\.)?(image|text|multimodal)_model\..*|blocks\.group_1\.group\..*", _read_hf, _write_hf),
-    "dalle": Adapter(r"(encoder\.)?blocks\.group_1\.block_1\..*", _read_dalle, None),
+    "hf-flava": Adapter(
+        "flava", r"(flava\.)?(image|text|multimodal)_model\..*|blocks\.group_1\.group\..*", _read_hf, _write_hf
+    ),
+    "dalle": Adapter("image_tokenizer", r"(encoder\.)?blocks\.group_1\.block_1\..*", _read_dalle, None),
 }
 FORMATS = ("trivium", *(name for name, adapter in ADAPTERS.items() if adapter.write))
 
@@ -112,7 +125,8 @@ def read_foreign(path: Path, from_: str | None = None) -> Foreign:
         raise TriviumError(f"no layout is called {from_!r}: choose one of {', '.join(ADAPTERS)}, or leave it out")
     if path.is_dir() and (encoder := _one_file(path, "encoder")):  # DALL-E's files
         decoder = _one_file(path, "decoder")
-        return Foreign(None, {}, dalle.from_dalle(read_weights(encoder), read_weights(decoder) if decoder else None))
+        image_tokenizer = dalle.from_dalle(read_weights(encoder), read_weights(decoder) if decoder else None)
+        return Foreign("image_tokenizer", None, image_tokenizer)
     folder = path if path.is_dir() else path.parent
     state = read_weights(path)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}

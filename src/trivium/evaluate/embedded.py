@@ -21,23 +21,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trivium.bundle import Bundle
 from trivium.data.decode import decode
 from trivium.data.embedded import HELD_OUT_STYLE, STYLES, Emoji, concept_numbers, emoji
 from trivium.evaluate import features, knn, linear_probe, matching, reconstruction, retrieval, zero_shot
-from trivium.evaluate.features import READINGS, ImageFeatures
+from trivium.evaluate.features import ImageFeatures
 from trivium.evaluate.reconstruction import Reconstruction
 from trivium.evaluate.results import Results, mean_of
 from trivium.evaluate.walls import Wall, picture_wall, text_wall
-from trivium.load import Bundle
+from trivium.models.encoded import EncodesText, Matches
 
-HEADLINE_READING = "projected"  # of image to image: the space that search uses
 PROBE_READING = "class_token"  # of knn and probe, as in the FLAVA paper
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of the report that only one family has: attention maps, say."""
+
+    title: str
+    note: str  # what it shows and how to read it
+    image: str  # a data: address, as charts.py makes them
+    alt: str
 
 
 @dataclass
@@ -48,6 +57,7 @@ class Evaluation:
     chance: dict[str, float] = field(default_factory=dict)  # of some of the results: what guessing would give
     walls: list[Wall] = field(default_factory=list)
     reconstructions: list[Reconstruction] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # of each part, in order
     not_applicable: list[str] = field(default_factory=list)  # a sentence for each thing not measured, with the reason
 
@@ -95,13 +105,21 @@ def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = l
             held_out = _drawings(bundle, emoji(HELD_OUT_STYLE), concepts)
             gallery = _drawings(bundle, _other_styles("train"), concepts)
             validation = _drawings(bundle, _other_styles("val"), concepts)
-        with part("encoding the names"):
-            names_BD = features.of_texts(bundle, [record.name for record in held_out.records])
-        with part("retrieval"):
-            _retrieval(found, held_out, names_BD)
+        images_BD = held_out.of_model.projected
+        if images_BD is not None and isinstance(bundle.model, EncodesText):
+            with part("encoding the names"):
+                names_BD = features.of_texts(bundle, [record.name for record in held_out.records])
+            with part("retrieval"):
+                _retrieval(found, held_out, images_BD, names_BD)
+            with part("zero-shot classification"):
+                _zero_shot(found, bundle, held_out, images_BD)
+            found.walls.append(text_wall(held_out.records, names_BD, images_BD, held_out.concepts))
+        else:
+            found.not_applicable.append(
+                f"retrieval by text and zero-shot classification: {type(bundle.model).__name__} reads no texts"
+            )
+        with part("retrieval by pictures"):
             _image_to_image(found, held_out, gallery)
-        with part("zero-shot classification"):
-            _zero_shot(found, bundle, held_out)
         with part("nearest neighbours"):
             _knn(found, held_out, gallery)
         with part("linear probe"):
@@ -109,13 +127,10 @@ def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = l
         with part("image-text matching"):
             _matching(found, bundle, held_out, validation, false_share)
         with part("pictures for the report"):
-            found.walls = [
-                text_wall(held_out.records, names_BD, held_out.of_model.projected, held_out.concepts),
-                picture_wall(
-                    held_out.records, held_out.of_model.projected, held_out.concepts,
-                    gallery.records, gallery.of_model.projected, gallery.concepts,
-                ),
-            ]  # fmt: skip
+            (asked_BD, shown_BD) = (next(iter(drawn.of_model.readings().values())) for drawn in (held_out, gallery))
+            found.walls.append(
+                picture_wall(held_out.records, asked_BD, held_out.concepts, gallery.records, shown_BD, gallery.concepts)
+            )
             shown = torch.nonzero(held_out.split("test"))[:, 0].tolist()[::27]
             found.reconstructions = reconstruction.reconstruct(
                 bundle, [held_out.pixels[row] for row in shown], [held_out.records[row].name for row in shown]
@@ -143,8 +158,7 @@ def _drawings(bundle: Bundle, records: list[Emoji], concepts: dict[str, int]) ->
 # ----------------------------------------------------------------------------------------------- retrieval
 
 
-def _retrieval(found: Evaluation, noto: Drawings, names_BD: Tensor) -> None:
-    images_BD = noto.of_model.projected
+def _retrieval(found: Evaluation, noto: Drawings, images_BD: Tensor, names_BD: Tensor) -> None:
     for protocol, split in (("style", "train"), ("concepts", "test")):
         queries = noto.split(split)
         for direction, asked_BD, candidates_BD in (
@@ -162,7 +176,9 @@ def _retrieval(found: Evaluation, noto: Drawings, names_BD: Tensor) -> None:
 def _image_to_image(found: Evaluation, noto: Drawings, gallery: Drawings) -> None:
     train = noto.split("train")
     queries, query_concepts = noto.of_model[train], noto.concepts[train]
-    readings = {name: (getattr(queries, name), getattr(gallery.of_model, name)) for name in READINGS}
+    theirs = gallery.of_model.readings()
+    readings = {name: (asked, theirs[name]) for name, asked in queries.readings().items()}
+    headline_reading = next(iter(readings))
     gallery_pixels = features.of_pixels(gallery.pixels)
     noto_pixels = features.of_pixels([noto.pixels[row] for row in train.nonzero()[:, 0].tolist()])
     mean = gallery_pixels.mean(dim=0)
@@ -170,7 +186,7 @@ def _image_to_image(found: Evaluation, noto: Drawings, gallery: Drawings) -> Non
     for name, (asked, candidates) in readings.items():
         ranks = retrieval.ranks_by_cosine(asked, candidates, query_concepts, gallery.concepts)
         found.results[f"retrieval.style.image_to_image.{name}_r1"] = mean_of((ranks <= 1).numpy(), noto.names(train))
-    headline = found.results[f"retrieval.style.image_to_image.{HEADLINE_READING}_r1"]
+    headline = found.results[f"retrieval.style.image_to_image.{headline_reading}_r1"]
     found.results["retrieval.style.image_to_image_r1"] = headline
     right = (query_concepts[:, None] == gallery.concepts).sum(1)
     found.chance["retrieval.style.image_to_image_r1"] = retrieval.chance_recall(right, len(gallery.records), 1)
@@ -191,12 +207,12 @@ def _accuracy(found: Evaluation, name: str, predicted: Tensor, labels: Tensor, u
     found.chance[name] = float(labels.bincount().max() / len(labels))  # always the commonest class
 
 
-def _zero_shot(found: Evaluation, bundle: Bundle, noto: Drawings) -> None:
+def _zero_shot(found: Evaluation, bundle: Bundle, noto: Drawings, images_BD: Tensor) -> None:
     for level in ("group", "subgroup"):
         names, (labels,) = _labels(level, noto.records)
         classes_KD = zero_shot.class_vectors(names, lambda texts: features.of_texts(bundle, texts))
         known = labels >= 0
-        predicted = zero_shot.predict(noto.of_model.projected[known], classes_KD)
+        predicted = zero_shot.predict(images_BD[known], classes_KD)
         _accuracy(found, f"zero_shot.{level}", predicted, labels[known], noto.names(known))
 
 
@@ -229,8 +245,8 @@ def _probe(found: Evaluation, noto: Drawings, gallery: Drawings, validation: Dra
 
 
 def _matching(found: Evaluation, bundle: Bundle, noto: Drawings, validation: Drawings, false_share: float) -> None:
-    model: Any = bundle.model
-    if not (hasattr(model, "fuse") and hasattr(model, "match")):
+    model = bundle.model
+    if not isinstance(model, Matches):
         found.not_applicable.append(f"image-text matching: {type(model).__name__} has no `match`")
         return
     records = validation.records + [record for record in noto.records if record.split == "val"]

@@ -13,36 +13,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trivium.load import Bundle
+from trivium.bundle import Bundle
 
 BATCH = 256
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Three readings of each picture, float32 [B, D] on CPU."""
+    """Readings of each picture, float32 [B, D] on CPU."""
 
     class_token: Tensor  # after the final norm
-    projected: Tensor  # in the space that images and texts share
     mean_of_patches: Tensor  # after the final norm, without the class token
+    projected: Tensor | None  # in the space that images and texts share; None: the model has none
+
+    def readings(self) -> dict[str, Tensor]:
+        """By name; the one that stands for the picture in a search first."""
+        projected = {} if self.projected is None else {"projected": self.projected}
+        return {**projected, "class_token": self.class_token, "mean_of_patches": self.mean_of_patches}
 
     def __getitem__(self, rows: Tensor | slice) -> ImageFeatures:
-        return ImageFeatures(self.class_token[rows], self.projected[rows], self.mean_of_patches[rows])
-
-
-READINGS = ("class_token", "projected", "mean_of_patches")
+        projected = None if self.projected is None else self.projected[rows]
+        return ImageFeatures(self.class_token[rows], self.mean_of_patches[rows], projected)
 
 
 @torch.inference_mode()
 def of_pictures(bundle: Bundle, pictures: Sequence[np.ndarray]) -> ImageFeatures:
     """pictures: uint8 [H, W, 3] each."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in READINGS}
+    parts: dict[str, list[Tensor]] = {"class_token": [], "mean_of_patches": [], "projected": []}
     for first in range(0, len(pictures), BATCH):
         encoded = bundle.encode_image(list(pictures[first : first + BATCH]))
         parts["class_token"].append(encoded.pooled)
-        parts["projected"].append(encoded.projected)
         parts["mean_of_patches"].append(encoded.tokens[:, 1:].mean(dim=1))
-    return ImageFeatures(**{name: torch.cat(found).float().cpu() for name, found in parts.items()})
+        if encoded.is_projected:
+            parts["projected"].append(encoded.projected)
+    found = {name: torch.cat(several).float().cpu() if several else None for name, several in parts.items()}
+    return ImageFeatures(**found)  # type: ignore[arg-type]  # of a model without a shared space `projected` alone is None
 
 
 @torch.inference_mode()

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from trivium.bundle import Bundle
 from trivium.data.decode import DecodeError
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import features, retrieval
 from trivium.evaluate.embedded import Evaluation
-from trivium.load import Bundle
 from trivium.train.protocol import Source
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trivium.bundle import Bundle
 from trivium.data.transforms import normalize
 from trivium.data.views import WHOLE, Views
-from trivium.load import Bundle
 
 GREY = 190
 

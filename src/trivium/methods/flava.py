@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.layers.attention import padded_index
-from trivium.models.flava import MAX_LOGIT_SCALE, Encoded, Flava
+from trivium.models.encoded import Encoded
+from trivium.models.flava import MAX_LOGIT_SCALE, Flava
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.objectives.contrastive import contrastive
 from trivium.objectives.masked import masked_prediction

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from trivium.layers.embeddings import BertEmbeddings, PatchEmbedding, interpolate_positions, prepend
 from trivium.layers.heads import MaskedHead, MatchingHead
 from trivium.layers.transformer import PreNormEncoder
+from trivium.models.encoded import Encoded
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -71,37 +71,6 @@ SIZES = {
     ),
     "base": FlavaConfig(),
 }  # fmt: skip
-
-
-class Encoded:
-    """What an encoder made of a batch. Norm and projection are computed at first use: most passes need only one.
-
-    states: [B, L, D] before the final norm: what `fuse` takes; [B, Q, D] where `rows` asked for Q positions.
-    mask: bool [B, L], True = a real position; None = all real.
-    """
-
-    def __init__(self, states: Tensor, mask: Tensor | None, norm: nn.Module, projection: nn.Module | None) -> None:
-        self.states = states
-        self.mask = mask
-        self._norm = norm
-        self._projection = projection
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """[B, L, D] after the final norm, the class token first."""
-        return self._norm(self.states)
-
-    @cached_property
-    def pooled(self) -> Tensor:
-        """[B, D]: the class token after the final norm."""
-        return self._norm(self.states[:, 0])
-
-    @cached_property
-    def projected(self) -> Tensor:
-        """[B, D] of unit length, in the space that images and texts share. Not for a fused pair."""
-        assert self._projection is not None, "a fused pair has no place in the contrastive space"
-        rows = self._projection(self.pooled)
-        return nn.functional.normalize(rows.float() if rows.dtype == torch.bfloat16 else rows, dim=-1)
 
 
 class ImageEncoder(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from trivium.bundle import Bundle
 from trivium.data.codes import CodeCache
 from trivium.data.loader import evaluation_batches
 from trivium.data.mixture import StreamMixture
@@ -18,11 +19,12 @@ from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
-from trivium.load import Bundle, image_tokenizer_hash, load, open_own
+from trivium.evaluate.embedded import Evaluation
+from trivium.load import image_tokenizer_hash, load, open_own
 from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
-from trivium.recipes import limits
+from trivium.recipes import limits, validation
 from trivium.recipes.bert import Bert
 from trivium.recipes.data import (
     Data,
@@ -32,15 +34,17 @@ from trivium.recipes.data import (
     make_image_tokenizer,
     make_streams,
     make_tokenizer,
+    noticed,
     open_sources,
 )
+from trivium.recipes.prepared import Losses, Prepared, on_pairs
 from trivium.recipes.priors import start_at_frequencies
-from trivium.train import step as train_step
+from trivium.recipes.validation import Validation
 from trivium.train.budget import memory_dial_named
 from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
-from trivium.train.protocol import Batch, Images, Key, Method, Source, Texts
+from trivium.train.protocol import Method, Source
 from trivium.train.trainer import Run, Train
 
 HEADS = ("*_head.decoder.weight",)
@@ -95,7 +99,7 @@ class FlavaRecipe:
         init, init_text = (None if path is None else absolute(path) for path in (self.init, self.init_text))
         return replace(self, data=self.data.with_absolute_paths(), init=init, init_text=init_text)
 
-    def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> Prepared:
+    def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedFlava:
         """Open the data, make or read tokenizer and codebook, build model and method.
 
         Args:
@@ -145,33 +149,48 @@ def flava(size: str = "tiny") -> FlavaRecipe:
 
 
 @dataclass
-class Prepared:
-    """A recipe with its parts in memory."""
+class PreparedFlava(Prepared):
+    """FLAVA's run with its parts in memory."""
 
-    recipe: FlavaRecipe  # as it runs: with the vocabulary and the codes that were found
-    run: Run
+    recipe: FlavaRecipe  # with the vocabulary and the codes that were found
     sources: Sources
-    bundle: Bundle  # of the model that is being trained
-    validation: dict[str, list[Batch]]  # stream -> held-out batches
-    mixture_of: Callable[[Train], StreamMixture]
-    name: str  # of the recipe, and its arguments, as config.json states them
-    arguments: dict[str, Any]
-    notes: list[str]  # sentences on what the model starts from, where there is something to say
+    validation: Validation
 
-    def with_train(self, **changes: Any) -> Prepared:
-        """The same with some values of `train` settled: nothing is opened or learned again."""
-        recipe = replace(self.recipe, train=replace(self.recipe.train, **changes))
-        run = replace(
-            self.run,
-            train=recipe.train,
-            mixture=self.mixture_of(recipe.train),
-            evaluate=_measures(self.validation, recipe),
-            config=Config(self.name, self.arguments, leaves(recipe)),
-        )
-        return replace(self, recipe=recipe, run=run)
+    def measures(self, recipe: FlavaRecipe) -> Callable[[Method], dict[str, Any]]:
+        return validation.measures(self.validation, recipe.train.seed, recipe.rows_at_once)
+
+    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
+        assert self.bundle is not None
+        recipe = self.recipe
+        if final is None:
+            if self.validation:
+                say("validation losses")
+            final = validation.losses(self.run.method, self.validation, recipe.train.seed, recipe.rows_at_once)
+        chance = self.chance() if self.validation else {}
+        found = on_pairs(self.bundle, recipe.data, self.sources, say)
+        if not recipe.validate:
+            found.not_applicable.append("losses on held-out samples: --validate is 0")
+        return found, {name: (final[name], chance[name]) for name in final}
+
+    def chance(self) -> dict[str, float]:
+        """What each validation loss is for a guess from the labels' frequencies alone (see evaluate/losses.py)."""
+        method, config = self.run.method, self.recipe.model
+        assert isinstance(method, FlavaMethod)
+        rows = self.recipe.rows_at_once
+        pieces = validation.all_pieces(self.validation, rows)
+        with memory_dial_named("the image tokenizer", rows):
+            labels = losses.labels_of(pieces, lambda batch: method.codes(batch, torch.arange(len(batch))).cpu())
+        num_classes = {"mim": config.num_codes, "mmm_image": config.num_codes}
+        num_classes |= {"mlm": config.vocab_size, "mmm_text": config.vocab_size}
+        sizes = [len(batch) for batch in self.validation.get("pairs", [])]
+        # The last batch may be smaller; each pair counts in its own, so the logarithms are weighted by their pairs.
+        mean_size = math.exp(sum(size * math.log(size) for size in sizes) / sum(sizes)) if sizes else 1.0
+        sigmoid = self.recipe.objectives.contrastive_form == "sigmoid"
+        found = losses.chances(labels, num_classes, self.recipe.data.false_pairs, mean_size, sigmoid)
+        return found if sizes else {name: found[name] for name in labels}
 
 
-def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> Prepared:
+def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> PreparedFlava:
     limits.check(leaves(recipe))
     _check_sorting(recipe)
     data, seed = recipe.data, recipe.train.seed
@@ -228,12 +247,13 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         rows = replace(recipe, train=train).rows_at_once
         return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, data.schedule, train.workers)
 
-    validation = {
+    held_out = {
         s.name: list(evaluation_batches(s.source, s.collate, data.batch, recipe.validate, s.name))
         for s in make_streams(data, sources, views, patch, tokenizer, codes, stream_names, train=False)
         if recipe.validate
     }
-    notes += [f"validation: {bad}" for batches in validation.values() for batch in batches for bad in batch.bad]
+    notes += [f"validation: {bad}" for batches in held_out.values() for batch in batches for bad in batch.bad]
+    notes += noticed(sources)
     recipe = replace(recipe, model=model_config)
     run = Run(
         method,
@@ -242,10 +262,10 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         recipe.train,
         export=bundle.save,
         config=Config(name, arguments, leaves(recipe)),
-        evaluate=_measures(validation, recipe),
+        evaluate=validation.measures(held_out, recipe.train.seed, recipe.rows_at_once),
         blocks=model.blocks,
     )
-    return Prepared(recipe, run, sources, bundle, validation, mixture_of, name, arguments, notes)
+    return PreparedFlava(recipe, run, bundle, mixture_of, name, arguments, notes, sources, held_out)
 
 
 def _open_start(recipe: FlavaRecipe, given: str | Bundle | None) -> tuple[Bundle | None, FlavaConfig]:
@@ -341,59 +361,3 @@ def _image_side(
         image_tokenizer = make_image_tokenizer(recipe.data, sources, views, config, recipe.train.seed)
     codebook_size = image_tokenizer.input_size(size, config.patch_size)
     return views if codebook_size == size else replace(views, codebook_size=codebook_size), image_tokenizer
-
-
-def _measures(validation: dict[str, list[Batch]], recipe: FlavaRecipe) -> Callable[[Method], dict[str, Any]]:
-    seed, rows = recipe.train.seed, recipe.rows_at_once
-    return lambda method: {"losses": validation_losses(method, validation, seed, rows)}
-
-
-def _micro_batches(batch: Batch, rows: int) -> list[Batch]:
-    """A batch in pieces of `rows` rows, padded as the whole: pads may be seen (`model.pads_visible`)."""
-
-    def piece(number: int, part: slice) -> Batch:
-        return replace(
-            batch,
-            rows_B=batch.rows_B[part],
-            places_B=batch.places_B[part],
-            images=tuple(Images(images.pixels_BCHW[part], images.same_B[part]) for images in batch.images),
-            texts=tuple(Texts(text.ids_BT[part], text.mask_BT[part], text.same_B[part]) for text in batch.texts),
-            targets={name: target[part] for name, target in batch.targets.items()},  # FLAVA's are a row each
-            number=number,
-        )
-
-    return [piece(first // rows, slice(first, first + rows)) for first in range(0, len(batch), rows)]
-
-
-def validation_losses(
-    method: Method, validation: dict[str, list[Batch]], seed: int, micro_batch: int
-) -> dict[str, float]:
-    """Mean of each loss over the held-out samples, in eval mode with fixed masks.
-
-    Contrastive rows see their whole batch, whatever the micro-batch. Raises OutOfMemory.
-    """
-    found: dict[str, float] = {}
-    for stream, batches in validation.items():
-        pieces = (_micro_batches(batch, micro_batch) for batch in batches)
-        with memory_dial_named(f"validation on stream {stream}", micro_batch):
-            found |= train_step.measure(method, pieces, Key(seed, stream, 0))
-    return found
-
-
-def chance_of(prepared: Prepared) -> dict[str, float]:
-    """What each validation loss is for a guess from the labels' frequencies alone (see evaluate/losses.py)."""
-    method, config = prepared.run.method, prepared.recipe.model
-    assert isinstance(method, FlavaMethod)
-    rows = prepared.recipe.rows_at_once
-    batches = [batch for stream in prepared.validation.values() for batch in stream]
-    pieces = (piece for batch in batches for piece in _micro_batches(batch, rows))
-    with memory_dial_named("the image tokenizer", rows):
-        labels = losses.labels_of(pieces, lambda batch: method.codes(batch, torch.arange(len(batch))).cpu())
-    num_classes = {"mim": config.num_codes, "mmm_image": config.num_codes}
-    num_classes |= {"mlm": config.vocab_size, "mmm_text": config.vocab_size}
-    sizes = [len(batch) for batch in prepared.validation.get("pairs", [])]
-    # The last batch may be smaller; each pair counts in its own, so the logarithms are weighted by their pairs.
-    mean_size = math.exp(sum(size * math.log(size) for size in sizes) / sum(sizes)) if sizes else 1.0
-    sigmoid = prepared.recipe.objectives.contrastive_form == "sigmoid"
-    found = losses.chances(labels, num_classes, prepared.recipe.data.false_pairs, mean_size, sigmoid)
-    return found if sizes else {name: found[name] for name in labels}

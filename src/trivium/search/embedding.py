@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trivium.bundle import Bundle
 from trivium.data.decode import DecodeError
 from trivium.data.files import PICTURE_SUFFIXES, TEXT_LIMIT, walk
 from trivium.errors import TriviumError
-from trivium.load import Bundle
-from trivium.models.flava import Encoded
+from trivium.models.encoded import Encoded
 from trivium.search.index import unit_rows
 from trivium.search.table import Row
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from trivium.bundle import Bundle
 from trivium.errors import TriviumError
-from trivium.load import Bundle
 from trivium.manifest import file_beside
 
 METADATA = b"trivium"

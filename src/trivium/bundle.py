@@ -1,0 +1,213 @@
+"""A model with all that it takes to use it; pictures and strings in, tensors out.
+
+A *model folder* is a Bundle on disk: config.json, model.safetensors (or shards of it and their index),
+preprocessor.json, where there is one tokenizer.json, labels.json and image_tokenizer.safetensors, and a manifest.json
+with the checksum of each.
+
+B batch, C channels, H height, W width, T text tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from trivium.data.tokenizer import Tokenizer
+from trivium.data.transforms import ImageTransform, normalize
+from trivium.errors import TriviumError
+from trivium.manifest import write_manifest, written_beside
+from trivium.models.encoded import Encoded, EncodesImage, EncodesText, Fuses, Matches
+from trivium.models.image_tokenizer import ImageTokenizer
+from trivium.tensor_files import SHARD_BYTES, save_tensors
+
+Picture = str | Path | bytes | Image.Image | np.ndarray
+Pictures = Picture | Sequence[Picture] | Tensor
+Strings = str | Sequence[str]
+Ability = TypeVar("Ability")
+
+
+@dataclass
+class Bundle:
+    """A model with its tokenizer, image transform, image tokenizer and label names.
+
+    Nothing here trains: every method runs in eval mode without gradients, on the device where the model is.
+    """
+
+    family: str
+    model: nn.Module
+    tokenizer: Tokenizer | None
+    transform: ImageTransform  # of no meaning where the model reads no pictures
+    image_tokenizer: ImageTokenizer | None = None
+    labels: list[str] | None = None
+    max_length: int = 512  # tokens of a text, with [CLS] and [SEP]; longer ones are cut
+    false_pairs: float | None = None  # share of them when matching was trained; None: not known
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode_image(self, pictures: Pictures, batch: int = 32) -> Encoded:
+        """One picture or several -> `Encoded` of B rows.
+
+        Args:
+            pictures: paths, encoded bytes, Pillow pictures or uint8 arrays [H, W, 3], prepared by `transform`; or a
+                tensor [B, 3, H, W], uint8 or float in [0, 1], taken as it is.
+            batch: pictures that go through the model at once.
+        """
+        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
+            pictures = [pictures]
+        return self._joined(list(self.images(pictures, batch)), "no picture to encode")
+
+    def images(self, pictures: Iterable[Picture] | Tensor, batch: int = 32) -> Iterator[Encoded]:
+        """`encode_image` piece by piece, reading pictures only when their turn comes: for more than memory holds."""
+        model = self._able(EncodesImage, "reads no pictures")  # type: ignore[type-abstract]
+        rest = iter(pictures)
+        while several := list(islice(rest, batch)):
+            pixels_BCHW = torch.stack([self._pixels(one, pictures) for one in several]).to(self.device)
+            if pixels_BCHW.is_floating_point():
+                if not 0 <= float(pixels_BCHW.min()) <= float(pixels_BCHW.max()) <= 1:
+                    raise TriviumError("float pixels must lie in [0, 1]: divide by 255, and do not normalise them")
+                pixels_BCHW = pixels_BCHW * 255
+            dtype = next(self.model.parameters()).dtype
+            with _evaluating(self.model):
+                mean, std = self.transform.mean, self.transform.std
+                yield model.encode_image(normalize(pixels_BCHW, mean, std, dtype)).settled()
+
+    def encode_text(self, texts: Strings, batch: int = 64) -> Encoded:
+        """One string or several -> `Encoded` of B rows, padded to the longest (at most `max_length` tokens)."""
+        model = self._able(EncodesText, "reads no texts")  # type: ignore[type-abstract]
+        if self.tokenizer is None:
+            raise TriviumError(
+                "this checkpoint came without a tokenizer: set bundle.tokenizer = Tokenizer.from_file(...) to the one "
+                "that it was trained with"
+            )
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return self._joined([], "no text to encode")
+        ids_BT, mask_BT = self.tokenizer.pad(self.tokenizer.encode(texts, self.max_length))
+        parts = []
+        for ids, mask in zip(ids_BT.split(batch), mask_BT.split(batch), strict=True):
+            with _evaluating(self.model):
+                parts.append(model.encode_text(ids.to(self.device), mask.to(self.device)).settled())
+        return self._joined(parts, "no text to encode")
+
+    def fuse(self, image: Encoded, text: Encoded) -> Encoded:
+        """Pictures and texts read together, row by row; a single picture or text is paired with every row."""
+        model = self._able(Fuses, "does not read a picture and a text together")  # type: ignore[type-abstract]
+        rows = max(len(image.states), len(text.states))
+        for name, encoded in (("pictures", image), ("texts", text)):
+            if len(encoded.states) not in (1, rows):
+                raise TriviumError(f"{len(image.states)} pictures and {len(text.states)} texts do not pair up: give as "
+                                   f"many {name} as the others, or one")  # fmt: skip
+        with _evaluating(self.model):
+            return model.fuse(image.repeated(rows), text.repeated(rows)).settled()
+
+    def match(self, pictures: Pictures | Encoded, texts: Strings | Encoded) -> Tensor:
+        """Probability [B] that picture and text of a row belong together."""
+        model = self._able(Matches, "has no head that matches pictures with texts")  # type: ignore[type-abstract]
+        image = pictures if isinstance(pictures, Encoded) else self.encode_image(pictures)
+        text = texts if isinstance(texts, Encoded) else self.encode_text(texts)
+        fused = self.fuse(image, text)
+        with _evaluating(self.model):
+            return model.match(fused).float().softmax(-1)[:, 1]
+
+    def save(
+        self, folder: str | Path, weights: Mapping[str, Tensor] | None = None, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        """Write a model folder: beside, then renamed into place. `folder` must not exist, or be empty.
+
+        Args:
+            weights: written in place of the model's own: a copy of them, say, while the model trains on.
+            shard_bytes: weights that take more are written in several files with an index.
+
+        Raises:
+            TriviumError: the folder holds something, or cannot be written; nothing half-written stays.
+        """
+        with written_beside(Path(folder)) as beside:
+            config = {
+                "family": self.family,
+                "model": self.model.config_dict(),  # type: ignore[operator]
+                "max_length": self.max_length,
+                "false_pairs": self.false_pairs,
+                "image_tokenizer": image_tokenizer_entry(self.image_tokenizer),
+            }
+            (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            weights = self.model.state_dict() if weights is None else weights
+            save_tensors(weights, beside / "model.safetensors", shard_bytes)
+            if isinstance(self.model, EncodesImage):
+                (beside / "preprocessor.json").write_text(self.transform.to_json(), encoding="utf-8")
+            if self.tokenizer is not None:
+                self.tokenizer.save(beside / "tokenizer.json")
+            if self.labels is not None:
+                labels = json.dumps(self.labels, indent=1, ensure_ascii=False) + "\n"
+                (beside / "labels.json").write_text(labels, encoding="utf-8")
+            if self.image_tokenizer is not None:
+                save_tensors(self.image_tokenizer.state_dict(), beside / "image_tokenizer.safetensors")
+            write_manifest(beside)
+
+    def _pixels(self, picture: Picture | Tensor, given: Any) -> Tensor:
+        """uint8 or float [3, H, W] of one picture."""
+        if isinstance(given, Tensor):
+            assert isinstance(picture, Tensor)
+            if given.ndim != 4 or given.shape[1] != 3:
+                raise TriviumError(f"a tensor of pictures is [B, 3, H, W], this one {list(given.shape)}")
+            patch: int = self.model.config.patch_size  # type: ignore[union-attr, assignment]
+            if given.shape[2] % patch or given.shape[3] % patch:
+                raise TriviumError(
+                    f"pictures of {given.shape[2]} x {given.shape[3]} pixels cannot be cut into patches of {patch}:"
+                    " resize them to multiples of it"
+                )
+            return picture
+        if isinstance(picture, str | Path):
+            try:
+                return self.transform(Path(picture).read_bytes())
+            except (OSError, ValueError) as error:
+                raise TriviumError(f"{picture}: cannot be read as a picture ({error}): leave it out") from None
+        if isinstance(picture, np.ndarray) and not (picture.dtype == np.uint8 and picture.shape[2:] == (3,)):
+            raise TriviumError(f"an array is uint8 [H, W, 3], this one {picture.dtype} {list(picture.shape)}")
+        if not isinstance(picture, bytes | np.ndarray | Image.Image):
+            raise TriviumError(
+                f"a picture is a path, bytes, a Pillow picture or an array, not {type(picture).__name__}"
+            )
+        try:
+            return self.transform(picture)
+        except ValueError as error:
+            raise TriviumError(f"a picture cannot be decoded ({error}): leave it out") from None
+
+    def _joined(self, parts: list[Encoded], nothing: str) -> Encoded:
+        if not parts:
+            raise TriviumError(f"{nothing}: the list is empty")
+        with _evaluating(self.model):
+            return Encoded.joined(parts).settled()
+
+    def _able(self, ability: type[Ability], lacking: str) -> Ability:
+        """The model as one that has this ability. Raises TriviumError where its family has not."""
+        if not isinstance(self.model, ability):
+            raise TriviumError(f"this model ({self.family}) {lacking}: use one of a family that does")
+        return self.model
+
+
+def image_tokenizer_entry(tokenizer: ImageTokenizer | None) -> dict[str, Any] | None:
+    return None if tokenizer is None else {"kind": tokenizer.kind, **tokenizer.config_dict()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards the mode that was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

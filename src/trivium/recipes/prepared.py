@@ -1,0 +1,83 @@
+"""A recipe with its parts in memory: what the verbs ask of a run, whatever its family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from trivium.bundle import Bundle
+from trivium.data.mixture import StreamMixture
+from trivium.evaluate import embedded, pairs
+from trivium.evaluate.embedded import Evaluation
+from trivium.recipes.data import Data, Sources
+from trivium.train.config import Config, leaves
+from trivium.train.protocol import Method
+from trivium.train.trainer import Run, Train
+
+Losses = dict[str, tuple[float, float]]  # name -> (on held-out samples, for a guess from the labels' frequencies)
+
+NOTHING_HELD_OUT = (
+    "nothing was held out: give --data.validation captioned pictures that are not trained on, or measure the run on"
+    " some with trivium evaluate RUN --pairs"
+)
+
+
+@dataclass
+class Prepared(ABC):
+    """What `prepare` of a recipe returns."""
+
+    recipe: Any  # a dataclass with `train` and `with_absolute_paths`, as it runs
+    run: Run
+    bundle: Bundle | None  # of the model that is being trained; None: it is an image tokenizer
+    mixture_of: Callable[[Train], StreamMixture]
+    name: str  # of the recipe, and its arguments, as config.json states them
+    arguments: dict[str, Any]
+    notes: list[str]  # sentences on what the model starts from and what of the data is cut, for the start of a run
+
+    @abstractmethod
+    def measures(self, recipe: Any) -> Callable[[Method], dict[str, Any]] | None:
+        """What `run.evaluate` is, where `recipe` is this one with other values of `train`."""
+
+    @abstractmethod
+    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
+        """What a run is measured on when it ends, and its losses on held-out samples.
+
+        say: told the name of each part as it begins. final: the losses, where they are known already.
+        """
+
+    def with_train(self, **changes: Any) -> Self:
+        """The same with some values of `train` settled: nothing is opened or learned again."""
+        recipe = replace(self.recipe, train=replace(self.recipe.train, **changes))
+        run = replace(
+            self.run,
+            train=recipe.train,
+            mixture=self.mixture_of(recipe.train),
+            evaluate=self.measures(recipe),
+            config=Config(self.name, self.arguments, leaves(recipe)),
+        )
+        return replace(self, recipe=recipe, run=run)
+
+
+def on_pairs(bundle: Bundle, data: Data, sources: Sources, say: Callable[[str], None]) -> Evaluation:
+    """The embedded drawings where a run was trained on them, else its validation pairs, where it has any."""
+    if data.is_embedded:
+        return on_drawings(bundle, say)
+    if sources.validation_pairs is None:
+        return Evaluation(not_applicable=[NOTHING_HELD_OUT])
+    say("retrieval on the validation pairs")
+    return pairs.run(bundle, sources.validation_pairs)
+
+
+def on_drawings(bundle: Bundle, say: Callable[[str], None]) -> Evaluation:
+    """What a model can do on the embedded drawings, as far as its abilities go."""
+    if bundle.false_pairs is not None:
+        return embedded.run(bundle, bundle.false_pairs, say)
+    found = embedded.run(bundle, say=say)
+    if "itm.accuracy" in found.results:
+        found.not_applicable.append(
+            "itm.accuracy takes half of the training pairs as false, since this model does not say how many were:"
+            " evaluate its run folder, where there is one, for the exact figure"
+        )
+    return found

@@ -1,0 +1,56 @@
+"""Losses on held-out samples, in the middle of a run and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from trivium.train import step as train_step
+from trivium.train.budget import memory_dial_named
+from trivium.train.protocol import Batch, Images, Key, Method, Texts
+
+Validation = dict[str, list[Batch]]  # stream -> held-out batches
+
+
+def losses(method: Method, validation: Validation, seed: int, micro_batch: int) -> dict[str, float]:
+    """Mean of each loss over the held-out samples, in eval mode with fixed masks.
+
+    Contrastive rows see their whole batch, whatever the micro-batch. Raises OutOfMemory.
+    """
+    found: dict[str, float] = {}
+    for stream, batches in validation.items():
+        pieces = (micro_batches(batch, micro_batch) for batch in batches)
+        with memory_dial_named(f"validation on stream {stream}", micro_batch):
+            found |= train_step.measure(method, pieces, Key(seed, stream, 0))
+    return found
+
+
+def measures(validation: Validation, seed: int, micro_batch: int) -> Callable[[Method], dict[str, Any]]:
+    """What a trainer calls: the losses of a method."""
+    return lambda method: {"losses": losses(method, validation, seed, micro_batch)}
+
+
+def micro_batches(batch: Batch, rows: int) -> list[Batch]:
+    """A batch in pieces of `rows` rows, padded as the whole: pads may be seen (`model.pads_visible`).
+
+    Every tensor of its targets has one entry for each row.
+    """
+
+    def piece(number: int, part: slice) -> Batch:
+        return replace(
+            batch,
+            rows_B=batch.rows_B[part],
+            places_B=batch.places_B[part],
+            images=tuple(Images(images.pixels_BCHW[part], images.same_B[part]) for images in batch.images),
+            texts=tuple(Texts(text.ids_BT[part], text.mask_BT[part], text.same_B[part]) for text in batch.texts),
+            targets={name: target[part] for name, target in batch.targets.items()},
+            number=number,
+        )
+
+    return [piece(first // rows, slice(first, first + rows)) for first in range(0, len(batch), rows)]
+
+
+def all_pieces(validation: Validation, rows: int) -> Iterator[Batch]:
+    """Every held-out batch, in pieces of `rows` rows."""
+    return (piece for batches in validation.values() for batch in batches for piece in micro_batches(batch, rows))
