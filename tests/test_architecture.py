@@ -14,9 +14,9 @@ EVERYWHERE = "errors manifest tensor_files __version__"
 ROOMS = {  # what a room may import beside itself and EVERYWHERE
     "layers": "", "models": "layers", "objectives": "", "methods": "models objectives layers train.protocol",
     "data": "train.protocol", "train": "", "convert": "models", "bundle": "models data.tokenizer data.transforms",
-    "load": "bundle models convert data.tokenizer data.transforms",
+    "hub": "", "load": "bundle hub models convert data.tokenizer data.transforms",
     "evaluate": "bundle load models.encoded data train.protocol",
-    "recipes": "methods models data train evaluate bundle load",
+    "recipes": "methods models data train evaluate bundle load hub",
 }  # fmt: skip
 NUMERIC = {"torch", "numpy", "scipy", "safetensors", "trivium"}
 ONLY_IN = {
@@ -24,6 +24,7 @@ ONLY_IN = {
     "simplejpeg": "data/decode.py",
     "tensorboard": "train/logs.py",
     "fsspec": "data/remote.py",
+    "huggingface_hub": "hub.py",
     "aiohttp": "data/remote.py",
 }
 

@@ -30,6 +30,7 @@ from trivium.convert.weights import State, listed, read_json, read_weights
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
+from trivium.hub import located
 from trivium.manifest import newest_checkpoint, verify_manifest, write_manifest, written_beside
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.encoded import EncodesImage
@@ -39,6 +40,7 @@ from trivium.models.patch_codebook import PatchCodebook
 from trivium.tensor_files import save_tensors
 
 FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {"flava": (FlavaConfig, Flava)}
+
 # ------------------------------------------------------------------------------------------------------- opening
 
 
@@ -47,17 +49,18 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
 
     Args:
         path: a run folder (its newest sound checkpoint), a checkpoint, a model folder, or a foreign checkpoint (a
-            file or a folder; see `trivium.convert`), which is converted in memory.
+            file or a folder, or "hf-hub:owner/name"; see `trivium.convert`), which is converted in memory.
 
     Raises:
         TriviumError: nothing there, damaged files (named), another family; one sentence.
     """
     said: list[str] = []
-    folder = model_folder(Path(path), said)
+    path = located(path)
+    folder = model_folder(path, said)
     if folder is not None:
         bundle = open_own(folder)
     else:
-        foreign = read_foreign(Path(path))
+        foreign = read_foreign(path)
         bundle, said = bundle_of(foreign), foreign.said
     for sentence in said:
         warnings.warn(sentence, stacklevel=2)
@@ -73,8 +76,9 @@ def load_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -
     Raises:
         TriviumError: as `load`; or there is none.
     """
-    folder = model_folder(Path(path), [])
-    tokenizer = read_foreign(Path(path)).image_tokenizer if folder is None else _own_image_tokenizer(folder)
+    path = located(path)
+    folder = model_folder(path, [])
+    tokenizer = read_foreign(path).image_tokenizer if folder is None else _own_image_tokenizer(folder)
     if tokenizer is None:
         raise TriviumError(f"{path} holds no image tokenizer")
     return tokenizer.to(device)
@@ -205,7 +209,7 @@ def bundle_of(foreign: Foreign) -> Bundle:
 
 def load_bert(path: str | Path) -> tuple[State, Tokenizer | None]:
     """The tensors of a BERT in Hugging Face's layout (a folder or a file), and the tokenizer that lies with them."""
-    path = Path(path)
+    path = located(path)
     return read_weights(path), foreign_tokenizer(path if path.is_dir() else path.parent)
 
 

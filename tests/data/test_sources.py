@@ -102,6 +102,8 @@ def test_a_caption_of_ten_megabytes_is_cut_and_counted(pictures: Path) -> None:
     text = source.read(3, 3)["text"]
     assert TEXT_LIMIT - 8 < len(text) <= TEXT_LIMIT
     assert set(text.split()) <= {"größer", "g", "gr", "grö", "größ", "größe"}
+    (pictures / "a" / "1.txt").write_text("short\n" * 50_000)  # more bytes than are read, in lines that are not cut
+    assert source.cut_texts() == 2
 
 
 def test_an_empty_a_missing_and_a_mistaken_folder(tmp_path: Path, pictures: Path) -> None:

@@ -34,6 +34,7 @@ def convert(
     Raises TriviumError as `trivium.load` does, where a layout has no place for this model, and where `out` is taken.
     """
     from trivium.convert import FORMATS, read_foreign
+    from trivium.hub import located
     from trivium.load import bundle_of, model_folder, open_own, save_image_tokenizer
 
     if to not in FORMATS:
@@ -44,6 +45,7 @@ def convert(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):  # told before anything is read, and said
         raise TriviumError(f"{out} exists already and is not empty: name a new folder, or remove it first")
     said: list[str] = []
+    path = located(path)
     folder = model_folder(path, said) if from_ is None else None
     if folder is not None:
         bundle = open_own(folder)
@@ -114,7 +116,10 @@ def _write_processor(bundle: Bundle, folder: Path) -> None:
         return
     bundle.tokenizer.save(folder / "tokenizer.json")
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    _write_json(folder / "tokenizer_config.json", processor.tokenizer_to_hf(tokenizer, bundle.max_length))
+    _write_json(
+        folder / "tokenizer_config.json",
+        processor.tokenizer_to_hf(tokenizer, bundle.tokenizer.specials, bundle.max_length),
+    )
     if tokenizer["model"]["type"] == "WordPiece":
         pieces = "\n".join(processor.vocabulary(tokenizer)) + "\n"
         (folder / "vocab.txt").write_text(pieces, encoding="utf-8")

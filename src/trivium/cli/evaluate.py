@@ -11,6 +11,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from trivium.errors import TriviumError
+from trivium.hub import is_id
 
 
 def evaluate(
@@ -35,7 +36,7 @@ def evaluate(
         device: cpu, cuda, or auto for the fastest there is.
     """
     begun = time.perf_counter()
-    if not path.exists():
+    if not is_id(path) and not path.exists():
         raise TriviumError(f"{path}: there is no such file or folder; give a run, a model folder or a checkpoint")
     is_run = (path / "checkpoints").is_dir()
     own = is_run and not pairs  # what a run measures of itself: its results.json is made anew

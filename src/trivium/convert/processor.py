@@ -8,13 +8,6 @@ from typing import Any
 from trivium.errors import TriviumError
 
 RESAMPLE = {"lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4}  # Pillow's numbers
-ROLES = {
-    "pad_token": ("[PAD]", "<pad>"),
-    "unk_token": ("[UNK]", "<unk>"),
-    "cls_token": ("[CLS]", "<s>"),
-    "sep_token": ("[SEP]", "</s>"),
-    "mask_token": ("[MASK]", "<mask>"),
-}
 
 
 def transform_from_hf(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,14 +63,13 @@ def processor_to_hf(
     }
 
 
-def tokenizer_to_hf(tokenizer: Mapping[str, Any], max_length: int) -> dict[str, Any]:
-    """The tokenizer_config.json that belongs to a tokenizer.json."""
-    known = {token["content"] for token in tokenizer.get("added_tokens", [])} | set(vocabulary(tokenizer))
+def tokenizer_to_hf(tokenizer: Mapping[str, Any], specials: Mapping[str, str], max_length: int) -> dict[str, Any]:
+    """The tokenizer_config.json that belongs to a tokenizer.json.
+
+    specials: role ("pad", "cls", ...) -> the token that has it.
+    """
     config: dict[str, Any] = {"processor_class": "FlavaProcessor", "model_max_length": max_length}
-    for role, names in ROLES.items():
-        there = [name for name in names if name in known]
-        if there:
-            config[role] = there[0]
+    config |= {f"{role}_token": name for role, name in specials.items()}
     if tokenizer["model"]["type"] == "WordPiece":
         normalizer = tokenizer.get("normalizer") or {}
         return config | {

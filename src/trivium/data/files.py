@@ -228,8 +228,11 @@ class Folder(RowSource):
             path = self._caption_file(row)
             return os.path.getsize(path) if os.path.exists(path) else 0
 
-        large = [row for row in range(len(self)) if self.kind == "pairs" and size(row) > TEXT_LIMIT]
-        return sum(len(line) > TEXT_LIMIT for row in large for line in self.captions(row))
+        sizes = {row: size(row) for row in range(len(self) if self.kind == "pairs" else 0)}
+        large = [row for row, bytes_ in sizes.items() if bytes_ > TEXT_LIMIT]
+        cut = {row: sum(len(line) > TEXT_LIMIT for line in self.captions(row)) for row in large}
+        # Of a file above the bytes that are read its end is cut, however short its lines are.
+        return sum(max(number, sizes[row] > 4 * TEXT_LIMIT) for row, number in cut.items())
 
     def _caption_file(self, row: int) -> str:
         return os.path.splitext(self.where(row)[0])[0] + ".txt"

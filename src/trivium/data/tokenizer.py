@@ -50,10 +50,9 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._origin = origin  # how messages name it
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        self._roles = {
-            role: next((vocabulary[name] for name in names if name in vocabulary), None)
-            for role, names in ROLES.items()
-        }
+        found = {role: next((name for name in names if name in vocabulary), None) for role, names in ROLES.items()}
+        self.specials = {role: name for role, name in found.items() if name is not None}  # role -> token
+        self._roles = {role: None if name is None else vocabulary[name] for role, name in found.items()}
 
     @classmethod
     def wordpiece(cls, vocabulary: Sequence[str], lowercase: bool = True) -> Tokenizer:

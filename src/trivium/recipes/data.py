@@ -22,6 +22,7 @@ from trivium.data.sources import Concat, open_source
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.views import WHOLE, Views
 from trivium.errors import BadSample, TriviumError
+from trivium.hub import is_id
 from trivium.load import load_image_tokenizer
 from trivium.models.flava import FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
@@ -84,8 +85,8 @@ class Data:
 
 
 def absolute(path: str) -> str:
-    """A path as it reads from any folder; an address (https://...) as it is."""
-    return path if "://" in path else str(Path(path).absolute())
+    """A path as it reads from any folder; an address (https://...) or an id of a hub as it is."""
+    return path if "://" in path or is_id(path) else str(Path(path).absolute())
 
 
 @dataclass(frozen=True)
