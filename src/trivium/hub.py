@@ -22,7 +22,7 @@ def located(path: str | Path) -> Path:
     """Where a model lies on this machine: a path as it is, an id of the hub after its files were fetched.
 
     Raises:
-        TriviumError: the extra is not installed, the id has a wrong form, or the hub does not have it or is not reached.
+        TriviumError: the extra is not installed, the id has a wrong form, or the hub lacks it or is not reached.
     """
     if not is_id(path):
         return Path(path)
