@@ -30,7 +30,7 @@ def values(block: Callable[[Tensor], Tensor], parameters: list[Tensor], autocast
 
 @pytest.fixture
 def recompute(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    return lambda wanted: monkeypatch.setattr(transformer, "RECOMPUTE_GELU_FROM", 0 if wanted else D + 1)
+    return lambda wanted: monkeypatch.setattr(transformer, "RECOMPUTE_FROM", 0 if wanted else D + 1)
 
 
 @pytest.mark.parametrize("frozen", [(), ("mlp_out.weight",), ("mlp_out.weight", "mlp_out.bias"), ("mlp_in.weight",)])
