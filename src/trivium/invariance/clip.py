@@ -71,4 +71,4 @@ def make_batch(
     ids_BT[row_B, end_B] = config.vocab_size - 1 if config.end_id is None else config.end_id
     matched_B = ~torch.isin(row_B, torch.tensor(list(false_rows), dtype=torch.int64))
     texts = Texts(ids_BT, mask_BT, same_B=row_B.where(matched_B, row_B + rows))
-    return Batch("pairs", row_B, row_B.clone(), (Images(pixels_BCHW, row_B),), (texts,), {"matched": matched_B})
+    return Batch("pairs", row_B, row_B.clone(), (Images(pixels_BCHW, row_B.clone()),), (texts,), {"matched": matched_B})
