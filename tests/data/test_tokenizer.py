@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from tests.byte_pairs import PAIRS, openai_file
 from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
 from trivium.errors import TriviumError
 
@@ -304,8 +305,6 @@ def test_nothing_warns(vocabulary: list[str]) -> None:
 # ------------------------------------------------------------------------------------------- CLIP's byte pairs
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-MERGES = "i n,t h,a n,r e,o n,e r,o r,a n</w>,th e</w>,d o,do g</w>,i n</w>,in g</w>,' s</w>"
-PAIRS = [(left, right) for left, right in (merge.split() for merge in MERGES.split(","))]
 CLIP_HARD = [*CAPTIONS, *JAPANESE, "", "   ", "The DOG's  thing\tin\n1999, isn't it?", "Zoë's naïve e\u0301 👍 x" * 3,
              "they'll 'tis we've ''s --- $5.00", "\u00a0no\u2003break\u200b"]  # fmt: skip
 
@@ -330,13 +329,6 @@ def as_openai_does(text: str, merges: list[tuple[str, str]]) -> list[str]:
             pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
         found += pieces
     return found
-
-
-def openai_file(folder: Path, name: str = "bpe.txt", merges: list[tuple[str, str]] = PAIRS) -> Path:
-    text = "\n".join(['"bpe.txt#version: 0.2', *(f"{left} {right}" for left, right in merges)]) + "\n"
-    path = folder / name
-    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-    return path
 
 
 @pytest.mark.parametrize("text", CLIP_HARD)

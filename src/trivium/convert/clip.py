@@ -31,7 +31,7 @@ from trivium.convert import places as moving
 from trivium.convert.places import Place, pair
 from trivium.convert.weights import State
 from trivium.errors import TriviumError
-from trivium.models.clip import Clip, ClipConfig
+from trivium.models.clip import ActivationName, Clip, ClipConfig
 
 HEAD_WIDTH = 64  # of every published model of these layouts whose config does not say otherwise
 # Counting numbers, masks that can be made again, and sizes that OpenAI's archives hold beside the weights.
@@ -223,7 +223,9 @@ def config_to_hf(config: ClipConfig) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- OpenAI and open_clip
 
 
-def from_openai(state: Mapping[str, Tensor], activation: str, config: Mapping[str, Any]) -> tuple[ClipConfig, State]:
+def from_openai(
+    state: Mapping[str, Tensor], activation: ActivationName, config: Mapping[str, Any]
+) -> tuple[ClipConfig, State]:
     """A state dict in OpenAI's or open_clip's names -> ours. Sizes are read from the shapes.
 
     Args:
@@ -260,7 +262,7 @@ def to_openai(state: Mapping[str, Tensor], config: ClipConfig) -> State:
     return moving.give(state, places_openai(config))
 
 
-def config_from_shapes(state: Mapping[str, Tensor], activation: str) -> ClipConfig:
+def config_from_shapes(state: Mapping[str, Tensor], activation: ActivationName) -> ClipConfig:
     """Sizes of a CLIP in OpenAI's names. Heads are 64 wide, since no tensor tells.
 
     Raises:
@@ -364,11 +366,6 @@ def build(config: ClipConfig, state: Mapping[str, Tensor]) -> Clip:
         model = Clip(config)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model
-
-
-def transform_of(config: ClipConfig) -> dict[str, Any]:
-    """How pictures are prepared for every published model: the middle square, resized bicubically."""
-    return {"size": config.image_size, "crop": "center"}
 
 
 def _take(state: Mapping[str, Tensor], places: Iterator[Place], config: ClipConfig) -> State:

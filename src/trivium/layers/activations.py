@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.silu_backward(grad, x * QUICK)  # the slope within and the one outside cancel
 
 
-ACTIVATIONS = {
+ActivationName = Literal["gelu", "quick_gelu"]
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),  # exact (erf)
     "quick_gelu": Activation(quick_gelu, _quick_gelu_backward),  # CLIP's own weights
 }

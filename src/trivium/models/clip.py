@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trivium.layers.activations import ActivationName
 from trivium.layers.attention import causal
 from trivium.layers.embeddings import PatchEmbedding, interpolate_positions, prepend
 from trivium.layers.transformer import PreNormEncoder
@@ -46,7 +47,7 @@ class ClipConfig:
     max_length: int = 77  # text positions, those of the start and the end token too
     end_id: int | None = 49407  # a text is pooled where this id first stands; None: where the largest id does
     projection_width: int = 512
-    activation: str = "quick_gelu"  # or "gelu"
+    activation: ActivationName = "quick_gelu"
     start_logit_scale: float = 1 / 0.07  # what cosines are multiplied by at first; learned, at most 100
     eps: float = 1e-5  # of every LayerNorm
     dropout: float = 0.0
