@@ -216,6 +216,8 @@ def config_to_hf(config: ClipConfig) -> dict[str, Any]:
             "vocab_size": config.vocab_size,
             "max_position_embeddings": config.max_length,
             "eos_token_id": _LEGACY_END if config.end_id is None else config.end_id,
+            # Read by nobody here; the library's default, of the published vocabulary, has no place in a smaller one.
+            "bos_token_id": 49406 if config.vocab_size == 49408 else None,
         },
     }
 
