@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import side_by_side
 import torch
+from step_pair import StepPair
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import FlavaConfig as PeerConfig
@@ -29,8 +29,7 @@ from trivium.methods.flava_flops import useful_flops
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.train.initial import initialise
-from trivium.train.protocol import Batch, Images, Key, Texts
-from trivium.train.step import backward, step
+from trivium.train.protocol import Batch, Images, Texts
 
 MODALITIES = ("multimodal", "image", "text")
 PADDED = 77  # tokens
@@ -97,7 +96,7 @@ def peer_inputs(batch: Batch, method: FlavaMethod, modality: str) -> dict[str, T
     return {name: value.to(method.mean.device) for name, value in inputs.items()}
 
 
-class Pair:
+class Pair(StepPair):
     """The two models with the same weights, and a step of each."""
 
     def __init__(self, size: str, autocast: Callable[[], AbstractContextManager], device: torch.device) -> None:
@@ -110,17 +109,12 @@ class Pair:
         initialise(model, 0)
         codebook_state, codebook_config = codebook_to_hf(tokenizer)
         peer_config = config_to_hf(config, codebook_config)
-        self.peer = FlavaForPreTraining(PeerConfig.from_dict(peer_config)).train().to(device)
+        peer = FlavaForPreTraining(PeerConfig.from_dict(peer_config))
         state = to_hf(model.state_dict(), config)
         state |= {f"image_codebook.{name}": tensor for name, tensor in codebook_state.items()}
-        self.peer.load_state_dict(state, strict=False)
-        self.method = FlavaMethod(model, tokenizer.frozen(), Pixels((0.5,) * 3, (0.25,) * 3)).to(device)
-        options: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.1, "fused": True}
-        self.optimizer = torch.optim.AdamW(model.parameters(), **options)
-        self.peer_optimizer = torch.optim.AdamW([p for p in self.peer.parameters() if p.requires_grad], **options)
-        self.autocast = autocast
-        if device.type == "cuda":  # losses are compared in float32, convolutions of the peer included
-            torch.backends.cudnn.allow_tf32 = False
+        peer.load_state_dict(state, strict=False)
+        method = FlavaMethod(model, tokenizer.frozen(), Pixels((0.5,) * 3, (0.25,) * 3))
+        super().__init__(method, peer, autocast, device)
 
     def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """The transformer blocks of both, for compilation one by one."""
@@ -140,25 +134,8 @@ class Pair:
         theirs = ours if inputs == "equal" else make_batches(config, rows, padded, False)[modality]
         return ours, peer_inputs(theirs, self.method, modality)
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        return step(self.method, [batch], Key(0, batch.stream, 0), self.optimizer, autocast=self.autocast).losses
-
     def flops(self, batch: Batch) -> float:
         return useful_flops(self.method, batch)
-
-    def memory(self, batch: Batch | dict[str, Tensor]) -> int:
-        """Peak of a forward and backward above the state; a Batch is ours, a dict the peer's."""
-        if isinstance(batch, Batch):
-            key = Key(0, batch.stream, 0)
-            return memory_above_state(lambda: backward(self.method, [batch], key, self.autocast), self.optimizer)
-        return memory_above_state(lambda: self.peer_losses(batch)["total"].backward(), self.peer_optimizer)
-
-    def peer_step(self, inputs: dict[str, Tensor]) -> dict[str, float]:
-        self.peer_optimizer.zero_grad(set_to_none=True)
-        losses = self.peer_losses(inputs)
-        losses["total"].backward()
-        self.peer_optimizer.step()
-        return {name: value.item() for name, value in losses.items()}
 
     def peer_losses(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if "mim_labels" in inputs:
@@ -168,34 +145,6 @@ class Pair:
         names = {"global_contrastive": "contrastive"}
         found = {names.get(name, name): loss for name, loss in output.loss_info.items() if loss is not None}
         return found | {"total": output.loss}
-
-    def same_losses(self, batch: Batch, inputs: dict[str, Tensor]) -> None:
-        """Both sides in float32, or nothing is timed."""
-        autocast, self.autocast = self.autocast, nullcontext
-        self.method.zero_grad(set_to_none=True)
-        sums, counts, _ = backward(self.method, [batch], Key(0, batch.stream, 0))
-        self.method.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            theirs = self.peer_losses(inputs)
-        self.autocast = autocast
-        for name, value in sums.items():
-            mine, other = float(value / counts[name].clamp(min=1)), float(theirs[name])
-            assert abs(mine - other) <= 1e-5 * max(1.0, abs(other)), f"{name}: {mine} against the peer's {other}"
-            print(f"  {name}: {mine:.6f} = {other:.6f}")
-
-
-def memory_above_state(function: Callable[[], object], optimizer: torch.optim.Optimizer) -> int:
-    """Peak of a forward and backward above weights, gradients and optimizer state.
-
-    The gradients lie in memory before it begins: taken off afterwards they would count as if all had been there at
-    the peak, which stands where the backward begins.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter).zero_()  # written, so that it is resident
-    peak = side_by_side.peak_memory(function)
-    optimizer.zero_grad(set_to_none=True)
-    return peak
 
 
 # ---------------------------------------------------------------------------------------- steps without one trick
@@ -232,6 +181,8 @@ def patches_by_convolution(self: embeddings.PatchEmbedding, pixels: Tensor) -> T
 def three_projections(self: attention.SelfAttention, x: Tensor, mask: Any = None, rows: Any = None) -> Tensor:
     weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
     asked = x if rows is None else attention.take_rows(x, rows)
+    if rows is not None and mask is not None and mask.ndim == 3:
+        mask = attention.take_rows(mask.expand(len(x), -1, -1), rows)
     parts = [F.linear(a, w, b) for a, w, b in zip((asked, x, x), weights, biases, strict=True)]
     heads = [part.view(len(x), part.shape[1], self.num_heads, -1).transpose(1, 2) for part in parts]
     attended = attention.attend(heads[0], heads[1], heads[2], mask, 0.0)

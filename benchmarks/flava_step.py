@@ -35,14 +35,7 @@ def compare(pair: Pair, ours: dict[str, Batch], theirs: dict[str, Batch]) -> dic
     rows = {}
     for modality in MODALITIES:
         inputs = peer_inputs(theirs[modality], pair.method, modality)
-        times = side_by_side.interleaved(partial(pair.step, ours[modality]), partial(pair.peer_step, inputs))
-        memory = (pair.memory(ours[modality]), pair.memory(inputs))
-        rows[modality] = side_by_side.row(*times, memory)
-        print(
-            f"  {modality}: ours {rows[modality]['ours']:.2f} s, peer {rows[modality]['peer']:.2f} s, "
-            f"ratio {rows[modality]['ratio']:.2f}, memory ratio {rows[modality]['memory_ratio']:.2f}",
-            flush=True,
-        )
+        rows[modality] = pair.compare(modality, ours[modality], inputs)
     return rows
 
 

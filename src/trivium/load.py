@@ -32,6 +32,7 @@ from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.hub import located
 from trivium.manifest import newest_checkpoint, verify_manifest, write_manifest, written_beside
+from trivium.models.clip import Clip, ClipConfig
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.encoded import EncodesImage
 from trivium.models.flava import Flava, FlavaConfig
@@ -39,7 +40,7 @@ from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.patch_codebook import PatchCodebook
 from trivium.tensor_files import save_tensors
 
-FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {"flava": (FlavaConfig, Flava)}
+FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {"flava": (FlavaConfig, Flava), "clip": (ClipConfig, Clip)}
 
 # ------------------------------------------------------------------------------------------------------- opening
 
@@ -225,9 +226,11 @@ def start_text(model: Flava, bert: State) -> tuple[list[str], list[str]]:
 
 
 def foreign_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer.json or vocab.txt in a folder, where there is one."""
+    """The tokenizer.json, CLIP's vocab.json and merges.txt, or BERT's vocab.txt in a folder, where there is one."""
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_file(folder / "tokenizer.json")
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return Tokenizer.from_vocabulary_and_merges(folder / "vocab.json", folder / "merges.txt")
     if not (folder / "vocab.txt").is_file():
         return None
     pieces = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()

@@ -160,6 +160,17 @@ def test_whole_words_option() -> None:
         assert np.array_equal(prepared.selected_T[later], prepared.selected_T[later - 1])
 
 
+def test_a_family_that_predicts_nothing_gets_the_same_pairs_without_masks() -> None:
+    """And needs no mask token: CLIP's own vocabulary has none."""
+    masked = pair_collate()
+    without = PairCollate(ImageInput(VIEWS, patch=4, masked=False), TextInput(TOKENIZER, 32, probability=None))
+    batch, plain = batch_of(without, [4, 8, 15]), batch_of(masked, [4, 8, 15])
+    assert set(batch.targets) == {"matched"}
+    assert torch.equal(batch.images[0].pixels_BCHW, plain.images[0].pixels_BCHW)
+    assert torch.equal(batch.texts[0].ids_BT, plain.texts[0].ids_BT)
+    assert torch.equal(batch.texts[0].mask_BT, plain.texts[0].mask_BT)
+
+
 def test_mistakes_are_told() -> None:
     with pytest.raises(TriviumError, match="16 pixels cannot be cut into patches of 5"):
         ImageInput(VIEWS, patch=5)

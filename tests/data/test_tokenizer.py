@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from tests.byte_pairs import PAIRS, openai_file
 from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
 from trivium.errors import TriviumError
 
@@ -296,3 +300,113 @@ def test_nothing_warns(vocabulary: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Tokenizer.wordpiece(vocabulary).encode(HARD, 16)
+
+
+# ------------------------------------------------------------------------------------------- CLIP's byte pairs
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+CLIP_HARD = [*CAPTIONS, *JAPANESE, "", "   ", "The DOG's  thing\tin\n1999, isn't it?", "Zoë's naïve e\u0301 👍 x" * 3,
+             "they'll 'tis we've ''s --- $5.00", "\u00a0no\u2003break\u200b"]  # fmt: skip
+
+
+def as_openai_does(text: str, merges: list[tuple[str, str]]) -> list[str]:
+    """The pieces of a text by the published rule, one pair at a time."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [number for number in range(256) if number not in visible]
+    letters = {number: chr(number) for number in visible} | {n: chr(256 + i) for i, n in enumerate(hidden)}
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    text = re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip().lower()
+    # [^\W\d_] is a letter to `re`, as \p{L} is, but for what these texts do not hold.
+    words = re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", text)
+    found = []
+    for word in words:
+        pieces = [letters[byte] for byte in word.encode()]
+        pieces[-1] += "</w>"
+        while len(pieces) > 1:
+            rank, at = min((ranks.get(pair, 10**9), n) for n, pair in enumerate(zip(pieces, pieces[1:], strict=False)))
+            if rank == 10**9:
+                break
+            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+        found += pieces
+    return found
+
+
+@pytest.mark.parametrize("text", CLIP_HARD)
+def test_byte_pairs_are_openai_s_to_the_piece_and_hugging_face_s_to_the_id(tmp_path: Path, text: str) -> None:
+    from transformers import CLIPTokenizer
+
+    tokenizer = Tokenizer.from_file(openai_file(tmp_path))
+    [ids] = tokenizer.encode([text], 10_000)
+    vocabulary = json.loads(tokenizer._tokenizer.to_str())["model"]["vocab"]
+    pieces = {number: piece for piece, number in vocabulary.items()}
+    assert [pieces[number] for number in ids] == [START, *as_openai_does(text, PAIRS), END]
+    theirs = CLIPTokenizer(vocab=vocabulary, merges=list(PAIRS))
+    assert theirs(text)["input_ids"] == ids
+    # Their file, their two files and our own saved file are the same tokenizer.
+    theirs.save_pretrained(tmp_path / "hf")
+    tokenizer.save(tmp_path / "ours.json")
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    openai_file(tmp_path, "merges.txt")
+    for same in (
+        Tokenizer.from_file(tmp_path / "hf" / "tokenizer.json"),
+        Tokenizer.from_file(tmp_path / "ours.json"),
+        Tokenizer.from_vocabulary_and_merges(tmp_path / "vocab.json", tmp_path / "merges.txt"),
+        Tokenizer.from_file(openai_file(tmp_path, "again.txt.gz")),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ):
+        assert same.encode([text], 10_000) == [ids]
+        assert same.decode(ids) == tokenizer.decode(ids)
+
+
+def test_byte_pairs_of_a_text_and_back(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(openai_file(tmp_path))
+    assert (tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id) == (512 + len(PAIRS) + 2, 526, 527)
+    assert tokenizer.decode(tokenizer.encode(["The  dog in München"], 77)[0]) == "the dog in münchen"
+    assert tokenizer.encode([""], 77) == [[526, 527]]
+    cut = tokenizer.encode(["one two three four five"], 6)[0]
+    assert len(cut) == 6 and cut[-1] == tokenizer.sep_id
+    ids_BT, mask_BT = tokenizer.pad([[526, 5, 527], [526, 527]])
+    assert ids_BT.tolist() == [[526, 5, 527], [526, 527, 527]]  # the first end token counts
+    assert mask_BT.sum(1).tolist() == [3, 2]
+    with pytest.raises(TriviumError, match="has no mask token"):
+        _ = tokenizer.mask_id
+    with pytest.raises(TriviumError, match="marks where a word ends"):
+        _ = tokenizer.continues
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+        (lambda path: path.write_text("#version\ni n\nthe\n"), "line 3: 'the' is no pair"),
+        (lambda path: path.write_text("#version\nqq zz\n"), "do not belong together"),
+    ],
+)
+def test_a_list_of_byte_pairs_that_is_none_says_why(tmp_path: Path, write: object, says: str) -> None:
+    path = tmp_path / "merges.txt"
+    write(path)  # type: ignore[operator]
+    with pytest.raises(TriviumError, match=says):
+        Tokenizer.from_file(path)
+    gz = tmp_path / "cut.txt.gz"
+    gz.write_bytes(gzip.compress(b"#version\ni n\n" * 100)[:-9])
+    with pytest.raises(TriviumError, match="cannot be read as a list of byte pairs"):
+        Tokenizer.from_file(gz)
+
+
+def test_a_vocabulary_without_clip_s_tokens_is_refused() -> None:
+    with pytest.raises(TriviumError, match=r"lacks <\|startoftext\|> and <\|endoftext\|>"):
+        Tokenizer.byte_pairs({"a": 0}, [])
+
+
+@pytest.mark.data
+def test_the_published_byte_pairs_have_their_published_ids() -> None:
+    path = Path(os.environ["TRIVIUM_DATA"]) / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
+    tokenizer = Tokenizer.from_file(path)
+    assert (tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id) == (49408, 49406, 49407)
+    assert tokenizer.encode(["a photo of a cat"], 77) == [[49406, 320, 1125, 539, 320, 2368, 49407]]
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()[1:48895]
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    for text in CLIP_HARD:
+        pieces = [tokenizer._tokenizer.id_to_token(number) for number in tokenizer.encode([text], 10_000)[0]]
+        assert pieces == [START, *as_openai_does(text, merges), END]

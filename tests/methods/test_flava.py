@@ -19,7 +19,7 @@ from tests.flava_batches import TINY, flava_method, gradients, make_batch, rando
 from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.flava import Flava
-from trivium.train.protocol import Batch, Key
+from trivium.train.protocol import Batch, Key, Rows
 from trivium.train.step import backward
 
 
@@ -176,6 +176,26 @@ def test_chance_is_that_of_the_pairs_in_the_masked_pass() -> None:
     assert found["itm"] == pytest.approx(float(F.binary_cross_entropy(torch.tensor(0.75), torch.tensor(0.75))))
     assert found["contrastive"] == pytest.approx(math.log(8))
     assert method.chance({"mim": 5.0}) == {}
+
+
+def test_the_contrastive_loss_of_a_scope_is_that_of_clip_s_method_and_leaves_the_others_alone() -> None:
+    batch = make_batch("pairs", 6, false_rows=(1,))
+    found = {}
+    for scope in ("global", "local_gradient", "local"):
+        method = flava_method(random_flava(), contrastive_scope=scope, num_ranks=1 if scope == "global" else 2)
+        sums, counts, _ = backward(method, [batch], Key(0, "pairs", 0))
+        found[scope] = sums
+        numbers = {name: float(value) for name, value in counts.items()}
+        assert method.chance(numbers)["contrastive"] == pytest.approx(math.log(3 if scope == "local" else 6))
+    for name in ("itm", "mmm_image", "mmm_text"):
+        assert found["global"][name] == found["local_gradient"][name] == found["local"][name]
+    assert float(found["local_gradient"]["contrastive"]) == pytest.approx(float(found["global"]["contrastive"]))
+    rows, _ = method.embed(batch)
+    halves = [Rows(*({n: v[part] for n, v in parts.items()} for parts in (rows.rows, rows.marks)))
+              for part in (slice(0, 3), slice(3, 6))]  # fmt: skip
+    whole = flava_method(method.model)
+    alone = sum(float(whole.couple(half, half)["contrastive"].detach()) for half in halves)
+    assert float(found["local"]["contrastive"]) == pytest.approx(alone, rel=1e-12)
 
 
 def test_an_unknown_loss_name_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,9 +27,9 @@ def convert(
 
     Args:
         path: a run folder, checkpoint, model folder, or a file or folder of another library.
-        to: trivium (a model folder), hf-flava or torchmultimodal-flava.
+        to: trivium (a model folder), hf-flava, torchmultimodal-flava, hf-clip or open-clip.
         out: a folder that does not exist yet, or is empty.
-        from_: the layout of PATH, where its tensors' names should not decide: hf-flava, torchmultimodal-flava, dalle.
+        from_: the layout of PATH, where its tensors' names should not decide: one of those, openai-clip or dalle.
         shard_mb: weights of more megabytes are written as several files with an index; below, as one.
 
     Raises TriviumError as `trivium.load` does, where a layout has no place for this model, and where `out` is taken.
@@ -66,7 +67,7 @@ def convert(
 
 
 def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None:
-    from trivium.convert import ADAPTERS
+    from trivium.convert import ADAPTERS, processor
     from trivium.manifest import written_beside
     from trivium.models.dvae import DVae
     from trivium.models.flava import Flava
@@ -92,24 +93,28 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
     state, config = write(model, image_tokenizer)
     with written_beside(out) as folder:
         apart = {name: tensor.clone() for name, tensor in state.items()}  # some stand there under two names
-        save_tensors(apart, folder / "model.safetensors", shard_bytes)
-        _write_json(folder / "config.json", config)
-        if to == "hf-flava":
+        if to == "open-clip":
+            config["preprocess_cfg"] = processor.open_clip_preprocessing(**asdict(bundle.transform))
+        save_tensors(apart, folder / adapter.weights, shard_bytes)
+        _write_json(folder / adapter.configs[0], config)
+        if to in ("hf-flava", "hf-clip"):
             _write_processor(bundle, folder)
+        elif to == "open-clip" and bundle.tokenizer is not None:
+            bundle.tokenizer.save(folder / "tokenizer.json")
 
 
 def _write_processor(bundle: Bundle, folder: Path) -> None:
-    """What FlavaProcessor.from_pretrained reads."""
+    """What FlavaProcessor.from_pretrained or CLIPProcessor.from_pretrained reads."""
     from trivium.convert import processor
     from trivium.models.flava import Flava
 
-    assert isinstance(bundle.model, Flava)
-    transform, config = bundle.transform, bundle.model.config
-    stride = bundle.image_tokenizer.stride if bundle.image_tokenizer is not None else 8
-    preprocessor = processor.processor_to_hf(
-        transform.size, transform.filter, transform.crop, transform.mean, transform.std, config.grid,
-        config.grid * stride,
-    )  # fmt: skip
+    preprocessor = processor.image_processor_to_hf(**asdict(bundle.transform))
+    if isinstance(bundle.model, Flava):
+        stride = bundle.image_tokenizer.stride if bundle.image_tokenizer is not None else 8
+        grid = bundle.model.config.grid
+        preprocessor |= processor.masks_and_codebook_to_hf(grid, grid * stride)
+    name = "FlavaProcessor" if bundle.family == "flava" else "CLIPProcessor"
+    preprocessor |= {"processor_class": name, "image_processor_type": name.replace("Processor", "ImageProcessor")}
     _write_json(folder / "preprocessor_config.json", preprocessor)
     if bundle.tokenizer is None:
         print("left out: the tokenizer files, since the checkpoint came without a tokenizer")
@@ -118,7 +123,7 @@ def _write_processor(bundle: Bundle, folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     _write_json(
         folder / "tokenizer_config.json",
-        processor.tokenizer_to_hf(tokenizer, bundle.tokenizer.specials, bundle.max_length),
+        {"processor_class": name} | processor.tokenizer_to_hf(tokenizer, bundle.tokenizer.specials, bundle.max_length),
     )
     if tokenizer["model"]["type"] == "WordPiece":
         pieces = "\n".join(processor.vocabulary(tokenizer)) + "\n"

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trivium.convert import dalle, flava, torchmultimodal
+from trivium.convert import clip, dalle, flava, processor, torchmultimodal
 from trivium.convert.weights import PICKLES, State, read_json, read_weights
 from trivium.errors import TriviumError
+from trivium.models.clip import Clip, ClipConfig
 from trivium.models.dvae import DVae
 from trivium.models.flava import Flava, FlavaConfig
 
@@ -39,6 +40,8 @@ class Adapter:
     read: Callable[[State, Mapping[str, Any]], Foreign]  # tensors and the config.json beside ({} without)
     write: Callable[[Any, DVae | None], tuple[State, dict[str, Any]]] | None  # a model -> tensors and config.json
     pads_visible: bool = False  # whether its multimodal encoder attends the pads of a text
+    weights: str = "model.safetensors"  # how files of this layout are called, where it is written
+    configs: tuple[str, ...] = ("config.json",)  # the first that lies there is read; the first of all is written
 
 
 def _flava(config: FlavaConfig, state: State, image_tokenizer: DVae | None, said: list[str]) -> Foreign:
@@ -96,6 +99,43 @@ def _read_dalle(state: State, config: Mapping[str, Any]) -> Foreign:
     return Foreign("image_tokenizer", None, dalle.from_dalle(dalle.codebook_of(state)))
 
 
+def _clip(config: ClipConfig, state: State, beside: Mapping[str, Any], said: list[str]) -> Foreign:
+    """Pictures are prepared as open_clip's config says, else as for all published models: bicubic, middle square."""
+    model, transform = clip.build(config, state), {"size": config.image_size, "crop": "center"}
+    transform |= processor.transform_from_open_clip(beside.get("preprocess_cfg", {}))
+    return Foreign("clip", model, None, said, config.max_length, transform)
+
+
+def _read_hf_clip(state: State, config: Mapping[str, Any]) -> Foreign:
+    if not config:
+        raise TriviumError("Hugging Face's layout needs the config.json of the model beside its weights: add it")
+    return _clip(*clip.from_hf(state, config), {}, [])
+
+
+def _write_hf_clip(model: Clip, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return clip.to_hf(model.state_dict(), model.config), clip.config_to_hf(model.config)
+
+
+def _read_openai_clip(state: State, config: Mapping[str, Any]) -> Foreign:
+    return _clip(*clip.from_openai(state, "quick_gelu", config), config, [])
+
+
+def _read_open_clip(state: State, config: Mapping[str, Any]) -> Foreign:
+    """Without a config beside it, as its own models are made: those that go on from OpenAI's weights are the others."""
+    said = [
+        "the activation is not in the file, and GELU is taken: for weights that want x sigmoid(1.702 x), such as"
+        " OpenAI's and those trained from them, give --from openai-clip to trivium convert"
+    ]
+    known = "model_cfg" in config or "text_config" in config
+    return _clip(*clip.from_openai(state, "gelu", config), config, [] if known else said)
+
+
+def _write_open_clip(model: Clip, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return clip.to_openai(model.state_dict(), model.config), clip.config_to_open_clip(model.config)
+
+
+_OPEN_CLIP = ("open_clip_config.json", "config.json")  # the second is Hugging Face's
+
 ADAPTERS = {
     "torchmultimodal-flava": Adapter(
         "flava",
@@ -105,7 +145,18 @@ ADAPTERS = {
         pads_visible=True,
     ),
     "hf-flava": Adapter(
-        "flava", r"(flava\.)?(image|text|multimodal)_model\..*|blocks\.group_1\.group\..*", _read_hf, _write_hf
+        "flava", r"(flava\.)?(image|multimodal)_model\..*|blocks\.group_1\.group\..*", _read_hf, _write_hf
+    ),
+    "hf-clip": Adapter("clip", r"vision_model\.(encoder|embeddings)\..*", _read_hf_clip, _write_hf_clip),
+    # The same names: OpenAI's archives hold the size of their pictures beside the weights.
+    "openai-clip": Adapter("clip", r"input_resolution", _read_openai_clip, None, configs=_OPEN_CLIP),
+    "open-clip": Adapter(
+        "clip",
+        r"visual\..*",
+        _read_open_clip,
+        _write_open_clip,
+        weights="open_clip_model.safetensors",
+        configs=_OPEN_CLIP,
     ),
     "dalle": Adapter("image_tokenizer", r"(encoder\.)?blocks\.group_1\.block_1\..*", _read_dalle, None),
 }
@@ -129,20 +180,22 @@ def read_foreign(path: Path, from_: str | None = None) -> Foreign:
         return Foreign("image_tokenizer", None, image_tokenizer)
     folder = path if path.is_dir() else path.parent
     state = read_weights(path)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     try:
-        found = ADAPTERS[from_ or _layout(state, config)].read(state, config)
+        adapter = ADAPTERS[from_ or _layout(state, folder)]
+        config = next((read_json(folder / name) for name in adapter.configs if (folder / name).is_file()), {})
+        found = adapter.read(state, config)
     except TriviumError as error:
         raise TriviumError(f"{path}: {error}") from None
     found.folder = folder
     return found
 
 
-def _layout(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+def _layout(state: Mapping[str, Tensor], folder: Path) -> str:
     for name, adapter in ADAPTERS.items():
         if any(re.fullmatch(adapter.mark, key) for key in state):
             return name
     keys = sorted(state)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     says = f', and config.json says model_type "{config["model_type"]}"' if "model_type" in config else ""
     raise TriviumError(
         f"the {len(keys)} tensors ({', '.join(keys[:5])}, ...) are in none of the layouts {', '.join(ADAPTERS)}{says}"

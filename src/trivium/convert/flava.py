@@ -17,13 +17,15 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trivium.convert.weights import State, listed
+from trivium.convert import places as moving
+from trivium.convert.places import Place, pair
+from trivium.convert.weights import State
 from trivium.errors import TriviumError
 from trivium.models.flava import Flava, FlavaConfig
 
@@ -34,24 +36,14 @@ OPTIONAL = (*(f"{head}." for head in HEADS), "image.mask_token", "logit_scale", 
 _IGNORED = re.compile(r"(^|\.)(position_ids|token_type_ids)$")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where one tensor of ours stands in the Hugging Face layout."""
-
-    ours: str
-    theirs: tuple[str, ...]  # several: pieces that are stacked (q, k, v), or one tensor under several names (tied)
-    kind: str = "plain"  # plain | stacked | tied
-    shape: tuple[int, ...] | None = None  # of theirs, where it differs from ours
-
-
 def places(config: FlavaConfig) -> Iterator[Place]:
     """The whole table for a model of this config, under the names of FlavaForPreTraining."""
     P, side = config.patch_size, config.grid
     yield Place("logit_scale", ("flava.logit_scale",), shape=())
     for name in ("image_projection", "text_projection"):
-        yield from _pair(name, f"flava.{name}")
+        yield from pair(name, f"flava.{name}")
     for tower in ("image", "text"):
-        yield from _pair(f"multimodal.{tower}_projection", f"flava.{tower}_to_mm_projection")
+        yield from pair(f"multimodal.{tower}_projection", f"flava.{tower}_to_mm_projection")
     image = "flava.image_model.embeddings"
     yield Place("image.class_token", (f"{image}.cls_token",))
     yield Place("image.mask_token", (f"{image}.mask_token",))
@@ -62,38 +54,33 @@ def places(config: FlavaConfig) -> Iterator[Place]:
     text = "flava.text_model.embeddings"
     for ours, theirs in (("word", "word"), ("position", "position"), ("segment", "token_type")):
         yield Place(f"text.embeddings.{ours}.weight", (f"{text}.{theirs}_embeddings.weight",))
-    yield from _pair("text.embeddings.norm", f"{text}.LayerNorm")
+    yield from pair("text.embeddings.norm", f"{text}.LayerNorm")
     yield Place("multimodal.class_token", ("flava.multimodal_model.cls_token",))
     layers = {"image": config.image_layers, "text": config.text_layers, "multimodal": config.multimodal_layers}
     for tower, num_layers in layers.items():
         theirs = f"flava.{tower}_model"
         for n in range(num_layers):
             yield from _block(f"{tower}.encoder.blocks.{n}", f"{theirs}.encoder.layer.{n}")
-        yield from _pair(f"{tower}.norm", f"{theirs}.layernorm")
-        yield from _pair(f"{tower}.pooler", f"{theirs}.pooler.dense")
+        yield from pair(f"{tower}.norm", f"{theirs}.layernorm")
+        yield from pair(f"{tower}.pooler", f"{theirs}.pooler.dense")
     for head in HEADS[:4]:
-        yield from _pair(f"{head}.transform", f"{head}.transform.dense")
-        yield from _pair(f"{head}.norm", f"{head}.transform.LayerNorm")
+        yield from pair(f"{head}.transform", f"{head}.transform.dense")
+        yield from pair(f"{head}.norm", f"{head}.transform.LayerNorm")
         yield Place(f"{head}.decoder.weight", (f"{head}.decoder.weight",))
         yield Place(f"{head}.decoder.bias", (f"{head}.decoder.bias", f"{head}.bias"), "tied")
-    yield from _pair("itm_head.transform", "itm_head.pooler.dense")
-    yield from _pair("itm_head.decoder", "itm_head.seq_relationship")
-
-
-def _pair(ours: str, theirs: str) -> Iterator[Place]:
-    for part in ("weight", "bias"):
-        yield Place(f"{ours}.{part}", (f"{theirs}.{part}",))
+    yield from pair("itm_head.transform", "itm_head.pooler.dense")
+    yield from pair("itm_head.decoder", "itm_head.seq_relationship")
 
 
 def _block(ours: str, theirs: str) -> Iterator[Place]:
-    yield from _pair(f"{ours}.attention_norm", f"{theirs}.layernorm_before")
+    yield from pair(f"{ours}.attention_norm", f"{theirs}.layernorm_before")
     for part in ("weight", "bias"):
         pieces = tuple(f"{theirs}.attention.attention.{piece}.{part}" for piece in ("query", "key", "value"))
         yield Place(f"{ours}.attention.qkv.{part}", pieces, "stacked")
-    yield from _pair(f"{ours}.attention.out", f"{theirs}.attention.output.dense")
-    yield from _pair(f"{ours}.mlp_norm", f"{theirs}.layernorm_after")
-    yield from _pair(f"{ours}.mlp_in", f"{theirs}.intermediate.dense")
-    yield from _pair(f"{ours}.mlp_out", f"{theirs}.output.dense")
+    yield from pair(f"{ours}.attention.out", f"{theirs}.attention.output.dense")
+    yield from pair(f"{ours}.mlp_norm", f"{theirs}.layernorm_after")
+    yield from pair(f"{ours}.mlp_in", f"{theirs}.intermediate.dense")
+    yield from pair(f"{ours}.mlp_out", f"{theirs}.output.dense")
 
 
 # ------------------------------------------------------------------------------------- Hugging Face transformers
@@ -116,7 +103,7 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Fla
 
 def to_hf(state: Mapping[str, Tensor], config: FlavaConfig) -> State:
     """Our weights under the names of FlavaForPreTraining; the tied biases under both names. Tensors may be views."""
-    return {name: tensor for place in places(config) for name, tensor in _give(place, state)}
+    return moving.give(state, places(config))
 
 
 def config_from_hf(config: Mapping[str, Any]) -> FlavaConfig:
@@ -234,46 +221,11 @@ def _side(value: Any, field: str) -> int:
 
 
 def take(state: Mapping[str, Tensor], config: FlavaConfig, rename: Callable[[str], str]) -> State:
-    """Tensors of theirs -> ours, every one accounted for."""
-    left = {key for key in state if not key.startswith("image_codebook.") and not _IGNORED.search(key)}
-    expected = _shapes(config)
-    taken: State = {}
-    missing: list[str] = []
-    for place in places(config):
-        names = [rename(name) for name in place.theirs]
-        there = [name for name in names if name in state]
-        if len(there) < len(names) and not (place.kind == "tied" and there):
-            missing += [name for name in names if name not in state]
-            continue
-        left -= set(there)
-        pieces = [state[name] for name in there]
-        if place.kind == "tied" and not all(torch.equal(piece, pieces[0]) for piece in pieces):
-            raise TriviumError(f"{' and '.join(there)} are one tensor in FLAVA, but differ here: the file is damaged")
-        tensor = torch.cat(pieces) if place.kind == "stacked" else pieces[0]
-        wanted = expected[place.ours]
-        if tuple(tensor.shape) not in (wanted, place.shape):
-            raise TriviumError(
-                f"{there[0]} has shape {list(tensor.shape)} where its config makes {list(place.shape or wanted)}: "
-                "weights and config belong to different models"
-            )
-        taken[place.ours] = tensor.reshape(wanted)
-    # A file may lack a whole optional part, never half of one, and never anything else.
-    ours_of = {rename(name): place.ours for place in places(config) for name in place.theirs}
-    whole = [part for part in OPTIONAL if not any(name.startswith(part) for name in taken)]
-    missing = [name for name in missing if not ours_of[name].startswith(tuple(whole))]
-    if missing or left:
-        found = [listed("misses", missing), listed("has unexpected", sorted(left))]
-        raise TriviumError(f"this FLAVA checkpoint {' and '.join(part for part in found if part)}")
-    return taken
-
-
-def _give(place: Place, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    tensor = state[place.ours]
-    if place.kind == "stacked":
-        yield from zip(place.theirs, tensor.chunk(3), strict=True)
-        return
-    for name in place.theirs:
-        yield name, tensor if place.shape is None else tensor.reshape(place.shape)
+    """Tensors of theirs -> ours, every one accounted for. rename: Hugging Face's name -> the layout's."""
+    read = {key: tensor for key, tensor in state.items()
+            if not key.startswith("image_codebook.") and not _IGNORED.search(key)}  # fmt: skip
+    there = (replace(place, theirs=tuple(map(rename, place.theirs))) for place in places(config))
+    return moving.take(read, there, _shapes(config), "FLAVA", OPTIONAL)
 
 
 def _shapes(config: FlavaConfig) -> dict[str, tuple[int, ...]]:

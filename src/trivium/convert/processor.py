@@ -30,16 +30,12 @@ def transform_from_hf(values: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def processor_to_hf(
-    size: int, filter: str, crop: str, mean: Sequence[float], std: Sequence[float], grid: int, codebook_size: int
+def image_processor_to_hf(
+    size: int, filter: str, crop: str, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
-    """The preprocessor_config.json of a FlavaProcessor; masks keep BEiT's share of 75 in 196 patches."""
+    """The fields of an image transform as the preprocessor_config.json of a FLAVA or a CLIP."""
     square = {"height": size, "width": size}
-    codebook_square = {"height": codebook_size, "width": codebook_size}
-    masked = max(1, round(75 / 196 * grid**2))
     return {
-        "processor_class": "FlavaProcessor",
-        "image_processor_type": "FlavaImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": size} if crop == "center" else square,
         "resample": RESAMPLE[filter],
@@ -50,6 +46,14 @@ def processor_to_hf(
         "do_normalize": True,
         "image_mean": list(mean),
         "image_std": list(std),
+    }
+
+
+def masks_and_codebook_to_hf(grid: int, codebook_size: int) -> dict[str, Any]:
+    """What a FlavaImageProcessor has beyond; masks keep BEiT's share of 75 in 196 patches."""
+    codebook_square = {"height": codebook_size, "width": codebook_size}
+    masked = max(1, round(75 / 196 * grid**2))
+    return {
         "input_size_patches": grid,
         "total_mask_patches": masked,
         "mask_group_min_patches": min(16, masked),
@@ -63,12 +67,32 @@ def processor_to_hf(
     }
 
 
+def open_clip_preprocessing(
+    size: int, filter: str, crop: str, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """The fields of an image transform as the preprocess_cfg of an open_clip_config.json."""
+    resize = "shortest" if crop == "center" else "squash"
+    return {"size": size, "mean": list(mean), "std": list(std), "interpolation": filter, "resize_mode": resize}
+
+
+def transform_from_open_clip(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an image transform the preprocess_cfg of an open_clip_config.json states."""
+    crops = {"shortest": "center", "squash": "squash"}
+    mode, interpolation = values.get("resize_mode", "shortest"), values.get("interpolation", "bicubic")
+    if mode not in crops or interpolation not in RESAMPLE:
+        raise TriviumError(
+            f"open_clip_config.json: resize_mode {mode!r} with interpolation {interpolation!r} is not supported"
+        )
+    fields = {name: tuple(values[name]) for name in ("mean", "std") if name in values}
+    return {**fields, "crop": crops[mode], "filter": interpolation}
+
+
 def tokenizer_to_hf(tokenizer: Mapping[str, Any], specials: Mapping[str, str], max_length: int) -> dict[str, Any]:
     """The tokenizer_config.json that belongs to a tokenizer.json.
 
     specials: role ("pad", "cls", ...) -> the token that has it.
     """
-    config: dict[str, Any] = {"processor_class": "FlavaProcessor", "model_max_length": max_length}
+    config: dict[str, Any] = {"model_max_length": max_length}
     config |= {f"{role}_token": name for role, name in specials.items()}
     if tokenizer["model"]["type"] == "WordPiece":
         normalizer = tokenizer.get("normalizer") or {}
@@ -78,7 +102,8 @@ def tokenizer_to_hf(tokenizer: Mapping[str, Any], specials: Mapping[str, str], m
             "strip_accents": normalizer.get("strip_accents"),
             "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
         }
-    return config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    is_clip = tokenizer["model"].get("end_of_word_suffix") == "</w>"
+    return config | {"tokenizer_class": "CLIPTokenizer" if is_clip else "PreTrainedTokenizerFast"}
 
 
 def vocabulary(tokenizer: Mapping[str, Any]) -> list[str]:

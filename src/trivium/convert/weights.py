@@ -29,7 +29,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _STUBBED = re.compile(r"argparse\.Namespace|dall_e(\.\w+)+|torch\.nn\.modules(\.\w+)+")
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict", "teacher", "student")
 # In a folder, the first that exists; an index stands for several shards.
-_IN_FOLDER = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+_IN_FOLDER = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+              "open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # fmt: skip
 
 
 def read_weights(path: Path) -> State:

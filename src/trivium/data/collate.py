@@ -30,15 +30,15 @@ from trivium.train.protocol import Batch, Images, Sample, Texts
 class PreparedImage(NamedTuple):
     pixels_CHW: np.ndarray  # uint8
     codebook_CHW: np.ndarray | None  # uint8, the image tokenizer's view where it wants another size
-    mask_N: np.ndarray  # bool
+    mask_N: np.ndarray | None  # bool; None: no patch is ever masked
     codes_N: np.ndarray | None  # int64, where a cache knows them
     same: int
 
 
 class PreparedText(NamedTuple):
     ids_T: list[int]
-    masked_ids_T: np.ndarray  # int64
-    selected_T: np.ndarray  # bool
+    masked_ids_T: np.ndarray | None  # int64; None: no token is ever masked
+    selected_T: np.ndarray | None  # bool
     same: int
 
 
@@ -51,6 +51,7 @@ class ImageInput:
     codes: CodeCache | None = None  # then the crops are the cache's own
     color_jitter: float = 0.0  # strength of random changes of colour, in training alone (see transforms.py)
     cache_bytes: int = 0  # memory of each worker for decoded pictures; changes the speed alone
+    masked: bool = True  # False: no block mask, for a family that predicts no patches
     _decoded: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
     _free_bytes: int = field(init=False, repr=False)
 
@@ -88,7 +89,7 @@ class ImageInput:
             if self.views.codebook_size is not None:
                 codebook_CHW = self.views.for_codebook(picture_HWC, view)
         grid = self.views.size // self.patch
-        mask_N = block_mask(draws.generator("patches"), grid, grid)
+        mask_N = block_mask(draws.generator("patches"), grid, grid) if self.masked else None
         pixels_CHW = self.views.for_model(picture_HWC, view)
         if train and self.color_jitter:
             pixels_HWC = color_jitter(draws.generator("color"), pixels_CHW.transpose(1, 2, 0), self.color_jitter)
@@ -112,7 +113,10 @@ class ImageInput:
         """The images of a Batch and its targets ``image_mask`` (bool [B, N]) and, from a cache, ``codes`` (int64)."""
         same_B = torch.tensor([image.same for image in prepared], dtype=torch.int64)
         images = [Images(_stack([image.pixels_CHW for image in prepared]), same_B)]
-        targets = {"image_mask": _stack([image.mask_N for image in prepared])}
+        targets = {}
+        masks = [image.mask_N for image in prepared if image.mask_N is not None]
+        if masks:
+            targets["image_mask"] = _stack(masks)
         codebook = [image.codebook_CHW for image in prepared if image.codebook_CHW is not None]
         if codebook:
             images.append(Images(_stack(codebook), same_B))
@@ -128,7 +132,7 @@ class TextInput:
 
     tokenizer: Tokenizer
     max_length: int  # tokens, [CLS] and [SEP] among them; longer texts are cut
-    probability: float = 0.15  # of a token to be selected
+    probability: float | None = 0.15  # of a token to be selected; None: no mask, for a family that predicts no words
     whole_words: bool = False  # select all pieces of a word or none
 
     def prepare(self, sample: Sample, draws: Draws) -> PreparedText:
@@ -138,6 +142,8 @@ class TextInput:
             raise BadSample(sample["name"], "", "has no text")
         chosen = int(draws.generator("caption").random() * len(captions)) if len(captions) > 1 else 0
         [ids_T] = self.tokenizer.encode([captions[chosen]], self.max_length)
+        if self.probability is None:
+            return PreparedText(ids_T, None, None, sample["same_text"])
         masked_ids_T, selected_T = mask_tokens(
             draws.generator("tokens"),
             np.array(ids_T, dtype=np.int64),
@@ -152,12 +158,15 @@ class TextInput:
     def batch(self, prepared: Sequence[PreparedText]) -> tuple[Texts, dict[str, Tensor]]:
         """The texts of a Batch, unmasked, padded to its longest; targets ``masked_ids`` and ``selected`` [B, T]."""
         ids_BT, mask_BT = self.tokenizer.pad([text.ids_T for text in prepared])
+        texts = Texts(ids_BT, mask_BT, torch.tensor([text.same for text in prepared], dtype=torch.int64))
+        if self.probability is None:
+            return texts, {}
         masked_ids_BT, selected_BT = ids_BT.clone(), torch.zeros_like(mask_BT)
         for row, text in enumerate(prepared):
+            assert text.masked_ids_T is not None and text.selected_T is not None
             masked_ids_BT[row, : len(text.ids_T)] = torch.from_numpy(text.masked_ids_T)
             selected_BT[row, : len(text.ids_T)] = torch.from_numpy(text.selected_T)
-        same_B = torch.tensor([text.same for text in prepared], dtype=torch.int64)
-        return Texts(ids_BT, mask_BT, same_B), {"masked_ids": masked_ids_BT, "selected": selected_BT}
+        return texts, {"masked_ids": masked_ids_BT, "selected": selected_BT}
 
 
 @dataclass

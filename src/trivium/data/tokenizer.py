@@ -1,19 +1,23 @@
 """Text to token ids and back, over the ``tokenizers`` library.
 
-One class serves every family of vocabulary: BERT's word pieces, a vocabulary learned from one's own text, and any
-``tokenizer.json`` (Unigram, BPE, WordPiece) of any language. Easy to get wrong: the library's own trainer numbers its
-pieces in the order of a hash map that differs from run to run (``Tokenizer.train`` pins it), and a file may carry a
-truncation, a padding and a template of its own (they are switched off: ``encode`` alone says what a sequence is).
+One class serves every family of vocabulary: BERT's word pieces, a vocabulary learned from one's own text, CLIP's byte
+pairs, and any ``tokenizer.json`` (Unigram, BPE, WordPiece) of any language. Easy to get wrong: the library's own
+trainer numbers its pieces in the order of a hash map that differs from run to run (``Tokenizer.train`` pins it), and a
+file may carry a truncation, a padding and a template of its own (they are switched off: ``encode`` alone says what a
+sequence is).
 
 Legend: B texts, T tokens.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -31,24 +35,33 @@ from trivium.errors import TriviumError
 from trivium.manifest import file_beside
 
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# The names under which each role is usually found: BERT's; SentencePiece's and RoBERTa's; CLIP's.
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_WORDS = (
+    rf"""{re.escape(CLIP_START)}|{re.escape(CLIP_END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"""
+)
+CLIP_MERGES = 49152 - 256 - 2  # of the published file, which holds more lines
+# The names under which each role is usually found: BERT's; SentencePiece's and RoBERTa's; CLIP's, which has no pad of
+# its own: whatever stands after the end token, no token before it sees.
 ROLES = {
-    "pad": ("[PAD]", "<pad>"),
-    "cls": ("[CLS]", "<s>", "<bos>", "<|startoftext|>"),
-    "sep": ("[SEP]", "</s>", "<eos>", "<|endoftext|>"),
+    "pad": ("[PAD]", "<pad>", CLIP_END),
+    "cls": ("[CLS]", "<s>", "<bos>", CLIP_START),
+    "sep": ("[SEP]", "</s>", "<eos>", CLIP_END),
     "mask": ("[MASK]", "<mask>"),
     "unk": ("[UNK]", "<unk>"),
 }
 
 
 class Tokenizer:
-    """Token ids of texts. Built by ``wordpiece``, ``train`` or ``from_file``; cheap to pickle."""
+    """Token ids of texts. Built by ``wordpiece``, ``train``, ``byte_pairs`` or ``from_file``; cheap to pickle."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, origin: str = "this tokenizer") -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._origin = origin  # how messages name it
+        self._marks_ends = getattr(tokenizer.model, "end_of_word_suffix", None) == "</w>"
+        if self._marks_ends:  # files leave the marks where they are; Ġ is how a space is written among bytes
+            tokenizer.decoder = decoders.Sequence([decoders.Replace("</w>", "Ġ"), decoders.ByteLevel()])
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         found = {role: next((name for name in names if name in vocabulary), None) for role, names in ROLES.items()}
         self.specials = {role: name for role, name in found.items() if name is not None}  # role -> token
@@ -96,8 +109,54 @@ class Tokenizer:
         return cls.wordpiece(sorted(ids, key=ids.__getitem__), lowercase)
 
     @classmethod
+    def byte_pairs(cls, ids: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
+        """CLIP's tokenizer (Radford et al. 2021, section 2.4): byte pairs within lower-cased words of marked ends.
+
+        Texts are composed (NFC), white space is collapsed. OpenAI's code also mends what was decoded wrongly (ftfy) and
+        takes HTML's escapes as what they stand for; Hugging Face's does neither, as here: clean such captions before.
+        """
+        missing = [name for name in (CLIP_START, CLIP_END) if name not in ids]
+        if missing:
+            raise TriviumError(
+                f"the vocabulary of byte pairs lacks {' and '.join(missing)}: these are not CLIP's files"
+            )
+        try:
+            model = models.BPE(
+                dict(ids), list(merges), continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=CLIP_END
+            )
+        except Exception as error:  # the library raises a bare Exception
+            raise TriviumError(f"merges and vocabulary do not belong together: {error}") from None
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        words = pre_tokenizers.Split(tokenizers.Regex(CLIP_WORDS), behavior="removed", invert=True)
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
+        tokenizer.add_special_tokens([CLIP_START, CLIP_END])
+        # Not for `encode`, but for other programs that read the saved file.
+        tokenizer.post_processor = processors.RobertaProcessing(
+            (CLIP_END, ids[CLIP_END]), (CLIP_START, ids[CLIP_START]), trim_offsets=False, add_prefix_space=False
+        )
+        return cls(tokenizer)
+
+    @classmethod
+    def from_vocabulary_and_merges(cls, vocabulary: Path, merges: Path) -> Tokenizer:
+        """CLIP's tokenizer as Hugging Face keeps it: vocab.json and merges.txt."""
+        try:
+            ids = json.loads(vocabulary.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TriviumError(f"{vocabulary} cannot be read as a vocabulary: {error}") from None
+        if not isinstance(ids, dict) or not all(type(number) is int for number in ids.values()):
+            raise TriviumError(f"{vocabulary} is no vocabulary: it must be a JSON object of pieces and their ids")
+        return cls.byte_pairs(ids, _read_merges(merges, None))
+
+    @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Any ``tokenizer.json`` of the ``tokenizers`` library."""
+        """Any ``tokenizer.json`` of the ``tokenizers`` library, or OpenAI's list of byte pairs, which ends in .txt or
+        .txt.gz (bpe_simple_vocab_16e6.txt.gz)."""
+        if str(path).endswith((".txt", ".txt.gz")):
+            return cls._from_openai(Path(path))
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -109,6 +168,14 @@ class Tokenizer:
         except Exception as error:  # the library raises a bare Exception
             raise TriviumError(f"{path} is no tokenizer.json of the tokenizers library: {error}") from None
         return cls(tokenizer, origin=str(path))
+
+    @classmethod
+    def _from_openai(cls, path: Path) -> Tokenizer:
+        """Ids are places in: all bytes, all bytes at the end of a word, the merges in their order, start and end."""
+        merges = _read_merges(path, CLIP_MERGES)
+        characters = [_BYTES[number] for number in (*_PRINTABLE, *(n for n in range(256) if n not in _PRINTABLE))]
+        pieces = [*characters, *(f"{character}</w>" for character in characters), *map("".join, merges)]
+        return cls.byte_pairs({piece: n for n, piece in enumerate([*pieces, CLIP_START, CLIP_END])}, merges)
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``, whole or not at all."""
@@ -134,7 +201,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, without special tokens."""
-        return self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=True)
+        text = self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=True)
+        return text.rstrip(" ") if self._marks_ends else text
 
     @cached_property
     def vocab_size(self) -> int:
@@ -207,6 +275,30 @@ class Tokenizer:
             names = " or ".join(ROLES[role])
             raise TriviumError(f"{self._origin} has no {role} token: its vocabulary must hold {names}")
         return number
+
+
+# How byte-level vocabularies write each byte: as itself where that is a visible character, else as one from 256 on.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_BYTES = dict(zip((n for n in range(256) if n not in _PRINTABLE), map(chr, range(256, 512)), strict=False))
+_BYTES |= {number: chr(number) for number in _PRINTABLE}
+
+
+def _read_merges(path: Path, limit: int | None) -> list[tuple[str, str]]:
+    """Pairs of pieces, a line each, under a first line that says what the file is."""
+    try:
+        data = path.read_bytes()
+        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").splitlines()
+    except FileNotFoundError:
+        raise TriviumError(f"{path} does not exist: name a list of byte pairs") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise TriviumError(f"{path} cannot be read as a list of byte pairs: {error}") from None
+    merges = []
+    for number, line in enumerate(lines[1 : None if limit is None else limit + 1], start=2):
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise TriviumError(f"{path}, line {number}: {line[:40]!r} is no pair of pieces with a space between them")
+        merges.append((left, right))
+    return merges
 
 
 def _joined(first: str, second: str) -> bool:

@@ -50,8 +50,15 @@ def chances(
         sigmoid: the contrastive loss asks of every column whether it is the answer, as one in contrastive_batch is.
     """
     masked = {name: chance(labels, num_classes[name]) for name, labels in masked_labels.items()}
-    asked = contrastive_batch * binary_entropy(1 / contrastive_batch) if sigmoid else math.log(contrastive_batch)
-    return masked | {"itm": binary_entropy(false_share), "contrastive": asked}
+    return masked | {
+        "itm": binary_entropy(false_share),
+        "contrastive": contrastive_chance(contrastive_batch, sigmoid),
+    }
+
+
+def contrastive_chance(columns: float, sigmoid: bool) -> float:
+    """Of a model that gives every column the same score. See `chances`."""
+    return columns * binary_entropy(1 / columns) if sigmoid else math.log(columns)
 
 
 def labels_of(batches: Iterable[Any], codes_of: Callable[[Any], Tensor]) -> dict[str, Tensor]:

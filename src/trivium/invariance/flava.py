@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trivium.methods.flava import FlavaMethod, Pixels
 from trivium.models.flava import Flava, FlavaConfig
@@ -35,14 +35,19 @@ def random_flava(config: FlavaConfig = TINY, seed: int = 0, dtype: torch.dtype =
     """Every tensor drawn, biases, norms, class tokens and positions too: nothing is zero or one by luck."""
     with torch.device("meta"):
         model = Flava(config).to(dtype)
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
+    draw_weights(model.to_empty(device="cpu"), seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if name.endswith("norm.weight") else 2.6 if name == "logit_scale" else 0.0
-            parameter.copy_(centre + 0.05 * torch.randn(parameter.shape, generator=generator))
         model.text.embeddings.word.weight[config.pad_id] = 0.0
     return model
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """N(0, 0.05) in every parameter, but around 1 for the weights of norms and around 2.6 for the logit scale."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        centre = 1.0 if name.endswith("norm.weight") else 2.6 if name == "logit_scale" else 0.0
+        parameter.copy_(centre + 0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def flava_method(model: Flava, **options: Any) -> FlavaMethod:

@@ -16,10 +16,10 @@ class PatchEmbedding(nn.Module):
     The weight is [D, 3 * P * P] in the order of a convolution's [D, 3, P, P], flattened.
     """
 
-    def __init__(self, width: int, patch_size: int) -> None:
+    def __init__(self, width: int, patch_size: int, bias: bool = True) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.projection = nn.Linear(3 * patch_size * patch_size, width)
+        self.projection = nn.Linear(3 * patch_size * patch_size, width, bias)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         B, C, H, W = pixels_BCHW.shape

@@ -14,7 +14,6 @@ B rows, N patches, T text tokens, M masked positions of the batch, R rows of the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import log
 from typing import Any, Literal
 
@@ -23,27 +22,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.layers.attention import padded_index
+from trivium.methods.pixels import MethodOfPictures, Pixels
 from trivium.models.encoded import Encoded
 from trivium.models.flava import MAX_LOGIT_SCALE, Flava
 from trivium.models.image_tokenizer import ImageTokenizer
-from trivium.objectives.contrastive import contrastive
+from trivium.objectives.contrastive import START_LOGIT_BIAS, Scope, contrastive
 from trivium.objectives.masked import masked_prediction
 from trivium.objectives.matching import matching
-from trivium.train.protocol import Batch, Key, Method, Rows, Sums
+from trivium.train.protocol import Batch, Key, Rows, Sums
 
 LOSSES = ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")
-START_LOGIT_BIAS = -10.0  # of the sigmoid loss: nearly all pairs are negatives (SigLIP, section 3.2)
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """How uint8 pixels are normalised on the device."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-class FlavaMethod(Method):
+class FlavaMethod(MethodOfPictures):
     """FLAVA's six objectives.
 
     Args:
@@ -54,13 +45,12 @@ class FlavaMethod(Method):
             cheaper and **changes training**: the contrastive loss still sees every pair. In eval mode all do.
         contrastive_form: "softmax" is the paper; "sigmoid" is SigLIP's loss, whose bias no use of the model needs: it
             belongs to the method.
+        contrastive_scope, num_ranks: what a row sees of the batch, and gives gradient to (objectives/contrastive.py).
     """
 
     model: Flava
     image_tokenizer: ImageTokenizer | None
     logit_bias: nn.Parameter | None
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -70,17 +60,19 @@ class FlavaMethod(Method):
         weights: dict[str, float] | None = None,
         masked_share: float = 1.0,
         contrastive_form: Literal["softmax", "sigmoid"] = "softmax",
+        contrastive_scope: Scope = "global",
+        num_ranks: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(pixels)
         self.model = model
         self.image_tokenizer = image_tokenizer
         self.weights = dict.fromkeys(LOSSES, 1.0) | (weights or {})
         assert set(self.weights) == set(LOSSES), f"no such loss: {sorted(set(self.weights) - set(LOSSES))}"
         self.masked_share = masked_share
+        self.contrastive_scope: Scope = contrastive_scope
+        self.num_ranks = num_ranks
         sigmoid = contrastive_form == "sigmoid"
         self.register_parameter("logit_bias", nn.Parameter(torch.tensor([START_LOGIT_BIAS])) if sigmoid else None)
-        self.register_buffer("mean", torch.tensor(pixels.mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(pixels.std).view(1, 3, 1, 1) * 255, persistent=False)
 
     # What each loss is divided by. "all/..." stands beside what the gate cuts, for the case that it opens.
 
@@ -171,6 +163,8 @@ class FlavaMethod(Method):
             same_image_G=everyone.marks["same_image"],
             same_text_G=everyone.marks["same_text"],
             logit_bias=self.logit_bias,
+            scope=self.contrastive_scope,
+            num_ranks=self.num_ranks,
         )
         return {"contrastive": loss}
 
@@ -243,12 +237,13 @@ class FlavaMethod(Method):
         return {"logit_scale": (self.model.logit_scale, 0.0, MAX_LOGIT_SCALE)}
 
     def chance(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Of matching the entropy of its labels; of the contrastive loss equal scores for all columns."""
+        """Of matching the entropy of its labels; of the contrastive loss equal scores for all columns a row has."""
         if not counts.get("itm"):
             return {}
         true = counts["itm/true"] / counts["itm"]
         entropy = -sum(share * log(share) for share in (true, 1 - true) if share > 0)
-        return {"itm": entropy, "contrastive": log(counts["all/contrastive"])}
+        columns = counts["all/contrastive"] / (self.num_ranks if self.contrastive_scope == "local" else 1)
+        return {"itm": entropy, "contrastive": log(max(1.0, columns))}
 
     # Small things of the passes above. Indices are made on CPU, where reading them costs no wait for a device.
 
@@ -264,12 +259,6 @@ class FlavaMethod(Method):
         if len(rows_R) == len(pixels_BCHW):
             return pixels_BCHW
         return pixels_BCHW[rows_R.to(pixels_BCHW.device, non_blocking=True)]
-
-    def _to(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.mean.device, non_blocking=True)
-
-    def pixels(self, pixels_BCHW: Tensor) -> Tensor:
-        return (self._to(pixels_BCHW) - self.mean) / self.std
 
     def _text_mask(self, mask_BT: Tensor) -> Tensor | None:
         """None where nothing is padded: attention without a mask is the faster one."""

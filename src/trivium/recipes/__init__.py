@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trivium.recipes.clip import clip
 from trivium.recipes.flava import flava
 
-RECIPES = {"flava": flava}
+RECIPES = {"flava": flava, "clip": clip}

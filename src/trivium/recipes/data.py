@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -35,50 +35,67 @@ PICTURES_FOR_CODEBOOK = 4_000
 
 
 @dataclass(frozen=True)
-class Data:
-    """Where samples come from and what is done to each. With no path at all: the embedded drawings and texts."""
+class PairData:
+    """Where captioned pictures come from and what is done to each. With no path at all: the embedded drawings."""
 
     pairs: tuple[
         str, ...
     ] = ()  # captioned pictures: CSV, TSV, JSONL, Parquet, tar shards (addresses too), a folder, a .list
-    images: tuple[str, ...] = ()  # pictures alone
-    text: tuple[str, ...] = ()  # text alone: one line a sample
     validation: tuple[str, ...] = ()  # captioned pictures that are never trained on: losses and retrieval
     image_column: str | None = None  # in tables; None: found by its usual names
     text_column: str | None = None
-    schedule: Literal["ratio", "round-robin"] = "ratio"
-    pairs_ratio: float = 0.70  # share of the steps (FLAVA supplement A.2)
-    images_ratio: float = 0.15
-    text_ratio: float = 0.15
     batch: int = 128  # samples of one step, over all processes
     image_size: int | None = None  # side of the pictures in pixels; None: the model's own. Others interpolate positions
-    max_length: int = 64  # tokens of a caption or text, [CLS] and [SEP] among them
-    false_pairs: float = 0.1  # share of the pairs whose captions are rotated, for the matching loss
+    max_length: int = 64  # tokens of a caption or text, those of its start and its end among them
     sort_by_length: bool = False  # texts inside a batch, so that micro-batches are padded less
-    mask_probability: float = 0.15  # of a token to be masked in training; held-out text is always measured at 0.15
-    whole_words: bool = False  # mask whole words instead of word pieces
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a random crop shows
     flip: float = 0.0  # probability of a mirrored picture
     scaled_decode: bool = False  # decode large JPEGs at a fraction of their size: faster, not quite the same pixels
     color_jitter: float = 0.0  # strength of random changes of brightness, contrast, saturation and hue
-    vocabulary: str = "learned"  # "learned" from this text, "bert", or the path of a tokenizer.json
+    vocabulary: str = (
+        "learned"  # "learned" from this text, "bert", the path of a tokenizer.json or of CLIP's byte pairs
+    )
+    cache_megabytes: int = 256  # of decoded pictures, in each worker
+
+    @property
+    def is_embedded(self) -> bool:
+        return not self.pairs
+
+    def with_absolute_paths(self) -> Self:
+        """The same for whoever stands in another folder."""
+        return replace(
+            self,
+            pairs=tuple(map(absolute, self.pairs)),
+            validation=tuple(map(absolute, self.validation)),
+            vocabulary=self.vocabulary if self.vocabulary in ("learned", "bert") else absolute(self.vocabulary),
+        )
+
+
+@dataclass(frozen=True)
+class Data(PairData):
+    """The same for three streams. With no path at all: the embedded drawings and texts."""
+
+    images: tuple[str, ...] = ()  # pictures alone
+    text: tuple[str, ...] = ()  # text alone: one line a sample
+    schedule: Literal["ratio", "round-robin"] = "ratio"
+    pairs_ratio: float = 0.70  # share of the steps (FLAVA supplement A.2)
+    images_ratio: float = 0.15
+    text_ratio: float = 0.15
+    false_pairs: float = 0.1  # share of the pairs whose captions are rotated, for the matching loss
+    mask_probability: float = 0.15  # of a token to be masked in training; held-out text is always measured at 0.15
+    whole_words: bool = False  # mask whole words instead of word pieces
     image_tokenizer: str = "patches"  # "patches": k-means on this data; or the path of a codebook's weights
     codes: str | None = None  # of the image tokenizer, cached by `trivium data codes`: training then never runs it
-    cache_megabytes: int = 256  # of decoded pictures, in each worker
 
     @property
     def is_embedded(self) -> bool:
         return not (self.pairs or self.images or self.text)
 
-    def with_absolute_paths(self) -> Data:
-        """The same for whoever stands in another folder."""
+    def with_absolute_paths(self) -> Self:
         return replace(
-            self,
-            pairs=tuple(map(absolute, self.pairs)),
+            super().with_absolute_paths(),
             images=tuple(map(absolute, self.images)),
             text=tuple(map(absolute, self.text)),
-            validation=tuple(map(absolute, self.validation)),
-            vocabulary=self.vocabulary if self.vocabulary in ("learned", "bert") else absolute(self.vocabulary),
             image_tokenizer="patches" if self.image_tokenizer == "patches" else absolute(self.image_tokenizer),
             codes=None if self.codes is None else absolute(self.codes),
         )
@@ -99,17 +116,16 @@ class Sources:
     validation_text: Source | None
 
 
-def open_sources(data: Data) -> Sources:
+def open_sources(data: PairData) -> Sources:
     """Open what the recipe names. Raises TriviumError with the file and what to do."""
+    streams = ("pairs", "images", "text") if isinstance(data, Data) else ("pairs",)
     if data.is_embedded:
         if data.validation:
-            raise TriviumError(
-                "--data.validation holds pairs out of data of your own: give --data.pairs, --data.images or"
-                " --data.text too"
-            )
+            flags = "--data.pairs, --data.images or --data.text" if isinstance(data, Data) else "--data.pairs"
+            raise TriviumError(f"--data.validation holds pairs out of data of your own: give {flags} too")
+        known = {"pairs": embedded.pairs, "images": embedded.images, "text": embedded.text}
         return Sources(
-            *(embedded.pairs("train"), embedded.images("train"), embedded.text("train")),
-            *(embedded.pairs("val"), embedded.images("val"), embedded.text("val")),
+            *(known[name](split) if name in streams else None for split in ("train", "val") for name in known)
         )
 
     def opened(kind: Literal["pairs", "images", "text"], paths: tuple[str, ...]) -> Source | None:
@@ -118,13 +134,15 @@ def open_sources(data: Data) -> Sources:
         return open_source(kind, paths, image_column=data.image_column, text_column=data.text_column)
 
     validation = opened("pairs", data.validation)
+    if not isinstance(data, Data):
+        return Sources(opened("pairs", data.pairs), None, None, validation, None, None)
     return Sources(
         *(opened("pairs", data.pairs), opened("images", data.images), opened("text", data.text)),
         *(validation, validation, validation),
     )
 
 
-def make_tokenizer(data: Data, sources: Sources, vocab_size: int) -> Tokenizer:
+def make_tokenizer(data: PairData, sources: Sources, vocab_size: int) -> Tokenizer:
     """The text tokenizer of a run; a learned one is a function of the text alone."""
     if data.vocabulary == "bert" or not (sources.pairs or sources.text):  # pictures alone: no word is read
         return Tokenizer.wordpiece(embedded.bert_vocabulary())
@@ -283,3 +301,38 @@ def make_streams(
         flags = " or ".join(f"--data.{name}" for name in names)
         raise TriviumError(f"no data feeds a loss whose weight is above 0: give {flags}, or weight another loss")
     return streams
+
+
+def make_pairs(
+    data: PairData, sources: Sources, views: Views, patch: int, tokenizer: Tokenizer, train: bool = True
+) -> list[Stream]:
+    """The stream of captioned pictures without masks and without false pairs; none, where there are none.
+
+    Args:
+        train: False for the same stream over held-out rows, without augmentation.
+    """
+    source = sources.pairs if train else sources.validation_pairs
+    if source is None:
+        return []
+    image = ImageInput(views, patch, masked=False)
+    if train:
+        image = replace(image, color_jitter=data.color_jitter, cache_bytes=data.cache_megabytes << 20)
+    text = TextInput(tokenizer, data.max_length, probability=None)
+    collate = PairCollate(image, text, sort_by_length=data.sort_by_length and train, train=train)
+    return [Stream("pairs", source, collate, data.batch, data.batch)]
+
+
+def check_shapes(data: PairData, image_size: int, patch: int, max_length: int) -> None:
+    """Raises TriviumError where pictures do not divide into the model's patches or texts do not fit its positions."""
+    for flag, size in (("--model.image-size", image_size), ("--data.image-size", data.image_size)):
+        if size is not None and size % patch:
+            near = max(patch, round(size / patch) * patch)
+            raise TriviumError(
+                f"a picture of {size} pixels cannot be cut into patches of {patch}: choose a multiple, such as"
+                f" {flag} {near}"
+            )
+    if data.max_length > max_length:
+        raise TriviumError(
+            f"texts of {data.max_length} tokens do not fit a model of {max_length} positions: lower"
+            " --data.max-length or raise --model.max-length"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +20,11 @@ from trivium.errors import TriviumError
 from trivium.evaluate import losses
 from trivium.evaluate.embedded import Evaluation
 from trivium.load import image_tokenizer_hash, load, open_own
-from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
+from trivium.methods.flava import LOSSES, FlavaMethod
+from trivium.methods.pixels import Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
+from trivium.objectives.contrastive import Scope
 from trivium.recipes import limits, validation
 from trivium.recipes.bert import Bert
 from trivium.recipes.data import (
@@ -31,6 +32,7 @@ from trivium.recipes.data import (
     Sources,
     absolute,
     all_pictures,
+    check_shapes,
     make_image_tokenizer,
     make_streams,
     make_tokenizer,
@@ -63,6 +65,8 @@ class Objectives:
     contrastive: float = 1.0
     masked_share: float = 1.0  # share of the pairs that take the masked pass; below 1 is cheaper and changes training
     contrastive_form: Literal["softmax", "sigmoid"] = "softmax"  # SigLIP: "sigmoid" with model.start_logit_scale 10
+    contrastive_scope: Scope = "global"  # what a row gives gradient to, or sees, of the other ranks of the batch
+    num_ranks: int = 1  # equal parts that the batch is cut into, for the two other scopes; no matter the processes
 
     def streams(self) -> list[str]:
         """The streams that feed a loss. Raises TriviumError where every weight is 0."""
@@ -182,17 +186,17 @@ class PreparedFlava(Prepared):
             labels = losses.labels_of(pieces, lambda batch: method.codes(batch, torch.arange(len(batch))).cpu())
         num_classes = {"mim": config.num_codes, "mmm_image": config.num_codes}
         num_classes |= {"mlm": config.vocab_size, "mmm_text": config.vocab_size}
-        sizes = [len(batch) for batch in self.validation.get("pairs", [])]
-        # The last batch may be smaller; each pair counts in its own, so the logarithms are weighted by their pairs.
-        mean_size = math.exp(sum(size * math.log(size) for size in sizes) / sum(sizes)) if sizes else 1.0
-        sigmoid = self.recipe.objectives.contrastive_form == "sigmoid"
-        found = losses.chances(labels, num_classes, self.recipe.data.false_pairs, mean_size, sigmoid)
-        return found if sizes else {name: found[name] for name in labels}
+        objectives, batches = self.recipe.objectives, self.validation.get("pairs", [])
+        columns = validation.columns(batches, objectives.contrastive_scope, objectives.num_ranks)
+        sigmoid = objectives.contrastive_form == "sigmoid"
+        found = losses.chances(labels, num_classes, self.recipe.data.false_pairs, columns, sigmoid)
+        return found if batches else {name: found[name] for name in labels}
 
 
 def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> PreparedFlava:
     limits.check(leaves(recipe))
     _check_sorting(recipe)
+    limits.check_ranks(recipe.objectives.contrastive_scope, recipe.objectives.num_ranks, recipe.data.batch)
     data, seed = recipe.data, recipe.train.seed
     stream_names = recipe.objectives.streams()
     if recipe.init is not None and recipe.init_text is not None:
@@ -229,7 +233,10 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     transform = replace(ImageTransform() if start is None else start.transform, size=views.size)
     pixels = Pixels(transform.mean, transform.std)
     objectives = recipe.objectives
-    method = FlavaMethod(model, image_tokenizer, pixels, weights, objectives.masked_share, objectives.contrastive_form)
+    method = FlavaMethod(
+        model, image_tokenizer, pixels, weights, objectives.masked_share, objectives.contrastive_form,
+        objectives.contrastive_scope, objectives.num_ranks,
+    )  # fmt: skip
     false_pairs = None if start is None else start.false_pairs
     if recipe.objectives.itm and sources.pairs is not None:
         false_pairs = data.false_pairs
@@ -317,23 +324,11 @@ def _fits(
 
 def _check(config: FlavaConfig, data: Data) -> None:
     """Raises TriviumError where shapes do not go together."""
-    patch = config.patch_size
-    for flag, size in (("--model.image-size", config.image_size), ("--data.image-size", data.image_size)):
-        if size is not None and size % patch:
-            near = max(patch, round(size / patch) * patch)
-            raise TriviumError(
-                f"a picture of {size} pixels cannot be cut into patches of {patch}: choose a multiple, such as"
-                f" {flag} {near}"
-            )
+    check_shapes(data, config.image_size, config.patch_size, config.max_length)
     if config.width % config.num_heads:
         raise TriviumError(
             f"a width of {config.width} cannot be shared by {config.num_heads} heads: choose --model.num-heads so that"
             " it divides --model.width"
-        )
-    if data.max_length > config.max_length:
-        raise TriviumError(
-            f"texts of {data.max_length} tokens do not fit a model of {config.max_length} positions: lower"
-            " --data.max-length or raise --model.max-length"
         )
 
 

@@ -19,6 +19,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("model.width", "model.num_heads", "model.mlp_width", "model.image_size"), SOME),
     **dict.fromkeys(("model.image_layers", "model.text_layers", "model.multimodal_layers"), SOME),
     **dict.fromkeys(("model.patch_size", "model.vocab_size", "model.max_length", "model.num_codes"), SOME),
+    **dict.fromkeys(("model.image_width", "model.image_heads", "model.image_mlp_width"), SOME),
+    **dict.fromkeys(("model.text_width", "model.text_heads", "model.text_mlp_width"), SOME),
     "model.num_segments": SOME,
     "model.projection_width": SOME,
     "model.start_logit_scale": (lambda value: 1 <= value <= 100, "between 1 and 100"),
@@ -27,6 +29,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [f"objectives.{name}" for name in ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")], NOT_NEGATIVE
     ),
+    "objectives.num_ranks": SOME,
     "objectives.masked_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "data.batch": SOME,
     "data.image_size": (lambda value: value is None or value >= 1, "a number of pixels of 1 or more"),
@@ -66,3 +69,17 @@ def check(values: Mapping[str, Any]) -> None:
             flag = "--" + path.replace("_", "-")
             shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
             raise TriviumError(f"{flag} {shown}: this must be {says}")
+
+
+def check_ranks(scope: str, num_ranks: int, batch: int) -> None:
+    """Raises TriviumError where a batch cannot be cut into these ranks, or nothing asks for them."""
+    if batch % num_ranks:
+        raise TriviumError(
+            f"a batch of {batch} cannot be cut into {num_ranks} ranks: choose --objectives.num-ranks so that it divides"
+            " --data.batch"
+        )
+    if (scope == "global") != (num_ranks == 1):
+        raise TriviumError(
+            f"--objectives.contrastive-scope {scope} with --objectives.num-ranks {num_ranks}: on one rank every scope"
+            " is the global one, which ranks do not change, so give both or neither"
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,3 +55,15 @@ def micro_batches(batch: Batch, rows: int) -> list[Batch]:
 def all_pieces(validation: Validation, rows: int) -> Iterator[Batch]:
     """Every held-out batch, in pieces of `rows` rows."""
     return (piece for batches in validation.values() for batch in batches for piece in micro_batches(batch, rows))
+
+
+def columns(batches: Sequence[Batch], scope: str, num_ranks: int) -> float:
+    """Columns that a row of the contrastive loss has: those of its batch, or with scope "local" of its rank alone.
+
+    The last batch may be smaller; each pair counts in its own, so it is the mean of the logarithms, weighted by pairs.
+    """
+    sizes = [len(batch) for batch in batches]
+    if not sizes:
+        return 1.0
+    mean_size = math.exp(sum(size * math.log(size) for size in sizes) / sum(sizes))
+    return max(1.0, mean_size / num_ranks) if scope == "local" else mean_size

@@ -1,0 +1,167 @@
+"""Full training steps of CLIP against transformers.CLIPModel: forward, backward, optimizer.
+
+    python benchmarks/clip_step.py                 # ViT-B/16, batch 16: some minutes on two cores
+    python benchmarks/clip_step.py --size tiny     # seconds, to see that it runs
+
+Same weights, same pictures and words, same optimizer, threads and precision on both sides; the losses agree to 1e-5 in
+float32, or nothing is timed. Two cases:
+
+    real_length    each as it is used: the peer with texts padded to 77 tokens, ours to the longest caption
+    equal_length   texts of 77 tokens, padding counted, for both
+
+The ladder takes one trick away at a time: its factor is the time without the trick over the time with all, both with
+texts of real length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import side_by_side
+import torch
+from flava_pair import LENGTHS, PADDED, every_row, patches_by_convolution, three_projections
+from step_pair import StepPair
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPConfig as PeerConfig
+from transformers import CLIPModel
+
+from trivium.convert.clip import config_to_hf, to_hf
+from trivium.layers import activations, attention, embeddings, transformer
+from trivium.methods.clip import ClipMethod
+from trivium.methods.pixels import Pixels
+from trivium.models.clip import Clip, ClipConfig
+from trivium.train import precision
+from trivium.train.initial import initialise
+from trivium.train.protocol import Batch, Images, Texts
+
+
+def make_batch(config: ClipConfig, rows: int, length: int | None) -> Batch:
+    """Pairs of noise. length: pad texts to it; None: to the longest caption."""
+    draw = torch.Generator().manual_seed(0)
+    end_B = torch.tensor([LENGTHS[row % len(LENGTHS)] - 1 for row in range(rows)])
+    row_B = torch.arange(rows)
+    position_T = torch.arange(length or int(end_B.max()) + 1)
+    drawn_BT = torch.randint(1, config.vocab_size - 2, (rows, PADDED), generator=draw)
+    mask_BT = position_T <= end_B[:, None]
+    ids_BT = drawn_BT[:, : len(position_T)] * mask_BT
+    ids_BT[:, 0], ids_BT[row_B, end_B] = config.vocab_size - 2, config.vocab_size - 1
+    shape = (rows, 3, config.image_size, config.image_size)
+    images = Images(torch.randint(0, 256, shape, generator=draw).to(torch.uint8), row_B)
+    matched = {"matched": torch.ones(rows, dtype=torch.bool)}
+    return Batch("pairs", row_B, row_B, (images,), (Texts(ids_BT, mask_BT, row_B),), matched)
+
+
+class Pair(StepPair):
+    """The two models with the same weights, and a step of each."""
+
+    def __init__(self, size: str, autocast: Callable[[], AbstractContextManager], device: torch.device) -> None:
+        config = ClipConfig.of_size(size, max_length=PADDED, end_id=None)
+        model = Clip(config)
+        initialise(model, 0)
+        peer = CLIPModel(PeerConfig.from_dict(config_to_hf(config)))
+        peer.load_state_dict(to_hf(model.state_dict(), config))
+        super().__init__(ClipMethod(model, Pixels((0.5,) * 3, (0.25,) * 3)), peer, autocast, device)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The same batch as CLIPModel takes it."""
+        text = batch.texts[0]
+        inputs = {"pixel_values": self.method.pixels(batch.images[0].pixels_BCHW), "input_ids": text.ids_BT,
+                  "attention_mask": text.mask_BT.long()}  # fmt: skip
+        return {name: value.to(self.method.mean.device) for name, value in inputs.items()}
+
+    def peer_losses(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        with self.autocast():
+            loss = self.peer(**inputs, return_loss=True).loss
+        return {"contrastive": loss, "total": loss}
+
+
+# ---------------------------------------------------------------------------------------- steps without one trick
+
+
+def kept_activation(hidden: Tensor, linear: torch.nn.Linear, activation: str) -> Tensor:
+    return linear(activations.ACTIVATIONS[activation].forward(hidden))
+
+
+@contextmanager
+def sigmoid_written_out() -> Any:
+    plain = activations.Activation(lambda x: x * torch.sigmoid(1.702 * x), activations._quick_gelu_backward)
+    with mock.patch.dict(activations.ACTIVATIONS, quick_gelu=plain):
+        yield
+
+
+def attention_of_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    mask = None if mask is None else mask[:, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+
+# Each trick taken away: how our step is patched, and whether its texts are padded.
+WITHOUT: dict[str, tuple[Callable[[], AbstractContextManager], bool]] = {
+    "last block at the pooled position only": (every_row, False),
+    "backward of attention by whole products": (
+        lambda: mock.patch.object(attention, "attend", attention_of_torch),
+        False,
+    ),
+    "activation computed again": (lambda: mock.patch.object(transformer, "activation_then", kept_activation), False),
+    "QuickGELU by way of SiLU": (sigmoid_written_out, False),
+    "one projection for queries, keys and values": (
+        lambda: mock.patch.object(attention.SelfAttention, "forward", three_projections),
+        False,
+    ),
+    "patches as a linear map": (
+        lambda: mock.patch.object(embeddings.PatchEmbedding, "forward", patches_by_convolution),
+        False,
+    ),
+    "real-length text": (nullcontext, True),
+}
+
+
+def ladder(pair: Pair, real: Batch, padded: Batch) -> dict[str, float]:
+    rungs = {}
+    for trick, (context, is_padded) in WITHOUT.items():
+
+        def without(batch: Batch = padded if is_padded else real, patch: Callable = context) -> None:
+            with patch():
+                pair.step(batch)
+
+        times = side_by_side.interleaved(partial(pair.step, real), without, rounds=3)
+        rungs[trick] = round(statistics.median(times[1]) / statistics.median(times[0]), 3)
+        print(f"  {trick}: {rungs[trick]}", flush=True)
+    return rungs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base", choices=("tiny", "base"))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--no-ladder", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.size == "base":
+        side_by_side.refuse_a_busy_machine()
+    device = precision.choose_device("auto")
+    kind = precision.choose("auto", device)
+    pair = Pair(arguments.size, lambda: precision.autocast(device, kind), device)
+    config = pair.method.model.config
+
+    real, padded = make_batch(config, arguments.batch, None), make_batch(config, arguments.batch, PADDED)
+    for batch in (real, padded):  # before any step: afterwards weights may drift apart
+        pair.same_losses(batch, pair.inputs(padded))
+    results = {
+        "real_length": pair.compare(f"real_length ({kind})", real, pair.inputs(padded)),
+        "equal_length": pair.compare(f"equal_length ({kind})", padded, pair.inputs(padded)),
+    }
+    rungs = {} if arguments.no_ladder else ladder(pair, real, padded)
+    if arguments.size == "base":
+        side_by_side.write(
+            "clip_step", results, ladder=rungs, precision=kind, batch=arguments.batch, token_lengths=LENGTHS
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""CLIP as a recipe: one dial sets the size, every leaf of the tree can be set by its dotted path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trivium.bundle import Bundle
+from trivium.data.loader import evaluation_batches
+from trivium.data.mixture import StreamMixture
+from trivium.data.tokenizer import Tokenizer
+from trivium.data.transforms import ImageTransform
+from trivium.data.views import Views
+from trivium.errors import TriviumError
+from trivium.evaluate import losses
+from trivium.evaluate.embedded import Evaluation
+from trivium.load import load, open_own
+from trivium.methods.clip import ClipMethod
+from trivium.methods.pixels import Pixels
+from trivium.models.clip import SIZES, Clip, ClipConfig
+from trivium.objectives.contrastive import Scope
+from trivium.recipes import limits, validation
+from trivium.recipes.data import (
+    PairData,
+    Sources,
+    absolute,
+    check_shapes,
+    make_pairs,
+    make_tokenizer,
+    noticed,
+    open_sources,
+)
+from trivium.recipes.prepared import Losses, Prepared, on_pairs
+from trivium.recipes.validation import Validation
+from trivium.train.config import Config, leaves
+from trivium.train.initial import initialise
+from trivium.train.optim import Optim
+from trivium.train.protocol import Method
+from trivium.train.trainer import Run, Train
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The one loss."""
+
+    contrastive_form: Literal["softmax", "sigmoid"] = "softmax"  # SigLIP: "sigmoid" with model.start_logit_scale 10
+    contrastive_scope: Scope = "global"  # what a row gives gradient to, or sees, of the other ranks of the batch
+    num_ranks: int = 1  # equal parts that the batch is cut into, for the two other scopes; no matter the processes
+
+
+@dataclass(frozen=True)
+class ClipRecipe:
+    """Everything that a CLIP run is."""
+
+    model: ClipConfig  # with `init`, the file's own shape counts instead
+    objectives: Objective = field(default_factory=Objective)
+    data: PairData = field(default_factory=PairData)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    init: str | None = None  # a model folder, run folder or foreign checkpoint to start from
+    init_std: float = 0.02  # of the normal distribution that weights are drawn from
+    validate: int = 4096  # held-out pairs that the loss is measured on, up to 8 times each; 0: none
+
+    @property
+    def rows_at_once(self) -> int:
+        """Samples of one forward, in steps and in validation; the whole batch until "auto" is settled."""
+        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
+
+    def with_absolute_paths(self) -> ClipRecipe:
+        """The same for whoever stands in another folder: what a config that is kept should state."""
+        init = None if self.init is None else absolute(self.init)
+        return replace(self, data=self.data.with_absolute_paths(), init=init)
+
+    def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedClip:
+        """Open the data, make or read the tokenizer, build model and method.
+
+        Args:
+            name, arguments: of the recipe, as config.json is to state them.
+            resume_from: the model folder of a checkpoint that was checked; the tokenizer is then its own, and the
+                trainer restores the weights.
+        """
+        return _prepare(self, name, arguments, resume_from)
+
+
+def clip(size: str = "tiny") -> ClipRecipe:
+    """CLIP (Radford et al. 2021). size: "tiny" for a laptop tonight, "small", or "base", the published ViT-B/16.
+
+    Base takes the paper's optimizer and, as the CLIP that FLAVA is compared with, FLAVA's batch and number of updates.
+    Its published vocabulary is a file: --data.vocabulary bpe_simple_vocab_16e6.txt.gz.
+    """
+    if size not in SIZES:
+        raise TriviumError(f"there is no CLIP of size {size}: use one of {', '.join(SIZES)}")
+    model = ClipConfig.of_size(size)
+    if size == "tiny":
+        return ClipRecipe(
+            model,
+            data=PairData(batch=128, max_length=32),
+            optim=Optim(lr=1.5e-3, weight_decay=0.1, warmup=0.08),
+            train=Train(steps=2000, save_every=500),
+            init_std=0.13,  # as FLAVA's of this width
+        )
+    published = Optim(lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, warmup=2000, clip="none")
+    data = PairData(batch=8192, max_length=77)
+    if size == "small":
+        return ClipRecipe(
+            model,
+            data=replace(data, batch=512),
+            optim=replace(published, warmup=0.05, clip="global"),
+            train=Train(steps=50_000, micro_batch=128),
+        )
+    return ClipRecipe(model, data=data, optim=published, train=Train(steps=150_000, micro_batch=128))
+
+
+@dataclass
+class PreparedClip(Prepared):
+    """CLIP's run with its parts in memory."""
+
+    recipe: ClipRecipe  # with the vocabulary that was found
+    sources: Sources
+    validation: Validation
+
+    def measures(self, recipe: ClipRecipe) -> Callable[[Method], dict[str, Any]]:
+        return validation.measures(self.validation, recipe.train.seed, recipe.rows_at_once)
+
+    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
+        assert self.bundle is not None
+        recipe = self.recipe
+        if final is None:
+            if self.validation:
+                say("validation losses")
+            final = validation.losses(self.run.method, self.validation, recipe.train.seed, recipe.rows_at_once)
+        found = on_pairs(self.bundle, recipe.data, self.sources, say)
+        if not recipe.validate:
+            found.not_applicable.append("losses on held-out samples: --validate is 0")
+        return found, {name: (value, self.chance()) for name, value in final.items()}
+
+    def chance(self) -> float:
+        """What the validation loss is for equal scores (see evaluate/losses.py)."""
+        objectives = self.recipe.objectives
+        columns = validation.columns(self.validation["pairs"], objectives.contrastive_scope, objectives.num_ranks)
+        return losses.contrastive_chance(columns, objectives.contrastive_form == "sigmoid")
+
+
+def _prepare(recipe: ClipRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> PreparedClip:
+    limits.check(leaves(recipe))
+    objectives, data, seed = recipe.objectives, recipe.data, recipe.train.seed
+    limits.check_ranks(objectives.contrastive_scope, objectives.num_ranks, data.batch)
+    start, config = _open_start(recipe, recipe.init if resume_from is None else open_own(resume_from))
+    _check(config, data)
+    sources = open_sources(data)
+    notes = []
+    if start is not None and start.tokenizer is not None:
+        tokenizer = start.tokenizer
+    else:
+        tokenizer = make_tokenizer(data, sources, config.vocab_size)
+    if start is None:
+        config = replace(config, vocab_size=tokenizer.vocab_size, end_id=tokenizer.sep_id)
+    elif resume_from is None:
+        notes += _fits(recipe, start, config, tokenizer)
+
+    model = Clip(config)
+    initialise(model, seed, recipe.init_std)
+    if start is not None:
+        model.load_state_dict(start.model.state_dict())
+    views = Views(
+        data.image_size or config.image_size,
+        crop_scale=data.crop_scale,
+        flip=data.flip,
+        scaled_decode=data.scaled_decode,
+    )
+    transform = replace(ImageTransform() if start is None else start.transform, size=views.size)
+    method = ClipMethod(
+        model, Pixels(transform.mean, transform.std), objectives.contrastive_scope, objectives.num_ranks,
+        objectives.contrastive_form,
+    )  # fmt: skip
+    bundle = Bundle("clip", model, tokenizer, transform, max_length=data.max_length)
+    streams = make_pairs(data, sources, views, config.patch_size, tokenizer)
+    assert streams, "with no path at all there are the embedded pairs"
+
+    def mixture_of(train: Train) -> StreamMixture:
+        rows = replace(recipe, train=train).rows_at_once
+        return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, "ratio", train.workers)
+
+    held_out = {
+        s.name: list(evaluation_batches(s.source, s.collate, data.batch, recipe.validate, s.name))
+        for s in make_pairs(data, sources, views, config.patch_size, tokenizer, train=False)
+        if recipe.validate
+    }
+    notes += [f"validation: {bad}" for batches in held_out.values() for batch in batches for bad in batch.bad]
+    notes += noticed(sources)
+    recipe = replace(recipe, model=config)
+    run = Run(
+        method,
+        mixture_of(recipe.train),
+        recipe.optim,
+        recipe.train,
+        export=bundle.save,
+        config=Config(name, arguments, leaves(recipe)),
+        evaluate=validation.measures(held_out, seed, recipe.rows_at_once),
+        blocks=model.blocks,
+    )
+    return PreparedClip(recipe, run, bundle, mixture_of, name, arguments, notes, sources, held_out)
+
+
+def _open_start(recipe: ClipRecipe, given: str | Bundle | None) -> tuple[Bundle | None, ClipConfig]:
+    """The model to start from and the shape of the run's. Raises TriviumError where it is of another family."""
+    if given is None:
+        return None, recipe.model
+    start = given if isinstance(given, Bundle) else load(given)
+    if not isinstance(start.model, Clip):
+        raise TriviumError(f"{recipe.init} holds a model of another family than CLIP: {type(start.model).__name__}")
+    return start, start.model.config
+
+
+def _fits(recipe: ClipRecipe, start: Bundle, config: ClipConfig, tokenizer: Tokenizer) -> list[str]:
+    """What of the recipe gives way to the model that a run starts from, a sentence each.
+
+    Raises TriviumError where words of the data have no place in the model.
+    """
+    if start.tokenizer is None and recipe.data.vocabulary == "learned":
+        raise TriviumError(
+            f"{recipe.init} came without a tokenizer, and a vocabulary learned from this data would not be the one that"
+            " it was trained with: give --data.vocabulary the path of its tokenizer.json or of its byte pairs"
+        )
+    end_id = config.vocab_size - 1 if config.end_id is None else config.end_id
+    if tokenizer.vocab_size > config.vocab_size or tokenizer.sep_id != end_id:
+        raise TriviumError(
+            f"the vocabulary has {tokenizer.vocab_size} words and ends a text with number {tokenizer.sep_id}, the model"
+            f" of {recipe.init} has {config.vocab_size} and {end_id}: give the vocabulary that it was trained with"
+        )
+    notes = []
+    if start.tokenizer is not None and recipe.data.vocabulary != "learned":
+        notes.append(f"{recipe.init} brings its own vocabulary, so --data.vocabulary is not used")
+    if replace(recipe.model, vocab_size=config.vocab_size, end_id=config.end_id) != config:
+        notes.append(f"the shape of the model is that of {recipe.init}, whatever --size and --model say")
+    return notes
+
+
+def _check(config: ClipConfig, data: PairData) -> None:
+    """Raises TriviumError where shapes do not go together."""
+    check_shapes(data, config.image_size, config.patch_size, config.max_length)
+    for tower, width, heads in (("image", config.image_width, config.image_heads),
+                                ("text", config.text_width, config.text_heads)):  # fmt: skip
+        if width % heads:
+            raise TriviumError(
+                f"a width of {width} cannot be shared by {heads} heads: choose --model.{tower}-heads so that it divides"
+                f" --model.{tower}-width"
+            )
