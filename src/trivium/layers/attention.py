@@ -88,6 +88,15 @@ class SelfAttention(nn.Module):
         attended = attend(query, key, value, mask_BL, self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
 
+    def maps(self, x_BLD: Tensor) -> Tensor:
+        """What `forward` weighs the values with, [B, H, L, L]: softmax(Q K^T / sqrt(E)), the plain way, to be looked at.
+        float32 at least."""
+        B, L, D = x_BLD.shape
+        H, E = self.num_heads, D // self.num_heads
+        query, key, _ = self.qkv(x_BLD).view(B, L, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
+        scores_BHLL = query @ key.transpose(-2, -1) * E**-0.5
+        return scores_BHLL.softmax(-1, dtype=torch.promote_types(scores_BHLL.dtype, torch.float32))
+
 
 def take_rows(x_BLD: Tensor, rows: Tensor | int) -> Tensor:
     """The first n positions (int), or those of an int64 index [B, Q]."""
