@@ -45,7 +45,7 @@ def test_the_crop_loss_is_the_mean_over_pairs(crops: int, temperature: float) ->
     [grad] = torch.autograd.grad(3 * mine, student)
     plain = pair_by_pair(student, shares, temperature)
     [expected] = torch.autograd.grad(3 * plain, student)
-    assert float(mine) == pytest.approx(float(plain), rel=1e-12)
+    assert mine.item() == pytest.approx(plain.item(), rel=1e-12)
     assert torch.allclose(grad, expected, rtol=0, atol=1e-12)
 
 
@@ -71,7 +71,7 @@ def test_a_centre_moves_shares_and_carries_no_gradient() -> None:
     assert not shares.requires_grad
     for crop in range(2):
         for row in range(B):
-            scores = [math.exp((float(outputs[crop, row, k]) - float(center[k])) / 0.04) for k in range(K)]
+            scores = [math.exp((outputs[crop, row, k].item() - float(center[k])) / 0.04) for k in range(K)]
             assert shares[crop, row].tolist() == pytest.approx([score / sum(scores) for score in scores], rel=1e-9)
 
 
@@ -103,7 +103,7 @@ def test_hidden_patches_count_by_their_picture() -> None:
         [-weight[m] * (shares[m] * F.log_softmax(student[m] / 0.1, -1)).sum() for m in range(6)]
     ).sum()
     [grad], [expected] = torch.autograd.grad(mine, student), torch.autograd.grad(plain, student)
-    assert float(mine) == pytest.approx(float(plain), rel=1e-12)
+    assert mine.item() == pytest.approx(plain.item(), rel=1e-12)
     assert torch.allclose(grad, expected, atol=1e-12)
 
 
@@ -116,7 +116,7 @@ def test_koleo_finds_the_nearest_other() -> None:
         [-(min((unit[i] - unit[j]).norm() for j in range(8) if j != i) + 1e-8).log() for i in range(2, 5)]
     ).sum()
     [grad], [expected] = torch.autograd.grad(mine, everyone), torch.autograd.grad(plain, everyone)
-    assert float(mine) == pytest.approx(float(plain), rel=1e-12)
+    assert mine.item() == pytest.approx(plain.item(), rel=1e-12)
     assert torch.allclose(grad, expected, atol=1e-10)
 
 
@@ -128,5 +128,5 @@ def test_koleo_of_equal_rows_is_finite_and_of_one_row_is_nothing() -> None:
     assert grad.isfinite().all()
     one = torch.ones(1, 4, requires_grad=True)
     alone = koleo(one, one, torch.arange(1), torch.arange(1))
-    assert float(alone) == 0
+    assert alone.item() == 0
     assert torch.autograd.grad(alone, one)[0].abs().sum() == 0

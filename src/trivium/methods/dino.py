@@ -158,7 +158,7 @@ class DinoMethod(MethodOfPictures):
 
     def separate(self, batch: Batch, rows: Rows, states: Any, counts: Sums, key: Key) -> Sums:
         seen: _Seen = self._look(batch) if states is None else states
-        unit_BD = F.normalize(seen.class_VBD[0].detach().float(), dim=-1)
+        unit_BD = F.normalize(seen.class_VBD[0].detach(), dim=-1)
         sums: Sums = {
             "stat/center": seen.teacher_2BK.sum((0, 1)),
             "stat/features": unit_BD.sum(0),
@@ -205,7 +205,7 @@ class DinoMethod(MethodOfPictures):
         masked_RN = batch.targets["patch_mask"].transpose(0, 1).flatten(0, 1)  # crop by crop, as pixels are
         places_M = self._to(masked_RN.flatten().nonzero()[:, 0])
         hidden_R = masked_RN.sum(1)
-        weight_M = self._to((1 / hidden_R.clamp(min=1)).repeat_interleave(hidden_R))
+        weight_M = self._to((1 / hidden_R.clamp(min=1).double()).repeat_interleave(hidden_R))
         tokens_RLD = self.model.encode_image(globals_BCHW, self._to(masked_RN)).tokens
         class_RD = torch.cat(
             [tokens_RLD[:, 0]] + [self.model.encode_image(pixels, rows=1).pooled for pixels in local if len(pixels)]
