@@ -157,11 +157,14 @@ def test_files_of_hugging_face(kind: str, tmp_path: Path) -> None:
     peer = peers.shuffled(getattr(transformers, kind)(their_config))
     peer.save_pretrained(tmp_path)
     config, state, left = vit.from_hf(read_weights(tmp_path), their_config.to_dict())
-    assert left == {
-        "ViTModel": ["pooler.dense.bias", "pooler.dense.weight"],
-        "ViTForImageClassification": ["classifier.bias", "classifier.weight"],
-        "ViTForMaskedImageModeling": ["decoder.0.bias", "decoder.0.weight"],
-    }[kind]
+    assert (
+        left
+        == {
+            "ViTModel": ["pooler.dense.bias", "pooler.dense.weight"],
+            "ViTForImageClassification": ["classifier.bias", "classifier.weight"],
+            "ViTForMaskedImageModeling": ["decoder.0.bias", "decoder.0.weight"],
+        }[kind]
+    )
     model = ViT(config)
     model.load_state_dict(state)
     pixels = torch.randn(2, 3, 32, 32)

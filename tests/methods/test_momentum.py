@@ -34,4 +34,6 @@ def test_a_follower_is_a_copy_without_gradient() -> None:
     teacher = follower(student)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert all(p.requires_grad for p in student.parameters())
-    assert all(torch.equal(a, b) and a is not b for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) and a is not b for a, b in zip(teacher.parameters(), student.parameters(), strict=True)
+    )

@@ -99,9 +99,7 @@ def test_sinkhorn_uses_prototypes_alike(rows: int, temperature: float, seed: int
 def test_hidden_patches_count_by_their_picture() -> None:
     student, shares, weight = drawn(6, K).requires_grad_(), drawn(6, K).softmax(-1), torch.rand(6).double()
     mine = masked_patches(student, shares, weight, 0.1)
-    plain = torch.stack(
-        [-weight[m] * (shares[m] * F.log_softmax(student[m] / 0.1, -1)).sum() for m in range(6)]
-    ).sum()
+    plain = torch.stack([-weight[m] * (shares[m] * F.log_softmax(student[m] / 0.1, -1)).sum() for m in range(6)]).sum()
     [grad], [expected] = torch.autograd.grad(mine, student), torch.autograd.grad(plain, student)
     assert mine.item() == pytest.approx(plain.item(), rel=1e-12)
     assert torch.allclose(grad, expected, atol=1e-12)

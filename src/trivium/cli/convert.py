@@ -67,6 +67,7 @@ def convert(
 
 def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None:
     from trivium.convert import ADAPTERS
+    from trivium.convert.processor import vit_processor_to_hf
     from trivium.manifest import written_beside
     from trivium.models.dvae import DVae
     from trivium.models.flava import Flava
@@ -76,7 +77,9 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
     adapter = ADAPTERS[to]
     write = adapter.write
     assert write is not None
-    if bundle.family != adapter.family:
+    if bundle.family in adapter.tower_of:
+        print(f"left out: {to} has no place for the head of a {bundle.family}, its tower alone is written")
+    elif bundle.family != adapter.family:
         raise TriviumError(f"{to} is a layout of {adapter.family}, and this model is of the family {bundle.family}")
     if image_tokenizer is not None and not isinstance(image_tokenizer, DVae):
         print(f"left out: {to} has no place for an image tokenizer of the kind {image_tokenizer.kind}")
@@ -96,6 +99,11 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
         _write_json(folder / "config.json", config)
         if to == "hf-flava":
             _write_processor(bundle, folder)
+        elif to == "hf-vit":
+            t = bundle.transform
+            _write_json(
+                folder / "preprocessor_config.json", vit_processor_to_hf(t.size, t.filter, t.crop, t.mean, t.std)
+            )
 
 
 def _write_processor(bundle: Bundle, folder: Path) -> None:

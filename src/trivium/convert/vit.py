@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,14 +31,16 @@ from trivium.models.vit import ViT, ViTConfig
 HEAD_WIDTH = 64  # of one attention head in every released ViT
 _TIMM_LEFT = re.compile(r"(head|head_dist|pre_logits)\.")  # classifiers
 _HF_LEFT = re.compile(r"(classifier|pooler|cls_classifier|distillation_classifier|decoder)\.")
-_HF_IN_MEMORY = (  # names that a model of the newer library has in memory, where files keep the older ones
+_QKV = {"q": "query", "k": "key", "v": "value"}
+_HF_IN_MEMORY: tuple[
+    tuple[str, str | Callable[[re.Match[str]], str]], ...
+] = (  # names that a model of the newer library has in memory, where files keep the older ones
     (r"^layers\.(\d+)\.", r"encoder.layer.\1."),
     (r"\.attention\.([qkv])_proj\.", lambda match: f".attention.attention.{_QKV[match[1]]}."),
     (r"\.attention\.o_proj\.", ".attention.output.dense."),
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
-_QKV = {"q": "query", "k": "key", "v": "value"}
 
 
 # ------------------------------------------------------------------------------------------ timm, DeiT and DINO
@@ -140,6 +142,13 @@ def config_to_timm(config: ViTConfig) -> dict[str, Any]:
     }
 
 
+def transform_from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and std of pictures as timm's config.json says them; without one ImageNet's, which DINO and DeiT use."""
+    said = config.get("pretrained_cfg") or {}
+    return {name: tuple(said.get(name) or default) for name, default in
+            (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225)))}  # fmt: skip
+
+
 def _sizes(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a config that shapes tell."""
     needed = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
@@ -207,7 +216,7 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[ViT
     for key, tensor in state.items():
         name = re.sub(r"^(vit|deit)\.", "", key)
         for pattern, replacement in _HF_IN_MEMORY:
-            name = re.sub(pattern, replacement, name)  # type: ignore[arg-type]
+            name = re.sub(pattern, replacement, name)
         named[name] = tensor
     left = sorted(name for name in named if _HF_LEFT.match(name))
     kept = {name: tensor for name, tensor in named.items() if name not in set(left)}

@@ -66,7 +66,8 @@ class MultiCrop:
         rng = draws.generator(f"crop {number}")
         is_global, kind = number < NUM_GLOBAL, min(number, NUM_GLOBAL)
         scale = self.global_scale if is_global else self.local_scale
-        box = random_crop_box(rng, *picture_HWC.shape[:2], scale)
+        height, width, _ = picture_HWC.shape
+        box = random_crop_box(rng, height, width, scale)
         crop_CHW = crop_and_resize(picture_HWC, self.global_size if is_global else self.local_size, box)
         crop_HWC = crop_CHW.transpose(1, 2, 0)
         if rng.random() < self.flip:
@@ -86,7 +87,8 @@ class MultiCrop:
         draws = rng.uniform(-1, 1, size=4) * strengths
         change = Recoloring()
         if jittered:
-            change = Recoloring(*(1 + draws[:3]).clip(min=0).tolist(), hue=2 * pi * float(draws[3]))
+            brightness, contrast, saturation = (1 + draws[:3]).clip(min=0).tolist()
+            change = Recoloring(brightness, contrast, saturation, 2 * pi * float(draws[3]))
         return replace(change, saturation=0.0) if grey else change
 
 

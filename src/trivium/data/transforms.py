@@ -24,6 +24,8 @@ from trivium.errors import TriviumError
 Triple = tuple[float, float, float]
 CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)  # what FLAVA, too, normalises with
 CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)  # DINO's, DeiT's and most of timm's
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 Filter = Literal["bilinear", "bicubic", "lanczos", "box"]
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in get_args(Filter)}

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trivium.invariance import flava
+from trivium.invariance import dino, flava
 from trivium.train import distributed
 from trivium.train.protocol import Batch, Key, Method
 from trivium.train.step import backward, measure
@@ -32,6 +32,8 @@ CASES: dict[str, Make] = {
     "FLAVA, pairs": partial(flava.case, "pairs", false_rows=(1, 6, 7)),
     "FLAVA, images": partial(flava.case, "images"),
     "FLAVA, text": partial(flava.case, "text"),
+    "DINO": dino.case,
+    "DINO, options": partial(dino.case, centring="sinkhorn", weights={"koleo": 0.1, "ibot": 1.0}),
 }
 
 WORLDS = (1, 2, 4)
@@ -114,7 +116,10 @@ def losses_and_gradients(make: Make, layout: Layout) -> dict[str, Tensor]:
     sums, counts, _ = backward(method, mine, key)
     distributed.sum_gradients(list(method.parameters()))
     sums = distributed.sum_over_processes(sums)
-    found = {f"loss of {name}": value / counts[name].clamp(min=1) for name, value in sums.items()}
+    found = {
+        name if name.startswith("stat/") else f"loss of {name}": value / counts.get(name, torch.ones(())).clamp(min=1)
+        for name, value in sums.items()
+    }
     found |= {f"gradient of {n}": p.grad for n, p in method.named_parameters() if p.grad is not None}
     measured = measure(method, [mine], key)
     return found | {f"validation loss of {n}": torch.tensor(value).double() for n, value in measured.items()}

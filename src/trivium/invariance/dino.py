@@ -60,8 +60,7 @@ def make_batch(rows: int, config: DinoConfig = TINY, *, num_local: int = 3, seed
     row_B = torch.arange(rows)
     sizes = [config.image_size] * 2 + [config.image_size // 2] * num_local
     images = tuple(
-        Images(torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8, generator=draw), row_B)
-        for size in sizes
+        Images(torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8, generator=draw), row_B) for size in sizes
     )
     mask_B2N = torch.rand(rows, 2, config.grid**2, generator=draw) < 0.3
     mask_B2N[::3, 0] = False

@@ -89,8 +89,8 @@ class SelfAttention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def maps(self, x_BLD: Tensor) -> Tensor:
-        """What `forward` weighs the values with, [B, H, L, L]: softmax(Q K^T / sqrt(E)), the plain way, to be looked at.
-        float32 at least."""
+        """What `forward` weighs the values with, [B, H, L, L]: softmax(Q K^T / sqrt(E)), the plain way, for whoever
+        wants to look at it. float32 at least."""
         B, L, D = x_BLD.shape
         H, E = self.num_heads, D // self.num_heads
         query, key, _ = self.qkv(x_BLD).view(B, L, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)

@@ -72,6 +72,9 @@ class DinoMethod(MethodOfPictures):
     teacher: Dino
     center: Tensor
     patch_center: Tensor
+    teacher_entropy: Tensor
+    prototypes_entropy: Tensor
+    feature_deviation: Tensor
 
     def __init__(
         self,
@@ -129,7 +132,7 @@ class DinoMethod(MethodOfPictures):
             return Rows(), None
         seen = self._look(batch)
         marks = {"row": self._to(batch.rows_B)}
-        rows = {}
+        rows: dict[str, Tensor] = {}
         if self.weights["koleo"]:
             rows |= {f"global_{crop}": seen.class_VBD[crop] for crop in range(NUM_GLOBAL)}
         if self.distillation.centring == "sinkhorn":

@@ -22,5 +22,5 @@ def follow(average: nn.Module, module: nn.Module, momentum: float) -> None:
 
     All tensors in one call, not one after the other.
     """
-    averages = list(average.parameters())
-    torch._foreach_lerp_(averages, [parameter.detach() for parameter in module.parameters()], 1 - momentum)
+    averages, others = ([parameter.detach() for parameter in each.parameters()] for each in (average, module))
+    torch._foreach_lerp_(averages, others, 1 - momentum)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trivium.models.flava import Encoded
+from trivium.models.encoded import Encoded
 from trivium.models.vit import SIZES as TOWERS
 from trivium.models.vit import ViT, ViTConfig
 

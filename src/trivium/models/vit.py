@@ -1,4 +1,4 @@
-"""ViT: An Image is Worth 16x16 Words (Dosovitskiy et al., ICLR 2021, arXiv 2010.11929), as DeiT, timm and DINO build it.
+"""ViT: An Image is Worth 16x16 Words (Dosovitskiy et al., ICLR 2021, arXiv 2010.11929), as timm, DeiT and DINO have it.
 
 One pre-norm transformer over patches. Easy to get wrong:
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trivium.layers.embeddings import PatchEmbedding, interpolate_positions, prepend
 from trivium.layers.transformer import PreNormEncoder
-from trivium.models.flava import Encoded
+from trivium.models.encoded import Encoded
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class DropPath(nn.Module):
 class ViT(nn.Module):
     """The tower without a classifier."""
 
+    mask_token: nn.Parameter | None
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
@@ -118,9 +120,7 @@ class ViT(nn.Module):
         embedded: Tensor = self.dropout(x_BLD)
         return embedded
 
-    def forward(
-        self, pixels_BCHW: Tensor, masked_BN: Tensor | None = None, rows: Tensor | int | None = None
-    ) -> Tensor:
+    def forward(self, pixels_BCHW: Tensor, masked_BN: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
         """Normalised pixels, of any size that divides into patches -> states before the final norm, [B, L, D].
 
         Args:

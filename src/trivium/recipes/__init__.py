@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trivium.recipes.dino import dino
 from trivium.recipes.flava import flava
 
-RECIPES = {"flava": flava}
+RECIPES = {"dino": dino, "flava": flava}

@@ -163,7 +163,7 @@ def health(method: Method) -> Iterator[Finding]:
         threshold = watched.low if abs(value - watched.low) < abs(value - watched.high) else watched.high
         yield Finding(
             "health", name, value, threshold, not watched.low <= value <= watched.high,
-            f"{name.replace('_', ' ')} is {value:.3g}, outside of {watched.low:g} to {watched.high:g}: {watched.advice}",
+            f"{name.replace('_', ' ')} is {value:.3g}, not in {watched.low:g} to {watched.high:g}: {watched.advice}",
         )  # fmt: skip
 
 
