@@ -42,9 +42,9 @@ from trivium.models.vit import ViT, ViTConfig
 from trivium.tensor_files import save_tensors
 
 FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
-    "dino": (DinoConfig, Dino),
     "flava": (FlavaConfig, Flava),
     "vit": (ViTConfig, ViT),
+    "dino": (DinoConfig, Dino),
 }
 
 

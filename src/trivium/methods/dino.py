@@ -141,16 +141,15 @@ class DinoMethod(MethodOfPictures):
         return Rows(rows, marks), seen
 
     def couple(self, mine: Rows, everyone: Rows) -> Sums:
+        if not mine.rows:
+            return {}
         sums: Sums = {}
-        row_B, row_G = mine.marks.get("row"), everyone.marks.get("row")
+        row_B, row_G = mine.marks["row"], everyone.marks["row"]
         if self.weights["koleo"]:
-            assert row_B is not None and row_G is not None
             names = [f"global_{crop}" for crop in range(NUM_GLOBAL)]
-            sums["koleo"] = torch.stack(
-                [koleo(mine.rows[name], everyone.rows[name], row_B, row_G) for name in names]
-            ).sum()
+            parts = [koleo(mine.rows[name], everyone.rows[name], row_B, row_G) for name in names]
+            sums["koleo"] = torch.stack(parts).sum()
         if self.distillation.centring == "sinkhorn":
-            assert row_B is not None and row_G is not None
             teacher_G2K = everyone.marks["teacher"]
             G, _, K = teacher_G2K.shape
             shares_G2K = sinkhorn(teacher_G2K.flatten(0, 1), self.temperature).view(G, NUM_GLOBAL, K)
