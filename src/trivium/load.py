@@ -33,14 +33,22 @@ from trivium.errors import TriviumError
 from trivium.hub import located
 from trivium.manifest import newest_checkpoint, verify_manifest, write_manifest, written_beside
 from trivium.models.clip import Clip, ClipConfig
+from trivium.models.dino import Dino, DinoConfig
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.encoded import EncodesImage
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.patch_codebook import PatchCodebook
+from trivium.models.vit import ViT, ViTConfig
 from trivium.tensor_files import save_tensors
 
-FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {"flava": (FlavaConfig, Flava), "clip": (ClipConfig, Clip)}
+FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
+    "flava": (FlavaConfig, Flava),
+    "clip": (ClipConfig, Clip),
+    "vit": (ViTConfig, ViT),
+    "dino": (DinoConfig, Dino),
+}
+
 
 # ------------------------------------------------------------------------------------------------------- opening
 
@@ -145,7 +153,7 @@ def open_own(folder: Path) -> Bundle:
         transform=ImageTransform.from_json(_text(preprocessor)) if reads_pictures else ImageTransform(),
         image_tokenizer=_own_image_tokenizer(folder),
         labels=_labels(folder / "labels.json"),
-        max_length=int(config.get("max_length", model_config.max_length)),
+        max_length=int(config.get("max_length", getattr(model_config, "max_length", Bundle.max_length))),
         false_pairs=config.get("false_pairs"),  # folders of older versions do not say it
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.flava_batches import STREAMS, TINY, assert_close, flava_method, gradients, make_batch, random_flava, split
 from trivium.methods.flava import FlavaMethod
-from trivium.train.protocol import Batch, Key, Rows, uniform64
+from trivium.train.protocol import Batch, Key, Method, Rows, uniform64
 from trivium.train.step import backward, measure, step
 
 ROWS = 8
@@ -287,3 +287,39 @@ def test_reseeding_repeats_the_draws_of_a_micro_batch_and_of_no_other() -> None:
         (Key(0, "text", 1), 0),
     ):
         assert not torch.equal(first, draws(key, number))
+
+
+class Vectors(Method):
+    """States a sum with a dimension, as a centre needs one."""
+
+    def __init__(self, rows: list[list[float]]) -> None:
+        super().__init__()
+        self.model = torch.nn.Linear(1, 1)
+        self.weights = {"square": 1.0}
+        self.rows_BD = torch.tensor(rows)
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"square": torch.tensor(len(batch))}
+
+    def separate(self, batch: Batch, *_: object) -> dict[str, torch.Tensor]:
+        rows_BD = self.rows_BD[batch.rows_B]
+        square = self.model(torch.ones(len(batch), 1)).square().sum()
+        return {"square": square, "stat/sum": rows_BD.sum(0), "stat/rows": torch.tensor(float(len(batch)))}
+
+    def after_step(self, step: int, everyone: Rows, stats: dict[str, torch.Tensor]) -> None:
+        self.seen = stats
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_stat_with_dimensions_reaches_after_step_and_not_the_log(parts: int) -> None:
+    method = Vectors([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0], [0.0, 0.0, 1.0]])
+    batch = Batch("numbers", torch.arange(4), torch.arange(4))
+    result = step(method, split(batch, parts), Key(0, "numbers", 0), torch.optim.SGD(method.parameters(), 0.1))
+    assert result.accepted
+    assert method.seen["stat/sum"].tolist() == [12.0, 15.0, 19.0]
+    assert result.stats == {"rows": 4.0}
+    method.rows_BD[2, 1] = torch.nan
+    before = method.model.weight.clone()
+    assert not step(method, [batch], Key(0, "numbers", 1), torch.optim.SGD(method.parameters(), 0.1)).accepted
+    assert torch.equal(method.model.weight, before)

@@ -77,7 +77,9 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
     adapter = ADAPTERS[to]
     write = adapter.write
     assert write is not None
-    if bundle.family != adapter.family:
+    if bundle.family in adapter.tower_of:
+        print(f"left out: {to} has no place for the head of a {bundle.family}, its tower alone is written")
+    elif bundle.family != adapter.family:
         raise TriviumError(f"{to} is a layout of {adapter.family}, and this model is of the family {bundle.family}")
     if image_tokenizer is not None and not isinstance(image_tokenizer, DVae):
         print(f"left out: {to} has no place for an image tokenizer of the kind {image_tokenizer.kind}")
@@ -101,6 +103,12 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
             _write_processor(bundle, folder)
         elif to == "open-clip" and bundle.tokenizer is not None:
             bundle.tokenizer.save(folder / "tokenizer.json")
+        elif to == "hf-vit":
+            t = bundle.transform
+            _write_json(
+                folder / "preprocessor_config.json",
+                processor.vit_processor_to_hf(t.size, t.filter, t.crop, t.mean, t.std),
+            )
 
 
 def _write_processor(bundle: Bundle, folder: Path) -> None:

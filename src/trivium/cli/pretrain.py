@@ -33,7 +33,7 @@ def pretrain(
     or --train.minutes 8: `trivium pretrain flava --help` lists them all, with --size those of that size.
 
     Args:
-        recipe: "flava", or a function of your own: my_run.py:shop. With --resume it may be a run folder.
+        recipe: "flava", "dino", or a function of your own: my_run.py:shop. With --resume it may be a run folder.
         size: the recipe's one dial, such as tiny, small or base.
         out: the run folder; by default runs/RECIPE-SIZE-DATE.
         init: a model folder, run folder or foreign checkpoint to start from.

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trivium.convert import clip, dalle, flava, processor, torchmultimodal
+from trivium.convert import clip, dalle, flava, processor, torchmultimodal, vit
 from trivium.convert.weights import PICKLES, State, read_json, read_weights
 from trivium.errors import TriviumError
 from trivium.models.clip import Clip, ClipConfig
+from trivium.models.dino import Dino
 from trivium.models.dvae import DVae
 from trivium.models.flava import Flava, FlavaConfig
+from trivium.models.vit import ViT, ViTConfig
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Adapter:
     pads_visible: bool = False  # whether its multimodal encoder attends the pads of a text
     weights: str = "model.safetensors"  # how files of this layout are called, where it is written
     configs: tuple[str, ...] = ("config.json",)  # the first that lies there is read; the first of all is written
+    tower_of: tuple[str, ...] = ()  # other families, of whose models it can hold the tower without the head
 
 
 def _flava(config: FlavaConfig, state: State, image_tokenizer: DVae | None, said: list[str]) -> Foreign:
@@ -134,8 +137,42 @@ def _write_open_clip(model: Clip, image_tokenizer: DVae | None) -> tuple[State, 
     return clip.to_openai(model.state_dict(), model.config), clip.config_to_open_clip(model.config)
 
 
-_OPEN_CLIP = ("open_clip_config.json", "config.json")  # the second is Hugging Face's
+def _vit(config: ViTConfig, state: State, left: list[str], transform: dict[str, Any]) -> Foreign:
+    model = ViT(config)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    said = [f"left out, since the tower alone is taken: {', '.join(left)}"] if left else []
+    return Foreign("vit", model, said=said, transform={"size": config.image_size, "crop": "center", **transform})
 
+
+def _read_hf_vit(state: State, config: Mapping[str, Any]) -> Foreign:
+    half = (0.5, 0.5, 0.5)  # what its image processor has where no file beside the weights says it
+    return _vit(*vit.from_hf(state, config), {"mean": half, "std": half, "crop": "squash", "filter": "bilinear"})
+
+
+def _read_timm_vit(state: State, config: Mapping[str, Any]) -> Foreign:
+    return _vit(*vit.from_timm(state, config), vit.transform_from_timm(config))
+
+
+def _read_dino(state: State, config: Mapping[str, Any]) -> Foreign:
+    ours, tensors = vit.from_dino(state, config)
+    model = Dino(ours)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return Foreign("dino", model, transform={"size": ours.image_size, "crop": "center", **vit.transform_from_timm({})})
+
+
+def _write_hf_vit(model: ViT | Dino, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return vit.to_hf(model), vit.config_to_hf(model.config)
+
+
+def _write_timm_vit(model: ViT | Dino, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return vit.to_timm(model), vit.config_to_timm(model.config)
+
+
+def _write_dino(model: Dino, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return vit.to_dino(model), vit.config_to_timm(model.config)
+
+
+_OPEN_CLIP = ("open_clip_config.json", "config.json")  # the second is Hugging Face's
 ADAPTERS = {
     "torchmultimodal-flava": Adapter(
         "flava",
@@ -158,6 +195,15 @@ ADAPTERS = {
         weights="open_clip_model.safetensors",
         configs=_OPEN_CLIP,
     ),
+    "hf-vit": Adapter(
+        "vit",
+        r"((vit|deit)\.)?embeddings\.patch_embeddings\.projection\.weight",
+        _read_hf_vit,
+        _write_hf_vit,
+        tower_of=("dino",),
+    ),
+    "timm-vit": Adapter("vit", r"patch_embed\.proj\.weight", _read_timm_vit, _write_timm_vit, tower_of=("dino",)),
+    "dino": Adapter("dino", r"backbone\.patch_embed\.proj\.weight", _read_dino, _write_dino),
     "dalle": Adapter("image_tokenizer", r"(encoder\.)?blocks\.group_1\.block_1\..*", _read_dalle, None),
 }
 FORMATS = ("trivium", *(name for name, adapter in ADAPTERS.items() if adapter.write))

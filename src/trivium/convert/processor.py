@@ -87,6 +87,25 @@ def transform_from_open_clip(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "crop": crops[mode], "filter": interpolation}
 
 
+def vit_processor_to_hf(
+    size: int, filter: str, crop: str, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """The preprocessor_config.json of a ViT. One that crops the middle is CLIP's processor there: ViT's own cannot."""
+    square = {"height": size, "width": size}
+    return {
+        "image_processor_type": "CLIPImageProcessor" if crop == "center" else "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size} if crop == "center" else square,
+        "resample": RESAMPLE[filter],
+        **({"do_center_crop": True, "crop_size": square} if crop == "center" else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+
+
 def tokenizer_to_hf(tokenizer: Mapping[str, Any], specials: Mapping[str, str], max_length: int) -> dict[str, Any]:
     """The tokenizer_config.json that belongs to a tokenizer.json.
 

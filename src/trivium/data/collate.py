@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trivium.data.codes import CodeCache, picture_digest
+from trivium.data.decoded import Decoded
 from trivium.data.masking import block_mask, mask_tokens
 from trivium.data.order import Draws
 from trivium.data.tokenizer import Tokenizer
@@ -52,8 +53,7 @@ class ImageInput:
     color_jitter: float = 0.0  # strength of random changes of colour, in training alone (see transforms.py)
     cache_bytes: int = 0  # memory of each worker for decoded pictures; changes the speed alone
     masked: bool = True  # False: no block mask, for a family that predicts no patches
-    _decoded: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
-    _free_bytes: int = field(init=False, repr=False)
+    _decoded: Decoded = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.views.size % self.patch:
@@ -61,7 +61,7 @@ class ImageInput:
                 f"a picture of {self.views.size} pixels cannot be cut into patches of {self.patch}:"
                 " choose a size that is a multiple of the patch"
             )
-        self._free_bytes = self.cache_bytes
+        self._decoded = Decoded(self.cache_bytes)
         num_patches = (self.views.size // self.patch) ** 2
         if self.codes is not None and self.codes.num_codes_per_view != num_patches:
             raise TriviumError(
@@ -75,7 +75,7 @@ class ImageInput:
             raise BadSample(sample["name"], "", "has no picture")
         data = sample["image"]
         digest = picture_digest(data) if self.codes is not None or self.cache_bytes else b""
-        picture_HWC = self._decode(data, digest)
+        picture_HWC = self._decoded.get(digest, lambda: self.views.decode(data))
         height, width, _ = picture_HWC.shape
         codes_N = codebook_CHW = None
         view = WHOLE
@@ -95,19 +95,6 @@ class ImageInput:
             pixels_HWC = color_jitter(draws.generator("color"), pixels_CHW.transpose(1, 2, 0), self.color_jitter)
             pixels_CHW = np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
         return PreparedImage(pixels_CHW, codebook_CHW, mask_N, codes_N, sample["same_image"])
-
-    def _decode(self, data: bytes, digest: bytes) -> np.ndarray:
-        """Decoded pictures are kept until the memory is full and then for good: an epoch reads every picture once,
-        so to drop the oldest for the newest would drop each just before its turn."""
-        known = self._decoded.get(digest)
-        if known is not None:
-            return known
-        picture_HWC = self.views.decode(data)
-        if self._free_bytes >= picture_HWC.nbytes:
-            picture_HWC.flags.writeable = False
-            self._decoded[digest] = picture_HWC
-            self._free_bytes -= picture_HWC.nbytes
-        return picture_HWC
 
     def batch(self, prepared: Sequence[PreparedImage]) -> tuple[tuple[Images, ...], dict[str, Tensor]]:
         """The images of a Batch and its targets ``image_mask`` (bool [B, N]) and, from a cache, ``codes`` (int64)."""

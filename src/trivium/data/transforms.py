@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +24,8 @@ from trivium.errors import TriviumError
 Triple = tuple[float, float, float]
 CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)  # what FLAVA, too, normalises with
 CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)  # DINO's, DeiT's and most of timm's
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 Filter = Literal["bilinear", "bicubic", "lanczos", "box"]
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in get_args(Filter)}
@@ -97,20 +99,45 @@ def crop_and_resize(
     return F.interpolate(image_1CHW, (size, size), mode=filter, antialias=True)[0].contiguous().numpy()
 
 
-def color_jitter(rng: np.random.Generator, image_HWC: np.ndarray, strength: float) -> np.ndarray:
-    """Brightness, contrast and saturation times 1 ± `strength`, hue turned by up to `strength` / 2 of a half circle.
+@dataclass(frozen=True)
+class Recoloring:
+    """A change of colour; each of the first three is a factor. hue: in radians, around the axis of grey."""
 
-    One linear map of the colours, so that flat drawings stay flat. uint8 in, uint8 out.
-    """
-    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, size=3).clip(min=0)
-    hue = rng.uniform(-strength, strength) * math.pi / 2
-    turn = saturation * np.array([[math.cos(hue), -math.sin(hue)], [math.sin(hue), math.cos(hue)]])
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
+
+
+def recolored(image_HWC: np.ndarray, change: Recoloring) -> np.ndarray:
+    """All of a change as one linear map of the colours, so that flat drawings stay flat; clipped once. uint8 in, uint8
+    out. Contrast is taken about the mean luma of the picture."""
+    turn = change.saturation * np.array(
+        [[math.cos(change.hue), -math.sin(change.hue)], [math.sin(change.hue), math.cos(change.hue)]]
+    )
     yiq = np.eye(3)
     yiq[1:, 1:] = turn
-    matrix = brightness * contrast * (_RGB_FROM_YIQ @ yiq @ _YIQ_FROM_RGB)
-    mean_luma = brightness * float(image_HWC.reshape(-1, 3).mean(axis=0) @ _YIQ_FROM_RGB[0])
-    jittered_HWC = image_HWC @ matrix.T.astype(np.float32) + np.float32((1 - contrast) * mean_luma)
+    matrix = change.brightness * change.contrast * (_RGB_FROM_YIQ @ yiq @ _YIQ_FROM_RGB)
+    mean_luma = change.brightness * float(image_HWC.reshape(-1, 3).mean(axis=0) @ _YIQ_FROM_RGB[0])
+    jittered_HWC = image_HWC @ matrix.T.astype(np.float32) + np.float32((1 - change.contrast) * mean_luma)
     return np.rint(jittered_HWC).clip(0, 255).astype(np.uint8)
+
+
+def color_jitter(rng: np.random.Generator, image_HWC: np.ndarray, strength: float) -> np.ndarray:
+    """Brightness, contrast and saturation times 1 ± `strength`, hue turned by up to `strength` / 2 of a half circle."""
+    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, size=3).clip(min=0)
+    hue = rng.uniform(-strength, strength) * math.pi / 2
+    return recolored(image_HWC, Recoloring(brightness, contrast, saturation, hue))
+
+
+def blurred(image_HWC: np.ndarray, radius: float) -> np.ndarray:
+    """Gaussian blur with this standard deviation in pixels, as Pillow approximates it. uint8 in, uint8 out."""
+    return np.asarray(Image.fromarray(image_HWC).filter(ImageFilter.GaussianBlur(radius)))
+
+
+def solarised(image_HWC: np.ndarray) -> np.ndarray:
+    """Values from 128 on are inverted, as Pillow does it. uint8 in, uint8 out."""
+    return np.where(image_HWC >= 128, 255 - image_HWC, image_HWC)
 
 
 def normalize(

@@ -102,8 +102,7 @@ def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = l
     try:
         with part("encoding the drawings"):
             concepts = concept_numbers(emoji(HELD_OUT_STYLE))
-            held_out = _drawings(bundle, emoji(HELD_OUT_STYLE), concepts)
-            gallery = _drawings(bundle, _other_styles("train"), concepts)
+            held_out, gallery = queries_and_gallery(bundle)
             validation = _drawings(bundle, _other_styles("val"), concepts)
         images_BD = held_out.of_model.projected
         if images_BD is not None and isinstance(bundle.model, EncodesText):
@@ -138,6 +137,12 @@ def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = l
     finally:
         bundle.model.train(was_training)
     return found
+
+
+def queries_and_gallery(bundle: Bundle) -> tuple[Drawings, Drawings]:
+    """The held-out style, and the train-split pictures of the others."""
+    concepts = concept_numbers(emoji(HELD_OUT_STYLE))
+    return _drawings(bundle, emoji(HELD_OUT_STYLE), concepts), _drawings(bundle, _other_styles("train"), concepts)
 
 
 def _unit(record: Emoji) -> str:
@@ -217,18 +222,25 @@ def _zero_shot(found: Evaluation, bundle: Bundle, noto: Drawings, images_BD: Ten
 
 
 def _knn(found: Evaluation, noto: Drawings, gallery: Drawings) -> None:
-    queries, rows = getattr(noto.of_model, PROBE_READING), getattr(gallery.of_model, PROBE_READING)
+    votes(found, "knn", noto, gallery, getattr(noto.of_model, PROBE_READING), getattr(gallery.of_model, PROBE_READING))
+
+
+def votes(found: Evaluation, name: str, noto: Drawings, gallery: Drawings, queries_BD: Tensor, rows_BD: Tensor) -> None:
+    """Group and subgroup of the queries by their neighbours, with and without their own concept in the gallery.
+
+    queries_BD, rows_BD: any features of the pictures of noto and of the gallery.
+    """
     # Linked over all styles: a picture of the gallery that equals one of the query's concept is left out as well.
     everywhere = concept_numbers(emoji())
     own, theirs = (torch.tensor([everywhere[r.codepoints] for r in drawn.records]) for drawn in (noto, gallery))
     for level in ("group", "subgroup"):
         _, (labels, gallery_labels) = _labels(level, noto.records, gallery.records)
         known, usable = labels >= 0, gallery_labels >= 0
-        shown, answers = rows[usable], gallery_labels[usable]
-        predicted = knn.predict(queries[known], shown, answers)
-        _accuracy(found, f"knn.{level}", predicted, labels[known], noto.names(known))
-        predicted = knn.predict(queries[known], shown, answers, left_out=(own[known], theirs[usable]))
-        _accuracy(found, f"knn.other_concepts.{level}", predicted, labels[known], noto.names(known))
+        shown, answers = rows_BD[usable], gallery_labels[usable]
+        predicted = knn.predict(queries_BD[known], shown, answers)
+        _accuracy(found, f"{name}.{level}", predicted, labels[known], noto.names(known))
+        predicted = knn.predict(queries_BD[known], shown, answers, left_out=(own[known], theirs[usable]))
+        _accuracy(found, f"{name}.other_concepts.{level}", predicted, labels[known], noto.names(known))
 
 
 def _probe(found: Evaluation, noto: Drawings, gallery: Drawings, validation: Drawings) -> None:

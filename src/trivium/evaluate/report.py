@@ -20,6 +20,15 @@ from trivium.manifest import write_whole
 
 LOSS_TITLES = {
     "contrastive": ("Contrastive", "find a picture's own words among those of the whole batch, and the reverse"),
+    "crops": (
+        "Self-distillation (DINO)",
+        "say of one part of a picture what an average of past models says of another",
+    ),
+    "koleo": ("Spread (KoLeo)", "keep every picture away from its nearest neighbour"),
+    "ibot": (
+        "Hidden patches (iBOT)",
+        "say of a hidden patch what an average of past models, which sees it, says of it",
+    ),
     "itm": ("Matching (ITM)", "say whether a picture and a text belong together"),
     "mim": ("Masked picture (MIM)", "guess hidden patches of a picture from the patches around"),
     "mlm": ("Masked text (MLM)", "guess hidden words of a text from the words around"),
@@ -41,10 +50,13 @@ CLASSIFIERS = {
     "zero_shot": ("Zero-shot", "the nearest class name, read as text; no labelled picture used"),
     "knn": ("Nearest neighbours", "the 20 most similar training drawings vote"),
     "knn.other_concepts": ("The same, own concept left out", "the same thing in another style may not vote"),
+    "knn.pixels.other_concepts": ("The same, from 16 × 16 pixels", "no network: what any must beat"),
+    "knn.random_start.other_concepts": ("The same, before training", "the network as it was drawn at random"),
     "probe": ("Linear probe", "a linear classifier trained on frozen features"),
 }
 MONITOR_TITLES = {  # what the figure is, and on which side of its threshold a monitor speaks
     "collapse": ("Effective rank of features", "below"),
+    "health": ("Figure that the method watches", "beyond"),
     "saturation": ("Learned number with a range", "at"),
     "balance": ("Share of the gradient", "above"),
     "chance": ("Loss as a share of its chance", "above"),

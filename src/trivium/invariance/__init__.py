@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trivium.invariance import clip, flava
+from trivium.invariance import clip, dino, flava
 from trivium.train import distributed
 from trivium.train.protocol import Batch, Key, Method
 from trivium.train.step import backward, measure
@@ -33,6 +33,8 @@ CASES: dict[str, Make] = {
     "FLAVA, images": partial(flava.case, "images"),
     "FLAVA, text": partial(flava.case, "text"),
     "CLIP": partial(clip.case, false_rows=(6,)),
+    "DINO": dino.case,
+    "DINO, options": partial(dino.case, centring="sinkhorn", weights={"koleo": 0.1, "ibot": 1.0}),
 }
 
 WORLDS = (1, 2, 4)
@@ -115,7 +117,10 @@ def losses_and_gradients(make: Make, layout: Layout) -> dict[str, Tensor]:
     sums, counts, _ = backward(method, mine, key)
     distributed.sum_gradients(list(method.parameters()))
     sums = distributed.sum_over_processes(sums)
-    found = {f"loss of {name}": value / counts[name].clamp(min=1) for name, value in sums.items()}
+    found = {
+        name if name.startswith("stat/") else f"loss of {name}": value / counts.get(name, torch.ones(())).clamp(min=1)
+        for name, value in sums.items()
+    }
     found |= {f"gradient of {n}": p.grad for n, p in method.named_parameters() if p.grad is not None}
     measured = measure(method, [mine], key)
     return found | {f"validation loss of {n}": torch.tensor(value).double() for n, value in measured.items()}

@@ -93,6 +93,15 @@ class SelfAttention(nn.Module):
         attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
 
+    def maps(self, x_BLD: Tensor) -> Tensor:
+        """What `forward` weighs the values with, [B, H, L, L]: softmax(Q K^T / sqrt(E)), the plain way, for whoever
+        wants to look at it. float32 at least."""
+        B, L, D = x_BLD.shape
+        H, E = self.num_heads, D // self.num_heads
+        query, key, _ = self.qkv(x_BLD).view(B, L, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
+        scores_BHLL = query @ key.transpose(-2, -1) * E**-0.5
+        return scores_BHLL.softmax(-1, dtype=torch.promote_types(scores_BHLL.dtype, torch.float32))
+
 
 def causal(mask_BT: Tensor) -> Tensor:
     """[B, T, T]: each position sees the real tokens up to itself. mask_BT: bool, True = a real token."""

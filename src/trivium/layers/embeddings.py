@@ -29,16 +29,24 @@ class PatchEmbedding(nn.Module):
         return self.projection(patches.reshape(B, (H // P) * (W // P), C * P * P))
 
 
-def interpolate_positions(position_ND: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+def interpolate_positions(
+    position_ND: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], offset: float = 0.0
+) -> Tensor:
     """Patch positions learned on one grid, resampled to another: bicubic to the explicit size, corners not aligned.
 
     position_ND: [grid height * grid width, D] without the class token. Same grid: returned as it is.
+    offset: 0.1 resamples by the factor (new + 0.1) / old instead, as DINO does: values are shifted a little.
     """
     if grid == new_grid:
         return position_ND
     height, width = grid
     table = position_ND.reshape(1, height, width, -1).permute(0, 3, 1, 2)
-    table = F.interpolate(table, size=new_grid, mode="bicubic", align_corners=False)
+    if offset:
+        factor = ((new_grid[0] + offset) / height, (new_grid[1] + offset) / width)
+        table = F.interpolate(table, scale_factor=factor, mode="bicubic", align_corners=False)
+        assert table.shape[2:] == new_grid, f"a grid of {new_grid} came out as {tuple(table.shape[2:])}"
+    else:
+        table = F.interpolate(table, size=new_grid, mode="bicubic", align_corners=False)
     return table.permute(0, 2, 3, 1).reshape(new_grid[0] * new_grid[1], -1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trivium.recipes.clip import clip
+from trivium.recipes.dino import dino
 from trivium.recipes.flava import flava
 
-RECIPES = {"flava": flava, "clip": clip}
+RECIPES = {"flava": flava, "clip": clip, "dino": dino}

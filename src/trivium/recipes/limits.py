@@ -15,6 +15,8 @@ SHARE: Rule = (lambda value: 0 <= value <= 1, "a share between 0 and 1")
 SOME: Rule = (lambda value: value >= 1, "a whole number of 1 or more")
 SHARES: Rule = (lambda pair: 0 < pair[0] <= pair[1] <= 1, "two shares, the smaller first, above 0 and at most 1")
 
+PROBABILITIES: Rule = (lambda values: all(0 <= value <= 1 for value in values), "three shares between 0 and 1")
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("model.width", "model.num_heads", "model.mlp_width", "model.image_size"), SOME),
     **dict.fromkeys(("model.image_layers", "model.text_layers", "model.multimodal_layers"), SOME),
@@ -40,6 +42,20 @@ RULES: dict[str, Rule] = {
     "data.flip": SHARE,
     "data.color_jitter": NOT_NEGATIVE,
     "data.cache_megabytes": NOT_NEGATIVE,
+    # Of DINO.
+    **dict.fromkeys(("model.num_layers", "model.head_width", "model.bottleneck_width", "model.num_prototypes"), SOME),
+    "model.drop_path": (lambda value: 0 <= value < 1, "0 or more and below 1"),
+    **dict.fromkeys(("crops.global_size", "crops.local_size"), SOME),
+    "crops.num_local": NOT_NEGATIVE,
+    **dict.fromkeys(("crops.global_scale", "crops.local_scale"), SHARES),
+    **dict.fromkeys(("crops.flip", "crops.jitter", "crops.grey"), SHARE),
+    **dict.fromkeys(("crops.brightness", "crops.contrast", "crops.saturation", "crops.hue"), NOT_NEGATIVE),
+    **dict.fromkeys(("crops.blur", "crops.solarise"), PROBABILITIES),
+    **dict.fromkeys(("distillation.momentum", "distillation.center_momentum"), SHARE),
+    **dict.fromkeys(("distillation.temperature_warmup", "distillation.freeze_last_layer"), SHARE),
+    **dict.fromkeys(("distillation.student_temperature", "distillation.teacher_temperature"), POSITIVE),
+    "distillation.first_teacher_temperature": POSITIVE,
+    **dict.fromkeys(("objectives.koleo", "objectives.ibot"), NOT_NEGATIVE),
     "optim.lr": NOT_NEGATIVE,
     "optim.eps": POSITIVE,
     "optim.weight_decay": NOT_NEGATIVE,

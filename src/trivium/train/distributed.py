@@ -61,14 +61,15 @@ def stop() -> None:
 
 
 def sum_over_processes(sums: Sums) -> Sums:
-    """Add up named 0-dim tensors over processes in one message. Every process must hold the same names."""
+    """Add up named tensors over processes in one message. Every process must hold the same names and shapes."""
     if world() == 1 or not sums:
         return sums
     names = sorted(sums)
     home = sums[names[0]].device
-    packed = torch.stack([sums[name].detach().double().to(home) for name in names])
+    packed = torch.cat([sums[name].detach().double().reshape(-1).to(home) for name in names])
     dist.all_reduce(packed)
-    return dict(zip(names, packed.unbind(), strict=True))
+    parts = packed.split([sums[name].numel() for name in names])
+    return {name: part.view(sums[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def any_process(flag: bool) -> bool:

@@ -2,12 +2,13 @@
 
 A monitor reads what a step leaves anyway, detached, once in some steps of each stream. Where its figure crosses its
 threshold it says one sentence: the figure, and what to do. It knows no family: rows and marks ("same_...") are those of
-`embed`, and a method states the ranges of its learned numbers (`Method.clamped`) and the chance of its losses
-(`Method.chance`).
+`embed`, and a method states the ranges of its learned numbers (`Method.clamped`), figures of its own with theirs
+(`Method.watched`) and the chance of its losses (`Method.chance`).
 
     collapse      coupled rows point the same way                               needs `embed`
     saturation    a learned number stays at an end of its range                 needs `clamped`
     balance       one loss makes nearly the whole gradient                      needs a step with two losses
+    health        a figure that a method watches itself leaves its range        needs `watched`
     chance        a loss is no better than the frequencies of its labels        needs `chance`
     duplicates    rows of a batch that are not each other's negatives           needs marks "same_..."
     loading       share of the time that is spent waiting for data
@@ -153,6 +154,16 @@ def saturation(method: Method) -> Iterator[Finding]:
             f"{name} stands at {at:.3g}, an end of its range ({low:.3g} to {high:.3g}), and learns no more: if that is"
             " early in the run, lower --optim.lr, or look for pairs that the model knows by heart (little or repeated"
             " data)",
+        )  # fmt: skip
+
+
+def health(method: Method) -> Iterator[Finding]:
+    for name, watched in method.watched().items():
+        value = watched.value.item()
+        threshold = watched.low if abs(value - watched.low) < abs(value - watched.high) else watched.high
+        yield Finding(
+            "health", name, value, threshold, not watched.low <= value <= watched.high,
+            f"{name.replace('_', ' ')} is {value:.3g}, not in {watched.low:g} to {watched.high:g}: {watched.advice}",
         )  # fmt: skip
 
 
@@ -310,6 +321,7 @@ class Monitors:
             return
         yield from collapse(result.rows)
         yield from saturation(self.method)
+        yield from health(self.method)
         yield from against_chance(window.mean_losses(), self.method.chance(window.mean_counts()))
         names = [name for name in result.losses if self.method.weights[name]]
         balance_every = BALANCE_LOOKS * self.every

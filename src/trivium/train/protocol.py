@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Sums = dict[str, Tensor]  # name -> 0-dim sum over rows; divided later by a count that comes from labels alone
+# name -> 0-dim sum over rows, divided later by a count that comes from labels alone; a "stat/..." may have any shape.
+Sums = dict[str, Tensor]
 
 
 # ---------------------------------------------------------------------------------------------- randomness
@@ -174,6 +175,16 @@ class Rows:
     marks: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A figure that says how training fares, and the range in which nothing is amiss."""
+
+    value: Tensor  # 0-dim
+    low: float
+    high: float
+    advice: str  # what it means outside, and what to do
+
+
 class Method(nn.Module, ABC):
     """Model + objectives = what one training step does with a batch.
 
@@ -204,7 +215,7 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def separate(self, batch: Batch, rows: Rows, states: Any, counts: Sums, key: Key) -> Sums:
         """Every other loss. `counts` are the global ones. A name "stat/..." is no loss: it is summed over the
-        global batch and handed to `after_step` and to the log."""
+        global batch and handed to `after_step`, and where it has no dimension to the log."""
 
     def after_step(self, step: int, everyone: Rows, stats: Sums) -> None:
         """EMA, enqueue, centre, clamp of the logit scale: once per accepted step."""
@@ -220,6 +231,10 @@ class Method(nn.Module, ABC):
 
     def clamped(self) -> dict[str, tuple[Tensor, float, float]]:
         """Learned numbers that are held in a range, such as the logit scale: name -> (value [1], lowest, highest)."""
+        return {}
+
+    def watched(self) -> dict[str, Watched]:
+        """Figures of the last accepted step that tell a training gone wrong, such as a collapse, by name."""
         return {}
 
     def chance(self, counts: Mapping[str, float]) -> dict[str, float]:

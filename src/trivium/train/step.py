@@ -28,7 +28,7 @@ Context = Callable[[], AbstractContextManager]
 @dataclass
 class StepResult:
     losses: dict[str, float]  # name -> mean over the global batch, unweighted
-    stats: dict[str, float]  # name -> sum over the global batch
+    stats: dict[str, float]  # name -> sum over the global batch; those without a dimension
     counts: dict[str, float]  # what each loss was divided by, and what else the method counts
     grad_norm: float  # before clipping
     accepted: bool  # False: a gradient or a loss was not finite, nothing changed
@@ -131,6 +131,8 @@ def step(
     numbers = _numbers({"/own norm": norm, **agreed})
     accepted = all(math.isfinite(value) for value in numbers.values())
     grad_norm, _ = numbers.pop("/own norm"), numbers.pop("/norm")
+    for name in [name for name, value in agreed.items() if value.ndim]:
+        del numbers[name]  # nothing to log
     if accepted:
         if clip == "global" and (factor := clip_norm / (grad_norm + 1e-6)) < 1.0:
             torch._foreach_mul_(grads, factor)
@@ -204,11 +206,15 @@ def _detached(sums: Sums) -> Sums:
 
 
 def _numbers(sums: Sums) -> dict[str, float]:
-    """All of them in one copy from the device: each copy waits until the device has nothing left to do."""
+    """All of them in one copy from the device: each copy waits until the device has nothing left to do.
+
+    A tensor with dimensions gives its sum, which is not finite where one of its numbers is not.
+    """
     if not sums:
         return {}
     home = next(iter(sums.values())).device
-    return dict(zip(sums, torch.stack([value.double().to(home) for value in sums.values()]).tolist(), strict=True))
+    values = [value.double().sum().to(home) for value in sums.values()]
+    return dict(zip(sums, torch.stack(values).tolist(), strict=True))
 
 
 def _result(sums: dict[str, float], counts: Sums, grad_norm: float, accepted: bool, rows: Rows) -> StepResult:
