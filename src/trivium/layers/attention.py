@@ -1,6 +1,6 @@
 """One attention function for every model.
 
-B batch, H heads, Q query positions, L key positions, D width, E width of a head.
+B batch, H heads, Q query positions, L key positions, D width, E width of a head, M memory positions, W their width.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def attend(query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask_BL: Tensor | None, dropout: float) -> Tensor:
-    """softmax(Q K^T / sqrt(E) + mask) V (Vaswani et al. 2017, Eq. 1). mask_BL: bool, True = may be attended."""
-    mask_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
+def attend(query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(Q K^T / sqrt(E) + mask) V (Vaswani et al. 2017, Eq. 1).
+
+    mask: bool, True = may be attended: [B, L] by every query, or [B, Q, L] by each.
+    """
+    mask_B1QL = None if mask is None else mask[:, None, None] if mask.ndim == 2 else mask[:, None]
     if (
         query_BHQE.device.type == "cpu"
         and query_BHQE.dtype == torch.bfloat16
         and not dropout
         and torch.is_grad_enabled()
     ):
-        out: Tensor = _WithPlainBackward.apply(query_BHQE, key_BHLE, value_BHLE, mask_B11L)
+        out: Tensor = _WithPlainBackward.apply(query_BHQE, key_BHLE, value_BHLE, mask_B1QL)
         return out
-    return F.scaled_dot_product_attention(query_BHQE, key_BHLE, value_BHLE, attn_mask=mask_B11L, dropout_p=dropout)
+    return F.scaled_dot_product_attention(query_BHQE, key_BHLE, value_BHLE, attn_mask=mask_B1QL, dropout_p=dropout)
 
 
 class _WithPlainBackward(torch.autograd.Function):
@@ -34,19 +37,19 @@ class _WithPlainBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask_B11L: Tensor | None) -> Tensor:
-        ctx.save_for_backward(query_BHQE, key_BHLE, value_BHLE, mask_B11L)
-        return F.scaled_dot_product_attention(query_BHQE, key_BHLE, value_BHLE, attn_mask=mask_B11L)
+    def forward(ctx: Any, query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask_B1QL: Tensor | None) -> Tensor:
+        ctx.save_for_backward(query_BHQE, key_BHLE, value_BHLE, mask_B1QL)
+        return F.scaled_dot_product_attention(query_BHQE, key_BHLE, value_BHLE, attn_mask=mask_B1QL)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_BHQE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query_BHQE, key_BHLE, value_BHLE, mask_B11L = ctx.saved_tensors
+        query_BHQE, key_BHLE, value_BHLE, mask_B1QL = ctx.saved_tensors
         scaled_BHQE = query_BHQE * query_BHQE.shape[-1] ** -0.5
         key_BHLE, value_BHLE, grad_BHQE = key_BHLE.contiguous(), value_BHLE.contiguous(), grad_BHQE.contiguous()
         scores_BHQL = scaled_BHQE @ key_BHLE.transpose(-2, -1)
-        if mask_B11L is not None:
-            scores_BHQL.masked_fill_(~mask_B11L, float("-inf"))
+        if mask_B1QL is not None:
+            scores_BHQL.masked_fill_(~mask_B1QL, float("-inf"))
         share_BHQL = scores_BHQL.softmax(-1)
         grad_value_BHLE = share_BHQL.transpose(-2, -1) @ grad_BHQE
         grad_share_BHQL = grad_BHQE @ value_BHLE.transpose(-2, -1)
@@ -67,11 +70,11 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
         """Attention output at every position, or only at the query positions `rows`.
 
         Args:
-            mask_BL: bool, True = may be attended.
+            mask: bool, True = may be attended: [B, L], or [B, L, L] where each position sees others (`causal`).
             rows: None; an int n, the first n positions; or int64 [B, Q], the positions of each sample. Keys and
                 values come from all positions, so the result is exact.
         """
@@ -85,8 +88,38 @@ class SelfAttention(nn.Module):
             query = F.linear(take_rows(x_BLD, rows), weight_q, bias_q)
             query = query.view(B, query.shape[1], H, E).transpose(1, 2)
             key, value = F.linear(x_BLD, weight_kv, bias_kv).view(B, L, 2, H, E).permute(2, 0, 3, 1, 4)
-        attended = attend(query, key, value, mask_BL, self.dropout if self.training else 0.0)
+            if mask is not None and mask.ndim == 3:
+                mask = take_rows(mask, rows)
+        attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention whose keys and values (one fused projection, in that order) come from a memory."""
+
+    def __init__(self, width: int, memory_width: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        assert width % num_heads == 0, f"width {width} is not a multiple of {num_heads} heads"
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(memory_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BQD: Tensor, memory_BMW: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, Q, D]. mask: bool [B, M] or [B, Q, M], True = may be attended."""
+        B, Q, D = x_BQD.shape
+        H, E, M = self.num_heads, D // self.num_heads, memory_BMW.shape[1]
+        query = self.query(x_BQD).view(B, Q, H, E).transpose(1, 2)
+        key, value = self.key_value(memory_BMW).view(B, M, 2, H, E).permute(2, 0, 3, 1, 4)
+        attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def causal(mask_BT: Tensor) -> Tensor:
+    """[B, T, T]: each position sees the real tokens up to itself. mask_BT: bool, True = a real token."""
+    T = mask_BT.shape[1]
+    return mask_BT[:, None] & torch.ones(T, T, dtype=torch.bool, device=mask_BT.device).tril()
 
 
 def take_rows(x_BLD: Tensor, rows: Tensor | int) -> Tensor:

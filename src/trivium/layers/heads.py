@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +18,19 @@ class MaskedHead(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         return self.decoder(self.norm(F.gelu(self.transform(rows))))
+
+
+class TiedMaskedHead(nn.Module):
+    """The same with the word embeddings for the last matrix: given at each call, so that no tensor is held twice."""
+
+    def __init__(self, width: int, num_classes: int, eps: float) -> None:
+        super().__init__()
+        self.transform = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, rows: Tensor, word_VD: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.transform(rows))), word_VD, self.bias)
 
 
 class MatchingHead(nn.Module):
