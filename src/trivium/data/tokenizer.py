@@ -122,6 +122,19 @@ class Tokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[cls, *encoding.ids[: max_length - 2], sep] for encoding in encodings]
 
+    def encode_pair(self, first: str, second: str, max_length: int) -> tuple[list[int], list[int]]:
+        """Ids of two texts as [CLS] first [SEP] second [SEP], at most `max_length` of them, and the segment of each
+        (0 up to the first [SEP], then 1). Too long a pair is cut word piece by word piece at its longer text."""
+        assert max_length >= 3, "a pair holds at least [CLS] and two [SEP]"
+        one, other = (encoding.ids for encoding in self._tokenizer.encode_batch_fast([first, second], False))
+        room = max_length - 3
+        # The shorter keeps all where it has at most half of the room; of an odd room the first has one more.
+        keep = max(room - len(other), min(len(one), (room + 1) // 2))
+        one = one[:keep]
+        other = other[: room - len(one)]
+        ids = [self.cls_id, *one, self.sep_id, *other, self.sep_id]
+        return ids, [0] * (len(one) + 2) + [1] * (len(other) + 1)
+
     def pad(self, sequences: Sequence[Sequence[int]], length: int | None = None) -> tuple[Tensor, Tensor]:
         """ids_BT (int64) and mask_BT (bool, True = a real token); T is `length`, or the longest sequence."""
         num_tokens = max(map(len, sequences), default=0) if length is None else length

@@ -43,3 +43,26 @@ class MatchingHead(nn.Module):
 
     def forward(self, class_BD: Tensor) -> Tensor:
         return self.decoder(self.transform(class_BD).tanh())
+
+
+class TaskHead(nn.Module):
+    """Dropout, Linear, tanh or GELU, dropout, Linear to K outputs: RoBERTa's head for one task (Liu et al. 2019).
+
+    `hidden` None leaves a dropout and one linear map. [B, D] -> [B, K].
+    """
+
+    def __init__(
+        self, width: int, hidden: int | None, num_outputs: int, activation: str = "tanh", dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        assert activation in ("tanh", "gelu"), f"no activation {activation!r}"
+        self.activation = torch.tanh if activation == "tanh" else F.gelu
+        self.dropout = nn.Dropout(dropout)
+        self.inner = None if hidden is None else nn.Linear(width, hidden)
+        self.decoder = nn.Linear(hidden or width, num_outputs)
+
+    def forward(self, rows_BD: Tensor) -> Tensor:
+        rows_BD = self.dropout(rows_BD)
+        if self.inner is not None:
+            rows_BD = self.dropout(self.activation(self.inner(rows_BD)))
+        return self.decoder(rows_BD)
