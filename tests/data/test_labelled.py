@@ -102,7 +102,7 @@ def test_values_of_a_regression_are_centred_for_the_model_alone(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([{"text": "a", "label": "x"}], "one class .x."),
+        ([{"text": f"t{n}", "label": "x"} for n in range(9)], "one class .x."),
         ([{"text": "a", "kind": "x"}], "no class"),
         ([{"words": "a", "label": "x"}], "no column caption|captions"),
     ],

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trivium.convert import dalle, flava, torchmultimodal
+from trivium.convert import bert, dalle, flava, torchmultimodal
 from trivium.convert.weights import PICKLES, State, read_json, read_weights
 from trivium.errors import TriviumError
+from trivium.models.bert import Bert
 from trivium.models.dvae import DVae
 from trivium.models.flava import Flava, FlavaConfig
 
@@ -96,6 +97,17 @@ def _read_dalle(state: State, config: Mapping[str, Any]) -> Foreign:
     return Foreign("image_tokenizer", None, dalle.from_dalle(dalle.codebook_of(state)))
 
 
+def _read_bert(state: State, config: Mapping[str, Any]) -> Foreign:
+    if not config:
+        raise TriviumError("Hugging Face's layout needs the config.json of the model beside its weights: add it")
+    model, said = bert.build(*bert.from_hf(state, config))
+    return Foreign("bert", model, None, said, model.config.max_length)
+
+
+def _write_bert(model: Bert, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return bert.to_hf(model.state_dict(), model.config), bert.config_to_hf(model.config)
+
+
 ADAPTERS = {
     "torchmultimodal-flava": Adapter(
         "flava",
@@ -106,6 +118,9 @@ ADAPTERS = {
     ),
     "hf-flava": Adapter(
         "flava", r"(flava\.)?(image|text|multimodal)_model\..*|blocks\.group_1\.group\..*", _read_hf, _write_hf
+    ),
+    "hf-bert": Adapter(
+        "bert", r"(bert\.|0\.auto_model\.)?embeddings\.word_embeddings\.weight", _read_bert, _write_bert
     ),
     "dalle": Adapter("image_tokenizer", r"(encoder\.)?blocks\.group_1\.block_1\..*", _read_dalle, None),
 }

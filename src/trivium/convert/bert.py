@@ -110,6 +110,14 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Ber
     return ours, taken, said
 
 
+def build(config: BertConfig, state: Mapping[str, Tensor], said: list[str]) -> tuple[Bert, list[str]]:
+    """A model with these weights in float32, and what `from_hf` said."""
+    with torch.device("meta"):
+        model = Bert(config)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return model, said
+
+
 def to_hf(state: Mapping[str, Tensor], config: BertConfig) -> State:
     """Our weights under their names: those of a BertModel, or with a head of masked words of a BertForMaskedLM (with
     a pooler beside it, of a BertForPreTraining without next-sentence head). Tensors may be views."""

@@ -30,8 +30,7 @@ class PreparedTask(NamedTuple):
 
 @dataclass
 class TaskText:
-    """The texts of a sample. segments: whether the model tells a first text from a second; if not, two are one text
-    with a blank between them, as for a causal model that is read at its first end token."""
+    """The texts of a sample. segments: whether the model tells a first text from a second (see `encode_task`)."""
 
     tokenizer: Tokenizer
     max_length: int  # tokens, special ones among them; longer texts are cut
@@ -41,11 +40,7 @@ class TaskText:
         """Ids, and the segment of each. Raises BadSample."""
         if not sample.get("text"):
             raise BadSample(sample["name"], "", "has no text")
-        first, second = sample["text"], sample.get("second_text")
-        if second is not None and self.segments:
-            return self.tokenizer.encode_pair(first, second, self.max_length)
-        [ids_T] = self.tokenizer.encode([first if second is None else f"{first} {second}"], self.max_length)
-        return ids_T, [0] * len(ids_T)
+        return self.tokenizer.encode_task(sample["text"], sample.get("second_text"), self.max_length, self.segments)
 
 
 @dataclass

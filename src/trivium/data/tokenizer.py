@@ -126,7 +126,9 @@ class Tokenizer:
         """Ids of two texts as [CLS] first [SEP] second [SEP], at most `max_length` of them, and the segment of each
         (0 up to the first [SEP], then 1). Too long a pair is cut word piece by word piece at its longer text."""
         assert max_length >= 3, "a pair holds at least [CLS] and two [SEP]"
-        one, other = (encoding.ids for encoding in self._tokenizer.encode_batch_fast([first, second], False))
+        one, other = (
+            encoding.ids for encoding in self._tokenizer.encode_batch_fast([first, second], add_special_tokens=False)
+        )
         room = max_length - 3
         # The shorter keeps all where it has at most half of the room; of an odd room the first has one more.
         keep = max(room - len(other), min(len(one), (room + 1) // 2))
@@ -134,6 +136,19 @@ class Tokenizer:
         other = other[: room - len(one)]
         ids = [self.cls_id, *one, self.sep_id, *other, self.sep_id]
         return ids, [0] * (len(one) + 2) + [1] * (len(other) + 1)
+
+    def encode_task(
+        self, first: str, second: str | None, max_length: int, segments: bool
+    ) -> tuple[list[int], list[int]]:
+        """Ids and segments of the text of a task, or of its two.
+
+        segments: whether the model tells a first text from a second; if not, two are one text with a blank between
+        them, as for a causal model that is read at its first end token.
+        """
+        if second is not None and segments:
+            return self.encode_pair(first, second, max_length)
+        [ids] = self.encode([first if second is None else f"{first} {second}"], max_length)
+        return ids, [0] * len(ids)
 
     def pad(self, sequences: Sequence[Sequence[int]], length: int | None = None) -> tuple[Tensor, Tensor]:
         """ids_BT (int64) and mask_BT (bool, True = a real token); T is `length`, or the longest sequence."""

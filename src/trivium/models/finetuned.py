@@ -54,7 +54,7 @@ def tells_segments_apart(model: nn.Module) -> bool:
 class FineTuned(nn.Module):
     """Model and head."""
 
-    def __init__(self, backbone: nn.Module, head: TaskHead, config: HeadConfig) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, config: HeadConfig) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from trivium.recipes.finetune import finetune
 from trivium.recipes.flava import flava
+from trivium.train.config import Recipe
 
-RECIPES = {"flava": flava}
+RECIPES: dict[str, Recipe] = {"flava": flava, "finetune": finetune}

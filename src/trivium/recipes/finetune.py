@@ -219,7 +219,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     )
 
     recipe = _with_steps(recipe, len(splits.train))
-    select = recipe.select_on or f"{next(iter(_labelled(splits)))}.{task.select_on or task.reported}"
+    select = recipe.select_on or f"{next(iter(_labelled(splits)))}.{task.reported}"
     if select not in (known := [f"{split}.{metric}" for split in _labelled(splits) for metric in task.metrics]):
         raise TriviumError(f"--select-on {select}: no such figure is measured: use one of {', '.join(known)}")
     bundle = replace(

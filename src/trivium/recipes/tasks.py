@@ -62,8 +62,13 @@ class TaskData:
     sort_by_length: bool = True  # texts inside a batch, so that micro-batches are padded less
 
     def with_absolute_paths(self) -> TaskData:
-        tables = {name: tuple(map(absolute, getattr(self, name))) for name in ("train", "dev", "test")}
-        return replace(self, root=None if self.root is None else absolute(self.root), **tables)
+        return replace(
+            self,
+            root=None if self.root is None else absolute(self.root),
+            train=tuple(map(absolute, self.train)),
+            dev=tuple(map(absolute, self.dev)),
+            test=tuple(map(absolute, self.test)),
+        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,6 @@ class Task:
     optim: Optim = field(default_factory=Optim)
     steps: int | None = None  # as published; None: the recipe counts epochs
     dropout: float | None = 0.1  # of the model; None: as its checkpoint says
-    select_on: str | None = None  # None: what is reported
 
 
 def glue_optim(lr: float, warmup: int) -> Optim:
