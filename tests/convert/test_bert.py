@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.convert.peers import shuffled
+import trivium
+from tests.convert.peers import WORDS, save_with_tokenizer, shuffled
+from trivium.cli import main
 from trivium.convert.bert import config_to_hf, from_hf, to_hf
 from trivium.errors import TriviumError
 from trivium.models.bert import Bert
@@ -124,3 +128,33 @@ def test_what_does_not_fit_is_refused(change: Callable[[State, dict], None], sen
     change(state, config)
     with pytest.raises(TriviumError, match=sentence):
         from_hf(state, config)
+
+
+def test_the_verb_brings_a_bert_in_and_out_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = transformers.BertForPreTraining(transformers.BertConfig(**{**SHAPE, "vocab_size": len(WORDS)}))
+    save_with_tokenizer(shuffled(model), tmp_path / "theirs")
+    assert main(["convert", str(tmp_path / "theirs"), "--to", "trivium", "--out", str(tmp_path / "ours")]) == 0
+    assert "left out, since the model has no place for it: cls.seq_relationship.bias" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "ours"), "--to", "hf-bert", "--out", str(tmp_path / "back")]) == 0
+    there, back = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
+    kept = {name for name in there if not name.startswith("cls.seq_relationship")}
+    assert all(torch.equal(there[name], back[name]) for name in kept)
+    bundle = trivium.load(tmp_path / "ours")
+    assert bundle.family == "bert"
+    texts = ["a red mug .", "cats on the mat"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    peer = transformers.BertModel.from_pretrained(tmp_path / "back").eval()
+    with torch.no_grad():
+        expected = peer(**tokenizer(texts, padding=True, return_tensors="pt")).last_hidden_state
+    found = bundle.encode_text(texts)
+    assert found.mask is not None
+    assert torch.allclose(found.tokens[found.mask], expected[found.mask], rtol=0, atol=1e-6)
+    with pytest.raises(TriviumError, match=r"this model \(bert\) reads no pictures"):
+        bundle.encode_image(torch.zeros(1, 3, 16, 16))
+
+
+def test_weights_without_their_config_are_refused(tmp_path: Path) -> None:
+    state, _ = bert("BertModel")
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(TriviumError, match=r"needs the config\.json"):
+        trivium.load(tmp_path)

@@ -6,7 +6,6 @@ float64: losses and gradients within 1e-9 of the largest value of each tensor.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -15,16 +14,12 @@ from torch import Tensor
 
 from tests.flava_batches import TINY as TINY_FLAVA
 from tests.flava_batches import assert_close, gradients, random_flava, split
-from tests.parity.test_bert_transformers import TINY, random_bert
 from trivium.convert.bert import config_to_hf, to_hf
-from trivium.methods.finetune import FineTuning
-from trivium.methods.flava import Pixels
-from trivium.models.finetuned import FineTuned, Gives, HeadConfig, Reads, read, tells_segments_apart
-from trivium.train.protocol import Batch, Images, Key, Texts
+from trivium.invariance.finetune import TINY, fine_tuned, random_bert, text_batch
+from trivium.models.finetuned import Gives, Reads, read, tells_segments_apart
+from trivium.train.protocol import Batch, Images, Key
 from trivium.train.step import backward
 
-PIXELS = Pixels((0.5,) * 3, (0.25,) * 3)
-CONFIG = replace(TINY, mlm_head=False)
 THEIR_KIND = {
     "class": "single_label_classification",
     "number": "regression",
@@ -32,39 +27,13 @@ THEIR_KIND = {
 }
 
 
-def fine_tuned(model: Any, reads: Reads, gives: Gives, num_outputs: int, width: int, **changes: Any) -> FineTuning:
-    """Every tensor of the head drawn."""
-    config = HeadConfig("a task", reads, gives, width, num_outputs, width, dropout=0.0, **changes)
-    head = config.build().double()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return FineTuning(FineTuned(model, head, config), PIXELS).double()
-
-
-def text_batch(rows: int, gives: Gives = "class", num_outputs: int = 3, length: int = 9) -> Batch:
-    draw = torch.Generator().manual_seed(1)
-    mask_BT = torch.arange(length) < torch.randint(3, length + 1, (rows, 1), generator=draw)
-    mask_BT[0] = True
-    ids_BT = torch.randint(5, CONFIG.vocab_size, (rows, length), generator=draw).where(mask_BT, 0)
-    segments_BT = torch.randint(0, 2, (rows, length), generator=draw)
-    row_B = torch.arange(rows)
-    targets: dict[Gives, dict[str, Tensor]] = {
-        "class": {"label": torch.randint(0, num_outputs, (rows,), generator=draw)},
-        "number": {"value": torch.randn(rows, generator=draw)},
-        "answers": {"answers": torch.rand(rows, num_outputs, generator=draw)},
-    }
-    return Batch("a task", row_B, row_B, (), (Texts(ids_BT, mask_BT, row_B, segments_BT),), targets[gives])
-
-
 @pytest.mark.parametrize("gives", ["class", "number", "answers"])
 def test_a_step_on_bert_is_that_of_transformers(gives: Gives) -> None:
     """Theirs: pooler, tanh, linear; with our inner layer in the pooler's place both are the same function."""
     num_outputs = 1 if gives == "number" else 3
-    ours = fine_tuned(random_bert(CONFIG, torch.float64), "text", gives, num_outputs, CONFIG.width)
+    ours = fine_tuned(random_bert(), "text", gives, num_outputs, TINY.width)
     their_config = transformers.BertConfig(
-        **config_to_hf(CONFIG), num_labels=num_outputs, problem_type=THEIR_KIND[gives], classifier_dropout=0.0,
+        **config_to_hf(TINY), num_labels=num_outputs, problem_type=THEIR_KIND[gives], classifier_dropout=0.0,
         attn_implementation="eager",
     )  # fmt: skip
     theirs = transformers.BertForSequenceClassification(their_config).double().train()
@@ -73,7 +42,7 @@ def test_a_step_on_bert_is_that_of_transformers(gives: Gives) -> None:
         """Ours, whose pooler is not read, under their names."""
         model = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
         model |= {f"pooler.{part}": tensors[f"head.inner.{part}"] for part in ("weight", "bias")}
-        found = {f"bert.{name}": tensor for name, tensor in to_hf(model, CONFIG).items()}
+        found = {f"bert.{name}": tensor for name, tensor in to_hf(model, TINY).items()}
         return found | {f"classifier.{part}": tensors[f"head.decoder.{part}"] for part in ("weight", "bias")}
 
     theirs.load_state_dict({n: t.clone() for n, t in renamed(ours.model.state_dict()).items()}, strict=True)
@@ -103,7 +72,7 @@ def test_a_step_on_bert_is_that_of_transformers(gives: Gives) -> None:
 @pytest.mark.parametrize("parts", [2, 4])
 def test_micro_batches_come_to_the_whole_batch(parts: int) -> None:
     batch = text_batch(8)
-    method = fine_tuned(random_bert(CONFIG, torch.float64), "text", "class", 3, CONFIG.width)
+    method = fine_tuned(random_bert(), "text", "class", 3, TINY.width)
     whole, _, _ = backward(method, [batch], Key(0, "a task", 0))
     expected = {name: grad.clone() for name, grad in gradients(method).items()}
     method.zero_grad(set_to_none=True)
@@ -114,7 +83,7 @@ def test_micro_batches_come_to_the_whole_batch(parts: int) -> None:
 
 def test_stats_count_what_is_right() -> None:
     batch = text_batch(8)
-    method = fine_tuned(random_bert(CONFIG, torch.float64), "text", "class", 3, CONFIG.width)
+    method = fine_tuned(random_bert(), "text", "class", 3, TINY.width)
     batch.targets["label"] = method.outputs(batch).argmax(1)
     sums, _, _ = backward(method, [batch], Key(0, "a task", 0))
     assert float(sums["stat/correct"]) == 8
@@ -157,12 +126,12 @@ def test_pixels_are_normalised_on_the_way() -> None:
 
 
 def test_answers_are_in_the_unit_of_the_task() -> None:
-    model = random_bert(CONFIG, torch.float64)
+    model = random_bert()
     outputs = torch.tensor([[0.0, 1.0, -1.0]])
-    classes = fine_tuned(model, "text", "class", 3, CONFIG.width).model.answers(outputs)
+    classes = fine_tuned(model, "text", "class", 3, TINY.width).model.answers(outputs)
     torch.testing.assert_close(classes, outputs.softmax(1))
     torch.testing.assert_close(
-        fine_tuned(model, "text", "answers", 3, CONFIG.width).model.answers(outputs), outputs.sigmoid()
+        fine_tuned(model, "text", "answers", 3, TINY.width).model.answers(outputs), outputs.sigmoid()
     )
-    numbers = fine_tuned(model, "text", "number", 1, CONFIG.width, center=2.0, scale=5.0).model
+    numbers = fine_tuned(model, "text", "number", 1, TINY.width, center=2.0, scale=5.0).model
     torch.testing.assert_close(numbers.answers(torch.tensor([[0.5]])), torch.tensor([[4.5]]))

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trivium.convert.bert import config_to_hf, from_hf, to_hf
+from trivium.invariance.finetune import TINY as TINY_BERT
+from trivium.invariance.finetune import random_bert
 from trivium.layers.attention import causal
 from trivium.models.bert import Bert, BertConfig
 
-TINY = BertConfig(
-    width=32, num_heads=4, mlp_width=48, num_layers=3, vocab_size=61, max_length=16, dropout=0.0, mlm_head=True
-)
+TINY = replace(TINY_BERT, mlm_head=True)
 BASE = BertConfig(dropout=0.0, mlm_head=True)
 KINDS = ("BertModel", "BertForMaskedLM", "BertLMHeadModel")
 
@@ -34,24 +34,11 @@ def of_kind(kind: str, config: BertConfig) -> BertConfig:
     return replace(config, pooler=False, memory_width=config.width if kind == "BertLMHeadModel" else None)
 
 
-def random_bert(config: BertConfig, dtype: torch.dtype) -> Bert:
-    """Every tensor drawn: nothing is zero or one by luck. Larger weights at base size make a model that amplifies the
-    rounding of float32 beyond what a comparison can stand."""
-    std = 0.05 if config.width < 100 else 0.02
-    model = Bert(config).to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre = 1.0 if name.endswith("norm.weight") else 0.0
-            parameter.copy_(centre + std * torch.randn(parameter.shape, generator=generator))
-        model.embeddings.word.weight[config.pad_id] = 0.0
-    return model
-
-
 def both_models(kind: str, config: BertConfig, dtype: torch.dtype) -> tuple[Bert, Any]:
     """Weights are drawn in ours and handed over, then read back: the converter runs in both directions."""
     config = of_kind(kind, config)
-    ours = random_bert(config, dtype)
+    # Larger weights at base size make a model that amplifies the rounding of float32 beyond any bound.
+    ours = random_bert(config, dtype, 0.05 if config.width < 100 else 0.02)
     their_config = transformers.BertConfig(**config_to_hf(config), attn_implementation="eager")
     theirs = getattr(transformers, kind)(their_config).to(dtype).train()
     state = {name: tensor.clone() for name, tensor in to_hf(ours.state_dict(), config).items()}
@@ -160,7 +147,7 @@ def test_the_last_block_at_some_positions_alone_gives_what_the_whole_gives_there
     rows: int | Tensor, masked: str
 ) -> None:
     config = replace(TINY, memory_width=32)
-    model, given = random_bert(config, torch.float64), inputs(config, 4)
+    model, given = random_bert(config), inputs(config, 4)
     mask = given["mask"] if masked == "pads" else causal(given["mask"])
     memory = (given["memory"].double(), given["memory_mask"])
     whole = model.encode_text(given["ids"], mask, given["segments"], None, *memory).states

@@ -26,9 +26,10 @@ def convert(
 
     Args:
         path: a run folder, checkpoint, model folder, or a file or folder of another library.
-        to: trivium (a model folder), hf-flava or torchmultimodal-flava.
+        to: trivium (a model folder), hf-flava, torchmultimodal-flava or hf-bert.
         out: a folder that does not exist yet, or is empty.
-        from_: the layout of PATH, where its tensors' names should not decide: hf-flava, torchmultimodal-flava, dalle.
+        from_: the layout of PATH, where its tensors' names should not decide: hf-flava, torchmultimodal-flava,
+            hf-bert, dalle.
         shard_mb: weights of more megabytes are written as several files with an index; below, as one.
 
     Raises TriviumError as `trivium.load` does, where a layout has no place for this model, and where `out` is taken.
@@ -96,10 +97,14 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
         _write_json(folder / "config.json", config)
         if to == "hf-flava":
             _write_processor(bundle, folder)
+        if to in ("hf-flava", "hf-bert"):
+            _write_tokenizer(bundle, folder, {"processor_class": "FlavaProcessor"} if to == "hf-flava" else {})
+    if bundle.head is not None:
+        print(f"left out: {to} has no place for the head that was trained for {bundle.head_config.task}")  # type: ignore[union-attr]
 
 
 def _write_processor(bundle: Bundle, folder: Path) -> None:
-    """What FlavaProcessor.from_pretrained reads."""
+    """What FlavaProcessor.from_pretrained reads, beside the tokenizer."""
     from trivium.convert import processor
     from trivium.models.flava import Flava
 
@@ -111,15 +116,19 @@ def _write_processor(bundle: Bundle, folder: Path) -> None:
         config.grid * stride,
     )  # fmt: skip
     _write_json(folder / "preprocessor_config.json", preprocessor)
+
+
+def _write_tokenizer(bundle: Bundle, folder: Path, settings: dict[str, str]) -> None:
+    """What a tokenizer's from_pretrained reads. settings: of tokenizer_config.json beside the usual ones."""
+    from trivium.convert import processor
+
     if bundle.tokenizer is None:
         print("left out: the tokenizer files, since the checkpoint came without a tokenizer")
         return
     bundle.tokenizer.save(folder / "tokenizer.json")
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    _write_json(
-        folder / "tokenizer_config.json",
-        processor.tokenizer_to_hf(tokenizer, bundle.tokenizer.specials, bundle.max_length),
-    )
+    config = processor.tokenizer_to_hf(tokenizer, bundle.tokenizer.specials, bundle.max_length)
+    _write_json(folder / "tokenizer_config.json", settings | config)
     if tokenizer["model"]["type"] == "WordPiece":
         pieces = "\n".join(processor.vocabulary(tokenizer)) + "\n"
         (folder / "vocab.txt").write_text(pieces, encoding="utf-8")

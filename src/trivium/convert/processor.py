@@ -68,7 +68,7 @@ def tokenizer_to_hf(tokenizer: Mapping[str, Any], specials: Mapping[str, str], m
 
     specials: role ("pad", "cls", ...) -> the token that has it.
     """
-    config: dict[str, Any] = {"processor_class": "FlavaProcessor", "model_max_length": max_length}
+    config: dict[str, Any] = {"model_max_length": max_length}
     config |= {f"{role}_token": name for role, name in specials.items()}
     if tokenizer["model"]["type"] == "WordPiece":
         normalizer = tokenizer.get("normalizer") or {}

@@ -61,6 +61,14 @@ def chance(metric: str, found: Predictions) -> float:
     return float(np.bincount([row.label for row in found.rows if row.label is not None]).max() / len(found.rows))
 
 
+def told(metric: str, result: Result, chance: float) -> str:
+    """A figure for a person."""
+    return (
+        f"{metric.replace('_', ' ')} {result.value:.4f} [{result.low:.4f}, {result.high:.4f}] over {result.n:,} rows,"
+        f" where the commonest answer gives {chance:.4f}"
+    )
+
+
 def _columns(metric: str, found: Predictions) -> tuple[np.ndarray, np.ndarray]:
     truths = [row.value if row.label is None else row.label for row in found.rows]
     return found.probability_of_1 if metric == "auroc" else found.chosen, np.array(truths)

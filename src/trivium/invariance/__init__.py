@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trivium.invariance import flava
+from trivium.invariance import finetune, flava
 from trivium.train import distributed
 from trivium.train.protocol import Batch, Key, Method
 from trivium.train.step import backward, measure
@@ -32,6 +32,7 @@ CASES: dict[str, Make] = {
     "FLAVA, pairs": partial(flava.case, "pairs", false_rows=(1, 6, 7)),
     "FLAVA, images": partial(flava.case, "images"),
     "FLAVA, text": partial(flava.case, "text"),
+    "fine-tuning, BERT": finetune.case,
 }
 
 WORLDS = (1, 2, 4)

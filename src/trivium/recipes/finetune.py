@@ -144,7 +144,9 @@ class PreparedTask(Prepared):
             for metric in self.task.metrics:
                 result = figures_of.result(metric, predictions)
                 found.results[f"{title}.{name}.{metric}"] = result
-                found.chance[f"{title}.{name}.{metric}"] = figures_of.chance(metric, predictions)
+                chance = figures_of.chance(metric, predictions)
+                found.chance[f"{title}.{name}.{metric}"] = chance
+                found.headline.append(f"{title}, {name}: {figures_of.told(metric, result, chance)}.")
                 if metric == self.task.reported and name.startswith("dev"):
                     reported.append(result)
         if reported:  # of MNLI a mean over both
