@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -144,8 +145,10 @@ def test_several_seeds_have_a_folder_each_and_a_median(bert: Path, reviews: str,
     assert (found["text classification.lowest"], found["text classification.highest"]) == (min(each), max(each))
     heads = [(out / f"seed-{seed}" / "model" / "head.safetensors").read_bytes() for seed in (5, 6, 7)]
     assert len(set(heads)) == 3
+    shutil.rmtree(out / "seed-7")  # as if it had not been begun
     assert run("finetune", out, "--resume") == 0
     assert figures(out)["text classification.median"] == found["text classification.median"]
+    assert (out / "seed-7" / "model" / "head.safetensors").read_bytes() == heads[2]
 
 
 def test_layer_decay_and_freezing_reach_the_model_and_not_the_head(bert: Path, reviews: str, tmp_path: Path) -> None:

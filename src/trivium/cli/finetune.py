@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
 from trivium.errors import TriviumError
+from trivium.manifest import write_whole
+
+if TYPE_CHECKING:
+    from trivium.train.config import Config
+
+SEEDS = "seeds.json"  # of a folder that holds a run for each
 
 
 def finetune(
@@ -52,9 +59,9 @@ def finetune(
     distributed.start()
     changes = dict(overrides or {})
     if resume:
-        several = sorted(Path(task).glob("seed-*"))
-        codes = [pretrain.resume_run(str(each), None, changes, time.perf_counter()) for each in several or [Path(task)]]
-        return max(codes) or _summarise(Path(task), several)
+        if (Path(task) / SEEDS).is_file():
+            return _all_seeds(Path(task), None, changes)
+        return pretrain.resume_run(task, None, changes, time.perf_counter())
     if init is not None:
         changes["init"] = init
     if data:
@@ -71,13 +78,36 @@ def finetune(
     out = out or Path("runs") / f"{task}-{pretrain.now():%Y%m%d-%H%M%S}"
     if seeds == 1:
         return pretrain.begin(settings, changes, out, time.perf_counter())
+    if distributed.world() > 1:
+        raise TriviumError(
+            "several seeds are run by one process: leave out --seeds under torchrun, and give --train.seed"
+        )
     first = int(str(_one(changes.pop("train.seed", settings.values.get("train.seed", 0)))))
-    folders = [out / f"seed-{seed}" for seed in range(first, first + seeds)]
-    for seed, folder in enumerate(folders, start=first):
-        code = pretrain.begin(settings, changes | {"train.seed": str(seed)}, folder, time.perf_counter())
+    if (out / SEEDS).is_file():
+        raise TriviumError(
+            f"{out} holds runs of several seeds already: continue them with --resume, or name another --out"
+        )
+    write_whole(out / SEEDS, json.dumps(list(range(first, first + seeds))) + "\n")
+    return _all_seeds(out, settings, changes)
+
+
+def _all_seeds(out: Path, settings: Config | None, changes: Mapping[str, Any]) -> int:
+    """Begin or continue the run of each seed that `out` lists. settings: of runs that are new; None: as the first has
+    them."""
+    from trivium.cli import pretrain
+    from trivium.train import config as configuration
+
+    folders = {seed: out / f"seed-{seed}" for seed in json.loads((out / SEEDS).read_text(encoding="utf-8"))}
+    for seed, folder in folders.items():
+        begun = time.perf_counter()
+        if (folder / "config.json").is_file():
+            code = pretrain.resume_run(str(folder), None, changes, begun)
+        else:
+            like = settings or configuration.load(next(iter(folders.values())))
+            code = pretrain.begin(like, {**changes, "train.seed": str(seed)}, folder, begun)
         if code:
             return code
-    return _summarise(out, folders)
+    return _summarise(out, list(folders.values()))
 
 
 def _named(data: Sequence[str]) -> dict[str, Sequence[str]]:
@@ -99,10 +129,8 @@ def _summarise(out: Path, folders: Sequence[Path]) -> int:
     from trivium import __version__
     from trivium.evaluate import results
     from trivium.evaluate.results import Result
-    from trivium.train import distributed, run_folder
+    from trivium.train import run_folder
 
-    if not folders or distributed.rank() > 0:
-        return 0
     found = [results.read(folder / "results.json") for folder in folders]
     summary = {}
     for name in found[0]:

@@ -278,9 +278,8 @@ def _with_dropout(model: nn.Module, dropout: float | None) -> nn.Module:
     config: Any = model.config
     if dropout is None or "dropout" not in {field.name for field in fields(config)} or config.dropout == dropout:
         return model
-    with torch.device("meta"):
-        made: nn.Module = type(model)(replace(config, dropout=dropout))
-    made.load_state_dict(model.state_dict(), assign=True)
+    made: nn.Module = type(model)(replace(config, dropout=dropout))
+    made.load_state_dict(model.state_dict())
     return made
 
 

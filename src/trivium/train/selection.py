@@ -29,7 +29,10 @@ class Selection:
         selection = cls(figure, patience)
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         for line in lines:
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except ValueError:  # a kill cut the line short
+                continue
             if "results" in entry:
                 selection.note(entry["step"], entry["results"])
         return selection
