@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trivium.layers import attention
-from trivium.layers.attention import SelfAttention, padded_index, take_rows
+from trivium.layers.attention import SelfAttention, causal, padded_index, take_rows
 from trivium.layers.transformer import PreNormEncoder
 
 B, L, D, HEADS = 3, 7, 24, 4
 
 
-def plain_attention(module: SelfAttention, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+def plain_attention(module: SelfAttention, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
     """Three projections and a softmax written out, one head at a time."""
     query, key, value = (
         torch.nn.functional.linear(x_BLD, weight, bias)
@@ -29,8 +29,8 @@ def plain_attention(module: SelfAttention, x_BLD: Tensor, mask_BL: Tensor | None
     heads = []
     for query_BLE, key_BLE, value_BLE in zip(*(t.chunk(HEADS, dim=-1) for t in (query, key, value)), strict=True):
         scores_BLL = query_BLE @ key_BLE.transpose(1, 2) / math.sqrt(D // HEADS)
-        if mask_BL is not None:
-            scores_BLL = scores_BLL.masked_fill(~mask_BL[:, None, :], float("-inf"))
+        if mask is not None:
+            scores_BLL = scores_BLL.masked_fill(~(mask[:, None, :] if mask.ndim == 2 else mask), float("-inf"))
         heads.append(scores_BLL.softmax(-1) @ value_BLE)
     return module.out(torch.cat(heads, dim=-1))
 
@@ -59,6 +59,28 @@ def test_fused_projection_and_kernel_equal_plain_attention(masked: bool) -> None
     assert_all_close(
         value_and_gradients(module(x_BLD, mask_BL), weight, *inputs),
         value_and_gradients(plain_attention(module, x_BLD, mask_BL), weight, *inputs),
+    )
+
+
+def test_a_causal_position_sees_itself_and_what_is_before_it() -> None:
+    mask_BLL = causal(random_mask())
+    real_BL = random_mask()
+    for row, query, key in [(b, q, k) for b in range(B) for q in range(L) for k in range(L)]:
+        assert bool(mask_BLL[row, query, key]) == (key <= query and bool(real_BL[row, key]))
+
+
+@pytest.mark.parametrize("one_for_all", [True, False])
+@pytest.mark.parametrize("rows", [None, 3, "chosen"])
+def test_causal_attention_equals_the_plain_form_also_at_chosen_positions(rows: object, one_for_all: bool) -> None:
+    module = SelfAttention(D, HEADS).double()
+    x_BLD = torch.randn(B, L, D, dtype=torch.float64, requires_grad=True)
+    mask = causal(torch.ones(1, L, dtype=torch.bool) if one_for_all else random_mask())
+    chosen = torch.tensor([[6, 0], [3, 3], [5, 1]]) if rows == "chosen" else rows
+    plain = plain_attention(module, x_BLD, mask)
+    plain = plain if chosen is None else take_rows(plain, chosen)
+    weight, inputs = torch.randn_like(plain), (x_BLD, *module.parameters())
+    assert_all_close(
+        value_and_gradients(module(x_BLD, mask, chosen), weight, *inputs), value_and_gradients(plain, weight, *inputs)
     )
 
 

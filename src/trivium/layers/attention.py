@@ -1,6 +1,6 @@
 """One attention function for every model.
 
-B batch, H heads, Q query positions, L key positions, D width, E width of a head, M memory positions, W their width.
+B batch, H heads, Q query positions, L key positions, D width, E width of a head, S memory positions, W their width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 def attend(query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(Q K^T / sqrt(E) + mask) V (Vaswani et al. 2017, Eq. 1).
 
-    mask: bool, True = may be attended: [B, L] by every query, or [B, Q, L] by each.
+    mask: bool, True = may be attended: [B, L] by every query, or [B, Q, L] by each; a B of 1 stands for all.
     """
     mask_B1QL = None if mask is None else mask[:, None, None] if mask.ndim == 2 else mask[:, None]
     if (
@@ -74,7 +74,7 @@ class SelfAttention(nn.Module):
         """Attention output at every position, or only at the query positions `rows`.
 
         Args:
-            mask: bool, True = may be attended: [B, L], or [B, L, L] where each position sees others (`causal`).
+            mask: bool, True = may be attended: [B, L], or [B or 1, L, L] where each position sees others (`causal`).
             rows: None; an int n, the first n positions; or int64 [B, Q], the positions of each sample. Keys and
                 values come from all positions, so the result is exact.
         """
@@ -89,7 +89,7 @@ class SelfAttention(nn.Module):
             query = query.view(B, query.shape[1], H, E).transpose(1, 2)
             key, value = F.linear(x_BLD, weight_kv, bias_kv).view(B, L, 2, H, E).permute(2, 0, 3, 1, 4)
             if mask is not None and mask.ndim == 3:
-                mask = take_rows(mask, rows)
+                mask = take_rows(mask.expand(B, -1, -1), rows)
         attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
 
@@ -106,12 +106,12 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(memory_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BQD: Tensor, memory_BMW: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, Q, D]. mask: bool [B, M] or [B, Q, M], True = may be attended."""
+    def forward(self, x_BQD: Tensor, memory_BSW: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, Q, D]. mask: bool [B, S] or [B, Q, S], True = may be attended."""
         B, Q, D = x_BQD.shape
-        H, E, M = self.num_heads, D // self.num_heads, memory_BMW.shape[1]
+        H, E, S = self.num_heads, D // self.num_heads, memory_BSW.shape[1]
         query = self.query(x_BQD).view(B, Q, H, E).transpose(1, 2)
-        key, value = self.key_value(memory_BMW).view(B, M, 2, H, E).permute(2, 0, 3, 1, 4)
+        key, value = self.key_value(memory_BSW).view(B, S, 2, H, E).permute(2, 0, 3, 1, 4)
         attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
 

@@ -1,7 +1,7 @@
 """The pre-norm and the post-norm transformer block, and a stack of each.
 
-B batch, L positions, Q query positions, D width, M positions of a memory, W their width; K width of the feed-forward's
-inside.
+B batch, L positions, Q query positions, D width, M width of the feed-forward's inside, S positions of a memory that
+cross-attention reads, W their width.
 """
 
 from __future__ import annotations
@@ -12,18 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trivium.layers.activations import ACTIVATIONS
 from trivium.layers.attention import CrossAttention, SelfAttention, take_rows
 
-# From this width on the backward pass computes GELU again instead of keeping its output, a quarter of what a block
-# keeps: less than 1 % of the time at width 768, but 5 % at 128, where there is memory to spare.
-RECOMPUTE_GELU_FROM = 512
+# From this width on the backward pass computes the activation again instead of keeping its output, a quarter of what a
+# block keeps: less than 1 % of the time at width 768, but 5 % at 128, where there is memory to spare.
+RECOMPUTE_FROM = 512
 
 
 class PreNormBlock(nn.Module):
-    """x + Attention(LN(x)), then x + MLP(LN(x)), with exact (erf) GELU."""
+    """x + Attention(LN(x)), then x + MLP(LN(x)). activation: a name in `layers.activations`."""
 
-    def __init__(self, width: int, num_heads: int, mlp_width: int, eps: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_width: int,
+        eps: float,
+        dropout: float = 0.0,
+        activation: str = "gelu",
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.attention_norm = nn.LayerNorm(width, eps)
         self.attention = SelfAttention(width, num_heads, dropout)
         self.mlp_norm = nn.LayerNorm(width, eps)
@@ -31,11 +41,12 @@ class PreNormBlock(nn.Module):
         self.mlp_out = nn.Linear(mlp_width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
         """[B, L, D] -> [B, L, D], or [B, Q, D] at the positions `rows` alone (see SelfAttention)."""
-        attended = self.attention(self.attention_norm(x_BLD), mask_BL, rows)
+        attended = self.attention(self.attention_norm(x_BLD), mask, rows)
         x_BQD = (x_BLD if rows is None else take_rows(x_BLD, rows)) + self.dropout(attended)
-        return x_BQD + self.dropout(gelu_then(self.mlp_in(self.mlp_norm(x_BQD)), self.mlp_out))
+        hidden_BQM = self.mlp_in(self.mlp_norm(x_BQD))
+        return x_BQD + self.dropout(activation_then(hidden_BQM, self.mlp_out, self.activation))
 
 
 class PostNormBlock(nn.Module):
@@ -70,70 +81,81 @@ class PostNormBlock(nn.Module):
         x_BLD: Tensor,
         mask: Tensor | None = None,
         rows: Tensor | int | None = None,
-        memory_BMW: Tensor | None = None,
+        memory_BSW: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
         """[B, L, D] -> [B, L, D], or [B, Q, D] at the positions `rows` alone (see SelfAttention).
 
         Args:
-            memory_BMW: what cross-attention reads; None passes it over, as ALBEF does for text alone.
-            memory_mask: bool [B, M], True = may be attended.
+            memory_BSW: what cross-attention reads; None passes it over, as ALBEF does for text alone.
+            memory_mask: bool [B, S], True = may be attended.
         """
         attended = self.attention(x_BLD, mask, rows)
         x_BQD = self.attention_norm((x_BLD if rows is None else take_rows(x_BLD, rows)) + self.dropout(attended))
-        if memory_BMW is not None:
+        if memory_BSW is not None:
             assert self.cross_attention is not None, "this block has no cross-attention to read a memory with"
-            read = self.cross_attention(x_BQD, memory_BMW, memory_mask)
+            read = self.cross_attention(x_BQD, memory_BSW, memory_mask)
             x_BQD = self.cross_attention_norm(x_BQD + self.dropout(read))
-        return self.mlp_norm(x_BQD + self.dropout(gelu_then(self.mlp_in(x_BQD), self.mlp_out)))
+        return self.mlp_norm(x_BQD + self.dropout(activation_then(self.mlp_in(x_BQD), self.mlp_out, "gelu")))
 
 
-def gelu_then(hidden: Tensor, linear: nn.Linear) -> Tensor:
-    """linear(GELU(hidden)), where it is worth it without keeping GELU's output for the backward pass."""
-    if linear.out_features < RECOMPUTE_GELU_FROM:
-        return linear(F.gelu(hidden))
-    out: Tensor = _GeluThenLinear.apply(hidden, linear.weight, linear.bias)
+def activation_then(hidden: Tensor, linear: nn.Linear, activation: str) -> Tensor:
+    """linear(activation(hidden)), where it is worth it without keeping the activation for the backward pass."""
+    if linear.out_features < RECOMPUTE_FROM:
+        return linear(ACTIVATIONS[activation].forward(hidden))
+    out: Tensor = _ActivationThenLinear.apply(hidden, linear.weight, linear.bias, activation)
     return out
 
 
-class _GeluThenLinear(torch.autograd.Function):
-    """Linear(GELU(x)) that keeps x alone. Autograd would keep GELU's output too, as the input of the linear map."""
+class _ActivationThenLinear(torch.autograd.Function):
+    """Linear(activation(x)) that keeps x alone. Autograd would keep the activation too, as the linear map's input."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        return F.linear(F.gelu(hidden), weight, bias)
+        ctx.activation = activation
+        return F.linear(ACTIVATIONS[activation].forward(hidden), weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad
+        activation = ACTIVATIONS[ctx.activation]
+        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
         grad_RD = grad.flatten(0, -2)
         grad_hidden = grad_weight = grad_bias = None
         if wants_hidden:  # under autocast the gradient has the low precision that the product was taken in
-            grad_hidden = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), hidden)
+            grad_hidden = activation.backward(grad @ weight.to(grad.dtype), hidden)
         if wants_weight:
-            grad_weight = (grad_RD.t() @ F.gelu(hidden).flatten(0, -2)).to(weight.dtype)
+            grad_weight = (grad_RD.t() @ activation.forward(hidden).flatten(0, -2)).to(weight.dtype)
         if wants_bias:
             grad_bias = grad_RD.sum(0).to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias
+        return grad_hidden, grad_weight, grad_bias, None
 
 
 class PreNormEncoder(nn.Module):
     """A stack of pre-norm blocks. The final norm belongs to the caller: some want the states before it."""
 
     def __init__(
-        self, width: int, num_layers: int, num_heads: int, mlp_width: int, eps: float, dropout: float = 0.0
+        self,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_width: int,
+        eps: float,
+        dropout: float = 0.0,
+        activation: str = "gelu",
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(PreNormBlock(width, num_heads, mlp_width, eps, dropout) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(
+            PreNormBlock(width, num_heads, mlp_width, eps, dropout, activation) for _ in range(num_layers)
+        )
 
-    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
         """`rows`: the last block computes these positions alone; exact, since its keys still come from all."""
         for block in self.blocks[:-1]:
-            x_BLD = block(x_BLD, mask_BL)
-        return self.blocks[-1](x_BLD, mask_BL, rows)
+            x_BLD = block(x_BLD, mask)
+        return self.blocks[-1](x_BLD, mask, rows)
 
     def both(self, x_BLD: Tensor, mask_BL: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
         """Two batches in one pass: the class tokens of the `first` samples, [first, 1, D], and the rest, whole."""
@@ -166,10 +188,10 @@ class PostNormEncoder(nn.Module):
         x_BLD: Tensor,
         mask: Tensor | None = None,
         rows: Tensor | int | None = None,
-        memory_BMW: Tensor | None = None,
+        memory_BSW: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
         """`rows`: the last block computes these positions alone; exact, since its keys still come from all."""
         for block in self.blocks[:-1]:
-            x_BLD = block(x_BLD, mask, None, memory_BMW, memory_mask)
-        return self.blocks[-1](x_BLD, mask, rows, memory_BMW, memory_mask)
+            x_BLD = block(x_BLD, mask, None, memory_BSW, memory_mask)
+        return self.blocks[-1](x_BLD, mask, rows, memory_BSW, memory_mask)

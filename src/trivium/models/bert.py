@@ -7,7 +7,7 @@ A post-norm transformer over words. Easy to get wrong:
 * the pooler (a linear map and tanh on the class token) was trained for next-sentence prediction; checkpoints of masked
   words alone lack it.
 
-B batch, T text tokens, D width, V vocabulary, R rows, M positions of a memory, W their width.
+B batch, T text tokens, D width, V vocabulary, S positions of a memory, W their width.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Bert(nn.Module):
         mask: Tensor | None = None,
         segments_BT: Tensor | None = None,
         rows: Tensor | int | None = None,
-        memory_BMW: Tensor | None = None,
+        memory_BSW: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> Encoded:
         """Token ids, int64 [B, T].
@@ -94,9 +94,9 @@ class Bert(nn.Module):
             mask: bool, True = a real token: [B, T], or [B, T, T] (`layers.attention.causal`) to decode from left to
                 right. None attends every position, pads too.
             rows: compute the last block only there (see SelfAttention); `states` then holds only those positions.
-            memory_BMW, memory_mask: what cross-attention reads.
+            memory_BSW, memory_mask: what cross-attention reads.
         """
-        states = self.encoder(self.embeddings(ids_BT, segments_BT), mask, rows, memory_BMW, memory_mask)
+        states = self.encoder(self.embeddings(ids_BT, segments_BT), mask, rows, memory_BSW, memory_mask)
         return Encoded(states, mask if mask is None or mask.ndim == 2 else None, nn.Identity(), None)
 
     def pool(self, text: Encoded) -> Tensor:
