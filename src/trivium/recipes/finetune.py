@@ -129,8 +129,8 @@ class PreparedTask(Prepared):
         title = self.task.title + (" (concatenated)" if head.reads == "concatenated" else "")
         if head.reads == "concatenated":
             found.not_applicable.append(
-                f"a head on the fused class token: the head reads the pooled picture and the pooled text side by side,"
-                f" since {type(method.model.backbone).__name__} was not asked to, or cannot, read both together"
+                "what a head on the fused class token gives: this one reads the pooled picture and the pooled text side"
+                " by side"
             )
         reported = []
         for name, rows in self.splits.held_out.items():
@@ -178,47 +178,22 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         raise TriviumError(
             "there is no model to fine-tune: name one with --init (a run, a model folder or a checkpoint)"
         )
-    splits = task.open(recipe.data).checked()
-    splits = replace(splits, train=splits.train.capped(recipe.data.rows))
+    splits = task.open(recipe.data)
+    splits = replace(splits, train=splits.train.capped(recipe.data.rows)).checked()
     start = load(recipe.init) if resume_from is None else open_own(resume_from)
-    reads = _reads(task, recipe.head, start)
     transform = replace(start.transform, size=recipe.data.image_size or start.transform.size)
     model = _with_dropout(start.model, recipe.dropout)
-    num_outputs = 1 if task.gives == "number" else len(splits.labels)
-    width = _width(model, reads, transform.size)
-    config = HeadConfig(
-        task.name,
-        reads,
-        task.gives,
-        width,
-        num_outputs,
-        {"width": width, "none": None}.get(str(recipe.head.hidden), recipe.head.hidden),  # type: ignore[arg-type]
-        recipe.head.activation,
-        recipe.head.dropout,
-        splits.center,
-        splits.scale,
-    )
+    config = _head_config(recipe.head, task, splits, start, transform.size)
     head = config.build()
     initialise(head, recipe.train.seed)
     notes = list(splits.notes)
-    if start.head is not None and resume_from is None:
+    if resume_from is None and start.head is not None:
         notes.append(_take_head(head, config, splits, start))
+    if resume_from is None and start.image_tokenizer is not None:
+        notes.append("left out is the image tokenizer of the model: fine-tuning has no use for it")
     method = FineTuning(FineTuned(model, head, config), Pixels(transform.mean, transform.std))
-
-    texts = images = None
     max_length = min(recipe.data.max_length or 10**9, _positions(model))
-    if task.reads != "images":
-        if start.tokenizer is None:
-            raise TriviumError(f"{recipe.init} came without a tokenizer: put its tokenizer.json or vocab.txt beside it")
-        texts = TaskText(start.tokenizer, max_length, tells_segments_apart(model))
-    if task.reads != "text":
-        data = recipe.data
-        plain = data.crop_scale == (1.0, 1.0) and not data.flip
-        views = None if plain else Views(transform.size, transform.filter, crop_scale=data.crop_scale, flip=data.flip)
-        images = TaskImage(transform, views)
-    collate = TaskCollate(
-        texts, images, num_outputs, splits.center, splits.scale, recipe.data.sort_by_length and texts is not None
-    )
+    collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length))
 
     recipe = _with_steps(recipe, len(splits.train))
     select = recipe.select_on or f"{next(iter(_labelled(splits)))}.{task.reported}"
@@ -253,6 +228,33 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         select=f"figures.{select}",
     )
     return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate)
+
+
+def _head_config(head: Head, task: Task, splits: Splits, start: Bundle, side: int) -> HeadConfig:
+    reads = _reads(task, head, start)
+    width = _width(start.model, reads, side)
+    hidden = {"width": width, "none": None}[head.hidden] if isinstance(head.hidden, str) else head.hidden
+    num_outputs = 1 if task.gives == "number" else len(splits.labels)
+    return HeadConfig(
+        task.name, reads, task.gives, width, num_outputs, hidden, head.activation, head.dropout, splits.center,
+        splits.scale,
+    )  # fmt: skip
+
+
+def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle) -> TaskCollate:
+    """Raises TriviumError where the model came without a tokenizer."""
+    data, texts, images = recipe.data, None, None
+    if task.reads != "images":
+        if start.tokenizer is None:
+            raise TriviumError(f"{recipe.init} came without a tokenizer: put its tokenizer.json or vocab.txt beside it")
+        texts = TaskText(start.tokenizer, start.max_length, tells_segments_apart(start.model))
+    if task.reads != "text":
+        size, filter = start.transform.size, start.transform.filter
+        plain = data.crop_scale == (1.0, 1.0) and not data.flip
+        views = None if plain else Views(size, filter, crop_scale=data.crop_scale, flip=data.flip)
+        images = TaskImage(start.transform, views)
+    by_length = data.sort_by_length and texts is not None
+    return TaskCollate(texts, images, max(1, len(splits.labels)), splits.center, splits.scale, by_length)
 
 
 def _reads(task: Task, head: Head, start: Bundle) -> Reads:
