@@ -4,8 +4,8 @@
 
 DIR holds config.json, model.safetensors and tokenizer.json of that model. The settings are the published ones of each
 task (fairseq's for RoBERTa-base) but for what stands in SETTINGS: a model of a tenth of the size wants a larger rate,
-and a CPU fewer updates, without those of 11.7 million word embeddings, half of the model. What is stopped or killed goes
-on when the same command is given again. Writes results/finetune_glue.json.
+and a CPU fewer updates, and none of the 11.7 million word embeddings, half of the model. What is stopped or killed
+goes on when the same command is given again. Writes results/finetune_glue.json.
 """
 
 from __future__ import annotations
