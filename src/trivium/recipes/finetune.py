@@ -178,12 +178,13 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         raise TriviumError(
             "there is no model to fine-tune: name one with --init (a run, a model folder or a checkpoint)"
         )
+    start = load(recipe.init) if resume_from is None else open_own(resume_from)
+    reads = _reads(task, recipe.head, start)
     splits = task.open(recipe.data)
     splits = replace(splits, train=splits.train.capped(recipe.data.rows)).checked()
-    start = load(recipe.init) if resume_from is None else open_own(resume_from)
     transform = replace(start.transform, size=recipe.data.image_size or start.transform.size)
     model = _with_dropout(start.model, recipe.dropout)
-    config = _head_config(recipe.head, task, splits, start, transform.size)
+    config = _head_config(recipe.head, task, splits, reads, _width(model, reads, transform.size))
     head = config.build()
     initialise(head, recipe.train.seed)
     notes = list(splits.notes)
@@ -230,9 +231,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate)
 
 
-def _head_config(head: Head, task: Task, splits: Splits, start: Bundle, side: int) -> HeadConfig:
-    reads = _reads(task, head, start)
-    width = _width(start.model, reads, side)
+def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, width: int) -> HeadConfig:
     hidden = {"width": width, "none": None}[head.hidden] if isinstance(head.hidden, str) else head.hidden
     num_outputs = 1 if task.gives == "number" else len(splits.labels)
     return HeadConfig(
