@@ -150,6 +150,8 @@ class Bundle:
             if texts is None or self.tokenizer is None:
                 raise TriviumError(f"the task {self.head_config.task} reads texts: give them, and a tokenizer")
             ids, mask, segments = self._task_texts(texts, second_texts)
+        if pixels is not None and ids is not None and len(pixels) != len(ids):
+            raise TriviumError(f"{len(pixels)} pictures and {len(ids)} texts do not pair up: give as many")
         answers = []
         for first in range(0, len(ids if pixels is None else pixels), batch):  # type: ignore[arg-type]
             parts = [
@@ -165,18 +167,13 @@ class Bundle:
     def _task_texts(self, texts: Strings, second_texts: Strings | None) -> tuple[Tensor, Tensor, Tensor | None]:
         assert self.tokenizer is not None
         first = [texts] if isinstance(texts, str) else list(texts)
-        second = (
-            [second_texts] if isinstance(second_texts, str) else None if second_texts is None else list(second_texts)
-        )
+        second = [second_texts] if isinstance(second_texts, str) else second_texts
         if second is not None and len(second) != len(first):
             raise TriviumError(f"{len(first)} texts and {len(second)} second texts do not pair up: give as many")
         told = tells_segments_apart(self.model)
         pairs = [self.tokenizer.encode_task(one, None if second is None else second[n], self.max_length, told)
                  for n, one in enumerate(first)]  # fmt: skip
-        ids, mask = self.tokenizer.pad([each for each, _ in pairs])
-        segments = torch.zeros_like(ids)
-        for row, (_, own) in enumerate(pairs):
-            segments[row, : len(own)] = torch.tensor(own)
+        ids, mask, segments = self.tokenizer.pad_task(pairs)
         return ids, mask, segments if told else None
 
     def save(

@@ -22,8 +22,7 @@ from trivium.train.protocol import Batch, Images, Sample, Texts
 
 
 class PreparedTask(NamedTuple):
-    ids_T: list[int] | None
-    segments_T: list[int] | None
+    text: tuple[list[int], list[int]] | None  # ids and segments
     pixels_CHW: Tensor | None  # uint8
     sample: Sample
 
@@ -80,10 +79,10 @@ class TaskCollate:
     false_pairs: float = field(default=0.0, init=False)
 
     def prepare(self, sample: Sample, draws: Draws) -> PreparedTask:
-        ids_T, segments_T = (None, None) if self.texts is None else self.texts.prepare(sample)
+        text = None if self.texts is None else self.texts.prepare(sample)
         pixels_CHW = None if self.images is None else self.images.prepare(sample, draws, self.train)
         kept = Sample(**{name: value for name, value in sample.items() if name != "image"})  # type: ignore[typeddict-item]
-        return PreparedTask(ids_T, segments_T, pixels_CHW, kept)
+        return PreparedTask(text, pixels_CHW, kept)
 
     def batch(
         self,
@@ -101,10 +100,7 @@ class TaskCollate:
             pixels_BCHW = torch.stack([each.pixels_CHW for each in prepared if each.pixels_CHW is not None])
             images = (Images(pixels_BCHW, _same(samples, "same_image")),)
         if self.texts is not None:
-            ids_BT, mask_BT = self.texts.tokenizer.pad([each.ids_T or [] for each in prepared])
-            segments_BT = torch.zeros_like(ids_BT)
-            for row, each in enumerate(prepared):
-                segments_BT[row, : len(each.segments_T or [])] = torch.tensor(each.segments_T)
+            ids_BT, mask_BT, segments_BT = self.texts.tokenizer.pad_task([each.text for each in prepared if each.text])
             texts = (Texts(ids_BT, mask_BT, _same(samples, "same_text"), segments_BT if self.texts.segments else None),)
         return Batch(stream, rows_B, places_B, images, texts, self._targets(samples), number, tuple(bad))
 

@@ -160,6 +160,14 @@ class Tokenizer:
             mask_BT[row, : len(ids)] = True
         return ids_BT, mask_BT
 
+    def pad_task(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of what `encode_task` gave: ids_BT, mask_BT and segments_BT (int64, 0 where there is no token)."""
+        ids_BT, mask_BT = self.pad([ids for ids, _ in texts])
+        segments_BT = torch.zeros_like(ids_BT)
+        for row, (_, segments) in enumerate(texts):
+            segments_BT[row, : len(segments)] = torch.tensor(segments)
+        return ids_BT, mask_BT, segments_BT
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, without special tokens."""
         return self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=True)
