@@ -1,8 +1,8 @@
 """A model with all that it takes to use it; pictures and strings in, tensors out.
 
 A *model folder* is a Bundle on disk: config.json, model.safetensors (or shards of it and their index),
-preprocessor.json, where there is one tokenizer.json, labels.json and image_tokenizer.safetensors, and a manifest.json
-with the checksum of each.
+preprocessor.json, where there is one tokenizer.json, labels.json, image_tokenizer.safetensors and, of a fine-tuned
+model, head.safetensors, and a manifest.json with the checksum of each.
 
 B batch, C channels, H height, W width, T text tokens.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from trivium.data.transforms import ImageTransform, normalize
 from trivium.errors import TriviumError
 from trivium.manifest import write_manifest, written_beside
 from trivium.models.encoded import Encoded, EncodesImage, EncodesText, Fuses, Matches
+from trivium.models.finetuned import FineTuned, HeadConfig, tells_segments_apart
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.tensor_files import SHARD_BYTES, save_tensors
 
@@ -51,6 +52,8 @@ class Bundle:
     labels: list[str] | None = None
     max_length: int = 512  # tokens of a text, with [CLS] and [SEP]; longer ones are cut
     false_pairs: float | None = None  # share of them when matching was trained; None: not known
+    head: nn.Module | None = None  # of a fine-tuned model
+    head_config: HeadConfig | None = None
 
     @property
     def device(self) -> torch.device:
@@ -121,13 +124,70 @@ class Bundle:
         with _evaluating(self.model):
             return model.match(fused).float().softmax(-1)[:, 1]
 
+    def answer(
+        self,
+        pictures: Pictures | None = None,
+        texts: Strings | None = None,
+        second_texts: Strings | None = None,
+        batch: int = 32,
+    ) -> Tensor:
+        """What a fine-tuned model answers, row by row: a probability of each of `labels` [B, K], how right each answer
+        is [B, K], or a number [B, 1].
+
+        Args: those that its task reads; second_texts: of a task of two texts.
+        """
+        if self.head is None or self.head_config is None:
+            raise TriviumError("this model has no head for a task: fine-tune it first, with trivium finetune")
+        whole = FineTuned(self.model, self.head, self.head_config)
+        pixels = ids = mask = segments = None
+        if self.head_config.reads != "text":
+            if pictures is None:
+                raise TriviumError(f"the task {self.head_config.task} reads pictures: give them")
+            if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
+                pictures = [pictures]
+            pixels = torch.stack([self._pixels(one, pictures) for one in pictures])
+        if self.head_config.reads != "image":
+            if texts is None or self.tokenizer is None:
+                raise TriviumError(f"the task {self.head_config.task} reads texts: give them, and a tokenizer")
+            ids, mask, segments = self._task_texts(texts, second_texts)
+        if pixels is not None and ids is not None and len(pixels) != len(ids):
+            raise TriviumError(f"{len(pixels)} pictures and {len(ids)} texts do not pair up: give as many")
+        answers = []
+        for first in range(0, len(ids if pixels is None else pixels), batch):  # type: ignore[arg-type]
+            parts = [
+                None if t is None else t[first : first + batch].to(self.device) for t in (pixels, ids, mask, segments)
+            ]
+            if parts[0] is not None:
+                dtype = next(self.model.parameters()).dtype
+                parts[0] = normalize(parts[0], self.transform.mean, self.transform.std, dtype)
+            with _evaluating(whole):
+                answers.append(whole.answers(whole(*parts)))
+        return torch.cat(answers)
+
+    def _task_texts(self, texts: Strings, second_texts: Strings | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert self.tokenizer is not None
+        first = [texts] if isinstance(texts, str) else list(texts)
+        second = [second_texts] if isinstance(second_texts, str) else second_texts
+        if second is not None and len(second) != len(first):
+            raise TriviumError(f"{len(first)} texts and {len(second)} second texts do not pair up: give as many")
+        told = tells_segments_apart(self.model)
+        pairs = [self.tokenizer.encode_task(one, None if second is None else second[n], self.max_length, told)
+                 for n, one in enumerate(first)]  # fmt: skip
+        ids, mask, segments = self.tokenizer.pad_task(pairs)
+        return ids, mask, segments if told else None
+
     def save(
-        self, folder: str | Path, weights: Mapping[str, Tensor] | None = None, shard_bytes: int = SHARD_BYTES
+        self,
+        folder: str | Path,
+        weights: Mapping[str, Tensor] | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        head_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write a model folder: beside, then renamed into place. `folder` must not exist, or be empty.
 
         Args:
             weights: written in place of the model's own: a copy of them, say, while the model trains on.
+            head_weights: likewise in place of the head's.
             shard_bytes: weights that take more are written in several files with an index.
 
         Raises:
@@ -141,6 +201,10 @@ class Bundle:
                 "false_pairs": self.false_pairs,
                 "image_tokenizer": image_tokenizer_entry(self.image_tokenizer),
             }
+            if self.head is not None and self.head_config is not None:
+                config["head"] = asdict(self.head_config)
+                head_weights = self.head.state_dict() if head_weights is None else head_weights
+                save_tensors(head_weights, beside / "head.safetensors")
             (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             weights = self.model.state_dict() if weights is None else weights
             save_tensors(weights, beside / "model.safetensors", shard_bytes)

@@ -32,10 +32,12 @@ from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.hub import located
 from trivium.manifest import newest_checkpoint, verify_manifest, write_manifest, written_beside
+from trivium.models.bert import Bert, BertConfig
 from trivium.models.clip import Clip, ClipConfig
 from trivium.models.dino import Dino, DinoConfig
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.encoded import EncodesImage
+from trivium.models.finetuned import HeadConfig
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.patch_codebook import PatchCodebook
@@ -47,8 +49,8 @@ FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "clip": (ClipConfig, Clip),
     "vit": (ViTConfig, ViT),
     "dino": (DinoConfig, Dino),
+    "bert": (BertConfig, Bert),
 }
-
 
 # ------------------------------------------------------------------------------------------------------- opening
 
@@ -74,6 +76,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Bundle:
     for sentence in said:
         warnings.warn(sentence, stacklevel=2)
     bundle.model.to(device)
+    if bundle.head is not None:
+        bundle.head.to(device)
     if bundle.image_tokenizer is not None:
         bundle.image_tokenizer.to(device)
     return bundle
@@ -118,12 +122,13 @@ def model_folder(path: Path, said: list[str]) -> Path | None:
     """
     if not path.exists():
         raise TriviumError(f"{path} does not exist: name a run folder, a model folder or a file of weights")
-    if (path / "checkpoints").is_dir():
+    chose = (path / "model" / "config.json").is_file()  # a run that keeps its best checkpoint has it there
+    if (path / "checkpoints").is_dir() and not chose:
         checkpoint = newest_checkpoint(path / "checkpoints", said.append, "model")
         if checkpoint is not None:
             return checkpoint / "model"
         raise TriviumError(f"{path} has no sound checkpoint{''.join(f'; {sentence}' for sentence in said)}")
-    folder = path / "model" if (path / "model" / "config.json").is_file() else path
+    folder = path / "model" if chose else path
     own = (folder / "config.json").is_file() and "family" in read_json(folder / "config.json")
     if not own and not (folder / "manifest.json").is_file():
         return None
@@ -144,6 +149,11 @@ def open_own(folder: Path) -> Bundle:
     with torch.device("meta"):
         model = make_model(model_config)
     _put(read_weights(folder), model, folder / "model.safetensors")
+    head_config = None if "head" not in config else _made(HeadConfig, config["head"], folder / "config.json")
+    head = None
+    if head_config is not None:
+        head = head_config.build()
+        _put(read_weights(folder / "head.safetensors"), head, folder / "head.safetensors")
     tokenizer, preprocessor = folder / "tokenizer.json", folder / "preprocessor.json"
     reads_pictures = isinstance(model, EncodesImage)
     return Bundle(
@@ -155,6 +165,8 @@ def open_own(folder: Path) -> Bundle:
         labels=_labels(folder / "labels.json"),
         max_length=int(config.get("max_length", getattr(model_config, "max_length", Bundle.max_length))),
         false_pairs=config.get("false_pairs"),  # folders of older versions do not say it
+        head=None if head is None else head.eval(),
+        head_config=head_config,
     )
 
 

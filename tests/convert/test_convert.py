@@ -196,12 +196,12 @@ def test_what_has_no_place_in_a_layout_is_left_out_aloud(
     ("make", "says"),
     [
         (lambda at: (at / "x.txt").write_text("hello"), "holds no weights"),
-        (lambda at: transformers.BertModel(transformers.BertConfig(
-            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
-            max_position_embeddings=9)).save_pretrained(at), 'in none of the layouts .* model_type "bert"'),
+        (lambda at: transformers.GPT2Model(transformers.GPT2Config(
+            vocab_size=9, n_positions=9, n_embd=8, n_layer=1, n_head=1)).save_pretrained(at),
+         'in none of the layouts .* model_type "gpt2"'),
     ],
 )  # fmt: skip
-def test_foreign_folders_that_are_no_flava(tmp_path: Path, make: object, says: str) -> None:
+def test_foreign_folders_of_no_family_of_ours(tmp_path: Path, make: object, says: str) -> None:
     (tmp_path / "in").mkdir()
     make(tmp_path / "in")  # type: ignore[operator]
     with pytest.raises(TriviumError, match=says):

@@ -31,6 +31,7 @@ VERBS = {
     "demo": Verb("trivium.cli.demo:demo", "pretrain a tiny FLAVA on the embedded data and show what it learned"),
     "doctor": Verb("trivium.cli.doctor:doctor", "say what this machine has and what to do about it"),
     "pretrain": Verb("trivium.cli.pretrain:pretrain", "train a recipe on your own pictures, texts and pairs"),
+    "finetune": Verb("trivium.cli.finetune:finetune", "fine-tune a trained model for a task: GLUE, VQA, or your own"),
     "evaluate": Verb("trivium.cli.evaluate:evaluate", "measure a model and write a report"),
     "compare": Verb("trivium.cli.compare:compare", "lay two runs side by side: settings, curves, results"),
     "embed": Verb("trivium.cli.embed:embed", "write the embeddings of a folder of pictures to a Parquet file"),
@@ -57,6 +58,7 @@ verbs:
 examples:
   trivium demo --quick
   trivium pretrain flava --size tiny --data.pairs products.csv --train.minutes 8
+  trivium finetune text_classification --init demo --data reviews.csv
   trivium search demo "red mug" --images photos/ --out page.html
   trivium embed demo photos/ --out photos.parquet
 

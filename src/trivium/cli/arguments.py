@@ -45,7 +45,7 @@ def parse(function: Callable[..., Any], verb: str, words: Sequence[str]) -> Call
     except SystemExit as stop:
         if not stop.code:
             if takes_overrides and words and not is_flag(words[0]):
-                _print_fields(words)
+                _print_fields(verb, words)
             return None
         if not takes_overrides:
             _refuse_unknown_flags(bound, verb, words)
@@ -86,12 +86,15 @@ def _binding(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
     return bound
 
 
-def _print_fields(words: Sequence[str]) -> None:
+def _print_fields(verb: str, words: Sequence[str]) -> None:
     from trivium.cli.fields import page
 
-    recipe, *rest = (word for word in words if word not in ("-h", "--help"))
+    first, *rest = (word for word in words if word not in ("-h", "--help"))
+    if verb == "finetune":
+        print(page(verb, {"task": first}), end="")
+        return
     size = split_overrides(rest).get("size")
-    print(page(recipe, size[0] if size else None), end="")
+    print(page(first, {"size": size[0]} if size else {}), end="")
 
 
 def _plain(hint: Any) -> Any:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from trivium.bundle import Bundle
 
 
+PROCESSORS = {"hf-flava": "FlavaProcessor", "hf-clip": "CLIPProcessor"}
+
+
 def convert(
     path: Path,
     *,
@@ -27,7 +30,8 @@ def convert(
 
     Args:
         path: a run folder, checkpoint, model folder, or a file or folder of another library.
-        to: trivium (a model folder), hf-flava, torchmultimodal-flava, hf-clip or open-clip.
+        to: trivium (a model folder), hf-flava, torchmultimodal-flava, hf-clip, open-clip, hf-vit, timm-vit, dino or
+            hf-bert.
         out: a folder that does not exist yet, or is empty.
         from_: the layout of PATH, where its tensors' names should not decide: one of those, openai-clip or dalle.
         shard_mb: weights of more megabytes are written as several files with an index; below, as one.
@@ -100,19 +104,22 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
         save_tensors(apart, folder / adapter.weights, shard_bytes)
         _write_json(folder / adapter.configs[0], config)
         if to in ("hf-flava", "hf-clip"):
-            _write_processor(bundle, folder)
+            _write_processor(bundle, folder, PROCESSORS[to])
+            _write_tokenizer(bundle, folder, {"processor_class": PROCESSORS[to]})
+        elif to == "hf-bert":
+            _write_tokenizer(bundle, folder, {})
         elif to == "open-clip" and bundle.tokenizer is not None:
             bundle.tokenizer.save(folder / "tokenizer.json")
         elif to == "hf-vit":
             t = bundle.transform
-            _write_json(
-                folder / "preprocessor_config.json",
-                processor.vit_processor_to_hf(t.size, t.filter, t.crop, t.mean, t.std),
-            )
+            settings = processor.vit_processor_to_hf(t.size, t.filter, t.crop, t.mean, t.std)
+            _write_json(folder / "preprocessor_config.json", settings)
+    if bundle.head is not None:
+        print(f"left out: {to} has no place for the head that was trained for {bundle.head_config.task}")  # type: ignore[union-attr]
 
 
-def _write_processor(bundle: Bundle, folder: Path) -> None:
-    """What FlavaProcessor.from_pretrained or CLIPProcessor.from_pretrained reads."""
+def _write_processor(bundle: Bundle, folder: Path, name: str) -> None:
+    """What a processor's from_pretrained reads, beside the tokenizer."""
     from trivium.convert import processor
     from trivium.models.flava import Flava
 
@@ -121,18 +128,21 @@ def _write_processor(bundle: Bundle, folder: Path) -> None:
         stride = bundle.image_tokenizer.stride if bundle.image_tokenizer is not None else 8
         grid = bundle.model.config.grid
         preprocessor |= processor.masks_and_codebook_to_hf(grid, grid * stride)
-    name = "FlavaProcessor" if bundle.family == "flava" else "CLIPProcessor"
     preprocessor |= {"processor_class": name, "image_processor_type": name.replace("Processor", "ImageProcessor")}
     _write_json(folder / "preprocessor_config.json", preprocessor)
+
+
+def _write_tokenizer(bundle: Bundle, folder: Path, settings: dict[str, str]) -> None:
+    """What a tokenizer's from_pretrained reads. settings: of tokenizer_config.json beside the usual ones."""
+    from trivium.convert import processor
+
     if bundle.tokenizer is None:
         print("left out: the tokenizer files, since the checkpoint came without a tokenizer")
         return
     bundle.tokenizer.save(folder / "tokenizer.json")
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    _write_json(
-        folder / "tokenizer_config.json",
-        {"processor_class": name} | processor.tokenizer_to_hf(tokenizer, bundle.tokenizer.specials, bundle.max_length),
-    )
+    config = processor.tokenizer_to_hf(tokenizer, bundle.tokenizer.specials, bundle.max_length)
+    _write_json(folder / "tokenizer_config.json", settings | config)
     if tokenizer["model"]["type"] == "WordPiece":
         pieces = "\n".join(processor.vocabulary(tokenizer)) + "\n"
         (folder / "vocab.txt").write_text(pieces, encoding="utf-8")

@@ -65,6 +65,8 @@ def evaluate(
             raise TriviumError(f"{path} holds no finished checkpoint yet: train on with `{resume}`")
         seconds["train"] = json.loads((newest / "training" / "state.json").read_text())["seconds"]
         prepared = config.build(settings, RECIPES).prepare(settings.recipe, settings.arguments, newest / "model")
+        if chosen := prepared.settle(path):
+            say(chosen)
         prepared.run.method.to(on)
     losses: Losses = {}
     if prepared is not None:

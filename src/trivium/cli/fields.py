@@ -9,7 +9,7 @@ import io
 import shutil
 import textwrap
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from trivium.cli.arguments import metavar
@@ -24,17 +24,20 @@ class Field(NamedTuple):
     comment: str  # beside the field in the source
 
 
-def page(recipe: str, size: str | None = None) -> str:
+def page(recipe: str, arguments: Mapping[str, str]) -> str:
     """What may follow the recipe on a command line. Loads torch, since only the function knows its values.
 
+    Args:
+        arguments: of the recipe's function, such as {"size": "tiny"}.
+
     Raises:
-        TriviumError: there is no such recipe or size.
+        TriviumError: there is no such recipe, size or task.
     """
     from trivium.recipes import RECIPES
     from trivium.train.config import Config, build
 
-    tree = build(Config(recipe, {} if size is None else {"size": size}), RECIPES)
-    named = recipe if size is None else f"{recipe} of size {size}"
+    tree = build(Config(recipe, dict(arguments)), RECIPES)
+    named = " ".join([recipe, *(f"of {name} {value}" for name, value in arguments.items())])
     lines = [f"fields of {named}, with what they are by default in brackets:"]
     branch = None
     for field in fields_of(tree):

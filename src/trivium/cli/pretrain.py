@@ -47,7 +47,7 @@ def pretrain(
     begun = time.perf_counter()
     from trivium.recipes import RECIPES
     from trivium.train import config as configuration
-    from trivium.train import distributed, run_folder
+    from trivium.train import distributed
 
     distributed.start()
     changes = dict(overrides or {})
@@ -58,16 +58,24 @@ def pretrain(
     if resume:
         if config is not None:
             raise TriviumError("--resume takes the config of its run folder: leave out --config")
-        return _resume(recipe, out, changes, begun)
+        return resume_run(recipe, out, changes, begun)
     if config is not None:
         settings = _stated(config, recipe)
     else:
         arguments = {} if size is None else {"size": size}
         settings = configuration.Config(configuration.with_absolute_file(recipe), arguments)
         settings = configuration.with_defaults(settings, RECIPES)
+    named = "-".join([Path(recipe).stem, *_size_of(settings), f"{now():%Y%m%d-%H%M%S}"])
+    return begin(settings, changes, out or Path("runs") / named, begun)
+
+
+def begin(settings: Config, changes: Mapping[str, Any], out: Path, begun: float) -> int:
+    """Begin a run of any recipe with these leaves changed. begun: as `run` takes it."""
+    from trivium.recipes import RECIPES
+    from trivium.train import config as configuration
+    from trivium.train import run_folder
+
     tree = set_overrides(configuration.build(settings, RECIPES), changes).with_absolute_paths()
-    named = "-".join([Path(recipe).stem, *_size_of(settings), f"{_now():%Y%m%d-%H%M%S}"])
-    out = out or Path("runs") / named
     run_folder.refuse_a_run(out)
     say(f"preparing data and model for {out}")
     prepared = tree.prepare(settings.recipe, settings.arguments)
@@ -88,7 +96,7 @@ def say(sentence: str) -> None:
         print(sentence, file=sys.stderr)
 
 
-def _now() -> datetime:
+def now() -> datetime:
     """The first process's clock: all processes name one folder."""
     import torch
 
@@ -108,7 +116,7 @@ def _stated(config: Path, recipe: str) -> Config:
     return settings
 
 
-def _resume(recipe: str, out: Path | None, changes: Mapping[str, Any], begun: float) -> int:
+def resume_run(recipe: str, out: Path | None, changes: Mapping[str, Any], begun: float) -> int:
     """`recipe` is that of the run in `out`; or, where `out` is None, the run folder itself."""
     if out is None and not (Path(recipe) / "config.json").is_file():
         raise TriviumError("--resume needs the run folder: trivium pretrain RUN --resume")
@@ -158,6 +166,8 @@ def run(prepared: Prepared, out: Path, begun: float, *, resume: bool | Path = Fa
         if outcome.signal is not None or distributed.rank() > 0:
             return outcome.exit_code
         distributed.stop()  # the others are done: what follows is this process's alone
+        if chosen := prepared.settle(out):
+            say(chosen)
         final = (outcome.results or {}).get("losses")
         found, losses = finish.evaluate(prepared, say, final)
         page = finish.write(

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trivium.convert import clip, dalle, flava, processor, torchmultimodal, vit
+from trivium.convert import bert, clip, dalle, flava, processor, torchmultimodal, vit
 from trivium.convert.weights import PICKLES, State, read_json, read_weights
 from trivium.errors import TriviumError
+from trivium.models.bert import Bert
 from trivium.models.clip import Clip, ClipConfig
 from trivium.models.dino import Dino
 from trivium.models.dvae import DVae
@@ -172,7 +173,19 @@ def _write_dino(model: Dino, image_tokenizer: DVae | None) -> tuple[State, dict[
     return vit.to_dino(model), vit.config_to_timm(model.config)
 
 
+def _read_bert(state: State, config: Mapping[str, Any]) -> Foreign:
+    if not config:
+        raise TriviumError("Hugging Face's layout needs the config.json of the model beside its weights: add it")
+    model, said = bert.build(*bert.from_hf(state, config))
+    return Foreign("bert", model, None, said, model.config.max_length)
+
+
+def _write_bert(model: Bert, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return bert.to_hf(model.state_dict(), model.config), bert.config_to_hf(model.config)
+
+
 _OPEN_CLIP = ("open_clip_config.json", "config.json")  # the second is Hugging Face's
+
 ADAPTERS = {
     "torchmultimodal-flava": Adapter(
         "flava",
@@ -204,6 +217,9 @@ ADAPTERS = {
     ),
     "timm-vit": Adapter("vit", r"patch_embed\.proj\.weight", _read_timm_vit, _write_timm_vit, tower_of=("dino",)),
     "dino": Adapter("dino", r"backbone\.patch_embed\.proj\.weight", _read_dino, _write_dino),
+    "hf-bert": Adapter(
+        "bert", r"(bert\.|0\.auto_model\.)?embeddings\.word_embeddings\.weight", _read_bert, _write_bert
+    ),
     "dalle": Adapter("image_tokenizer", r"(encoder\.)?blocks\.group_1\.block_1\..*", _read_dalle, None),
 }
 FORMATS = ("trivium", *(name for name, adapter in ADAPTERS.items() if adapter.write))

@@ -189,6 +189,34 @@ class Tokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[cls, *encoding.ids[: max_length - 2], sep] for encoding in encodings]
 
+    def encode_pair(self, first: str, second: str, max_length: int) -> tuple[list[int], list[int]]:
+        """Ids of two texts as [CLS] first [SEP] second [SEP], at most `max_length` of them, and the segment of each
+        (0 up to the first [SEP], then 1). Too long a pair is cut word piece by word piece at its longer text."""
+        assert max_length >= 3, "a pair holds at least [CLS] and two [SEP]"
+        one, other = (
+            encoding.ids for encoding in self._tokenizer.encode_batch_fast([first, second], add_special_tokens=False)
+        )
+        room = max_length - 3
+        # The shorter keeps all where it has at most half of the room; of an odd room the first has one more.
+        keep = max(room - len(other), min(len(one), (room + 1) // 2))
+        one = one[:keep]
+        other = other[: room - len(one)]
+        ids = [self.cls_id, *one, self.sep_id, *other, self.sep_id]
+        return ids, [0] * (len(one) + 2) + [1] * (len(other) + 1)
+
+    def encode_task(
+        self, first: str, second: str | None, max_length: int, segments: bool
+    ) -> tuple[list[int], list[int]]:
+        """Ids and segments of the text of a task, or of its two.
+
+        segments: whether the model tells a first text from a second; if not, two are one text with a blank between
+        them, as for a causal model that is read at its first end token.
+        """
+        if second is not None and segments:
+            return self.encode_pair(first, second, max_length)
+        [ids] = self.encode([first if second is None else f"{first} {second}"], max_length)
+        return ids, [0] * len(ids)
+
     def pad(self, sequences: Sequence[Sequence[int]], length: int | None = None) -> tuple[Tensor, Tensor]:
         """ids_BT (int64) and mask_BT (bool, True = a real token); T is `length`, or the longest sequence."""
         num_tokens = max(map(len, sequences), default=0) if length is None else length
@@ -198,6 +226,14 @@ class Tokenizer:
             ids_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
             mask_BT[row, : len(ids)] = True
         return ids_BT, mask_BT
+
+    def pad_task(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of what `encode_task` gave: ids_BT, mask_BT and segments_BT (int64, 0 where there is no token)."""
+        ids_BT, mask_BT = self.pad([ids for ids, _ in texts])
+        segments_BT = torch.zeros_like(ids_BT)
+        for row, (_, segments) in enumerate(texts):
+            segments_BT[row, : len(segments)] = torch.tensor(segments)
+        return ids_BT, mask_BT, segments_BT
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, without special tokens."""

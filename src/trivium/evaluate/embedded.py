@@ -58,6 +58,7 @@ class Evaluation:
     walls: list[Wall] = field(default_factory=list)
     reconstructions: list[Reconstruction] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+    headline: list[str] = field(default_factory=list)  # sentences that a page begins with, beside those of report.py
     seconds: dict[str, float] = field(default_factory=dict)  # of each part, in order
     not_applicable: list[str] = field(default_factory=list)  # a sentence for each thing not measured, with the reason
 

@@ -163,7 +163,7 @@ def render(report: Report) -> str:
 
 def headline(evaluation: Evaluation) -> list[str]:
     """What the model can do, in a few sentences with numbers."""
-    results, sentences = evaluation.results, []
+    results, sentences = evaluation.results, list(evaluation.headline)
     name = "retrieval.style.text_to_image_r10"
     if name in results:
         value, chance = results[name].value, evaluation.chance[name]

@@ -1,6 +1,6 @@
 """One attention function for every model.
 
-B batch, H heads, Q query positions, L key positions, D width, E width of a head.
+B batch, H heads, Q query positions, L key positions, D width, E width of a head, S memory positions, W their width.
 """
 
 from __future__ import annotations
@@ -101,6 +101,28 @@ class SelfAttention(nn.Module):
         query, key, _ = self.qkv(x_BLD).view(B, L, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
         scores_BHLL = query @ key.transpose(-2, -1) * E**-0.5
         return scores_BHLL.softmax(-1, dtype=torch.promote_types(scores_BHLL.dtype, torch.float32))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention whose keys and values (one fused projection, in that order) come from a memory."""
+
+    def __init__(self, width: int, memory_width: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        assert width % num_heads == 0, f"width {width} is not a multiple of {num_heads} heads"
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(memory_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BQD: Tensor, memory_BSW: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, Q, D]. mask: bool [B, S] or [B, Q, S], True = may be attended."""
+        B, Q, D = x_BQD.shape
+        H, E, S = self.num_heads, D // self.num_heads, memory_BSW.shape[1]
+        query = self.query(x_BQD).view(B, Q, H, E).transpose(1, 2)
+        key, value = self.key_value(memory_BSW).view(B, S, 2, H, E).permute(2, 0, 3, 1, 4)
+        attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 def causal(mask_BT: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,19 @@ class MaskedHead(nn.Module):
         return self.decoder(self.norm(F.gelu(self.transform(rows))))
 
 
+class TiedMaskedHead(nn.Module):
+    """The same with the word embeddings for the last matrix: given at each call, so that no tensor is held twice."""
+
+    def __init__(self, width: int, num_classes: int, eps: float) -> None:
+        super().__init__()
+        self.transform = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, rows: Tensor, word_VD: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.transform(rows))), word_VD, self.bias)
+
+
 class MatchingHead(nn.Module):
     """Linear, tanh, Linear to two classes: 1 = the picture and the text belong together."""
 
@@ -29,3 +43,26 @@ class MatchingHead(nn.Module):
 
     def forward(self, class_BD: Tensor) -> Tensor:
         return self.decoder(self.transform(class_BD).tanh())
+
+
+class TaskHead(nn.Module):
+    """Dropout, Linear, tanh or GELU, dropout, Linear to K outputs: RoBERTa's head for one task (Liu et al. 2019).
+
+    `hidden` None leaves a dropout and one linear map. [B, D] -> [B, K].
+    """
+
+    def __init__(
+        self, width: int, hidden: int | None, num_outputs: int, activation: str = "tanh", dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        assert activation in ("tanh", "gelu"), f"no activation {activation!r}"
+        self.activation = torch.tanh if activation == "tanh" else F.gelu
+        self.dropout = nn.Dropout(dropout)
+        self.inner = None if hidden is None else nn.Linear(width, hidden)
+        self.decoder = nn.Linear(hidden or width, num_outputs)
+
+    def forward(self, rows_BD: Tensor) -> Tensor:
+        rows_BD = self.dropout(rows_BD)
+        if self.inner is not None:
+            rows_BD = self.dropout(self.activation(self.inner(rows_BD)))
+        return self.decoder(rows_BD)

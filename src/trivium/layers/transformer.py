@@ -1,6 +1,7 @@
-"""The pre-norm transformer block and a stack of them.
+"""The pre-norm and the post-norm transformer block, and a stack of each.
 
-B batch, L positions, Q query positions, D width, M width of the feed-forward's inside.
+B batch, L positions, Q query positions, D width, M width of the feed-forward's inside, S positions of a memory that
+cross-attention reads, W their width.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.layers.activations import ACTIVATIONS
-from trivium.layers.attention import SelfAttention, take_rows
+from trivium.layers.attention import CrossAttention, SelfAttention, take_rows
 
 # From this width on the backward pass computes the activation again instead of keeping its output, a quarter of what a
 # block keeps: less than 1 % of the time at width 768, but 5 % at 128, where there is memory to spare.
@@ -46,6 +47,56 @@ class PreNormBlock(nn.Module):
         x_BQD = (x_BLD if rows is None else take_rows(x_BLD, rows)) + self.dropout(attended)
         hidden_BQM = self.mlp_in(self.mlp_norm(x_BQD))
         return x_BQD + self.dropout(activation_then(hidden_BQM, self.mlp_out, self.activation))
+
+
+class PostNormBlock(nn.Module):
+    """BERT's block: LN(x + Attention(x)), then LN(x + MLP(x)), with exact (erf) GELU.
+
+    With `memory_width` there is LN(x + CrossAttention(x, memory)) between the two (ALBEF, section 3.1).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_width: int,
+        eps: float,
+        dropout: float = 0.0,
+        memory_width: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, num_heads, dropout)
+        self.attention_norm = nn.LayerNorm(width, eps)
+        self.cross_attention = None
+        if memory_width is not None:
+            self.cross_attention = CrossAttention(width, memory_width, num_heads, dropout)
+            self.cross_attention_norm = nn.LayerNorm(width, eps)
+        self.mlp_in = nn.Linear(width, mlp_width)
+        self.mlp_out = nn.Linear(mlp_width, width)
+        self.mlp_norm = nn.LayerNorm(width, eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        mask: Tensor | None = None,
+        rows: Tensor | int | None = None,
+        memory_BSW: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L, D] -> [B, L, D], or [B, Q, D] at the positions `rows` alone (see SelfAttention).
+
+        Args:
+            memory_BSW: what cross-attention reads; None passes it over, as ALBEF does for text alone.
+            memory_mask: bool [B, S], True = may be attended.
+        """
+        attended = self.attention(x_BLD, mask, rows)
+        x_BQD = self.attention_norm((x_BLD if rows is None else take_rows(x_BLD, rows)) + self.dropout(attended))
+        if memory_BSW is not None:
+            assert self.cross_attention is not None, "this block has no cross-attention to read a memory with"
+            read = self.cross_attention(x_BQD, memory_BSW, memory_mask)
+            x_BQD = self.cross_attention_norm(x_BQD + self.dropout(read))
+        return self.mlp_norm(x_BQD + self.dropout(activation_then(self.mlp_in(x_BQD), self.mlp_out, "gelu")))
 
 
 def activation_then(hidden: Tensor, linear: nn.Linear, activation: str) -> Tensor:
@@ -112,3 +163,35 @@ class PreNormEncoder(nn.Module):
             x_BLD = block(x_BLD, mask_BL)
         masks = (None, None) if mask_BL is None else (mask_BL[:first], mask_BL[first:])
         return self.blocks[-1](x_BLD[:first], masks[0], 1), self.blocks[-1](x_BLD[first:], masks[1])
+
+
+class PostNormEncoder(nn.Module):
+    """A stack of post-norm blocks. `memory_width`: each of them has cross-attention."""
+
+    def __init__(
+        self,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_width: int,
+        eps: float,
+        dropout: float = 0.0,
+        memory_width: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            PostNormBlock(width, num_heads, mlp_width, eps, dropout, memory_width) for _ in range(num_layers)
+        )
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        mask: Tensor | None = None,
+        rows: Tensor | int | None = None,
+        memory_BSW: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`rows`: the last block computes these positions alone; exact, since its keys still come from all."""
+        for block in self.blocks[:-1]:
+            x_BLD = block(x_BLD, mask, None, memory_BSW, memory_mask)
+        return self.blocks[-1](x_BLD, mask, rows, memory_BSW, memory_mask)

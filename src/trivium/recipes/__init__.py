@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from trivium.recipes.clip import clip
 from trivium.recipes.dino import dino
+from trivium.recipes.finetune import finetune
 from trivium.recipes.flava import flava
+from trivium.train.config import Recipe
 
-RECIPES = {"flava": flava, "clip": clip, "dino": dino}
+RECIPES: dict[str, Recipe] = {"flava": flava, "clip": clip, "dino": dino, "finetune": finetune}

@@ -72,6 +72,13 @@ RULES: dict[str, Rule] = {
     "train.evaluate_every": SOME,
     "train.log_every": SOME,
     "train.monitor_every": NOT_NEGATIVE,
+    "train.patience": SOME,
+    "data.held_out": (lambda value: 0 < value < 1, "a share above 0 and below 1"),
+    "data.rows": SOME,
+    "data.min_questions": SOME,
+    "dropout": (lambda value: 0 <= value < 1, "0 or more and below 1"),
+    "head.dropout": (lambda value: 0 <= value < 1, "0 or more and below 1"),
+    "epochs": POSITIVE,
     "init_std": POSITIVE,
     "validate": NOT_NEGATIVE,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 from trivium.bundle import Bundle
@@ -46,6 +47,11 @@ class Prepared(ABC):
 
         say: told the name of each part as it begins. final: the losses, where they are known already.
         """
+
+    def settle(self, out: Path) -> str | None:
+        """Before a run is measured: put into the method what the run in `out` chose among its checkpoints, and say it.
+        Default: the last one, which is there already."""
+        return None
 
     def with_train(self, **changes: Any) -> Self:
         """The same with some values of `train` settled: nothing is opened or learned again."""

@@ -152,11 +152,11 @@ def _set_aside(checkpoint: Path) -> None:
     raise TriviumError(f"{checkpoint} exists already and is sound: it is not written over")
 
 
-def prune(checkpoints: Path, keep_last: int, keep_every: int | None = None) -> None:
-    """Remove all but the last `keep_last` checkpoints and those at multiples of `keep_every` steps."""
+def prune(checkpoints: Path, keep_last: int, keep_every: int | None = None, best: int | None = None) -> None:
+    """Remove all but the last `keep_last` checkpoints, those at multiples of `keep_every` steps and the best one's."""
     assert keep_last >= 1
     for path in checkpoints_in(checkpoints)[:-keep_last]:
-        if keep_every and step_of(path) % keep_every == 0:
+        if (keep_every and step_of(path) % keep_every == 0) or step_of(path) == best:
             continue
         doomed = path.with_name(f".tmp-{path.name}")  # first out of sight: a half-removed one is never found
         path.rename(doomed)

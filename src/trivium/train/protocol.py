@@ -114,6 +114,9 @@ class Sample(TypedDict, total=False):
     same_image: int  # equal number = same picture or concept
     same_text: int
     label: int
+    second_text: str  # of a task that reads two texts
+    value: float  # what a regression is to give
+    answers: dict[int, float]  # class -> how far it is right, from 0 to 1
     name: str  # how to name this sample in a message: file, line, member
 
 

@@ -32,6 +32,7 @@ from trivium.train.optim import Optim
 from trivium.train.precision import Precision
 from trivium.train.protocol import Batch, Key, Method, Mixture, Stream
 from trivium.train.run_folder import RunFolder
+from trivium.train.selection import Selection
 from trivium.train.sharding import Sharded, Trained
 from trivium.train.step import Context, StepResult, backward
 from trivium.train.step import step as take_step
@@ -55,6 +56,7 @@ class Train:
     keep_last: int = 2  # checkpoints
     keep_every: int | None = None  # those at multiples of so many steps stay for good
     evaluate_every: int | None = None  # None: at the end alone
+    patience: int | None = None  # evaluations without a better figure that end a run which chooses by one
     log_every: int = 10
     bad_rate: float = 0.01  # share of unreadable samples above which the run stops; below, each is replaced
     bad_window: int = 10_000  # samples over which the share is taken
@@ -91,6 +93,7 @@ class Run:
     config: Config
     evaluate: Callable[[Method], dict[str, Any] | None] | None = None  # called in eval mode, without gradient
     blocks: Callable[[], Iterable[nn.Module]] | None = None  # what torch.compile is given, one by one
+    select: str | None = None  # a figure of `evaluate`: the checkpoint where it is highest is kept (see selection.py)
 
 
 @dataclass
@@ -142,20 +145,24 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         flops=precision.ceiling(state["layout"]),
     )
 
+    selection = Selection.of_log(folder.metrics, run.select or "", settings.patience if run.select else None)
+
     def save(done: int) -> None:
         saving.finish()  # before the copy: there is never a second one in memory
         state.update(step=done, seconds=log.seconds())
-        saving.begin(partial(write, checkpoint.snapshot(done, run.method, optimizer, state)))
+        taken = checkpoint.snapshot(done, run.method, optimizer, state)
+        saving.begin(partial(write, taken, selection.best_step))
 
-    def write(taken: checkpoint.Snapshot) -> None:
+    def write(taken: checkpoint.Snapshot, best: int | None) -> None:
         checkpoint.write(folder.checkpoints, taken, run.export)
-        checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every)
+        checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every, best)
 
     def measured(done: int) -> dict[str, Any] | None:
         trained.gather()
         results = distributed.first_process_does(partial(evaluate, run))
         if results is not None:
             log.results(done, results)
+            selection.note(done, results)
         return results
 
     training = replace(run, method=trained.method)
@@ -168,6 +175,9 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
     ):
         # A run that was killed while it evaluated does that again: its old lines are gone.
         results = measured(first) if first and settings.evaluates_after(first) else None
+        if distributed.any_process(selection.is_exhausted):
+            steps.close()  # the run had ended early
+        done = first
         refused: list[int] = []  # steps in a row whose gradient was not finite
         clock = time.perf_counter()
         for step, stream, batches in steps:
@@ -187,7 +197,8 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
             stopping = distributed.any_process(stop.received is not None or saving.failed)
             if done % settings.log_every == 0:
                 log.flush()
-            if stopping or done == settings.steps or done % settings.save_every == 0:
+            saved = stopping or done == settings.steps or done % settings.save_every == 0
+            if saved:
                 log.flush()
                 trained.gather()
                 distributed.first_process_does(partial(save, done))  # raises what failed in the one before
@@ -198,11 +209,17 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
                 return Outcome(done, log.seconds(), stop.received or signal.SIGTERM, results)
             if settings.evaluates_after(done):
                 results = measured(done)
+                given_up = distributed.any_process(selection.is_exhausted)
+                if distributed.any_process(selection.best_step == done or given_up) and not saved:
+                    distributed.first_process_does(partial(save, done))
+                if given_up and done < settings.steps:
+                    log.say(f"stopped after step {done} of {settings.steps}: {selection}")
+                    break
                 clock = time.perf_counter()
         distributed.first_process_does(saving.finish)
     if distributed.rank() == 0:  # for whoever measures it next
         run.method.to(precision.choose_device(settings.device))
-    return Outcome(settings.steps, log.seconds(), None, results)
+    return Outcome(done, log.seconds(), None, results)
 
 
 def _steps(run: Run, first: int, stop: int, rank: int | None = None) -> Generator[tuple[int, Stream, list[Batch]]]:

@@ -1,0 +1,151 @@
+"""`trivium finetune`: a trained model, a task, a run folder."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from trivium.errors import TriviumError
+from trivium.manifest import write_whole
+
+if TYPE_CHECKING:
+    from trivium.train.config import Config
+
+SEEDS = "seeds.json"  # of a folder that holds a run for each
+
+
+def finetune(
+    task: str,
+    *,
+    init: Annotated[str | None, arg(metavar="PATH")] = None,
+    data: Annotated[tuple[str, ...], arg(metavar="PATH ...")] = (),
+    out: Path | None = None,
+    config: Path | None = None,
+    resume: bool = False,
+    seeds: int = 1,
+    overrides: Mapping[str, Any] | None = None,
+) -> int:
+    """Fine-tune a trained model for one task, keep the checkpoint that is best on held-out rows, measure it and write
+    its predictions. Every field of the recipe is a flag, such as --optim.lr 3e-5, --optim.layer-decay 0.9 or
+    --train.patience 3: `trivium finetune sst2 --help` lists them all with what they are for that task.
+
+    Args:
+        task: cola, sst2, mrpc, stsb, qqp, mnli, qnli or rte (GLUE), vqav2, snli_ve, hateful_memes; or of your own
+            tables image_classification, text_classification, text_regression, image_text_classification. With --resume
+            the run folder.
+        init: the model: a run, a model folder, or a foreign checkpoint such as a BERT of Hugging Face.
+        data: the folder of a published task in its official layout, or your own training tables (CSV, JSONL, ...).
+        out: the run folder; by default runs/TASK-DATE. With it RUN/model is the fine-tuned model.
+        config: a config.json, or a run folder, whose values count where no flag says otherwise.
+        resume: continue the run from its newest sound checkpoint, to the same weights as if never stopped.
+        seeds: how many runs, with train.seed, the next, and so on; each has a folder seed-N, and results.json beside
+            them holds the median.
+        overrides: leaves by their dotted path, such as {"optim.lr": "3e-4"}.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
+    """
+    from trivium.cli import pretrain
+    from trivium.train import config as configuration
+    from trivium.train import distributed
+
+    distributed.start()
+    changes = dict(overrides or {})
+    if resume:
+        if (Path(task) / SEEDS).is_file():
+            return _all_seeds(Path(task), None, changes)
+        return pretrain.resume_run(task, None, changes, time.perf_counter())
+    if init is not None:
+        changes["init"] = init
+    if data:
+        changes |= _named(data)
+    if "train.steps" in changes:
+        changes.setdefault("epochs", "null")
+    if seeds < 1:
+        raise TriviumError(f"--seeds {seeds}: it must be at least 1")
+    settings = configuration.Config("finetune", {"task": task})
+    if config is not None:
+        settings = configuration.load(config)
+        if settings.recipe != "finetune" or settings.arguments.get("task") != task:
+            raise TriviumError(f"{config} is no config of the task {task}")
+    out = out or Path("runs") / f"{task}-{pretrain.now():%Y%m%d-%H%M%S}"
+    if seeds == 1:
+        return pretrain.begin(settings, changes, out, time.perf_counter())
+    if distributed.world() > 1:
+        raise TriviumError(
+            "several seeds are run by one process: leave out --seeds under torchrun, and give --train.seed"
+        )
+    first = int(str(_one(changes.pop("train.seed", settings.values.get("train.seed", 0)))))
+    if (out / SEEDS).is_file():
+        raise TriviumError(
+            f"{out} holds runs of several seeds already: continue them with --resume, or name another --out"
+        )
+    write_whole(out / SEEDS, json.dumps(list(range(first, first + seeds))) + "\n")
+    return _all_seeds(out, settings, changes)
+
+
+def _all_seeds(out: Path, settings: Config | None, changes: Mapping[str, Any]) -> int:
+    """Begin or continue the run of each seed that `out` lists. settings: of runs that are new; None: as the first has
+    them."""
+    from trivium.cli import pretrain
+    from trivium.train import config as configuration
+
+    folders = {seed: out / f"seed-{seed}" for seed in json.loads((out / SEEDS).read_text(encoding="utf-8"))}
+    for seed, folder in folders.items():
+        begun = time.perf_counter()
+        if (folder / "config.json").is_file():
+            code = pretrain.resume_run(str(folder), None, changes, begun)
+        else:
+            like = settings or configuration.load(next(iter(folders.values())))
+            code = pretrain.begin(like, {**changes, "train.seed": str(seed)}, folder, begun)
+        if code:
+            return code
+    return _summarise(out, list(folders.values()))
+
+
+def _named(data: Sequence[str]) -> dict[str, Sequence[str]]:
+    """A folder is that of a published task, anything else one's own training tables."""
+    folders = [path for path in data if Path(path).is_dir()]
+    if not folders:
+        return {"data.train": list(data)}
+    if len(data) > 1:
+        raise TriviumError(f"--data names the folder {folders[0]} and more: give one folder, or tables")
+    return {"data.root": [data[0]]}
+
+
+def _one(value: Any) -> Any:
+    return value[0] if isinstance(value, list | tuple) else value
+
+
+def _summarise(out: Path, folders: Sequence[Path]) -> int:
+    """Median, lowest and highest of each figure over the runs of several seeds."""
+    from trivium import __version__
+    from trivium.evaluate import results
+    from trivium.evaluate.results import Result
+    from trivium.train import run_folder
+
+    found = [results.read(folder / "results.json") for folder in folders]
+    summary = {}
+    for name in found[0]:
+        values = [each[name].value for each in found if name in each]
+        if len(values) == len(found) and not name.startswith("seconds."):
+            summary[f"{name}.median"] = Result(statistics.median(values), n=len(values))
+            summary[f"{name}.lowest"] = Result(min(values))
+            summary[f"{name}.highest"] = Result(max(values))
+    command = " ".join(["trivium", *sys.argv[1:]])
+    total = sum(each["seconds.total"].value for each in found)
+    results.write(
+        out / "results.json", summary, command=command, version=__version__, machine=run_folder.machine(),
+        seconds={"total": total},
+    )  # fmt: skip
+    for name, result in summary.items():
+        if name.endswith(".median"):
+            print(f"{name.removesuffix('.median')}: {result.value:.4f} in the median of {len(found)} seeds")
+    return 0

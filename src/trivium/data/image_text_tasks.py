@@ -1,0 +1,85 @@
+"""Tasks of a picture and a text in their official layouts: SNLI-VE and Hateful Memes.
+
+SNLI-VE (Xie et al. 2019): snli_ve_{train,dev,test}.jsonl, pictures flickr30k_images/<id>.jpg. The field of the picture
+is spelled Flickr30K_ID or Flikr30kID; a gold label of "-" means that annotators did not agree: left out, and counted.
+
+Hateful Memes (Kiela et al. 2020): train.jsonl and dev_seen, dev_unseen, test_seen, test_unseen (in older copies dev and
+test), pictures img/01235.png. The text is the one that was transcribed; the FLAVA paper reads its own OCR instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from trivium.data.labelled import LabelledRows, Row, Splits
+from trivium.data.records import Record, json_lines
+from trivium.errors import BadSample, TriviumError
+
+ENTAILMENT = ("entailment", "neutral", "contradiction")
+HATEFUL = ("not_hateful", "hateful")
+MEME_SPLITS = ("dev_seen", "dev_unseen", "dev", "test_seen", "test_unseen", "test")
+
+
+def read_snli_ve(root: str) -> Splits:
+    """Raises TriviumError where there is no training file."""
+    splits = {name: f"snli_ve_{name}" for name in ("train", "dev", "test")}
+    opened = _open(root, splits, "the files that github.com/necla-ml/SNLI-VE makes, beside flickr30k_images")
+    notes = []
+    read = {}
+    for name, records in opened.items():
+        decided = [each for each in records if isinstance(each, BadSample) or _gold(each) != "-"]
+        if undecided := len(records) - len(decided):
+            notes.append(f"{name}: {undecided} rows are left out, since their annotators did not agree")
+        read[name] = LabelledRows([_snli_ve(root, each) for each in decided], "pairs")
+    return Splits(read.pop("train"), read, ENTAILMENT, notes=notes)
+
+
+def read_hateful_memes(root: str) -> Splits:
+    """Raises TriviumError where there is no training file."""
+    splits = {name: name for name in ("train", *MEME_SPLITS)}
+    opened = _open(root, splits, "the files of the Hateful Memes Challenge (drivendata.org), beside img")
+    read = {name: LabelledRows([_meme(root, each) for each in found], "pairs") for name, found in opened.items()}
+    return Splits(read.pop("train"), read, HATEFUL)
+
+
+Records = Sequence["Record | BadSample"]
+
+
+def _open(root: str, splits: dict[str, str], published: str) -> dict[str, Records]:
+    paths = {name: os.path.join(root, f"{file}.jsonl") for name, file in splits.items()}
+    if not os.path.isfile(paths["train"]):
+        raise TriviumError(f"{root} holds no {os.path.basename(paths['train'])}: give the folder with {published}")
+    return {name: list(json_lines(path)) for name, path in paths.items() if os.path.isfile(path)}
+
+
+def _gold(record: Record) -> str:
+    return str(record.fields.get("gold_label", "")) if isinstance(record.fields, dict) else ""
+
+
+def _snli_ve(root: str, record: Record | BadSample) -> Row | BadSample:
+    if isinstance(record, BadSample):
+        return record
+    try:
+        gold = record.text("gold_label")
+        if gold not in ENTAILMENT:
+            raise record.bad(f'its label "{gold}" is none of {", ".join(ENTAILMENT)}')
+        photo = str(record.value("Flickr30K_ID", "Flikr30kID"))
+        image = os.path.join(root, "flickr30k_images", photo if photo.endswith(".jpg") else f"{photo}.jpg")
+        key = str(record.optional("pairID") or record.entry)
+        return Row(record.file, record.entry, key, record.text("sentence2"), image=image, label=ENTAILMENT.index(gold))
+    except BadSample as bad:
+        return bad
+
+
+def _meme(root: str, record: Record | BadSample) -> Row | BadSample:
+    if isinstance(record, BadSample):
+        return record
+    try:
+        label = None if record.optional("label") is None else record.integer("label")
+        if label not in (None, 0, 1):
+            raise record.bad(f"its label {label} is neither 0 ({HATEFUL[0]}) nor 1 ({HATEFUL[1]})")
+        image = os.path.join(root, record.text("img"))
+        return Row(record.file, record.entry, str(record.value("id")), record.text("text"), image=image, label=label)
+    except BadSample as bad:
+        return bad

@@ -1,0 +1,323 @@
+"""Labelled rows for fine-tuning: what every reader of a task gives, and the reader of one's own tables.
+
+A row that cannot be used (a field is missing, its label is unknown) keeps its place and raises BadSample when it is
+read: in training it is replaced and counted, in evaluation left out and named.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from trivium.data.files import Kind, RowSource
+from trivium.data.records import Record, records
+from trivium.data.tables import IMAGE_COLUMNS, TEXT_COLUMNS, find_column
+from trivium.errors import BadSample, TriviumError
+from trivium.train.protocol import Sample, hash64
+
+LABEL_COLUMNS = ("label", "class", "category", "target", "score")
+TEXTS = (*TEXT_COLUMNS, "sentence", "sentence1", "question", "premise")
+SECOND_TEXTS = ("text2", "second_text", "sentence2", "hypothesis", "answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample of a task. Absent parts are None."""
+
+    file: str
+    where: str  # line, row or entry in it
+    key: str  # how its task names it in predictions: an index, a question's number
+    text: str | None = None
+    second_text: str | None = None
+    image: str | None = None  # path
+    label: int | None = None
+    value: float | None = None
+    answers: Mapping[int, float] | None = None
+    truths: tuple[str, ...] = ()  # answers as people gave them, for the metric of VQA alone
+
+    @property
+    def is_labelled(self) -> bool:
+        return self.label is not None or self.value is not None or self.answers is not None
+
+
+class LabelledRows(RowSource):
+    """Rows of a task as a Source."""
+
+    def __init__(self, rows: Sequence[Row | BadSample], kind: Kind) -> None:
+        self.rows = list(rows)
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, number: int) -> Row:
+        """Raises BadSample."""
+        row = self.rows[number]
+        if isinstance(row, BadSample):
+            raise row
+        return row
+
+    def where(self, row: int) -> tuple[str, str]:
+        found = self.rows[row]
+        return found.file, found.where
+
+    def picture(self, row: int) -> bytes:
+        image = self.row(row).image
+        assert image is not None
+        return self.picture_file(row, image)
+
+    def captions(self, row: int) -> list[str]:
+        return [self.row(row).text or ""]
+
+    def identity(self, row: int) -> str:
+        image = self.row(row).image
+        return super().identity(row) if image is None else os.path.abspath(image)
+
+    def lengths(self) -> Sequence[int] | None:
+        """In characters, of both texts together."""
+        if self.kind == "images":
+            return None
+        return [
+            0 if isinstance(row, BadSample) else len(row.text or "") + len(row.second_text or "") for row in self.rows
+        ]
+
+    def read(self, image_row: int, text_row: int) -> Sample:
+        assert image_row == text_row, "a task has no false pairs"
+        row = self.row(image_row)
+        sample = super().read(image_row, text_row)
+        if row.second_text is not None:
+            sample["second_text"] = row.second_text
+        if row.label is not None:
+            sample["label"] = row.label
+        if row.value is not None:
+            sample["value"] = row.value
+        if row.answers is not None:
+            sample["answers"] = dict(row.answers)
+        return sample
+
+    def good(self) -> Iterator[Row]:
+        return (row for row in self.rows if isinstance(row, Row))
+
+    def capped(self, limit: int | None) -> LabelledRows:
+        """`limit` of the rows, evenly spread over all."""
+        if limit is None or limit >= len(self):
+            return self
+        return LabelledRows([self.rows[n] for n in np.arange(limit) * len(self) // limit], self.kind)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a reader gives."""
+
+    train: LabelledRows
+    held_out: dict[str, LabelledRows]  # "dev", "dev_matched", "test"; a split may be without labels
+    labels: tuple[str, ...] = ()  # the name of each class; none in a regression
+    center: float = 0.0  # of the values of a regression, as the model sees them: (value - center) / scale
+    scale: float = 1.0
+    notes: list[str] = field(default_factory=list)  # sentences for the start of a run
+
+    def checked(self) -> Splits:
+        """With a sentence for each thing in the data that a person should know.
+
+        Raises TriviumError where nothing is left to train or to measure on.
+        """
+        notes = list(self.notes)
+        for name, rows in {"train": self.train, **self.held_out}.items():
+            bad = [row for row in rows.rows if isinstance(row, BadSample)]
+            if len(bad) == len(rows):
+                first = f"; the first: {bad[0]}" if bad else ""
+                raise TriviumError(f"the split {name} has no usable row{first}")
+            if bad:
+                notes.append(f"{name}: {len(bad)} of {len(rows):,} rows cannot be used; the first: {bad[0]}")
+        if not all(row.is_labelled for row in self.train.good()):
+            row = next(row for row in self.train.good() if not row.is_labelled)
+            raise TriviumError(f"{row.file} ({row.where}) has no label, and the model is trained on it: give it one")
+        if not any(is_labelled(rows) for rows in self.held_out.values()):
+            raise TriviumError("no held-out row has a label, so no checkpoint can be chosen: give labelled ones")
+        counts = Counter(row.label for row in self.train.good())
+        if self.train.rows and any(row.label is not None for row in self.train.good()):
+            absent = [name for number, name in enumerate(self.labels) if not counts[number]]
+            if absent:
+                notes.append(f"no row of the training split has the class {' or '.join(absent)}: it is never learned")
+        return replace(self, notes=notes)
+
+
+def is_labelled(rows: LabelledRows) -> bool:
+    """Whether a split can be measured: every usable row has a label."""
+    return all(row.is_labelled for row in rows.good())
+
+
+# ------------------------------------------------------------------------------------------------ one's own tables
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of one's own tables are what; None: found by its usual name."""
+
+    image: str | None = None
+    text: str | None = None
+    second_text: str | None = None
+    label: str | None = None
+
+
+def read_tables(
+    train: Sequence[str],
+    dev: Sequence[str],
+    test: Sequence[str],
+    columns: Columns,
+    *,
+    kind: Kind,
+    regression: bool,
+    held_out_share: float,
+) -> Splits:
+    """One's own CSV, TSV, JSONL, JSON or Parquet tables with named columns.
+
+    Where no dev table is given, a share of the training rows is held out by a hash of what they hold, so that equal
+    rows stay together. Labels are sorted, as numbers where all of them are. Paths of pictures are relative to their
+    table.
+
+    Raises TriviumError for a column that is not there, or a label that is no number in a regression.
+    """
+    if not train:
+        raise TriviumError("no training table is given: name one with --data.train (CSV, TSV, JSONL or Parquet)")
+    opened = {name: _read(files, columns, kind, regression) for name, files in
+              {"train": train, "dev": dev, "test": test}.items() if files}  # fmt: skip
+    notes = []
+    if "dev" not in opened:
+        kept: list[tuple[Row, str] | BadSample] = []
+        held: list[tuple[Row, str] | BadSample] = []
+        for each in opened["train"]:
+            apart = isinstance(each, tuple) and _is_held_out(each[0], held_out_share)
+            (held if apart else kept).append(each)
+        opened |= {"train": kept, "dev": held}
+        notes.append(f"no --data.dev is given: {len(held):,} of {len(held) + len(kept):,} training rows are held out")
+    if regression:
+        values = [row.value for row, _ in _good(opened["train"]) if row.value is not None]
+        center, scale = float(np.mean(values or [0.0])), float(np.std(values or [0.0])) or 1.0
+        splits = {name: LabelledRows([_first(each) for each in found], kind) for name, found in opened.items()}
+        return Splits(splits.pop("train"), splits, (), center, scale, notes)
+    names = {label for _, label in _good(opened["train"]) if label}
+    labels = tuple(sorted(names, key=_by_number if all(map(_is_number, names)) else str))
+    if len(labels) < 2:
+        have = f"one class ({labels[0]})" if labels else "no class"
+        raise TriviumError(f"{', '.join(train)}: the training rows have {have}, and a classifier needs two at least")
+    number_of = {name: number for number, name in enumerate(labels)}
+    splits = {
+        name: LabelledRows([_numbered(each, number_of, optional=name != "train") for each in found], kind)
+        for name, found in opened.items()
+    }
+    return Splits(splits.pop("train"), splits, labels, notes=notes)
+
+
+Found = list["tuple[Row, str] | BadSample"]
+
+
+def _read(files: Sequence[str], columns: Columns, kind: Kind, regression: bool) -> Found:
+    """Each row and the name of its label ("" where it has none)."""
+    found: Found = []
+    for file in files:
+        names: dict[str, str | None] | None = None
+        for record in records(file):
+            if isinstance(record, BadSample):
+                found.append(record)
+                continue
+            if names is None:
+                if not isinstance(record.fields, dict):
+                    raise TriviumError(f"{file} holds no named columns: give a table with a header, or JSON objects")
+                names = _columns_of(file, list(record.fields), columns, kind)
+            try:
+                found.append(_row(record, names, regression))
+            except BadSample as bad:
+                found.append(bad)
+        if names is None:
+            raise TriviumError(f"{file} has no rows: give a table with at least one")
+    return found
+
+
+def _columns_of(file: str, have: list[str], columns: Columns, kind: Kind) -> dict[str, str | None]:
+    def find(named: str | None, usual: Sequence[str], option: str) -> str:
+        return find_column(file, have, None if named is None else named.lower(), usual, option)
+
+    second = columns.second_text
+    return {
+        "image": find(columns.image, IMAGE_COLUMNS, "image-column") if kind != "text" else None,
+        "text": find(columns.text, TEXTS, "text-column") if kind != "images" else None,
+        "second_text": None if second is None else find(second, SECOND_TEXTS, "second-text-column"),
+        # A table to be predicted has none.
+        "label": find(columns.label, LABEL_COLUMNS, "label-column")
+        if columns.label is not None or any(name in LABEL_COLUMNS for name in have)
+        else None,
+    }
+
+
+def _row(record: Record, names: Mapping[str, str | None], regression: bool) -> tuple[Row, str]:
+    """Raises BadSample."""
+    image, text, second, label = (names[part] for part in ("image", "text", "second_text", "label"))
+    given = None if label is None else record.optional(label)
+    value = None
+    if regression and given is not None:
+        value = _number(record, label, given)
+    row = Row(
+        file=record.file,
+        where=record.entry,
+        key=f"{record.file}:{record.entry}",
+        text=None if text is None else record.text(text),
+        second_text=None if second is None else record.text(second),
+        image=None if image is None else os.path.join(os.path.dirname(record.file), record.text(image)),
+        value=value,
+    )
+    return row, "" if given is None or regression else _name(given)
+
+
+def _number(record: Record, column: str | None, given: Any) -> float:
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(given, bool) or not math.isfinite(value):
+        raise record.bad(f'its "{column}" is no number ({given})')
+    return value
+
+
+def _name(label: Any) -> str:
+    return str(label).strip() if not isinstance(label, bool) else str(label).lower()
+
+
+def _numbered(each: tuple[Row, str] | BadSample, number_of: Mapping[str, int], optional: bool) -> Row | BadSample:
+    if isinstance(each, BadSample):
+        return each
+    row, label = each
+    if not label:
+        return row if optional else BadSample(row.file, row.where, "it has no label")
+    if label not in number_of:
+        return BadSample(row.file, row.where, f'its label "{label}" is that of no training row')
+    return replace(row, label=number_of[label])
+
+
+def _is_held_out(row: Row, share: float) -> bool:
+    return hash64("held out", row.text or "", row.second_text or "", row.image or "") % 10_000 < share * 10_000
+
+
+def _good(found: Found) -> Iterator[tuple[Row, str]]:
+    return (each for each in found if not isinstance(each, BadSample))
+
+
+def _first(each: tuple[Row, str] | BadSample) -> Row | BadSample:
+    return each if isinstance(each, BadSample) else each[0]
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
+
+
+def _by_number(name: str) -> tuple[float, str]:
+    return float(name), name

@@ -1,0 +1,117 @@
+"""Figures of a fine-tuned model from its predictions, and the predictions as files.
+
+N samples.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trivium.data.labelled import Row
+from trivium.evaluate import vqa
+from trivium.evaluate.metrics import METRICS, measured
+from trivium.evaluate.results import Result, mean_of
+from trivium.manifest import write_whole
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of the rows of one split that could be read."""
+
+    rows: list[Row]
+    chosen: np.ndarray  # [N]: the number of a class, or a number
+    probability: np.ndarray  # [N], of the class that is chosen; of an answer, how right it is said to be
+    probability_of_1: np.ndarray  # [N], of class 1
+    labels: tuple[str, ...]  # of the classes; none of numbers
+    bad: list[str]  # a sentence for each row that could not be read
+
+    def named(self) -> list[str | float]:
+        """The name of the class of each row, or its number."""
+        return [self.labels[n] if self.labels else float(n) for n in self.chosen]
+
+
+def figure(metric: str, found: Predictions) -> float:
+    """One metric, without an interval: what a run chooses its checkpoint by."""
+    if found.rows[0].answers is not None:
+        return float(np.mean(_vqa(found)))
+    return METRICS[metric](*_columns(metric, found))
+
+
+def result(metric: str, found: Predictions) -> Result:
+    """One metric with its interval."""
+    units = [f"{row.file}, {row.where}" for row in found.rows]
+    if found.rows[0].answers is not None:
+        return mean_of(_vqa(found), units)
+    return measured(metric, *_columns(metric, found), units)
+
+
+def chance(metric: str, found: Predictions) -> float:
+    """What always giving the commonest class comes to."""
+    if metric == "auroc":
+        return 0.5
+    if metric != "accuracy" or found.rows[0].label is None:
+        return 0.0
+    return float(np.bincount([row.label for row in found.rows if row.label is not None]).max() / len(found.rows))
+
+
+def told(metric: str, result: Result, chance: float) -> str:
+    """A figure for a person."""
+    return (
+        f"{metric.replace('_', ' ')} {result.value:.4f} [{result.low:.4f}, {result.high:.4f}] over {result.n:,} rows,"
+        f" where the commonest answer gives {chance:.4f}"
+    )
+
+
+def _columns(metric: str, found: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    truths = [row.value if row.label is None else row.label for row in found.rows]
+    return found.probability_of_1 if metric == "auroc" else found.chosen, np.array(truths)
+
+
+def _vqa(found: Predictions) -> np.ndarray:
+    """Accuracy of each answer."""
+    pairs = zip(found.named(), found.rows, strict=True)
+    return np.array([vqa.accuracy(str(answer), row.truths) for answer, row in pairs])
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def write_predictions(found: Predictions, path: Path) -> None:
+    """One JSON object a line: which row, what is predicted and how surely, and its label where it has one.
+
+    Raises TriviumError where the folder cannot be written to.
+    """
+    lines = []
+    for row, answer, probability in zip(found.rows, found.named(), found.probability, strict=True):
+        line: dict[str, object] = {"row": row.key, "file": row.file, "prediction": answer}
+        if found.labels:
+            line["probability"] = round(float(probability), 6)
+        if row.label is not None:
+            line["label"] = found.labels[row.label]
+        if row.value is not None:
+            line["label"] = row.value
+        lines.append(json.dumps(line, ensure_ascii=False))
+    write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def write_glue_submission(found: Predictions, path: Path, as_in_files: Sequence[str] | None) -> None:
+    """``index TAB prediction``, as gluebenchmark.com takes it. as_in_files: the labels as the files have them."""
+    told: Iterable[object] = found.named() if as_in_files is None else [as_in_files[n] for n in found.chosen]
+    page = io.StringIO()
+    writer = csv.writer(page, delimiter="\t", lineterminator="\n")
+    writer.writerow(["index", "prediction"])
+    writer.writerows([row.key, answer] for row, answer in zip(found.rows, told, strict=True))
+    write_whole(path, page.getvalue())
+
+
+def write_vqa_submission(found: Predictions, path: Path) -> None:
+    """``[{"question_id": 1, "answer": "yes"}, ...]``, as EvalAI takes it."""
+    answers = zip(found.rows, found.named(), strict=True)
+    write_whole(path, json.dumps([{"question_id": int(row.key), "answer": answer} for row, answer in answers]) + "\n")

@@ -1,0 +1,355 @@
+"""Fine-tuning as a recipe: a trained model of any family, and one of the tasks in tasks.py.
+
+The checkpoint that is best on the held-out rows is the one that counts: it is kept, it is measured at the end, and its
+model folder, with head and labels, is RUN/model.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trivium.bundle import Bundle
+from trivium.data.glue import GLUE
+from trivium.data.labelled import LabelledRows, Splits, is_labelled
+from trivium.data.mixture import StreamMixture
+from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
+from trivium.data.views import Views
+from trivium.errors import TriviumError
+from trivium.evaluate import tasks as figures_of
+from trivium.evaluate.embedded import Evaluation
+from trivium.evaluate.tasks import Predictions
+from trivium.load import load, open_own
+from trivium.manifest import verify_manifest, written_beside
+from trivium.methods.finetune import FineTuning
+from trivium.methods.flava import Pixels
+from trivium.models.encoded import EncodesImage, EncodesText, Fuses
+from trivium.models.finetuned import FineTuned, HeadConfig, Reads, read, tells_segments_apart
+from trivium.recipes import limits
+from trivium.recipes.data import absolute
+from trivium.recipes.predict import predict
+from trivium.recipes.prepared import Losses, Prepared
+from trivium.recipes.tasks import TASKS, Head, Task, TaskData
+from trivium.train import checkpoint
+from trivium.train.config import Config, leaves
+from trivium.train.initial import initialise
+from trivium.train.optim import Optim, warmup_steps
+from trivium.train.protocol import Method, Stream
+from trivium.train.run_folder import RunFolder
+from trivium.train.selection import Selection
+from trivium.train.trainer import Run, Train
+
+EPOCHS = 10.0  # of a task without published updates
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """Everything that a fine-tuning run is."""
+
+    task: str
+    head: Head = field(default_factory=Head)
+    data: TaskData = field(default_factory=TaskData)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    init: str | None = None  # the model: a run folder, a model folder or a foreign checkpoint
+    dropout: float | None = None  # of the model while it is trained; None: as its checkpoint says
+    epochs: float | None = None  # times through the training rows, in place of train.steps
+    select_on: str | None = (
+        None  # the held-out figure that is to be highest, such as dev.accuracy; None: the task's own
+    )
+
+    def with_absolute_paths(self) -> FinetuneRecipe:
+        """The same for whoever stands in another folder: what a config that is kept should state."""
+        init = None if self.init is None else absolute(self.init)
+        return replace(self, data=self.data.with_absolute_paths(), init=init)
+
+    def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedTask:
+        """Open rows and model, put the head on it.
+
+        Args:
+            name, arguments: of the recipe, as config.json is to state them.
+            resume_from: the model folder of a checkpoint that was checked; the trainer restores the weights.
+        """
+        return _prepare(self, name, arguments, resume_from)
+
+
+def finetune(task: str) -> FinetuneRecipe:
+    """Fine-tune a trained model for one task, with the published settings where there are any."""
+    if task not in TASKS:
+        raise TriviumError(f"there is no task {task}: use one of {', '.join(TASKS)}")
+    of = TASKS[task]
+    steps, epochs, patience = (of.steps, None, None) if of.steps else (1000, EPOCHS, 3)
+    train = Train(steps=steps, patience=patience, monitor_every=0)
+    return FinetuneRecipe(task, of.head, of.data, of.optim, train, dropout=of.dropout, epochs=epochs)
+
+
+@dataclass
+class PreparedTask(Prepared):
+    """A fine-tuning run with its parts in memory."""
+
+    recipe: FinetuneRecipe
+    bundle: Bundle
+    task: Task
+    splits: Splits
+    collate: TaskCollate
+    folder: Path | None = None  # where predictions are written, once the run has chosen its checkpoint
+
+    def measures(self, recipe: FinetuneRecipe) -> Callable[[Method], dict[str, Any]]:
+        return _measures(self.task, self.splits, self.collate, recipe)
+
+    def settle(self, out: Path) -> str | None:
+        """Put the weights of the best checkpoint into the method, and its model folder at RUN/model."""
+        assert self.run.select is not None
+        folder = RunFolder(out)
+        selection = Selection.of_log(folder.metrics, self.run.select)
+        self.folder = out
+        if selection.best_step is None:
+            return "no evaluation gave a number to choose a checkpoint by: the last one is taken"
+        best = checkpoint.folder_of(folder.checkpoints, selection.best_step)
+        verify_manifest(best)
+        checkpoint.restore(best, self.run.method, None)
+        if (out / "model").is_dir():
+            shutil.rmtree(out / "model")
+        with written_beside(out / "model") as beside:
+            shutil.copytree(best / "model", beside, dirs_exist_ok=True)
+        return f"the checkpoint of step {selection.best_step} is kept: {selection}"
+
+    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
+        method = self.run.method
+        assert isinstance(method, FineTuning)
+        found = Evaluation()
+        head = method.model.config
+        title = self.task.title + (" (concatenated)" if head.reads == "concatenated" else "")
+        if head.reads == "concatenated":
+            found.not_applicable.append(
+                "what a head on the fused class token gives: this one reads the pooled picture and the pooled text side"
+                " by side"
+            )
+        reported = []
+        for name, rows in self.splits.held_out.items():
+            say(f"{self.task.title}: {name}, {len(rows):,} rows")
+            predictions = predict(method, rows, self.collate, _rows_at_once(self.recipe), self.splits.labels)
+            found.not_applicable += [f"a row of {name} that cannot be read: {bad}" for bad in predictions.bad]
+            self._write(name, predictions)
+            if not is_labelled(rows):
+                found.not_applicable.append(f"{name}: it has no labels; its predictions are written")
+                continue
+            for metric in self.task.metrics:
+                result = figures_of.result(metric, predictions)
+                found.results[f"{title}.{name}.{metric}"] = result
+                chance = figures_of.chance(metric, predictions)
+                found.chance[f"{title}.{name}.{metric}"] = chance
+                found.headline.append(f"{title}, {name}: {figures_of.told(metric, result, chance)}.")
+                if metric == self.task.reported and name.startswith("dev"):
+                    reported.append(result)
+        if reported:  # of MNLI a mean over both
+            mean = sum(result.value for result in reported) / len(reported)
+            found.results[title] = reported[0] if len(reported) == 1 else replace(reported[0], value=mean, low=None,
+                high=None, n=sum(result.n or 0 for result in reported), outcomes=None)  # fmt: skip
+        return found, {}
+
+    def _write(self, split: str, predictions: Predictions) -> None:
+        if self.folder is None:
+            return
+        folder = self.folder / "predictions"
+        figures_of.write_predictions(predictions, folder / f"{split}.jsonl")
+        if self.task.name in GLUE and split.startswith("test"):
+            files = GLUE[self.task.name]
+            told = None if files.labels is None else list(files.labels)
+            figures_of.write_glue_submission(predictions, folder / f"{files.folder}-{split}.tsv", told)
+        if self.task.gives == "answers":
+            figures_of.write_vqa_submission(predictions, folder / f"{split}.json")
+
+
+# ----------------------------------------------------------------------------------------------------- preparing
+
+
+def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> PreparedTask:
+    limits.check(leaves(recipe))
+    task = TASKS[recipe.task]
+    if recipe.init is None:
+        raise TriviumError(
+            "there is no model to fine-tune: name one with --init (a run, a model folder or a checkpoint)"
+        )
+    start = load(recipe.init) if resume_from is None else open_own(resume_from)
+    reads = _reads(task, recipe.head, start)
+    splits = task.open(recipe.data)
+    splits = replace(splits, train=splits.train.capped(recipe.data.rows)).checked()
+    transform = replace(start.transform, size=recipe.data.image_size or start.transform.size)
+    model = _with_dropout(start.model, recipe.dropout)
+    config = _head_config(recipe.head, task, splits, reads, _width(model, reads, transform.size))
+    head = config.build()
+    initialise(head, recipe.train.seed)
+    notes = list(splits.notes)
+    if resume_from is None and start.head is not None:
+        notes.append(_take_head(head, config, splits, start))
+    if resume_from is None and start.image_tokenizer is not None:
+        notes.append("left out is the image tokenizer of the model: fine-tuning has no use for it")
+    method = FineTuning(FineTuned(model, head, config), Pixels(transform.mean, transform.std))
+    max_length = min(recipe.data.max_length or 10**9, _positions(model))
+    collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length))
+
+    recipe = _with_steps(recipe, len(splits.train))
+    select = recipe.select_on or f"{next(iter(_labelled(splits)))}.{task.reported}"
+    if select not in (known := [f"{split}.{metric}" for split in _labelled(splits) for metric in task.metrics]):
+        raise TriviumError(f"--select-on {select}: no such figure is measured: use one of {', '.join(known)}")
+    bundle = replace(
+        start, model=model, transform=transform, labels=list(splits.labels) or None, max_length=max_length,
+        head=head, head_config=config, image_tokenizer=None,
+    )  # fmt: skip
+
+    def export(folder: Path, weights: Mapping[str, Tensor]) -> None:
+        of_model, of_head = (
+            {n.removeprefix(prefix): tensor for n, tensor in weights.items() if n.startswith(prefix)}
+            for prefix in ("backbone.", "head.")
+        )
+        bundle.save(folder, of_model, head_weights=of_head)
+
+    def mixture_of(train: Train) -> StreamMixture:
+        rows = _rows_at_once(replace(recipe, train=train))
+        stream = Stream(task.name, splits.train, collate, recipe.data.batch, rows)
+        return StreamMixture([stream], train.seed, workers=train.workers)
+
+    run = Run(
+        method,
+        mixture_of(recipe.train),
+        recipe.optim,
+        recipe.train,
+        export=export,
+        config=Config(name, arguments, leaves(recipe)),
+        evaluate=_measures(task, splits, collate, recipe),
+        blocks=model.blocks,  # type: ignore[arg-type]
+        select=f"figures.{select}",
+    )
+    return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate)
+
+
+def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, width: int) -> HeadConfig:
+    hidden = {"width": width, "none": None}[head.hidden] if isinstance(head.hidden, str) else head.hidden
+    num_outputs = 1 if task.gives == "number" else len(splits.labels)
+    return HeadConfig(
+        task.name, reads, task.gives, width, num_outputs, hidden, head.activation, head.dropout, splits.center,
+        splits.scale,
+    )  # fmt: skip
+
+
+def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle) -> TaskCollate:
+    """Raises TriviumError where the model came without a tokenizer."""
+    data, texts, images = recipe.data, None, None
+    if task.reads != "images":
+        if start.tokenizer is None:
+            raise TriviumError(f"{recipe.init} came without a tokenizer: put its tokenizer.json or vocab.txt beside it")
+        texts = TaskText(start.tokenizer, start.max_length, tells_segments_apart(start.model))
+    if task.reads != "text":
+        size, filter = start.transform.size, start.transform.filter
+        plain = data.crop_scale == (1.0, 1.0) and not data.flip
+        views = None if plain else Views(size, filter, crop_scale=data.crop_scale, flip=data.flip)
+        images = TaskImage(start.transform, views)
+    by_length = data.sort_by_length and texts is not None
+    return TaskCollate(texts, images, max(1, len(splits.labels)), splits.center, splits.scale, by_length)
+
+
+def _reads(task: Task, head: Head, start: Bundle) -> Reads:
+    """What the head reads of a model. Raises TriviumError where the model cannot read what the task has."""
+    model, family = start.model, start.family
+    if task.reads != "images" and not isinstance(model, EncodesText):
+        raise TriviumError(f"{task.title} is a task of texts, and a model of the family {family} reads none")
+    if task.reads != "text" and not isinstance(model, EncodesImage):
+        raise TriviumError(f"{task.title} is a task of pictures, and a model of the family {family} reads none")
+    if task.reads == "text":
+        return "text"
+    if task.reads == "images":
+        return "image"
+    if head.fusion == "fused" and not isinstance(model, Fuses):
+        raise TriviumError(
+            f"a model of the family {family} does not read a picture and a text together: leave out --head.fusion"
+        )
+    return "fused" if head.fusion != "concatenated" and isinstance(model, Fuses) else "concatenated"
+
+
+def _with_dropout(model: nn.Module, dropout: float | None) -> nn.Module:
+    """The same weights in a model that drops as much; as it is where its family has no dropout."""
+    config: Any = model.config
+    if dropout is None or "dropout" not in {field.name for field in fields(config)} or config.dropout == dropout:
+        return model
+    made: nn.Module = type(model)(replace(config, dropout=dropout))
+    made.load_state_dict(model.state_dict())
+    return made
+
+
+def _positions(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.max_length) if isinstance(model, EncodesText) else 2
+
+
+@torch.no_grad()
+def _width(model: nn.Module, reads: Reads, side: int) -> int:
+    """Of what the head reads: found by reading one empty sample."""
+    pixels = torch.zeros(1, 3, side, side) if reads != "text" else None
+    ids = torch.zeros(1, 1, dtype=torch.int64) if reads != "image" else None
+    return read(model.eval(), reads, pixels, ids, None, None).shape[1]
+
+
+def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundle) -> str:
+    """Start from a head that was trained for the same labels, in whatever order; else say that it is not taken."""
+    there, old = start.head_config, start.head
+    assert there is not None and old is not None
+    names = tuple(start.labels or ())
+    alike = replace(there, task="", dropout=0.0) == replace(config, task="", dropout=0.0)
+    if not alike or sorted(names) != sorted(splits.labels):
+        return f"the head that the model has was trained for {there.task} and does not fit: a new one is drawn"
+    state = old.state_dict()
+    if names:
+        order = torch.tensor([names.index(label) for label in splits.labels])
+        state |= {f"decoder.{part}": state[f"decoder.{part}"][order] for part in ("weight", "bias")}
+    head.load_state_dict(state)
+    return f"the head starts as it was trained for {there.task}, its labels matched by name"
+
+
+def _with_steps(recipe: FinetuneRecipe, num_rows: int) -> FinetuneRecipe:
+    """Epochs as steps, and one evaluation an epoch where nothing else is said; written down as the run's own values."""
+    per_epoch = max(1, math.ceil(num_rows / recipe.data.batch))
+    steps = recipe.train.steps if recipe.epochs is None else math.ceil(recipe.epochs * per_epoch)
+    if warmup_steps(recipe.optim, steps) >= steps:
+        raise TriviumError(
+            f"a warm-up of {recipe.optim.warmup:g} steps leaves nothing of a run of {steps}: give --optim.warmup a"
+            " share, such as 0.06"
+        )
+    train = replace(recipe.train, steps=steps, evaluate_every=recipe.train.evaluate_every or min(per_epoch, steps))
+    return replace(recipe, train=train, epochs=None)
+
+
+def _rows_at_once(recipe: FinetuneRecipe) -> int:
+    return recipe.train.micro_batch if isinstance(recipe.train.micro_batch, int) else recipe.data.batch
+
+
+# ----------------------------------------------------------------------------------------------------- measuring
+
+
+def _labelled(splits: Splits) -> dict[str, LabelledRows]:
+    """What is measured: in the course of a run those that are for that, at its end the tests too."""
+    return {name: rows for name, rows in splits.held_out.items() if is_labelled(rows)}
+
+
+def _measures(
+    task: Task, splits: Splits, collate: TaskCollate, recipe: FinetuneRecipe
+) -> Callable[[Method], dict[str, Any]]:
+    """What a trainer calls: every metric of every labelled split that is no test."""
+    chosen_by = recipe.select_on or ""
+    rows = {n: r for n, r in _labelled(splits).items() if not n.startswith("test") or chosen_by.startswith(f"{n}.")}
+
+    def measure(method: Method) -> dict[str, Any]:
+        assert isinstance(method, FineTuning)
+        at_once = _rows_at_once(recipe)
+        found = {name: predict(method, split, collate, at_once, splits.labels) for name, split in rows.items()}
+        figures = {f"{n}.{metric}": figures_of.figure(metric, p) for n, p in found.items() for metric in task.metrics}
+        return {"figures": figures}
+
+    return measure

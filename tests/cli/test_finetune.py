@@ -1,0 +1,351 @@
+"""`trivium finetune` from end to end: every kind of task on tiny models, and what a user can do wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import trivium
+from tests.data.drawn import drawn_picture
+from tests.data.test_vqa import lines, vqa
+from tests.flava_batches import TINY as TINY_FLAVA
+from tests.flava_batches import random_flava
+from tests.recipes.shop import checkpoint, digests, lines_of
+from tests.recipes.shop import trivium as run
+from trivium.bundle import Bundle
+from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
+from trivium.data.transforms import ImageTransform
+from trivium.models.bert import Bert, BertConfig
+from trivium.models.flava import Flava
+from trivium.train.initial import initialise
+
+WORDS = [*BERT_SPECIALS, "good", "bad", "fine", "awful", "film", "the", "a", "was", "it", "red", "blue", "two"]
+QUICK = {
+    "data.batch": 8, "train.steps": 6, "train.evaluate-every": 3, "train.workers": 0, "train.threads": 1,
+    "train.precision": "fp32", "train.log-every": 1, "optim.warmup": 0.2, "optim.lr": 0.003, "head.dropout": 0.0,
+}  # fmt: skip
+
+
+def flags(**changes: object) -> list[str]:
+    named = {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
+    return [word for name, value in {**QUICK, **named}.items() for word in (f"--{name}", str(value))]
+
+
+def saved(folder: Path, family: str, model: torch.nn.Module, **changes: object) -> Path:
+    Bundle(family, model, Tokenizer.wordpiece(WORDS), ImageTransform(size=32), **changes).save(folder)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = Bert(BertConfig(32, 4, 64, 2, len(WORDS), 16, dropout=0.0))
+    initialise(model, 0, 0.1)
+    return saved(tmp_path_factory.mktemp("models") / "bert", "bert", model, max_length=16)
+
+
+@pytest.fixture(scope="module")
+def flava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = random_flava(replace(TINY_FLAVA, vocab_size=len(WORDS)), dtype=torch.float32)
+    return saved(tmp_path_factory.mktemp("models") / "flava", "flava", model, max_length=16)
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> str:
+    rows = [("the film was good", "yes"), ("a fine film", "yes"), ("the film was bad", "no"), ("it was awful", "no")]
+    text = "".join(f"{text} {n % 3 * 'the '},{label}\n" for n in range(24) for text, label in rows)
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,label\n" + text)
+    return str(path)
+
+
+def figures(out: Path) -> dict[str, float]:
+    return {name: entry["value"] for name, entry in json.loads((out / "results.json").read_text())["results"].items()}
+
+
+def finetune(task: str, init: Path, out: Path, *words: object, **changes: object) -> dict[str, float]:
+    assert run("finetune", task, "--init", init, "--out", out, *flags(**changes), *words) == 0
+    return figures(out)
+
+
+def test_one_csv_is_enough_and_the_model_that_comes_out_is_used(bert: Path, reviews: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    found = finetune("text_classification", bert, out, "--data", reviews, "--data.dev", reviews, train__steps=40)
+    assert found["text classification.dev.accuracy"] == found["text classification"] == 1.0
+    bundle = trivium.load(out)
+    assert bundle.labels == ["no", "yes"]
+    answers = bundle.answer(texts=["it was bad", "a good film"])
+    assert answers.argmax(1).tolist() == [0, 1]
+    assert torch.equal(bundle.answer(texts="it was bad"), answers[:1])
+    bundle.encode_text(["a film"])  # what the model could before, it can
+    predictions = lines_of(out / "predictions" / "dev.jsonl")
+    assert len(predictions) == 96
+    assert all(line["prediction"] == line["label"] for line in predictions)
+    assert predictions[0]["row"].endswith("reviews.csv:line 2")
+    probability = float(bundle.answer(texts="the film was good")[0].max())
+    assert predictions[0]["probability"] == pytest.approx(probability, abs=1e-4)
+    assert (out / "report.html").is_file()
+
+
+def test_a_run_that_is_resumed_chooses_and_ends_as_one_that_was_not(bert: Path, reviews: str, tmp_path: Path) -> None:
+    words = ("--data", reviews, "--train.save-every", 2, "--train.keep-last", 9)
+    finetune("text_classification", bert, tmp_path / "straight", *words, dropout=0.1)
+    for again in ("finetune", "pretrain"):
+        out = tmp_path / again
+        finetune("text_classification", bert, out, *words, dropout=0.1)
+        for step in (4, 6):
+            (checkpoint(out, step) / "manifest.json").unlink()  # as if they had not come to be
+        assert run(again, out, "--resume") == 0
+        assert digests(checkpoint(out, 6)) == digests(checkpoint(tmp_path / "straight", 6))
+        assert figures(out)["text classification"] == figures(tmp_path / "straight")["text classification"]
+
+
+def test_the_best_checkpoint_is_kept_beyond_the_last_ones_and_measured(
+    bert: Path, reviews: str, tmp_path: Path
+) -> None:
+    """A rate that grows a hundredfold ruins the model after its first evaluations: the last is not the best."""
+    words = ("--data", reviews, "--data.dev", reviews, "--train.keep-last", 1, "--optim.final", 100)
+    out = tmp_path / "run"
+    found = finetune("text_classification", bert, out, *words, train__patience="null", train__steps=40)
+    values = {
+        e["step"]: e["results"]["figures"]["dev.accuracy"] for e in lines_of(out / "metrics.jsonl") if "results" in e
+    }
+    best = max(values, key=lambda step: (values[step], -step))
+    assert found["text classification"] == values[best] > values[40]
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert kept == sorted({checkpoint(out, best).name, checkpoint(out, 40).name})
+    theirs = (checkpoint(out, best) / "model" / "model.safetensors").read_bytes()
+    assert (out / "model" / "model.safetensors").read_bytes() == theirs
+    assert run("evaluate", out) == 0  # measures what was chosen, not what came last
+    assert figures(out)["text classification"] == found["text classification"]
+
+
+def test_patience_ends_a_run_and_resuming_does_not_begin_it_again(
+    bert: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    finetune("text_classification", bert, out, "--data", reviews, optim__lr=0.0, train__steps=60, train__patience=2)
+    assert "stopped after step 9 of 60" in capsys.readouterr().out  # best at 3, no better at 6 and 9
+    assert checkpoint(out, 9).is_dir()
+    assert run("finetune", out, "--resume") == 0
+    steps = [entry["step"] for entry in lines_of(out / "metrics.jsonl") if "results" not in entry]
+    assert max(steps) == 9
+
+
+def test_several_seeds_have_a_folder_each_and_a_median(bert: Path, reviews: str, tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    found = finetune("text_classification", bert, out, "--data", reviews, "--seeds", 3, "--train.seed", 5)
+    each = [figures(out / f"seed-{seed}")["text classification"] for seed in (5, 6, 7)]
+    assert found["text classification.median"] == sorted(each)[1]
+    assert (found["text classification.lowest"], found["text classification.highest"]) == (min(each), max(each))
+    heads = [(out / f"seed-{seed}" / "model" / "head.safetensors").read_bytes() for seed in (5, 6, 7)]
+    assert len(set(heads)) == 3
+    shutil.rmtree(out / "seed-7")  # as if it had not been begun
+    assert run("finetune", out, "--resume") == 0
+    assert figures(out)["text classification.median"] == found["text classification.median"]
+    assert (out / "seed-7" / "model" / "head.safetensors").read_bytes() == heads[2]
+
+
+def test_layer_decay_and_freezing_reach_the_model_and_not_the_head(bert: Path, reviews: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("--data", reviews, "--optim.layer-decay", 0.5, "--optim.freeze", "backbone.embeddings.*")
+    finetune("text_classification", bert, out, *words)
+    before, after = trivium.load(bert).model.state_dict(), trivium.load(out).model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any(name.startswith("embeddings.") for name in moved)
+    assert "encoder.blocks.0.attention.qkv.weight" in moved
+    groups = json.loads((checkpoint(out, 6) / "training" / "optimizer.json").read_text())["groups"]
+    assert sorted({group["full_lr"] for group in groups}) == pytest.approx([0.003 / 4, 0.003 / 2, 0.003])
+
+
+def test_a_head_goes_on_where_the_labels_are_the_same_by_name(
+    bert: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "first"
+    finetune("text_classification", bert, first, "--data", reviews, "--data.dev", reviews, train__steps=40)
+    folder = first / "model"
+    before = trivium.load(folder).answer(texts="it was bad")
+    turned = trivium.load(folder)  # the same model with its classes in another order
+    turned.labels = ["yes", "no"]
+    assert turned.head is not None
+    for part in ("weight", "bias"):
+        tensor = turned.head.get_parameter(f"decoder.{part}")
+        tensor.data = tensor.data.flip(0)
+    turned.save(tmp_path / "turned")
+    capsys.readouterr()
+    found = finetune(
+        "text_classification", tmp_path / "turned", tmp_path / "second", "--data", reviews, "--data.dev", reviews,
+        optim__lr=0.0,
+    )  # fmt: skip
+    assert found["text classification"] == 1.0
+    assert "its labels matched by name" in capsys.readouterr().err
+    torch.testing.assert_close(trivium.load(tmp_path / "second").answer(texts="it was bad"), before)
+    other = tmp_path / "other.csv"
+    other.write_text("text,label\nthe film,one\na film,two\n" * 8)
+    finetune("text_classification", tmp_path / "turned", tmp_path / "third", "--data", other, "--data.dev", other)
+    assert "does not fit: a new one is drawn" in capsys.readouterr().err
+
+
+def pictures(folder: Path) -> str:
+    from PIL import Image
+
+    rows = ["image,caption,label"]
+    for n in range(12):
+        colour = ("red", "blue")[n % 2]
+        Image.new("RGB", (32, 32), colour).save(folder / f"{n}.png")
+        rows.append(f"{n}.png,a film,{colour}")
+    (folder / "broken.png").write_bytes(b"no picture")
+    rows.append("broken.png,it was,red")
+    path = folder / "pictures.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "title"),
+    [
+        ("image_classification", (), "image classification"),
+        ("image_text_classification", (), "classification of a picture and a text"),
+        (
+            "image_text_classification",
+            ("--head.fusion", "concatenated"),
+            "classification of a picture and a text (concatenated)",
+        ),
+    ],
+)
+def test_pictures_are_learned_and_a_broken_one_is_counted(
+    flava: Path, tmp_path: Path, task: str, words: tuple, title: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = pictures(tmp_path), tmp_path / "run"
+    more = ("--data", data, "--data.dev", data, "--train.bad-rate", 1, *words)
+    found = finetune(task, flava, out, *more, train__steps=30)
+    assert found[f"{title}.dev.accuracy"] == 1.0
+    assert json.loads((out / "results.json").read_text())["results"][title]["n"] == 12
+    told = capsys.readouterr().out
+    assert "a row of dev that cannot be read" in told
+    assert "pictures.csv (line 14): it is no picture" in told
+    assert lines_of(out / "skipped.jsonl")
+    assert ("side by side" in told) == bool(words)
+    bundle = trivium.load(out)
+    assert bundle.labels == ["blue", "red"]
+    texts = {} if task == "image_classification" else {"texts": ["a film"] * 2}
+    answers = bundle.answer(pictures=[tmp_path / "0.png", tmp_path / "1.png"], **texts)
+    assert answers.argmax(1).tolist() == [1, 0]
+
+
+def test_numbers_come_back_in_their_own_unit(bert: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "scores.csv", tmp_path / "run"
+    data.write_text("text,score\n" + "the film was good,90\nthe film was bad,10\n" * 12)
+    words = ("--data", data, "--data.dev", data)
+    found = finetune("text_regression", bert, out, *words, train__steps=60, train__patience="null")
+    assert found["text regression.dev.pearson"] == found["text regression"] > 0.99
+    values = trivium.load(out).answer(texts=["the film was good", "the film was bad"])[:, 0].tolist()
+    assert values == pytest.approx([90, 10], abs=15)
+    assert trivium.load(out).labels is None
+
+
+def test_vqa_is_scored_by_people_and_its_answers_go_to_a_file(flava: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    root = vqa(tmp_path / "vqa")
+    found = finetune(
+        "vqav2", flava, out, "--data", root, "--data.min-questions", 1, "--data.image-size", 32, train__steps=20,
+        train__evaluate_every=20, data__batch=2,
+    )  # fmt: skip
+    assert found["VQAv2.dev.accuracy"] in (0.0, 1.0)  # seven of ten say yes; teal nobody
+    answers = json.loads((out / "predictions" / "test_dev.json").read_text())
+    assert [answer["question_id"] for answer in answers] == [4]
+    assert answers[0]["answer"] in ("teal", "yes")
+    assert "VQAv2.test_dev.accuracy" not in found
+
+
+def test_hateful_memes_is_chosen_by_auroc(flava: Path, tmp_path: Path) -> None:
+    (tmp_path / "memes" / "img").mkdir(parents=True)
+    for n in range(8):
+        (tmp_path / "memes" / "img" / f"{n}.png").write_bytes(drawn_picture(n))
+    records = [{"id": n, "img": f"img/{n}.png", "label": n % 2, "text": ("good", "bad")[n % 2]} for n in range(8)]
+    for name in ("train", "dev_seen", "dev_unseen"):
+        lines(tmp_path / "memes" / f"{name}.jsonl", *records)
+    out = tmp_path / "run"
+    found = finetune("hateful_memes", flava, out, "--data", tmp_path / "memes", data__batch=4)
+    assert found["Hateful Memes"] == pytest.approx(
+        (found["Hateful Memes.dev_seen.auroc"] + found["Hateful Memes.dev_unseen.auroc"]) / 2
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert config["values"]["head.hidden"] == 1536
+    head = json.loads((out / "model" / "config.json").read_text())["head"]
+    assert (head["reads"], head["hidden"], head["task"]) == ("fused", 1536, "hateful_memes")
+
+
+def test_glue_writes_what_its_server_takes(bert: Path, tmp_path: Path) -> None:
+    root = tmp_path / "glue" / "RTE"
+    root.mkdir(parents=True)
+    rows = "".join(f"{n}\tthe film\twas {w}\t{label}\n" for n, (w, label) in enumerate(
+        [("good", "entailment"), ("bad", "not_entailment")] * 8))  # fmt: skip
+    for name in ("train", "dev"):
+        (root / f"{name}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + rows)
+    (root / "test.tsv").write_text("index\tsentence1\tsentence2\n0\tthe film\twas good\n1\tthe film\twas bad\n")
+    out = tmp_path / "run"
+    found = finetune("rte", bert, out, "--data", tmp_path / "glue", train__steps=40)
+    assert found["RTE"] == found["RTE.dev.accuracy"] == 1.0
+    submission = (out / "predictions" / "RTE-test.tsv").read_text()
+    assert submission == "index\tprediction\n0\tentailment\n1\tnot_entailment\n"
+    answers = trivium.load(out).answer(texts=["the film"] * 2, second_texts=["was bad", "was good"])
+    assert answers.argmax(1).tolist() == [1, 0]
+
+
+Change = Callable[[Path, str], list[object]]
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "sentence"),
+    [
+        ("sst3", [], "there is no task sst3"),
+        ("text_classification", ["--init", "NONE"], "no model to fine-tune: name one with --init"),
+        ("image_classification", [], "a task of pictures, and a model of the family bert reads none"),
+        ("sst2", [], "the data of this task is not named: give --data.root"),
+        ("text_classification", ["--data", "REVIEWS", "--select-on", "dev.f2"], "use one of dev.accuracy"),
+        ("text_classification", ["--data", "REVIEWS", "--optim.warmup", "50"], "a warm-up of 50 steps leaves nothing"),
+        ("text_classification", ["--data", "REVIEWS", "--data.label-column", "kind"], 'no column "kind"'),
+        ("text_classification", ["--data", "REVIEWS", "--head.size", "3"], "the recipe has no option head.size"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    bert: Path, reviews: str, tmp_path: Path, task: str, words: list, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = [] if "NONE" in words else ["--init", bert]
+    given = [reviews if word == "REVIEWS" else word for word in words if word not in ("--init", "NONE")]
+    base = [] if any("--optim.warmup" in str(word) for word in words) else ["--optim.warmup", 0.1]
+    assert run("finetune", task, *init, "--out", tmp_path / "run", "--train.steps", 6, *base, *given) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert sentence in told[-1]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_help_lists_the_fields_of_the_task(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("finetune", "qqp", "--help") == 0
+    page = capsys.readouterr().out
+    assert "--optim.warmup" in page
+    assert "(28318)" in page
+    assert "--data.second-text-column" in page
+
+
+def test_a_foreign_bert_is_fine_tuned_as_it_is(reviews: str, tmp_path: Path) -> None:
+    import transformers
+
+    from tests.convert.peers import shuffled
+
+    config = transformers.BertConfig(
+        hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=1, vocab_size=len(WORDS),
+        max_position_embeddings=12,
+    )  # fmt: skip
+    shuffled(transformers.BertModel(config)).save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    found = finetune("text_classification", tmp_path / "hf", tmp_path / "run", "--data", reviews)
+    assert 0 <= found["text classification"] <= 1
+    assert isinstance(trivium.load(tmp_path / "run").model, Bert)
+    assert not isinstance(trivium.load(tmp_path / "run").model, Flava)

@@ -1,0 +1,144 @@
+"""Labelled rows of one's own tables, and what every reader of a task promises."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trivium.data.labelled import Columns, LabelledRows, Row, Splits, read_tables
+from trivium.errors import BadSample, TriviumError
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> str:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        lines = [",".join(rows[0])] + [",".join(str(value) for value in row.values()) for row in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def opened(train: list[str], dev: list[str] | None = None, **changes: Any) -> Splits:
+    given = {"columns": Columns(), "kind": "text", "regression": False, "held_out_share": 0.25} | changes
+    return read_tables(train, dev or [], changes.pop("test", []), **{k: v for k, v in given.items() if k != "test"})
+
+
+def labels_of(rows: LabelledRows) -> list[int | None]:
+    return [row.label for row in rows.good()]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_classes_are_named_in_order_and_dev_is_matched_by_name(tmp_path: Path, suffix: str) -> None:
+    train = table(tmp_path / f"train{suffix}", [{"text": f"t{n}", "label": n} for n in (10, 9, 2, 10)])
+    dev = table(tmp_path / f"dev{suffix}", [{"Text": "d1", "LABEL": 9}, {"Text": "d2", "LABEL": 2}])
+    splits = opened([train], [dev])
+    assert splits.labels == ("2", "9", "10")  # as numbers, not as words
+    assert labels_of(splits.train) == [2, 1, 0, 2]
+    assert labels_of(splits.held_out["dev"]) == [1, 0]
+
+
+def test_labels_that_are_words_true_or_false(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": True}, {"text": "b", "label": False}, {"text": "c", "label": "maybe"}]
+    train = table(tmp_path / "train.jsonl", rows)
+    assert opened([train], [train]).labels == ("false", "maybe", "true")
+
+
+def test_a_label_that_training_never_had_is_a_bad_row_and_is_counted(tmp_path: Path) -> None:
+    train = table(tmp_path / "train.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    dev = table(tmp_path / "dev.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": "z"}])
+    splits = opened([train], [dev]).checked()
+    with pytest.raises(BadSample, match=r'dev.csv \(line 3\): its label "z" is that of no training row'):
+        splits.held_out["dev"].read(1, 1)
+    assert any(note.startswith("dev: 1 of 2 rows cannot be used") for note in splits.notes)
+
+
+def test_a_row_without_text_or_label_costs_itself_alone(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "x"}, {"text": " ", "label": "y"}, {"text": "c", "label": ""}, {"text": "d"}]
+    train = table(tmp_path / "train.jsonl", [*rows, {"text": "e", "label": "y"}])
+    splits = opened([train], [train])
+    found = [type(row).__name__ for row in splits.train.rows]
+    assert found == ["Row", "BadSample", "BadSample", "BadSample", "Row"]
+    assert splits.train.read(4, 4)["label"] == 1
+
+
+def test_without_a_dev_table_equal_rows_stay_on_one_side(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n % 50}", "label": n % 2} for n in range(200)]
+    splits = opened([table(tmp_path / "train.jsonl", rows)])
+    kept, held = ({row.text for row in part.good()} for part in (splits.train, splits.held_out["dev"]))
+    assert kept and held and not kept & held
+    assert len(splits.train) + len(splits.held_out["dev"]) == 200
+    assert 5 <= len(held) <= 20
+    assert "rows are held out" in splits.notes[0]
+
+
+def test_pairs_of_texts_and_pictures_beside_their_table(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"a picture")
+    rows = [{"image": "pictures/a.png", "caption": "c", "note": "n", "label": k} for k in ("x", "y")]
+    train = table(tmp_path / "train.csv", rows)
+    splits = opened([train], [train], kind="pairs", columns=Columns(second_text="note"))
+    sample = splits.train.read(0, 0)
+    assert (sample["image"], sample["text"], sample["second_text"]) == (b"a picture", "c", "n")
+    assert sample["same_image"] == splits.train.read(1, 1)["same_image"]
+    os.unlink(tmp_path / "pictures" / "a.png")
+    with pytest.raises(BadSample, match="does not exist"):
+        splits.train.read(0, 0)
+
+
+def test_values_of_a_regression_are_centred_for_the_model_alone(tmp_path: Path) -> None:
+    train = table(tmp_path / "train.csv", [{"text": f"t{n}", "score": n} for n in (10, 20, 30, 40)])
+    splits = opened([train], [train], regression=True)
+    assert (splits.center, splits.scale, splits.labels) == (25.0, pytest.approx(125**0.5), ())
+    assert [row.value for row in splits.train.good()] == [10, 20, 30, 40]
+    bad = table(tmp_path / "bad.csv", [{"text": "a", "score": "high"}, {"text": "b", "score": 1}])
+    with pytest.raises(BadSample, match='its "score" is no number'):
+        opened([bad], [train], regression=True).train.read(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"text": f"t{n}", "label": "x"} for n in range(9)], "one class .x."),
+        ([{"text": "a", "kind": "x"}], "no class"),
+        ([{"words": "a", "label": "x"}], "no column caption|captions"),
+    ],
+)
+def test_tables_that_cannot_be_trained_on_are_refused(tmp_path: Path, rows: list, sentence: str) -> None:
+    with pytest.raises(TriviumError, match=sentence):
+        opened([table(tmp_path / "train.csv", rows)])
+    with pytest.raises(TriviumError, match=r"--data\.train"):
+        opened([])
+
+
+def some(*labels: int | None) -> LabelledRows:
+    return LabelledRows([Row("f", f"line {n}", str(n), f"t{n}", label=label) for n, label in enumerate(labels)], "text")
+
+
+def test_a_class_that_is_missing_from_training_is_named() -> None:
+    splits = Splits(some(0, 2, 2), {"dev": some(0, 1)}, ("red", "green", "blue")).checked()
+    assert splits.notes == ["no row of the training split has the class green: it is never learned"]
+
+
+@pytest.mark.parametrize(
+    ("splits", "sentence"),
+    [
+        (Splits(some(0, 1), {"test": some(None)}, ("a", "b")), "no held-out row has a label"),
+        (Splits(some(0, None), {"dev": some(0)}, ("a", "b")), r"f \(line 1\) has no label"),
+        (
+            Splits(LabelledRows([BadSample("f", "line 1", "broken")], "text"), {"dev": some(0)}, ("a",)),
+            "line 1.*broken",
+        ),
+    ],
+)
+def test_splits_that_cannot_be_used_are_refused(splits: Splits, sentence: str) -> None:
+    with pytest.raises(TriviumError, match=sentence):
+        splits.checked()
+
+
+def test_a_cap_takes_rows_evenly_from_the_whole() -> None:
+    assert [row.key for row in some(*range(10)).capped(4).good()] == ["0", "2", "5", "7"]
+    assert len(some(1, 2).capped(None)) == len(some(1, 2).capped(5)) == 2

@@ -1,0 +1,133 @@
+"""VQAv2, SNLI-VE and Hateful Memes against miniatures of their official files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.drawn import drawn_picture
+from trivium.data.image_text_tasks import read_hateful_memes, read_snli_ve
+from trivium.data.vqa import read_vqa
+from trivium.errors import BadSample, TriviumError
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def lines(path: Path, *records: dict[str, Any]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def picture(path: Path) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(drawn_picture(0))
+    return drawn_picture(0)
+
+
+def vqa(root: Path) -> str:
+    """Two training questions, one of val and one of test-dev."""
+    answers = {1: ["yes"] * 10, 2: ["Red"] * 2 + ["the red", "blue"] + ["teal"] * 6, 3: ["no"] * 3 + ["yes"] * 7}
+    for split, numbers in (("train2014", (1, 2)), ("val2014", (3,)), ("test-dev2015", (4,))):
+        questions = [{"image_id": 9 * n, "question": f"question {n}?", "question_id": n} for n in numbers]
+        write(root / f"v2_OpenEnded_mscoco_{split}_questions.json", {"questions": questions})
+        annotations = [
+            {
+                "question_id": n,
+                "multiple_choice_answer": max(set(answers[n]), key=answers[n].count),
+                "answers": [{"answer": a, "answer_id": k} for k, a in enumerate(answers[n], start=1)],
+            }
+            for n in numbers
+            if n in answers
+        ]
+        if annotations:
+            write(root / f"v2_mscoco_{split}_annotations.json", {"annotations": annotations})
+        for n in numbers:
+            folder = split.replace("-dev", "")
+            picture(root / folder / f"COCO_{folder}_{9 * n:012d}.jpg")
+    return str(root)
+
+
+def test_vqa_has_its_answers_as_classes_and_says_how_right_each_is(tmp_path: Path) -> None:
+    splits = read_vqa(vqa(tmp_path), min_questions=1)
+    assert splits.labels == ("teal", "yes")
+    first, second = splits.train.good()
+    assert dict(first.answers or {}) == {1: 1.0}
+    assert dict(second.answers or {}) == {0: 1.0}
+    assert second.truths.count("Red") == 2
+    [dev] = splits.held_out["dev"].good()
+    assert dict(dev.answers or {}) == {1: 1.0}  # "no" is no class: too rare, so it is no target either
+    sample = splits.train.read(0, 0)
+    assert (sample["text"], sample["image"]) == ("question 1?", drawn_picture(0))
+    [test] = splits.held_out["test_dev"].good()
+    assert not test.is_labelled
+    assert test.image == f"{tmp_path}/test2015/COCO_test2015_{36:012d}.jpg"
+    assert test.key == "4"
+
+
+def test_vqa_scores_of_answers_that_agree_in_part(tmp_path: Path) -> None:
+    root = Path(vqa(tmp_path))
+    path = root / "v2_mscoco_train2014_annotations.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["multiple_choice_answer"] = "red"
+    write(path, content)
+    splits = read_vqa(str(root), min_questions=1)
+    scores = list(splits.train.good())[1].answers or {}
+    assert {splits.labels[n]: score for n, score in scores.items()} == pytest.approx({"red": 0.9, "teal": 1.0})
+
+
+def test_vqa_answers_must_be_frequent_and_a_question_without_them_is_bad(tmp_path: Path) -> None:
+    root = Path(vqa(tmp_path))
+    with pytest.raises(TriviumError, match=r"only 0 answers .* lower --data.min-questions"):
+        read_vqa(str(root))
+    path = root / "v2_mscoco_train2014_annotations.json"
+    content = json.loads(path.read_text())
+    del content["annotations"][0]["answers"]
+    write(path, content)
+    rows = read_vqa(str(root), min_questions=1).train
+    with pytest.raises(BadSample, match="question 1 has no answers"):
+        rows.read(0, 0)
+    with pytest.raises(TriviumError, match=r"visualqa\.org"):
+        read_vqa(str(tmp_path / "train2014"))
+
+
+def test_snli_ve_takes_both_spellings_and_counts_what_annotators_left_open(tmp_path: Path) -> None:
+    lines(
+        tmp_path / "snli_ve_train.jsonl",
+        {"Flickr30K_ID": "11", "sentence2": "a dog", "gold_label": "neutral", "pairID": "p1"},
+        {"Flikr30kID": "12.jpg", "sentence2": "a cat", "gold_label": "contradiction"},
+        {"Flickr30K_ID": "11", "sentence2": "a man", "gold_label": "-"},
+        {"Flickr30K_ID": "11", "sentence2": "a man", "gold_label": "true"},
+    )
+    lines(tmp_path / "snli_ve_dev.jsonl", {"Flickr30K_ID": 11, "sentence2": "x", "gold_label": "entailment"})
+    picture(tmp_path / "flickr30k_images" / "11.jpg")
+    splits = read_snli_ve(str(tmp_path)).checked()
+    assert splits.labels == ("entailment", "neutral", "contradiction")
+    assert [row.label for row in splits.train.good()] == [1, 2]
+    assert splits.train.read(0, 0)["image"] == drawn_picture(0)
+    assert splits.held_out["dev"].read(0, 0)["label"] == 0
+    assert splits.notes[0] == "train: 1 rows are left out, since their annotators did not agree"
+    assert 'its label "true" is none of entailment' in splits.notes[1]
+    with pytest.raises(BadSample, match="does not exist"):
+        splits.train.read(1, 1)
+
+
+def test_hateful_memes_has_seen_and_unseen_splits_and_a_test_without_labels(tmp_path: Path) -> None:
+    picture(tmp_path / "img" / "01.png")
+    for name, label in (("train", 1), ("dev_seen", 0), ("dev_unseen", 1)):
+        lines(tmp_path / f"{name}.jsonl", {"id": 1, "img": "img/01.png", "label": label, "text": "words"})
+    lines(tmp_path / "test_unseen.jsonl", {"id": 2, "img": "img/01.png", "text": "words"})
+    splits = read_hateful_memes(str(tmp_path)).checked()
+    assert list(splits.held_out) == ["dev_seen", "dev_unseen", "test_unseen"]
+    assert splits.train.read(0, 0)["label"] == 1
+    assert not next(splits.held_out["test_unseen"].good()).is_labelled
+    assert splits.notes == ["no row of the training split has the class not_hateful: it is never learned"]
+    lines(tmp_path / "train.jsonl", {"id": 1, "img": "img/01.png", "label": 2, "text": "words"})
+    with pytest.raises(BadSample, match="its label 2 is neither 0"):
+        read_hateful_memes(str(tmp_path)).train.read(0, 0)
+    with pytest.raises(TriviumError, match=r"drivendata\.org"):
+        read_hateful_memes(str(tmp_path / "img"))

@@ -1,0 +1,137 @@
+"""One step of fine-tuning against transformers' own classes, and what a head reads of each family.
+
+float64: losses and gradients within 1e-9 of the largest value of each tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from tests.flava_batches import TINY as TINY_FLAVA
+from tests.flava_batches import assert_close, gradients, random_flava, split
+from trivium.convert.bert import config_to_hf, to_hf
+from trivium.invariance.finetune import TINY, fine_tuned, random_bert, text_batch
+from trivium.models.finetuned import Gives, Reads, read, tells_segments_apart
+from trivium.train.protocol import Batch, Images, Key
+from trivium.train.step import backward
+
+THEIR_KIND = {
+    "class": "single_label_classification",
+    "number": "regression",
+    "answers": "multi_label_classification",
+}
+
+
+@pytest.mark.parametrize("gives", ["class", "number", "answers"])
+def test_a_step_on_bert_is_that_of_transformers(gives: Gives) -> None:
+    """Theirs: pooler, tanh, linear; with our inner layer in the pooler's place both are the same function."""
+    num_outputs = 1 if gives == "number" else 3
+    ours = fine_tuned(random_bert(), "text", gives, num_outputs, TINY.width)
+    their_config = transformers.BertConfig(
+        **config_to_hf(TINY), num_labels=num_outputs, problem_type=THEIR_KIND[gives], classifier_dropout=0.0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    theirs = transformers.BertForSequenceClassification(their_config).double().train()
+
+    def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Ours, whose pooler is not read, under their names."""
+        model = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+        model |= {f"pooler.{part}": tensors[f"head.inner.{part}"] for part in ("weight", "bias")}
+        found = {f"bert.{name}": tensor for name, tensor in to_hf(model, TINY).items()}
+        return found | {f"classifier.{part}": tensors[f"head.decoder.{part}"] for part in ("weight", "bias")}
+
+    theirs.load_state_dict({n: t.clone() for n, t in renamed(ours.model.state_dict()).items()}, strict=True)
+    batch = text_batch(5, gives, num_outputs)
+    text = batch.texts[0]
+    labels = next(iter(batch.targets.values()))
+    output = theirs(
+        input_ids=text.ids_BT, attention_mask=text.mask_BT.long(), token_type_ids=text.segments_BT,
+        labels=labels if gives == "class" else labels.double(),
+    )  # fmt: skip
+    # transformers takes the mean over answers, we their sum: several answers of one question are one loss.
+    (output.loss * (num_outputs if gives == "answers" else 1)).backward()
+    sums, counts, _ = backward(ours, [batch], Key(0, "a task", 0))
+    loss = float(sums["a task"] / counts["a task"]) / (num_outputs if gives == "answers" else 1)
+    assert loss == pytest.approx(float(output.loss), rel=1e-9)
+    absent = {n: torch.zeros_like(p) for n, p in ours.model.named_parameters() if p.grad is None}
+    assert set(absent) == {"backbone.pooler.weight", "backbone.pooler.bias"}
+    mine = renamed(gradients(ours.model) | absent)
+    yours = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    biases = [name for name in yours if name.endswith("self.key.bias")]
+    for name in biases:
+        assert float(mine.pop(name).norm()) <= 1e-12
+        yours.pop(name)
+    assert_close(mine, yours, 1e-9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_come_to_the_whole_batch(parts: int) -> None:
+    batch = text_batch(8)
+    method = fine_tuned(random_bert(), "text", "class", 3, TINY.width)
+    whole, _, _ = backward(method, [batch], Key(0, "a task", 0))
+    expected = {name: grad.clone() for name, grad in gradients(method).items()}
+    method.zero_grad(set_to_none=True)
+    sums, _, _ = backward(method, split(batch, parts), Key(0, "a task", 0))
+    assert_close(sums, whole, 1e-12)
+    assert_close({n: g for n, g in gradients(method).items() if "key" not in n}, expected, 1e-10)
+
+
+def test_stats_count_what_is_right() -> None:
+    batch = text_batch(8)
+    method = fine_tuned(random_bert(), "text", "class", 3, TINY.width)
+    batch.targets["label"] = method.outputs(batch).argmax(1)
+    sums, _, _ = backward(method, [batch], Key(0, "a task", 0))
+    assert float(sums["stat/correct"]) == 8
+
+
+@pytest.mark.parametrize("reads", ["text", "image", "fused", "concatenated"])
+def test_of_flava_no_more_is_computed_than_is_read_and_nothing_changes(reads: Reads) -> None:
+    model = random_flava(replace(TINY_FLAVA, num_segments=2))
+    text = text_batch(3).texts[0]
+    pixels_BCHW = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    ids_BT, mask_BT, segments_BT = text.ids_BT, text.mask_BT, text.segments_BT
+    image, words = model.encode_image(pixels_BCHW), model.encode_text(ids_BT, mask_BT, segments_BT)
+    plain = {
+        "text": words.tokens[:, 0],
+        "image": image.tokens[:, 0],
+        "fused": model.fuse(image, words).tokens[:, 0],
+        "concatenated": torch.cat([image.tokens[:, 0], words.tokens[:, 0]], dim=1),
+    }[reads]
+    found = read(model, reads, pixels_BCHW, ids_BT, mask_BT, segments_BT)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+    weight = torch.randn_like(plain)
+    one, other = (
+        torch.autograd.grad((rows * weight).sum(), list(model.parameters()), allow_unused=True, materialize_grads=True)
+        for rows in (found, plain)
+    )
+    for mine, yours in zip(one, other, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=0, atol=1e-11)
+    assert tells_segments_apart(model)
+    assert not tells_segments_apart(random_flava(replace(TINY_FLAVA, num_segments=1)))
+
+
+def test_pixels_are_normalised_on_the_way() -> None:
+    model = random_flava()
+    method = fine_tuned(model, "image", "class", 2, TINY_FLAVA.width)
+    row_B = torch.arange(2)
+    pixels_BCHW = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    batch = Batch("a task", row_B, row_B, (Images(pixels_BCHW, row_B),), (), {"label": torch.tensor([0, 1])})
+    expected = method.model((pixels_BCHW.double() / 255 - 0.5) / 0.25, None)
+    torch.testing.assert_close(method.outputs(batch), expected, rtol=0, atol=1e-12)
+
+
+def test_answers_are_in_the_unit_of_the_task() -> None:
+    model = random_bert()
+    outputs = torch.tensor([[0.0, 1.0, -1.0]])
+    classes = fine_tuned(model, "text", "class", 3, TINY.width).model.answers(outputs)
+    torch.testing.assert_close(classes, outputs.softmax(1))
+    torch.testing.assert_close(
+        fine_tuned(model, "text", "answers", 3, TINY.width).model.answers(outputs), outputs.sigmoid()
+    )
+    numbers = fine_tuned(model, "text", "number", 1, TINY.width, center=2.0, scale=5.0).model
+    torch.testing.assert_close(numbers.answers(torch.tensor([[0.5]])), torch.tensor([[4.5]]))
