@@ -33,7 +33,7 @@ def synthetic(samples: int, width: int, classes: int) -> tuple[torch.Tensor, tor
     generator = torch.Generator().manual_seed(0)
     labels_N = torch.arange(samples) % classes
     spread_D = 2 * torch.arange(1, width + 1).float() ** -0.5
-    centres_KD = 0.3 * torch.randn(classes, width, generator=generator)
+    centres_KD = 0.15 * torch.randn(classes, width, generator=generator)
     noise_ND = torch.randn(samples, width, generator=generator)
     axes_DD, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
     mean_D = torch.randn(width, generator=generator)
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of both sides, interleaved, after no warm-up")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="fewer are a try and write no results")
-    parser.add_argument("--grid", type=float, nargs="+", default=list(linear_probe.C_GRID))
+    parser.add_argument("--grid", type=float, nargs="+", default=list(linear_probe.C_GRID), help="likewise another")
     arguments = parser.parse_args()
     for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
         if name in os.environ:
@@ -123,7 +123,7 @@ def main() -> None:
     case = f"{arguments.samples:,} x {WIDTH} x {CLASSES}, {len(grid)} values of C"
     result = side_by_side.row(*times)
     print(case, result)
-    if arguments.samples == SAMPLES:
+    if arguments.samples == SAMPLES and grid == sorted(linear_probe.C_GRID):
         side_by_side.write("linear_probe", {case: result}, fits=fits)
 
 
