@@ -29,7 +29,7 @@ def find(layout: Layout, root: Path) -> DataSet | Missing:
     """
     for place in layout.places:
         folder = root / place
-        if (folder / layout.marker).exists():
+        if any(next(folder.glob(marker), None) for marker in layout.markers):
             return _checked(layout, _with_own_prompts(layout.read(folder), folder))
     for name in (layout.name, *(f"{prefix}{copy}" for copy in layout.copies for prefix in ("wds_", ""))):
         for folder in dict.fromkeys((root / name, root / name.lower())):
