@@ -19,7 +19,9 @@ OF_PHOTOGRAPHS = ("a photo of {}.", "a close-up photo of {}.", "a blurry photo o
 
 
 def prompts(class_name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """The prompts of a class, which stands where a template has {} or {c}. A name that lists several things ("food & drink") gives prompts for each of them."""
+    """The prompts of a class, whose name goes where a template has {} or {c}.
+
+    A name that lists several things ("food & drink") gives prompts for each of them."""
     parts = [part.strip() for part in re.split(r"[&/,]", class_name)]
     return [template.replace("{c}", part).replace("{}", part) for part in parts if part for template in templates]
 

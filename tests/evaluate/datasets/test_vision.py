@@ -17,7 +17,7 @@ from tests.evaluate.datasets.miniatures import BUILDERS, PER_CLASS, red
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate.datasets import Missing, find
 from trivium.evaluate.datasets.layouts import BY_NAME, VISION
-from trivium.evaluate.datasets.pictures import DataSet, Split, capped, carved
+from trivium.evaluate.datasets.pictures import DataSet, Split, capped, held_out
 
 HAS_VALIDATION = {"Aircraft", "DTD", "Flowers102", "PCAM", "RenderedSST2", "Country211"}
 CLASSES = {"CLEVR": 8, "PCAM": 2, "RenderedSST2": 2, "FER2013": 7}
@@ -321,23 +321,19 @@ def test_without_h5py_pcam_says_what_to_install(tmp_path: Path, monkeypatch: pyt
 # ---------------------------------------------------------------------------------------- parts of a split
 
 
-def test_carving_and_capping_keep_labels_with_their_pictures(tmp_path: Path) -> None:
+def test_capping_and_joining_keep_labels_with_their_pictures(tmp_path: Path) -> None:
     miniatures.caltech101(tmp_path)
-    train = opened("Caltech101", tmp_path).train
-    left, taken = carved(train)
-    assert np.bincount(left.labels_N).tolist() == [24, 24, 24] and np.bincount(taken.labels_N).tolist() == [6, 6, 6]
-    names = [{part.pictures.name(row) for row in range(len(part))} for part in (left, taken)]
-    assert not names[0] & names[1] and len(names[0] | names[1]) == 90
-    few = capped(train, 10)
-    assert len(few) == 10 and capped(train, 90) is train
-    both = left + taken
-    assert len(both) == 90
-    for part in (left, taken, few, both):
+    data = opened("Caltech101", tmp_path)
+    few = capped(data.train, 10)
+    assert len(few) == 10 and capped(data.train, 90) is data.train
+    both = data.train + data.test
+    assert len(both) == len(data.train) + len(data.test)
+    for part in (few, both):
         check_pictures(part)
 
 
-def test_a_class_of_one_picture_is_not_carved_away(tmp_path: Path) -> None:
-    miniatures.country211(tmp_path)
-    split = opened("Country211", tmp_path).train[np.array([0, 4])]
-    left, taken = carved(split)
-    assert len(left) == 2 and len(taken) == 0
+def test_a_fifth_of_each_class_is_held_out_and_no_class_loses_its_last() -> None:
+    labels = np.repeat([0, 1, 2, 7], [10, 50, 1, 4])
+    taken = held_out(labels)
+    assert np.bincount(labels[taken], minlength=8).tolist() == [2, 10, 0, 0, 0, 0, 0, 0]
+    assert np.array_equal(taken, held_out(labels)) and not np.array_equal(taken, held_out(labels, seed=1))

@@ -208,7 +208,7 @@ class Split:
 class DataSet:
     """A classification data set as it lies on the disk.
 
-    Without an official validation split `validation` is None; `carved` then takes a part of the training split.
+    Without an official validation split `validation` is None; `held_out` then takes a part of the training split.
     """
 
     classes: tuple[str, ...]  # as the files name them, by label
@@ -226,17 +226,14 @@ class DataSet:
         return tuple(split for split in (self.train, self.validation, self.test) if split is not None)
 
 
-def carved(split: Split, share: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
-    """A split in two, class by class: what is left, and `share` of each class, drawn with a fixed seed.
-
-    A class keeps at least one picture on the left.
-    """
-    draws_N = uniform64(seed, np.arange(len(split)))
-    taken_N = np.zeros(len(split), dtype=bool)
-    for label in np.unique(split.labels_N):
-        rows = np.flatnonzero(split.labels_N == label)
+def held_out(labels_N: np.ndarray, share: float = 0.2, seed: int = 0) -> np.ndarray:
+    """A share of each class to choose C by, drawn with a fixed seed: bool [N]. Each class keeps one for training."""
+    draws_N = uniform64(seed, np.arange(len(labels_N)))
+    taken_N = np.zeros(len(labels_N), dtype=bool)
+    for label in np.unique(labels_N):
+        rows = np.flatnonzero(labels_N == label)
         taken_N[rows[np.argsort(draws_N[rows], kind="stable")[: int(share * len(rows))]]] = True
-    return split[np.flatnonzero(~taken_N)], split[np.flatnonzero(taken_N)]
+    return taken_N
 
 
 def capped(split: Split, most: int | None, seed: int = 0) -> Split:
