@@ -63,7 +63,9 @@ def test_inside_an_array_of_objects_as_well(tmp_path: Path) -> None:
         read_pickle(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x80", b"no pickle", b"\x80\x02}q\x01(U\xff", b"\x80\x05N", b"\x80\x02c__main__\nx\n."])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x80", b"no pickle", b"\x80\x02}q\x01(U\xff", b"\x80\x05N", b"\x80\x02c__main__\nx\n."]
+)
 def test_damage_is_one_sentence(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(data)
     with pytest.raises(TriviumError, match="a is (damaged|no file of plain data)"):

@@ -79,7 +79,9 @@ def classification(
         if data.prompts:
             say("zero-shot")
             templates = data.templates or zero_shot.OF_PHOTOGRAPHS
-            classes_KD = zero_shot.class_vectors(data.prompts, lambda texts: encoding.of_texts(bundle, texts), templates)
+            classes_KD = zero_shot.class_vectors(
+                data.prompts, lambda texts: encoding.of_texts(bundle, texts), templates
+            )
             predicted_N = zero_shot.predict(test.features.readings["projected"], classes_KD).numpy()
             found.results |= accuracies("zero_shot", predicted_N, test)
             of = "of the copy or the user's" if data.templates else "short ones of our own, not CLIP's"
@@ -99,7 +101,9 @@ class Part:
     def of(cls, name: str, split: Split, encoder: Encoder, store: Path, say: Callable[[str], None]) -> Part:
         say(f"the {name} split")
         found = features(encoder, split.pictures, store, say)
-        return cls(name, split.labels_N[found.rows_N], [split.pictures.name(row) for row in found.rows_N.tolist()], found)
+        return cls(
+            name, split.labels_N[found.rows_N], [split.pictures.name(row) for row in found.rows_N.tolist()], found
+        )
 
     @property
     def rows_ND(self) -> Tensor:
@@ -111,7 +115,9 @@ class Part:
         bad = self.features.bad
         if not bad:
             return []
-        return [f"{len(bad):,} of {len(bad) + len(self):,} {self.name} pictures cannot be read and are left out; the first: {bad[0]}"]
+        return [
+            f"{len(bad):,} of {len(bad) + len(self):,} {self.name} pictures cannot be read and are left out; the first: {bad[0]}"
+        ]
 
     def __len__(self) -> int:
         return len(self.labels_N)

@@ -93,9 +93,7 @@ def search(solver: Solver, validation_features_ND: Tensor, validation_labels_N: 
     return best
 
 
-def _sweep(
-    solver: Solver, features_ND: Tensor, labels_N: Tensor, grid: Sequence[float]
-) -> tuple[Probe, list[Probe]]:
+def _sweep(solver: Solver, features_ND: Tensor, labels_N: Tensor, grid: Sequence[float]) -> tuple[Probe, list[Probe]]:
     fits: list[Probe] = []
     right: list[int] = []
     for c in sorted(grid):

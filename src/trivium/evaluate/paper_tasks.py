@@ -57,7 +57,9 @@ _RECALLS = tuple(
 )
 _DEV = ("dev",)
 
-VISION = tuple(PaperTask(layout.name, "vision", "classification", "linear probe", (_PROBE,)) for layout in layouts.VISION)
+VISION = tuple(
+    PaperTask(layout.name, "vision", "classification", "linear probe", (_PROBE,)) for layout in layouts.VISION
+)
 
 
 def _glue(name: str, verb: str, metric: str = "accuracy", files: str = "{train,dev}.tsv") -> PaperTask:

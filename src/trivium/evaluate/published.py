@@ -91,7 +91,9 @@ def _cells(task: PaperTask, figure: Figure) -> dict[tuple[str, str], Cell]:
             one, two = first[key], second[key]
             worst = "recalled" if "recalled" in (one.confidence, two.confidence) else one.confidence
             value = (one.value + two.value) / 2
-            note = "; ".join(dict.fromkeys(filter(None, (f"mean of {one.printed} and {two.printed}", one.note, two.note))))
+            note = "; ".join(
+                dict.fromkeys(filter(None, (f"mean of {one.printed} and {two.printed}", one.note, two.note)))
+            )
             found[key] = Cell(value, f"{value:.2f}", worst, note)
     return found
 

@@ -362,7 +362,10 @@ def parquet(folder: Path) -> None:
     for split in ("train", "test"):
         labels = labels_of(split, 3)
         table: Any = pa.table(
-            {"img": [{"bytes": encoded(label), "path": None} for label in labels], "label": pa.array(labels, pa.int64())}
+            {
+                "img": [{"bytes": encoded(label), "path": None} for label in labels],
+                "label": pa.array(labels, pa.int64()),
+            }
         )
         features = {"img": {"_type": "Image"}, "label": {"names": ["red", "green", "blue"], "_type": "ClassLabel"}}
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})

@@ -35,7 +35,9 @@ def flickr(root: Path, form: str) -> None:
     if form == "karpathy":
         karpathy(folder / "dataset_flickr30k.json", names, None)
     elif form == "albef":
-        entries = [{"image": f"flickr30k-images/{name}", "caption": CAPTIONS[label]} for label, name in enumerate(names)]
+        entries = [
+            {"image": f"flickr30k-images/{name}", "caption": CAPTIONS[label]} for label, name in enumerate(names)
+        ]
         (folder / "flickr30k_test.json").write_text(json.dumps(entries))
     else:
         lines = [f'{name},"{text}"' for label, name in enumerate(names) for text in CAPTIONS[label]]

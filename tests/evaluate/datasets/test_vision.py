@@ -294,7 +294,9 @@ def test_what_is_wrong_is_one_sentence(name: str, damage, says: str, tmp_path: P
 def test_a_class_without_a_training_picture_is_named(tmp_path: Path) -> None:
     miniatures.gtsrb(tmp_path)
     data = opened("GTSRB", tmp_path)
-    assert any(note.startswith("no training picture of 00001, 00002, 00003, 00005, 00006 and 35 more") for note in data.notes)
+    assert any(
+        note.startswith("no training picture of 00001, 00002, 00003, 00005, 00006 and 35 more") for note in data.notes
+    )
 
 
 def test_a_damaged_picture_is_a_bad_sample(tmp_path: Path) -> None:

@@ -75,7 +75,10 @@ def _checked(layout: Layout, data: DataSet) -> DataSet:
     if len(data.classes) != layout.num_classes:
         notes.append(f"{len(data.classes)} classes where the data set has {layout.num_classes}")
     train_size = len(data.train) + (0 if data.validation is None else len(data.validation))
-    for what, found, official in (("training", train_size, layout.train_size), ("test", len(data.test), layout.test_size)):
+    for what, found, official in (
+        ("training", train_size, layout.train_size),
+        ("test", len(data.test), layout.test_size),
+    ):
         if found != official:
             notes.append(f"{found:,} {what} pictures where the published scores rest on {official:,}")
     return replace(data, notes=tuple(notes))

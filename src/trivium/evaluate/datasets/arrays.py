@@ -75,7 +75,9 @@ def mnist(folder: Path) -> DataSet:
     def split(name: str) -> Split:
         pictures, labels = _idx(folder, f"{name}-images-idx3-ubyte", 3), _idx(folder, f"{name}-labels-idx1-ubyte", 1)
         if len(pictures[1]) != len(labels[1]):
-            raise TriviumError(f"{pictures[0]} holds {len(pictures[1])} pictures and {labels[0]} {len(labels[1])} labels")
+            raise TriviumError(
+                f"{pictures[0]} holds {len(pictures[1])} pictures and {labels[0]} {len(labels[1])} labels"
+            )
         return Split(PictureArray([pictures[0], labels[0]], pictures[1][..., None]), labels[1].astype(np.int64))
 
     return DataSet(tuple("0123456789"), split("train"), split("t10k"), prompts=tuple("0123456789"))
@@ -148,7 +150,9 @@ def _fer_table(path: Path) -> DataSet:
                 pixels[cells[usage].strip()].append(picture)
                 labels[cells[usage].strip()].append(int(cells[emotion]))
         except (ValueError, IndexError, KeyError, OverflowError, csv.Error) as error:
-            raise TriviumError(f"{path} (line {lines.line_num}) is no line of FER2013 ({error!r}): fetch it again") from None
+            raise TriviumError(
+                f"{path} (line {lines.line_num}) is no line of FER2013 ({error!r}): fetch it again"
+            ) from None
 
     def split(*names: str) -> Split:
         pictures = [picture for name in names for picture in pixels[name]]

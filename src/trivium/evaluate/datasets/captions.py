@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trivium.data.shards import TarShards
 from trivium.errors import BadSample, TriviumError
-from trivium.evaluate.datasets.pictures import PictureFiles, Pictures, ShardPictures, lines_of
+from trivium.evaluate.datasets.pictures import PictureFiles, Pictures, ShardPictures, Some, lines_of
 
 CAPTIONS = 5  # of a picture
 
@@ -31,6 +33,11 @@ class Captioned:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def first(self, rows: int) -> Captioned:
+        """The first rows alone."""
+        kept = np.arange(min(rows, len(self)))
+        return replace(self, pictures=Some(self.pictures, kept), captions=self.captions[:rows])
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,9 @@ def find_captions(layout: CaptionLayout, root: Path) -> Captioned | None:
                 return _noted(layout, _with_files(folder, folder / table, layout, read(folder / table)))
     for copy in layout.copies:
         for prefix in ("wds_", ""):
-            tars = sorted((root / f"{prefix}{copy}" / "test").glob("*.tar"), key=lambda path: (len(path.name), path.name))
+            tars = sorted(
+                (root / f"{prefix}{copy}" / "test").glob("*.tar"), key=lambda path: (len(path.name), path.name)
+            )
             if tars:
                 return _noted(layout, _shards(tars))
     return None

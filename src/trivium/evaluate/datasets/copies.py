@@ -1,8 +1,8 @@
 """Copies of data sets in layouts that serve them all: WebDataset shards, and Parquet files as Hugging Face has them.
 
-    wds_<name>/{train,test}/*.tar        samples key.jpg|png|webp + key.cls, classnames.txt and
-                                         zeroshot_classification_templates.txt beside the splits
-    <name>/[data/]{train,validation,test}*.parquet     a picture in `image` or `img`, a number in `label` or `fine_label`
+wds_<name>/{train,test}/*.tar        samples key.jpg|png|webp + key.cls, classnames.txt and
+                                     zeroshot_classification_templates.txt beside the splits
+<name>/[data/]{train,validation,test}*.parquet     a picture in `image` or `img`, a number in `label` or `fine_label`
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ VALIDATION = ("validation", "valid", "val")
 def webdataset(folder: Path) -> DataSet:
     """A copy in tar shards. Raises TriviumError."""
     splits = {
-        name: _shards(folder / name)
-        for name in ("train", *VALIDATION, "test")
-        if any((folder / name).glob("*.tar"))
+        name: _shards(folder / name) for name in ("train", *VALIDATION, "test") if any((folder / name).glob("*.tar"))
     }
     if not {"train", "test"} <= splits.keys():
         raise TriviumError(f"{folder} must hold tar shards in the folders train and test: fetch both")

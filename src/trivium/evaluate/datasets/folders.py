@@ -35,7 +35,9 @@ def imagenet(folder: Path) -> DataSet:
     if stray := next((name for name in classes if not re.fullmatch(r"n\d{8}", name)), None):
         raise TriviumError(f"{folder / 'train' / stray} is no class of ImageNet: its folders are called as n01440764")
     train = Split(PictureFiles(folder / "train", names), labels)
-    devkit = next((path for path in (folder / "ILSVRC2012_devkit_t12/data", folder) if (path / "meta.mat").exists()), None)
+    devkit = next(
+        (path for path in (folder / "ILSVRC2012_devkit_t12/data", folder) if (path / "meta.mat").exists()), None
+    )
     words: dict[str, str] = {}
     numbers: dict[int, str] = {}  # the devkit's own numbers -> wnid
     if devkit is not None:
@@ -63,7 +65,9 @@ def imagenet(folder: Path) -> DataSet:
         same_classes(classes, test_classes, folder)
         test, tables = Split(PictureFiles(folder / "val", names), labels), ()
     prompts = tuple(words[name] for name in classes) if all(name in words for name in classes) else ()
-    return DataSet(classes, train, test, tables=tables, prompts=prompts, splits="train against val, the test set everywhere")
+    return DataSet(
+        classes, train, test, tables=tables, prompts=prompts, splits="train against val, the test set everywhere"
+    )
 
 
 def caltech101(folder: Path) -> DataSet:
@@ -137,8 +141,12 @@ def listed(
         path = Path(line.strip().lstrip("/"))
         label = place.get(path.parent.as_posix())
         if label is None:
-            raise TriviumError(f"{where} (line {number}): {path.parent} is no class of the data set; fetch the list again")
-        found = next((s for s in suffixes if (folder / path).with_suffix(s).exists()), None) if suffixes != ("",) else ""
+            raise TriviumError(
+                f"{where} (line {number}): {path.parent} is no class of the data set; fetch the list again"
+            )
+        found = (
+            next((s for s in suffixes if (folder / path).with_suffix(s).exists()), None) if suffixes != ("",) else ""
+        )
         names.append((path if not found else path.with_suffix(found)).as_posix())
         labels.append(label)
     if not names:
@@ -192,7 +200,9 @@ def sun397(folder: Path) -> DataSet:
 
 def ucf101(folder: Path) -> DataSet:
     """UCF-101/<class>/<video>.jpg, the middle frame of each video, beside ucfTrainTestlist/: split 1 of 3."""
-    lists = next((path for path in (folder.parent / "ucfTrainTestlist", folder / "ucfTrainTestlist") if path.is_dir()), None)
+    lists = next(
+        (path for path in (folder.parent / "ucfTrainTestlist", folder / "ucfTrainTestlist") if path.is_dir()), None
+    )
     if lists is None:
         raise TriviumError(f"{folder.parent} holds no folder ucfTrainTestlist: unpack UCF101TrainTestSplits there")
     numbered = [line.split() for line in lines_of(lists / "classInd.txt")]
@@ -205,7 +215,9 @@ def ucf101(folder: Path) -> DataSet:
         for number, words in enumerate(lines, start=1):  # the training list states the number of the class as well
             name = words[0].split("/")[0]
             if len(words) > 1 and place.get(name) != int(words[1]) - 1:
-                raise TriviumError(f"{table} (line {number}): {name} has another number in classInd.txt; fetch both again")
+                raise TriviumError(
+                    f"{table} (line {number}): {name} has another number in classInd.txt; fetch both again"
+                )
         split = listed(folder, [words[0] for words in lines], place, table, suffixes=(".jpg", ".png"))
         if not any((folder / name).suffix != ".avi" for name in split.pictures.names):  # type: ignore[attr-defined]
             raise TriviumError(

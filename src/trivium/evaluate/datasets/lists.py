@@ -105,12 +105,16 @@ def pets(folder: Path) -> DataSet:
             picture, given, *_ = line.split()
             breed, label = picture.rpartition("_")[0], int(given) - 1
             if named.setdefault(label, breed) != breed:
-                raise TriviumError(f"{table} (line {number}): class {given} is {named[label]} and {breed}; fetch it again")
+                raise TriviumError(
+                    f"{table} (line {number}): class {given} is {named[label]} and {breed}; fetch it again"
+                )
             names.append(f"{picture}.jpg")
             labels.append(label)
         splits.append(Split(PictureFiles(folder / "images", names), np.array(labels, dtype=np.int64)))
     if sorted(named) != list(range(len(named))):
-        raise TriviumError(f"{tables[0]} and {tables[1].name} leave out a class below {max(named) + 1}: fetch them again")
+        raise TriviumError(
+            f"{tables[0]} and {tables[1].name} leave out a class below {max(named) + 1}: fetch them again"
+        )
     classes = tuple(named[label] for label in range(len(named)))
     return DataSet(classes, *splits, tables=tuple(tables), prompts=in_words(classes))
 
@@ -132,7 +136,8 @@ def gtsrb(folder: Path) -> DataSet:
     """gtsrb/: GTSRB/Training/<5 digits>/*.ppm, GTSRB/Final_Test/Images/*.ppm, GT-final_test.csv."""
     inside = next((path for path in (folder / "GTSRB", folder) if (path / "Final_Test").is_dir()), folder / "GTSRB")
     training = next(
-        (path for path in (inside / "Training", inside / "Final_Training" / "Images") if path.is_dir()), inside / "Training"
+        (path for path in (inside / "Training", inside / "Final_Training" / "Images") if path.is_dir()),
+        inside / "Training",
     )
     classes, names, labels = in_classes(training)
     train = Split(PictureFiles(training, names), np.array([int(classes[label]) for label in labels], dtype=np.int64))
