@@ -22,8 +22,8 @@ def write(path: Path, value: Any, protocol: int) -> Path:
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_data_and_arrays(protocol: int, tmp_path: Path) -> None:
     value = {
-        b"data": np.arange(12, dtype=np.uint8).reshape(3, 4), "labels": [1, 2, 3], "name": b"a batch", "more": (None, True),
-        "set": {1, 2}, "real": np.array([0.5]), "texts": np.array(["a", "bc"]),
+        b"data": np.arange(12, dtype=np.uint8).reshape(3, 4), "labels": [1, 2, 3], "name": b"a batch",
+        "more": (None, True), "set": {1, 2}, "real": np.array([0.5]), "texts": np.array(["a", "bc"]),
         "imdb": np.array([{"question": "why"}, {"question": "where"}], dtype=object),
     }  # fmt: skip
     found = read_pickle(write(tmp_path / "a", value, protocol))
@@ -59,7 +59,7 @@ def test_what_calls_anything_else_is_refused(function: Any, protocol: int, tmp_p
 
 def test_inside_an_array_of_objects_as_well(tmp_path: Path) -> None:
     path = write(tmp_path / "a", np.array([Asks(eval, "1")], dtype=object), 4)
-    with pytest.raises(TriviumError, match="it asks for builtins.eval"):
+    with pytest.raises(TriviumError, match=r"it asks for builtins.eval"):
         read_pickle(path)
 
 
@@ -68,7 +68,7 @@ def test_inside_an_array_of_objects_as_well(tmp_path: Path) -> None:
 )
 def test_damage_is_one_sentence(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(data)
-    with pytest.raises(TriviumError, match="a is (damaged|no file of plain data)"):
+    with pytest.raises(TriviumError, match=r"a is (damaged|no file of plain data)"):
         read_pickle(tmp_path / "a")
     with pytest.raises(TriviumError, match="cannot be read"):
         read_pickle(tmp_path / "none")

@@ -79,7 +79,7 @@ def evaluate_suite(
 
 
 def tasks_of(name: str | None, chosen: Sequence[str]) -> list[PaperTask]:
-    """The tasks of a suite, or those of it, or of all suites, that are named. Raises TriviumError that names the nearest."""
+    """The tasks of a suite; or those of it, or of all suites, that are named. Raises TriviumError."""
     if name is not None and name not in SUITES:
         raise TriviumError(f"there is no suite {name}: there are {', '.join(SUITES)}")
     suites = SUITES.values() if name is None else [SUITES[name]]

@@ -73,7 +73,7 @@ def classification(
     found.notes.append(note)
     found.results |= accuracies("linear_probe", predicted_N, test)
     say("nearest neighbours")
-    predicted_N = knn.predict(test.rows_ND, whole.rows_ND, torch.from_numpy(whole.labels_N)).numpy()
+    predicted_N = knn.predict(test.rows, whole.rows, torch.from_numpy(whole.labels_N)).numpy()
     found.results |= accuracies("knn", predicted_N, test)
     if bundle is not None and "projected" in test.features.readings:
         if data.prompts:
@@ -106,7 +106,7 @@ class Part:
         )
 
     @property
-    def rows_ND(self) -> Tensor:
+    def rows(self) -> Tensor:
         return self.features.readings[READING]
 
     @property
@@ -115,9 +115,8 @@ class Part:
         bad = self.features.bad
         if not bad:
             return []
-        return [
-            f"{len(bad):,} of {len(bad) + len(self):,} {self.name} pictures cannot be read and are left out; the first: {bad[0]}"
-        ]
+        of = f"{len(bad):,} of {len(bad) + len(self):,} {self.name} pictures"
+        return [f"{of} cannot be read and are left out; the first: {bad[0]}"]
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -149,17 +148,17 @@ class Part:
 def _probe(fitted: Part, checked: Part, whole: Part, test: Part) -> tuple[np.ndarray, str]:
     """The answers on the test split, and a sentence on the fit."""
     if len(checked):
-        solver = linear_probe.Solver(fitted.rows_ND, torch.from_numpy(fitted.labels_N))
-        chosen = linear_probe.search(solver, checked.rows_ND, torch.from_numpy(checked.labels_N))
-        right = float((chosen.predict(checked.rows_ND).cpu().numpy() == checked.labels_N).mean())
+        solver = linear_probe.Solver(fitted.rows, torch.from_numpy(fitted.labels_N))
+        chosen = linear_probe.search(solver, checked.rows, torch.from_numpy(checked.labels_N))
+        right = float((chosen.predict(checked.rows).cpu().numpy() == checked.labels_N).mean())
         c, of = chosen.c, f"chosen by {100 * right:.1f} % on {len(checked):,} pictures of the {_where(fitted, checked)}"
     else:
         chosen, c, of = None, 1.0, "since no class has enough pictures to choose it by"
-    solver = linear_probe.Solver(whole.rows_ND, torch.from_numpy(whole.labels_N))
+    solver = linear_probe.Solver(whole.rows, torch.from_numpy(whole.labels_N))
     probe = solver.solve(c, chosen)
     ended = f"{probe.iterations} iterations" if probe.converged else f"stopped after {probe.iterations} iterations"
     note = f"linear probe: C = {c:.3g}, {of}; fitted on {len(whole):,} pictures, {ended}"
-    return probe.predict(test.rows_ND).cpu().numpy(), note
+    return probe.predict(test.rows).cpu().numpy(), note
 
 
 def _where(fitted: Part, checked: Part) -> str:
@@ -191,7 +190,8 @@ def leakage(train: Part, test: Part) -> list[str]:
         train.features.hashes_N, train.features.colours_NC, test.features.hashes_N, test.features.colours_NC
     )
     near = {int(other): train.units[int(one)] for one, other in pairs if int(other) not in equal}
-    how = f"at most {duplicates.DISTANCE} of {duplicates.BITS} bits of the hash and {duplicates.COLOURS:g} of 255 in colour"
+    bits = f"at most {duplicates.DISTANCE} of {duplicates.BITS} bits of the hash"
+    how = f"{bits} and {duplicates.COLOURS:g} of 255 in colour"
     return [
         f"leakage: {len(found):,} of {len(test):,} test pictures {what} in training; they are counted all the same; the"
         f" first: {test.units[row]} and {found[row]}"

@@ -1,8 +1,8 @@
 """Features of labelled pictures, computed once and kept on the disk.
 
 A file holds the features of PIECE pictures, so what was interrupted goes on where it stopped. Its folder is named after
-what the features depend on: the encoder (its weights and its transform) and names, sizes and times of the files that the
-pictures are read from. With the features go the fingerprints by which copies are found, since both need the pixels.
+what the features depend on: the encoder (its weights and its transform) and names, sizes and times of the files that
+the pictures are read from. With the features go the fingerprints by which copies are found, since both need the pixels.
 
 N pictures, D width, C = 192 colours of a fingerprint.
 """

@@ -10,8 +10,8 @@ slowly, so the solver works in other coordinates, which leave the objective as i
 * each axis is scaled by the root of the Hessian's diagonal at zero weights, so that all directions start equally steep.
 
 One solver serves every C: mean and axes are found once, and each fit starts from a neighbour's. It ends where no entry
-of the gradient, per sample and in those coordinates, exceeds the tolerance: unlike scikit-learn's, which is taken in the
-coordinates of the features, this says the same of features of any size.
+of the gradient, per sample and in those coordinates, exceeds the tolerance: unlike scikit-learn's, which is taken in
+the coordinates of the features, this says the same of features of any size.
 
 N samples, D width, K classes.
 """

@@ -1,7 +1,8 @@
 """The tasks that the papers report, by suite: FLAVA's 35 (22 vision, 8 language, 5 multimodal), ALBEF's and UniT's.
 
-A task says which of its figures stand in which published table, and where ours come from: vision data sets and zero-shot
-retrieval are measured by the suite itself, what takes fine-tuning is read from the results of `trivium finetune`.
+A task says which of its figures stand in which published table, and where ours come from: vision data sets and
+zero-shot retrieval are measured by the suite itself, what takes fine-tuning is read from the results of
+`trivium finetune`.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ ALBEF = (
     _retrieval("Flickr30K retrieval"),
     PaperTask(
         "Flickr30K retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
-        expected=captions.BY_NAME["Flickr30K retrieval"].expected, owners=captions.BY_NAME["Flickr30K retrieval"].owners,
+        expected=captions.BY_NAME["Flickr30K retrieval"].expected,
+        owners=captions.BY_NAME["Flickr30K retrieval"].owners,
     ),
     PaperTask(
         "COCO retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
@@ -139,7 +141,8 @@ ALBEF = (
     ),
     PaperTask(
         "SNLI-VE", "multimodal", "fine-tuning", "fine-tune",
-        (Figure("accuracy", "dev.accuracy", splits=("val", "dev")), Figure("accuracy", "test.accuracy", splits=("test",))),
+        (Figure("accuracy", "dev.accuracy", splits=("val", "dev")),
+         Figure("accuracy", "test.accuracy", splits=("test",))),
         "SNLI-VE", "snli_ve", *ENTAILMENT,
     ),
     PaperTask(

@@ -212,7 +212,7 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
 
 
 def _retrieval(data: Captioned, encoder: ModelEncoder, store: Path, say: Callable[[str], None]) -> Measured:
-    """Recalls by cosine, with five captions to a picture: TR finds the text for a picture, IR the picture for a text."""
+    """Recalls by cosine, five captions to a picture: TR finds the text for a picture, IR the picture for a text."""
     found = Measured(notes=[f"{data.splits}: {len(data):,} pictures", *data.notes])
     images = features(encoder, data.pictures, store, say)
     if images.bad:
@@ -270,6 +270,5 @@ def _kept(task: PaperTask, folder: Path) -> TaskRun | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     figures = {name: replace(result, outcomes=units.get(name)) for name, result in read.items()}
-    return TaskRun(
-        task, "kept", {name: result for name, result in figures.items() if not name.startswith("seconds.")}, notes, seconds
-    )  # fmt: skip
+    own = {name: result for name, result in figures.items() if not name.startswith("seconds.")}
+    return TaskRun(task, "kept", own, notes, seconds)

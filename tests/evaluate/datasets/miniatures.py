@@ -79,7 +79,7 @@ def imagenet(root: Path, flat: bool = False) -> None:
     kinds = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "f8")]
     # The devkit numbers its classes in an order of its own; higher synsets follow.
     entries = [(1, "n01484850", "great white shark, white shark", "a", 0), (2, "n01440764", "tench", "b", 0),
-               (3, "n01443537", "goldfish, Carassius auratus", "c", 0), (1001, "n01429349", "bird", "d", 2)]  # fmt: skip
+               (3, "n01443537", "goldfish, Carassius", "c", 0), (1001, "n01429349", "bird", "d", 2)]  # fmt: skip
     savemat(devkit / "meta.mat", {"synsets": np.array(entries, dtype=kinds).reshape(-1, 1)})
     number = {0: 2, 1: 3, 2: 1}
     for place, label in enumerate(labels_of("test", 3), start=1):

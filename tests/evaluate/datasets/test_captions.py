@@ -109,14 +109,14 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     flickr(tmp_path, "albef")
     table = tmp_path / "flickr30k" / "flickr30k_test.json"
     table.write_text("[")
-    with pytest.raises(TriviumError, match="flickr30k_test.json is no list of captions"):
+    with pytest.raises(TriviumError, match=r"flickr30k_test.json is no list of captions"):
         find_captions(FLICKR, tmp_path)
     table.write_text(json.dumps([{"image": "elsewhere/9.jpg", "caption": ["a"]}]))
-    with pytest.raises(TriviumError, match="names elsewhere/9.jpg, which is not below"):
+    with pytest.raises(TriviumError, match=r"names elsewhere/9.jpg, which is not below"):
         find_captions(FLICKR, tmp_path)
     table.write_text("[]")
     with pytest.raises(TriviumError, match="holds no picture of the test split"):
         find_captions(FLICKR, tmp_path)
     table.write_text(json.dumps([{"image": "1000.jpg", "caption": []}]))
-    with pytest.raises(TriviumError, match="1000.jpg has no caption"):
+    with pytest.raises(TriviumError, match=r"1000.jpg has no caption"):
         find_captions(FLICKR, tmp_path)

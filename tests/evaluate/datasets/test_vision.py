@@ -187,11 +187,11 @@ def test_a_users_own_names_and_templates_come_first(tmp_path: Path) -> None:
     data = opened("CIFAR10", tmp_path)
     assert data.prompts == ("plane", "car", "bird") and data.templates == ("a blurry {}",)
     (folder / "classnames.txt").write_text("plane\ncar\n")
-    with pytest.raises(TriviumError, match="CIFAR10: classnames.txt has 2 lines for 3 classes"):
+    with pytest.raises(TriviumError, match=r"CIFAR10: classnames.txt has 2 lines for 3 classes"):
         find(BY_NAME["CIFAR10"], tmp_path)
     (folder / "classnames.txt").unlink()
     (folder / "zeroshot_classification_templates.txt").write_text("a blurry thing\n")
-    with pytest.raises(TriviumError, match="has no {c} where the class is to stand"):
+    with pytest.raises(TriviumError, match=r"has no {c} where the class is to stand"):
         find(BY_NAME["CIFAR10"], tmp_path)
 
 

@@ -54,8 +54,8 @@ def _checked(layout: Layout, data: DataSet) -> DataSet:
     notes = list(data.notes)
     if data.prompts and len(data.prompts) != len(data.classes):
         raise TriviumError(
-            f"{layout.name}: {copies.CLASS_NAMES} has {len(data.prompts)} lines for {len(data.classes)} classes: one line"
-            " a class, in the order of the labels"
+            f"{layout.name}: {copies.CLASS_NAMES} has {len(data.prompts)} lines for {len(data.classes)} classes: one"
+            " line a class, in the order of the labels"
         )
     for name, split in (("training", data.train), ("validation", data.validation), ("test", data.test)):
         if split is None:

@@ -119,7 +119,7 @@ def stl10(folder: Path) -> DataSet:
 
 
 def fer2013(folder: Path) -> DataSet:
-    """fer2013/: fer2013.csv or icml_face_data.csv with a column Usage, or folders train/<emotion>/ and test/<emotion>/."""
+    """fer2013/: fer2013.csv or icml_face_data.csv with a column Usage, or train/<emotion>/ and test/<emotion>/."""
     table = next((folder / name for name in ("fer2013.csv", "icml_face_data.csv") if (folder / name).exists()), None)
     if table is not None:
         return _fer_table(table)
@@ -177,7 +177,7 @@ def pcam(folder: Path) -> DataSet:
         import h5py
     except ImportError:
         raise TriviumError(
-            f"{folder}: PatchCamelyon is stored as HDF5, which h5py reads: install it with pip install 'trivium[vision]'"
+            f"{folder}: PatchCamelyon is stored as HDF5, which h5py reads: pip install 'trivium[vision]'"
         ) from None
 
     def split(name: str) -> Split:

@@ -1,7 +1,7 @@
 """Captioned pictures for retrieval: Flickr30K and COCO, test part of Karpathy's splits (Karpathy and Fei-Fei 2015).
 
-Five captions to a picture. A few pictures of COCO have six or seven: the first five are kept, as in the published scores
-(25,000 captions of 5,000 pictures, where the file has 25,010).
+Five captions to a picture. A few pictures of COCO have six or seven: the first five are kept, as in the published
+scores (25,000 captions of 5,000 pictures, where the file has 25,010).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Data sets with a folder for each class: ImageNet, Caltech-101, EuroSAT, rendered SST-2, Country211, SUN397, UCF101, DTD.
+"""Data sets with a folder a class: ImageNet, Caltech-101, EuroSAT, rendered SST-2, Country211, SUN397, UCF101, DTD.
 
 Where the owners draw no split, a fixed one is drawn here and `splits` says which.
 """

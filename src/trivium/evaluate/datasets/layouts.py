@@ -141,7 +141,7 @@ VISION = (
     ),
     Layout(
         "SUN397", 397, 19_850, 19_850, folders.sun397, ("SUN397", "sun397/SUN397"), ("ClassName.txt",),
-        "SUN397/<letter>/<class>[/<sub>]/*.jpg, SUN397/ClassName.txt, and Training_01.txt, Testing_01.txt of Partitions",
+        "SUN397/<letter>/<class>[/<sub>]/*.jpg, SUN397/{ClassName,Training_01,Testing_01}.txt",
         "https://vision.princeton.edu/projects/2010/SUN/", ("sun397",),
         not_rebuilt="which of the partitions was scored",
     ),

@@ -1,4 +1,4 @@
-"""Data sets with tables of their own that name pictures and classes: Food-101, Cars, Aircraft, Pets, Flowers, GTSRB, KITTI, CLEVR.
+"""Data sets with tables of their own: Food-101, Cars, Aircraft, Pets, Flowers, GTSRB, KITTI, CLEVR.
 
 Easy to get wrong: labels of Cars, Pets and Flowers start at 1; the classes of KITTI stand in no file but follow from
 the nearest vehicle; CLEVR's test set has no labels, so its validation set is the test.
@@ -93,7 +93,7 @@ def aircraft(folder: Path) -> DataSet:
 
 
 def pets(folder: Path) -> DataSet:
-    """oxford-iiit-pet/images/, annotations/{trainval,test}.txt: picture, class from 1, species, breed of the species."""
+    """oxford-iiit-pet/images/, annotations/{trainval,test}.txt: picture, class from 1, species, breed."""
     tables = [folder / "annotations" / f"{name}.txt" for name in ("trainval", "test")]
     named: dict[int, str] = {}  # the name of a class stands in those of its pictures: Great_Pyrenees_12
     splits = []
@@ -172,8 +172,8 @@ def kitti(folder: Path) -> DataSet:
     return DataSet(
         KITTI_CLASSES, whole[np.flatnonzero(~test)], whole[np.flatnonzero(test)], tables=tuple(tables),
         prompts=KITTI_PROMPTS,
-        splits="a fifth of the labelled pictures for the test, drawn with seed 0: the published score rests on a draw of"
-        " the same size without a seed, which cannot be made again",
+        splits="a fifth of the labelled pictures for the test, drawn with seed 0: the published score rests on a draw"
+        " of the same size without a seed, which cannot be made again",
     )  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def _distance_class(table: Path) -> int:
 
 
 def clevr(folder: Path) -> DataSet:
-    """clevr/CLEVR_v1.0/: images/{train,val}/, scenes/CLEVR_{train,val}_scenes.json. The class is the number of objects."""
+    """clevr/CLEVR_v1.0/: images/{train,val}/, scenes/CLEVR_{train,val}_scenes.json. The class counts the objects."""
     tables, splits = [], []
     for name in ("train", "val"):
         table = folder / "scenes" / f"CLEVR_{name}_scenes.json"
