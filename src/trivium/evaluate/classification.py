@@ -68,12 +68,14 @@ def classification(
     for part in parts:
         found.notes += part.complaints
     found.notes += leakage(whole, test)
+    device = torch.device("cpu") if bundle is None else bundle.device
     say("linear probe")
-    predicted_N, note = _probe(fitted, checked, whole, test)
+    predicted_N, note = _probe(fitted, checked, whole, test, device)
     found.notes.append(note)
     found.results |= accuracies("linear_probe", predicted_N, test)
     say("nearest neighbours")
-    predicted_N = knn.predict(test.rows, whole.rows, torch.from_numpy(whole.labels_N)).numpy()
+    gallery_labels_N = torch.from_numpy(whole.labels_N).to(device)
+    predicted_N = knn.predict(test.rows.to(device), whole.rows.to(device), gallery_labels_N).cpu().numpy()
     found.results |= accuracies("knn", predicted_N, test)
     if bundle is not None and "projected" in test.features.readings:
         if data.prompts:
@@ -145,16 +147,16 @@ class Part:
         )  # fmt: skip
 
 
-def _probe(fitted: Part, checked: Part, whole: Part, test: Part) -> tuple[np.ndarray, str]:
+def _probe(fitted: Part, checked: Part, whole: Part, test: Part, device: torch.device) -> tuple[np.ndarray, str]:
     """The answers on the test split, and a sentence on the fit."""
     if len(checked):
-        solver = linear_probe.Solver(fitted.rows, torch.from_numpy(fitted.labels_N))
+        solver = linear_probe.Solver(fitted.rows, torch.from_numpy(fitted.labels_N), device)
         chosen = linear_probe.search(solver, checked.rows, torch.from_numpy(checked.labels_N))
         right = float((chosen.predict(checked.rows).cpu().numpy() == checked.labels_N).mean())
         c, of = chosen.c, f"chosen by {100 * right:.1f} % on {len(checked):,} pictures of the {_where(fitted, checked)}"
     else:
         chosen, c, of = None, 1.0, "since no class has enough pictures to choose it by"
-    solver = linear_probe.Solver(whole.rows, torch.from_numpy(whole.labels_N))
+    solver = linear_probe.Solver(whole.rows, torch.from_numpy(whole.labels_N), device)
     probe = solver.solve(c, chosen)
     ended = f"{probe.iterations} iterations" if probe.converged else f"stopped after {probe.iterations} iterations"
     note = f"linear probe: C = {c:.3g}, {of}; fitted on {len(whole):,} pictures, {ended}"

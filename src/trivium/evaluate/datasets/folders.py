@@ -132,9 +132,7 @@ def _three_folders(folder: Path, prompts: dict[str, str]) -> DataSet:
 # --------------------------------------------------------------- folders, and lists that say which are for what
 
 
-def listed(
-    folder: Path, lines: Sequence[str], place: dict[str, int], where: Path, suffixes: Sequence[str] = ("",)
-) -> Split:
+def listed(folder: Path, lines: Sequence[str], place: dict[str, int], where: Path) -> Split:
     """The pictures that a list names by their paths below `folder`, whose class is the path without the file."""
     names, labels = [], []
     for number, line in enumerate(lines, start=1):
@@ -144,10 +142,7 @@ def listed(
             raise TriviumError(
                 f"{where} (line {number}): {path.parent} is no class of the data set; fetch the list again"
             )
-        found = (
-            next((s for s in suffixes if (folder / path).with_suffix(s).exists()), None) if suffixes != ("",) else ""
-        )
-        names.append((path if not found else path.with_suffix(found)).as_posix())
+        names.append(path.as_posix())
         labels.append(label)
     if not names:
         raise TriviumError(f"{where} names no picture: fetch it again")
@@ -218,14 +213,20 @@ def ucf101(folder: Path) -> DataSet:
                 raise TriviumError(
                     f"{table} (line {number}): {name} has another number in classInd.txt; fetch both again"
                 )
-        split = listed(folder, [words[0] for words in lines], place, table, suffixes=(".jpg", ".png"))
-        if not any((folder / name).suffix != ".avi" for name in split.pictures.names):  # type: ignore[attr-defined]
+        frames = [_frame(folder, words[0]) for words in lines]
+        if not any((folder / frame).exists() for frame in frames):
             raise TriviumError(
                 f"{folder} holds videos alone: extract the middle frame of each beside it, as"
                 " ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.jpg"
             )
-        splits.append(split)
+        splits.append(listed(folder, frames, place, table))
     return DataSet(
         classes, *splits, tables=(lists / "classInd.txt", *tables), prompts=in_words(classes),
         splits="the official split 1 of 3, the middle frame of each video",
     )  # fmt: skip
+
+
+def _frame(folder: Path, video: str) -> str:
+    """The picture that stands for a video."""
+    is_png = (folder / video).with_suffix(".png").exists()
+    return Path(video).with_suffix(".png" if is_png else ".jpg").as_posix()
