@@ -98,6 +98,17 @@ def test_shifted_and_scaled_features_are_fitted_as_well() -> None:
     assert small.objective == pytest.approx(1e6 * plain.objective, rel=1e-3)
 
 
+def test_a_start_from_samples_with_other_classes_ends_at_the_same_place() -> None:
+    features, labels = (torch.from_numpy(part) for part in data("synthetic"))
+    some = (labels != 2) & (labels != 4)
+    start = linear_probe.fit(features[some], labels[some], 0.1)
+    assert start.classes_K.tolist() == [0, 1, 3, 5]
+    solver = linear_probe.Solver(features, labels)
+    assert solver.solve(0.1, start).objective == pytest.approx(solver.solve(0.1).objective, rel=1e-6)
+    fewer = linear_probe.Solver(features[some], labels[some])
+    assert fewer.solve(0.1, solver.solve(0.1)).objective == pytest.approx(start.objective, rel=1e-6)
+
+
 def split() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     features, labels = (torch.from_numpy(part) for part in data("synthetic"))
     return features[:300], labels[:300], features[300:], labels[300:]

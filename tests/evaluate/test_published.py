@@ -88,3 +88,8 @@ def test_recalled_numbers_are_told_from_those_that_were_read() -> None:
     confidence = {cell.confidence for cell in unit.cells.values()}
     assert "recalled" in confidence
     assert all(cell.printed for c in columns(SUITES["albef"]) for cell in c.cells.values())
+
+
+def test_columns_stand_as_in_their_table() -> None:
+    table = [c.setting for c in columns(FLAVA) if c.source == "FLAVA paper, Table 4"]
+    assert table == [setting for _, setting, _, _ in TABLE_4]

@@ -142,7 +142,7 @@ class Solver:
         self.variances_D = variances_D.clamp(min=0)
 
     def solve(self, c: float, start: Probe | None = None) -> Probe:
-        """The fit at this C. start: of another C, whose weights it begins with."""
+        """The fit at this C. start: of another C or of other samples, whose weights it begins with."""
         N, D = self.features_ND.shape
         K = len(self.classes_K)
         curvature = max((K - 1) / K**2, 1e-6)  # of the cross-entropy in one logit, all classes equally probable
@@ -151,8 +151,11 @@ class Solver:
 
         parameters = self.mean_D.new_zeros(K, D + 1)
         if start is not None:
-            parameters[:, :D] = start.weight_KD @ self.axes_DD / scale_D
-            parameters[:, D] = (start.bias_K + start.weight_KD @ self.mean_D) / bias_scale
+            known_K = torch.isin(self.classes_K, start.classes_K)  # other samples may have other classes
+            rows = torch.searchsorted(start.classes_K, self.classes_K[known_K])
+            weight_KD = start.weight_KD[rows]
+            parameters[known_K, :D] = weight_KD @ self.axes_DD / scale_D
+            parameters[known_K, D] = (start.bias_K[rows] + weight_KD @ self.mean_D) / bias_scale
         parameters.requires_grad_()
 
         def loss_per_sample() -> Tensor:

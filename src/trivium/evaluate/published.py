@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,13 @@ def columns(tasks: Sequence[PaperTask]) -> list[Column]:
         for (system, setting), cells in found.items()
     ]
     order = {source: place for place, source in enumerate(dict.fromkeys(row["source"] for row in rows()))}
-    return sorted(made, key=lambda column: order[column.source])
+    return sorted(made, key=lambda column: (order[column.source], _place_in_table(column.setting)))
+
+
+def _place_in_table(setting: str) -> int:
+    """The number of its column or row, where the setting states it."""
+    stated = re.search(r"\b(?:col|row) (\d+)\)", setting)
+    return int(stated[1]) if stated else 0
 
 
 def _cells(task: PaperTask, figure: Figure) -> dict[tuple[str, str], Cell]:

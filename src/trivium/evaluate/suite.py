@@ -206,7 +206,7 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
         return TaskRun(
             task, "not fine-tuned", missing=Missing(task.expected, task.owners),
             notes=[f"fine-tune it with `trivium finetune {task.verb} --init MODEL --data DIR`, then name the run with"
-                   " --finetuned"],
+                   " --fine-tuned"],
         )  # fmt: skip
     return TaskRun(task, "not fine-tuned", missing=Missing(task.expected, task.owners))
 

@@ -141,7 +141,7 @@ def headline(run: SuiteRun, own: Averages) -> list[str]:
     counts = {domain: [each for each in run.tasks if each.task.domain == domain] for domain in DOMAINS}
     sentences = []
     done = sum(each.state in HAS_FIGURES for each in run.tasks)
-    sentences.append(f"{done} of {len(run.tasks)} tasks have figures.")
+    sentences.append(f"Figures of {done} of {len(run.tasks)} tasks.")
     for domain, tasks in counts.items():
         if not tasks:
             continue
