@@ -130,9 +130,10 @@ def fer2013(folder: Path) -> DataSet:
         found, names, labels = in_classes(folder / name)
         splits.append(Split(PictureFiles(folder / name, names), labels))
         classes.append(found)
-    same_classes(*classes, folder)
+    same_classes(classes[0], classes[1], folder)
+    train, test = splits
     return DataSet(
-        classes[0], *splits, prompts=tuple(map(_face, classes[0])),
+        classes[0], train, test, prompts=tuple(map(_face, classes[0])),
         splits="train against test, which is the public and the private test set together",
     )  # fmt: skip
 

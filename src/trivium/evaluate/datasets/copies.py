@@ -42,7 +42,8 @@ def webdataset(folder: Path) -> DataSet:
 
 
 def _shards(folder: Path) -> Split:
-    shards = TarShards(sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name)), "images")
+    tars = sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))
+    shards = TarShards(tars, "images")
     labels = [shards.label(row) for row in range(len(shards))]
     if None in labels:
         file, key = shards.where(labels.index(None))

@@ -220,8 +220,9 @@ def ucf101(folder: Path) -> DataSet:
                 " ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.jpg"
             )
         splits.append(listed(folder, frames, place, table))
+    train, test = splits
     return DataSet(
-        classes, *splits, tables=(lists / "classInd.txt", *tables), prompts=in_words(classes),
+        classes, train, test, tables=(lists / "classInd.txt", *tables), prompts=in_words(classes),
         splits="the official split 1 of 3, the middle frame of each video",
     )  # fmt: skip
 

@@ -56,7 +56,8 @@ def food101(folder: Path) -> DataSet:
     for table, of_class in zip(tables, content, strict=True):
         lines = [f"{name}.jpg" for names in of_class.values() for name in names]
         splits.append(listed(folder / "images", lines, place, table))
-    return DataSet(classes, *splits, tables=tuple(tables), prompts=in_words(classes))
+    train, test = splits
+    return DataSet(classes, train, test, tables=tuple(tables), prompts=in_words(classes))
 
 
 def cars(folder: Path) -> DataSet:
@@ -71,7 +72,8 @@ def cars(folder: Path) -> DataSet:
             raise TriviumError(f"{table} holds no classes: fetch cars_test_annos_withlabels.mat, which does")
         labels = np.array([int(entry["class"]) - 1 for entry in entries], dtype=np.int64)
         splits.append(Split(PictureFiles(folder / inside, [str(entry["fname"]) for entry in entries]), labels))
-    return DataSet(classes, *splits, tables=(meta, *tables), prompts=classes)
+    train, test = splits
+    return DataSet(classes, train, test, tables=(meta, *tables), prompts=classes)
 
 
 def aircraft(folder: Path) -> DataSet:
@@ -116,7 +118,8 @@ def pets(folder: Path) -> DataSet:
             f"{tables[0]} and {tables[1].name} leave out a class below {max(named) + 1}: fetch them again"
         )
     classes = tuple(named[label] for label in range(len(named)))
-    return DataSet(classes, *splits, tables=tuple(tables), prompts=in_words(classes))
+    train, test = splits
+    return DataSet(classes, train, test, tables=tuple(tables), prompts=in_words(classes))
 
 
 def flowers102(folder: Path) -> DataSet:
@@ -204,8 +207,9 @@ def clevr(folder: Path) -> DataSet:
         labels = np.array([count - CLEVR_COUNTS[0] for _, count in scenes], dtype=np.int64)
         splits.append(Split(PictureFiles(folder / "images" / name, [scene for scene, _ in scenes]), labels))
         tables.append(table)
+    train, test = splits
     return DataSet(
-        tuple(map(str, CLEVR_COUNTS)), *splits, tables=tuple(tables),
+        tuple(map(str, CLEVR_COUNTS)), train, test, tables=tuple(tables),
         prompts=tuple(f"{count} objects" for count in CLEVR_COUNTS),
         splits="train against val, since the test set has no labels",
     )  # fmt: skip

@@ -5,6 +5,7 @@ N pictures, H height, W width, C channels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -258,7 +259,9 @@ def in_classes(folder: Path) -> tuple[tuple[str, ...], list[str], np.ndarray]:
 
     Raises TriviumError where there is none.
     """
-    names, labels, classes = [], [], []
+    names: list[str] = []
+    labels: list[int] = []
+    classes: list[str] = []
     for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         found = sorted(path for path in inside.rglob("*") if path.suffix.lower() in SUFFIXES)
         if found:
@@ -303,6 +306,5 @@ def parquet_split(files: Sequence[Path], image: str, label: str) -> Split:
 
 def in_words(names: Iterable[str]) -> tuple[str, ...]:
     """Names of folders as words: "AnnualCrop" and "apple_pie" become "annual crop" and "apple pie"."""
-    spaced = ("".join(f" {c}" if c.isupper() and not before.isupper() else c for before, c in zip(" " + name, name,
-              strict=False)) for name in names)  # fmt: skip
-    return tuple(" ".join(name.replace("_", " ").replace("/", " ").split()).lower() for name in spaced)
+    parted = (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name) for name in names)
+    return tuple(" ".join(re.split(r"[_/\s]+", name)).strip().lower() for name in parted)
