@@ -30,14 +30,17 @@ from trivium.data.decode import DecodeError, decode
 from trivium.data.shards import TarShards
 from trivium.data.sources import open_source
 from trivium.data.tokenizer import Tokenizer
+from trivium.data.unpickling import read_pickle
 from trivium.data.views import Views
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import results
+from trivium.evaluate.datasets import arrays, captions, lists
 from trivium.load import load_bert, load_image_tokenizer
 from trivium.search.table import Table
 from trivium.train import config
 from trivium.train.trainer import train
 
+COCO = captions.BY_NAME["COCO retrieval"]
 REFUSALS = (TriviumError, BadSample, DecodeError)
 
 
@@ -108,6 +111,10 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "an index of a folder": ("index.parquet", Table.read),
     "a tokenizer": ("tokenizer.json", Tokenizer.from_file),
     "results": ("results.json", results.read),
+    "a batch of CIFAR": ("test_batch", read_pickle),
+    "MNIST": ("train-images-idx3-ubyte", lambda path: arrays.mnist(path.parent)),
+    "a .mat file": ("imagelabels.mat", lambda path: lists.flowers102(path.parent)),
+    "captions of COCO": ("dataset_coco.json", lambda path: captions.find_captions(COCO, path.parent)),
     "a config": ("config.json", config.load),
     "JSON of others": ("config.json", read_json),
     **{

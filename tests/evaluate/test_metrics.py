@@ -192,3 +192,11 @@ def test_labels_are_those_at_masked_positions_of_true_pairs() -> None:
     assert {name: labels.tolist() for name, labels in found.items()} == {
         "mmm_image": [7], "mmm_text": [2, 3], "mim": [7, 9, 10], "mlm": [2, 3, 4, 2, 3, 4],
     }  # fmt: skip
+
+
+def test_a_class_goes_where_the_template_says_and_other_braces_stay() -> None:
+    """The copies of data sets write {c}; ours write {}."""
+    assert zero_shot.prompts("cat", ("a photo of a {c}.", "{} {x}")) == ["a photo of a cat.", "cat {x}"]
+    asked: list[str] = []
+    zero_shot.class_vectors(["cat", "dog"], lambda texts: (asked.extend(texts), torch.eye(2))[1], ("a {c}",))
+    assert asked == ["a cat", "a dog"]

@@ -20,10 +20,18 @@ def evaluate(
     pairs: Annotated[tuple[str, ...], arg(metavar="PATH ...")] = (),
     image_column: Annotated[str | None, arg(metavar="NAME")] = None,
     text_column: Annotated[str | None, arg(metavar="NAME")] = None,
+    suite: Annotated[str | None, arg(metavar="flava35|albef|unit|vision|language|multimodal")] = None,
+    task: Annotated[tuple[str, ...], arg(metavar="TASK ...")] = (),
+    root: Annotated[Path | None, arg(name="data.root", metavar="DIR")] = None,
+    fine_tuned: Annotated[tuple[Path, ...], arg(metavar="RUN ...")] = (),
+    rows: Annotated[int | None, arg(metavar="N")] = None,
     out: Path | None = None,
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto",
 ) -> int:
     """Measure a model and write results.json and report.html.
+
+    With --suite or --task: on the papers' tasks, as far as their data lies below --data.root; what is not there is
+    listed with its layout and its owners. What is done is kept, so that the same call goes on where it stopped.
 
     Args:
         path: a run folder (its newest sound checkpoint), a model folder, or a checkpoint of another library.
@@ -31,14 +39,29 @@ def evaluate(
             them the model is measured on the embedded drawings, and a run on its own validation samples.
         image_column: of --pairs in tables, where it has an unusual name.
         text_column: likewise.
-        out: the folder to write into; by default the run folder, with --pairs the folder "evaluation" in it, and for
-            a model that is no run the folder "evaluation" here.
+        suite: the tasks of a paper, or of one kind.
+        task: tasks by their name in the papers, such as CIFAR10 or "COCO retrieval"; of --suite, or of all suites.
+        root: the folder that holds the data sets, each in its official layout or in a copy of it.
+        fine_tuned: runs of trivium finetune, whose results stand for the tasks that take fine-tuning.
+        rows: at most so many pictures of each split of --suite and --task, for a first look.
+        out: the folder to write into; by default the run folder, with --pairs the folder "evaluation" in it, with a
+            suite "evaluation-SUITE", and for a model that is no run these folders here.
         device: cpu, cuda, or auto for the fastest there is.
     """
     begun = time.perf_counter()
     if not is_id(path) and not path.exists():
         raise TriviumError(f"{path}: there is no such file or folder; give a run, a model folder or a checkpoint")
     is_run = (path / "checkpoints").is_dir()
+    if suite is not None or task:
+        from trivium.cli.evaluate_suite import evaluate_suite
+
+        if pairs:
+            raise TriviumError("--pairs and --suite are two evaluations: call trivium evaluate for each")
+        out = out or (path if is_run else Path()) / f"evaluation-{suite or 'tasks'}"
+        return evaluate_suite(path, suite, task, root, fine_tuned, rows, out, device, begun)
+    given = [name for name, value in (("data.root", root), ("fine-tuned", fine_tuned), ("rows", rows)) if value]
+    if given:
+        raise TriviumError(f"--{given[0]} is of the papers' tasks: name them with --suite or --task")
     own = is_run and not pairs  # what a run measures of itself: its results.json is made anew
     out = out or (path if own else path / "evaluation" if is_run else Path("evaluation"))
     if out.exists() and not out.is_dir():

@@ -22,7 +22,7 @@ try:
 except ImportError:  # Pillow stands in: the same pixels, more slowly
     simplejpeg = None
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ORIENTATION = 0x0112  # the EXIF tag of the rotation; 1 = upright
 
 # `warnings.catch_warnings` changes the whole process, so one thread at a time; never held across a fork.
@@ -39,7 +39,7 @@ class DecodeError(ValueError):
 def decode(data: bytes, *, max_pixels: int = 64_000_000, min_side: int | None = None) -> np.ndarray:
     """The first picture in `data`: uint8 [H, W, 3] RGB, upright, on white where it is transparent.
 
-    Takes PNG, JPEG, WebP, GIF, BMP and TIFF; grey, palette, alpha, CMYK, and 16 bits a channel. Raises DecodeError.
+    Takes PNG, JPEG, WebP, GIF, BMP, TIFF and PPM; grey, palette, alpha, CMYK, 16 bits a channel. Raises DecodeError.
 
     Args:
         max_pixels: H * W as stored, checked against the header, before any pixel is decoded.

@@ -26,6 +26,7 @@ COLOURS = 4.0  # of 255
 SIDE = 32  # pixels; the DCT is taken of a luma of this side
 FIELDS = 8  # on a side; their mean colours are compared
 BITS = 64
+AT_ONCE = 2_000_000  # pairs that are compared
 _u, _v = np.indices((SIDE, SIDE))
 LOWEST = np.lexsort((_u.ravel(), (_u + _v).ravel()))[
     1 : BITS + 1
@@ -65,10 +66,7 @@ def close_pairs(hashes_N: np.ndarray, distance: int) -> np.ndarray:
     """
     assert 0 <= distance < BITS - 2
     edges = np.linspace(0, BITS, distance + 3).astype(np.uint64)
-    bands = [
-        (hashes_N >> low) & ((np.uint64(1) << (high - low)) - np.uint64(1))
-        for low, high in zip(edges, edges[1:], strict=False)
-    ]
+    bands = [_band(hashes_N, edges, number) for number in range(distance + 2)]
     found = [np.empty((0, 2), np.int64)]
     for first, second in combinations(bands, 2):
         key = (first << np.uint64(32)) | second
@@ -86,13 +84,60 @@ def close_pairs(hashes_N: np.ndarray, distance: int) -> np.ndarray:
 
 def near_pairs(pictures: Sequence[Fingerprint]) -> np.ndarray:
     """The rows of every two pictures that look the same, equal ones too: int64 [P, 2], smaller row first."""
-    pairs = close_pairs(np.array([picture.hash for picture in pictures], dtype=np.uint64), DISTANCE)
-    colours = np.frombuffer(b"".join(picture.colours for picture in pictures), np.uint8).reshape(-1, FIELDS**2 * 3)
+    hashes_N, colours_NC = arrays(pictures)
+    pairs = close_pairs(hashes_N, DISTANCE)
+    return pairs[_alike(colours_NC, colours_NC, pairs)]
+
+
+def arrays(pictures: Sequence[Fingerprint]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes uint64 [N] and colours uint8 [N, 192] of fingerprints."""
+    hashes_N = np.array([picture.hash for picture in pictures], dtype=np.uint64)
+    colours = np.frombuffer(b"".join(picture.colours for picture in pictures), np.uint8)
+    return hashes_N, colours.reshape(-1, FIELDS**2 * 3)
+
+
+def near_across(
+    hashes_N: np.ndarray, colours_NC: np.ndarray, others_M: np.ndarray, other_colours_MC: np.ndarray
+) -> np.ndarray:
+    """Rows of one set beside rows of another that look the same: int64 [P, 2], at most one pair for each of the M.
+
+    What looks alike inside one set is not looked at: simple drawings do by the million. Of several near rows of the
+    first set, any one is given.
+    """
+    edges = np.linspace(0, BITS, DISTANCE + 3).astype(np.uint64)
+    near_M = np.full(len(others_M), -1, dtype=np.int64)
+    for one, other in combinations(range(DISTANCE + 2), 2):
+        left = np.flatnonzero(near_M < 0)
+        key_N, key_M = (
+            (_band(hashes, edges, one) << np.uint64(32)) | _band(hashes, edges, other)
+            for hashes in (hashes_N, others_M[left])
+        )
+        order = np.argsort(key_N, kind="stable")
+        begin = np.searchsorted(key_N[order], key_M, side="left")
+        count = np.searchsorted(key_N[order], key_M, side="right") - begin
+        for first in np.split(np.arange(len(left)), np.flatnonzero(np.diff(count.cumsum() // AT_ONCE)) + 1):
+            row_M = np.repeat(first, count[first])
+            place = np.arange(len(row_M)) - np.repeat(count[first].cumsum() - count[first], count[first])
+            pairs = np.stack([order[begin[row_M] + place], left[row_M]], axis=1)
+            pairs = pairs[_bits_apart(hashes_N[pairs[:, 0]], others_M[pairs[:, 1]]) <= DISTANCE]
+            pairs = pairs[_alike(colours_NC, other_colours_MC, pairs)]
+            near_M[pairs[:, 1]] = pairs[:, 0]
+    found = np.flatnonzero(near_M >= 0)
+    return np.stack([near_M[found], found], axis=1)
+
+
+def _band(hashes: np.ndarray, edges: np.ndarray, number: int) -> np.ndarray:
+    low, high = edges[number], edges[number + 1]
+    return (hashes >> low) & ((np.uint64(1) << (high - low)) - np.uint64(1))
+
+
+def _alike(colours_NC: np.ndarray, other_colours_MC: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Whether the fields of the two pictures of each pair have nearly the same colours: bool [P]."""
     apart = [
-        np.abs(colours[part[:, 0]].astype(np.int16) - colours[part[:, 1]]).mean(axis=1)
+        np.abs(colours_NC[part[:, 0]].astype(np.int16) - other_colours_MC[part[:, 1]]).mean(axis=1)
         for part in np.array_split(pairs, 1 + len(pairs) // 100_000)
     ]
-    return pairs[np.concatenate(apart) <= COLOURS]
+    return np.concatenate(apart) <= COLOURS
 
 
 def groups(pairs: np.ndarray, size: int) -> list[list[int]]:

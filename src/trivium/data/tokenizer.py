@@ -180,7 +180,11 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``, whole or not at all."""
         with file_beside(Path(path)) as beside:
-            beside.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+            beside.write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """What ``tokenizer.json`` holds."""
+        return self._tokenizer.to_str(pretty=True)
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Ids of each text as [CLS] … [SEP], at most `max_length` of them: a text is cut, its [SEP] is kept."""

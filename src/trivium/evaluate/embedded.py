@@ -250,7 +250,8 @@ def _probe(found: Evaluation, noto: Drawings, gallery: Drawings, validation: Dra
     for level in ("group", "subgroup"):
         _, (labels, gallery_labels, check_labels) = _labels(level, *(drawn.records for drawn in sets))
         known, usable, checked = labels >= 0, gallery_labels >= 0, check_labels >= 0
-        probe = linear_probe.sweep(rows[usable], gallery_labels[usable], checks[checked], check_labels[checked])
+        solver = linear_probe.Solver(rows[usable], gallery_labels[usable])
+        probe = linear_probe.sweep(solver, checks[checked], check_labels[checked])
         _accuracy(found, f"probe.{level}", probe.predict(queries[known]), labels[known], noto.names(known))
 
 

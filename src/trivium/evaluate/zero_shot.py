@@ -15,21 +15,26 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 TEMPLATES = ("{}", "a picture of {}", "a drawing of {}")
+OF_PHOTOGRAPHS = ("a photo of {}.", "a close-up photo of {}.", "a blurry photo of {}.", "{}")
 
 
 def prompts(class_name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """The prompts of a class. A name that lists several things ("food & drink") gives prompts for each of them."""
+    """The prompts of a class, whose name goes where a template has {} or {c}.
+
+    A name that lists several things ("food & drink") gives prompts for each of them."""
     parts = [part.strip() for part in re.split(r"[&/,]", class_name)]
-    return [template.format(part) for part in parts if part for template in templates]
+    return [template.replace("{c}", part).replace("{}", part) for part in parts if part for template in templates]
 
 
-def class_vectors(names: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
+def class_vectors(
+    names: Sequence[str], encode: Callable[[list[str]], Tensor], templates: Sequence[str] = TEMPLATES
+) -> Tensor:
     """One vector of unit length per class, [K, D].
 
     Args:
         encode: texts -> [number of texts, D], in the space that images and texts share. Called once for all prompts.
     """
-    of_class = [prompts(name) for name in names]
+    of_class = [prompts(name, templates) for name in names]
     vectors = normalize(encode([prompt for group in of_class for prompt in group]), dim=-1)
     means = [part.mean(dim=0) for part in vectors.split([len(group) for group in of_class])]
     return normalize(torch.stack(means), dim=-1)

@@ -1,0 +1,144 @@
+"""`trivium evaluate --suite`: a model on the tasks of a paper."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from trivium.errors import TriviumError
+from trivium.evaluate import results, suite, suite_report
+from trivium.evaluate.feature_store import cache_root
+from trivium.evaluate.paper_tasks import SUITES, PaperTask
+from trivium.evaluate.results import Results
+from trivium.evaluate.suite import HAS_FIGURES, SuiteRun
+from trivium.load import load
+from trivium.train import run_folder
+from trivium.train.precision import choose_device
+
+
+def evaluate_suite(
+    path: Path,
+    name: str | None,
+    chosen: Sequence[str],
+    root: Path | None,
+    fine_tuned: Sequence[Path],
+    rows: int | None,
+    out: Path,
+    device: str,
+    begun: float,
+) -> int:
+    """Measure a model on tasks and write the report.
+
+    Returns:
+        The exit code: 0; 2 where some data is there and cannot be read, 1 where a task failed by a mistake of ours; the
+        other tasks are measured and reported all the same.
+    """
+    tasks = tasks_of(name, chosen)
+    if rows is not None and rows < 1:
+        raise TriviumError(f"--rows {rows}: it must be at least 1")
+    if root is not None and not root.is_dir():
+        raise TriviumError(f"--data.root {root}: there is no such folder")
+    if out.exists() and not out.is_dir():
+        raise TriviumError(f"{out} is a file: name a folder with --out")
+    tuned = read_fine_tuned(fine_tuned)
+    bundle = load(path, choose_device(device))
+
+    def say(sentence: str) -> None:
+        print(sentence, file=sys.stderr)
+
+    run = suite.run(tasks, bundle, root, cache_root(), fine_tuned=tuned, rows=rows, say=say)
+    if not any(each.state in HAS_FIGURES for each in run.tasks):
+        _list_absent(run)
+        if not any(each.state in ("damaged", "failed") for each in run.tasks):
+            where = "no --data.root is given" if root is None else f"none of it lies below {root}"
+            raise TriviumError(
+                f"there is nothing to measure: {where}, and --fine-tuned names no result for these tasks"
+            )
+    note = (
+        "" if rows is None else f"At most {rows:,} pictures of each split were used: these are not the papers' figures."
+    )
+    page = suite_report.write(
+        out,
+        suite_report.SuiteReport(
+            f"{name or 'Tasks'}: {path}",
+            run,
+            {"total": time.perf_counter() - begun},
+            shlex.join(["trivium", *sys.argv[1:]]),
+            run_folder.machine(),
+            note,
+        ),
+    )
+    _print(run)
+    print(f"report: {page}")
+    states = {each.state for each in run.tasks}
+    return 1 if "failed" in states else 2 if "damaged" in states else 0
+
+
+def tasks_of(name: str | None, chosen: Sequence[str]) -> list[PaperTask]:
+    """The tasks of a suite; or those of it, or of all suites, that are named. Raises TriviumError."""
+    if name is not None and name not in SUITES:
+        raise TriviumError(f"there is no suite {name}: there are {', '.join(SUITES)}")
+    suites = SUITES.values() if name is None else [SUITES[name]]
+    offered = list(dict.fromkeys(task for tasks in suites for task in tasks))
+    if not chosen:
+        return offered
+    names = {task.name.lower(): task.name for task in offered}
+    found = []
+    for word in chosen:
+        if word.lower() not in names:
+            near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.5)
+            hint = f"did you mean {names[near[0]]!r}?" if near else f"there are {', '.join(names.values())}"
+            raise TriviumError(f"there is no task {word!r}{'' if name is None else f' in {name}'}: {hint}")
+        matching = [task for task in offered if task.name == names[word.lower()]]
+        found += matching if name is not None else matching[:1]  # of all suites the first that has it, FLAVA's
+    return list(dict.fromkeys(found))
+
+
+def read_fine_tuned(folders: Sequence[Path]) -> Results:
+    """The results of runs of `trivium finetune`: of each folder itself, or of the run folders in it."""
+    found: Results = {}
+    for folder in folders:
+        files = (
+            [folder / "results.json"] if (folder / "results.json").is_file() else sorted(folder.glob("*/results.json"))
+        )
+        if not files:
+            raise TriviumError(
+                f"--fine-tuned {folder} holds no results.json: name a run of trivium finetune that is done"
+            )
+        for file in files:
+            found |= results.read(file)
+    return found
+
+
+def _list_absent(run: SuiteRun) -> None:
+    for each in run.tasks:
+        if each.missing is not None:
+            print(f"{each.task.name}: expected {each.missing.expected}; published at {each.missing.owners}")
+        for note in each.notes:
+            print(f"{each.task.name}: {note}")
+
+
+def _print(run: SuiteRun) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in ("task", "figure", "this model", "the paper's", "state"):
+        table.add_column(column, justify="left" if column in ("task", "figure", "state") else "right")
+    published = suite_report.papers_own(suite_report.columns([each.task for each in run.tasks]))
+    for each in run.tasks:
+        for place, figure in enumerate(each.task.figures):
+            ours = each.figure(figure)
+            cell = None if published is None else published.cells.get((each.task.key, place))
+            shown = f"{100 * ours.value:.2f}" if ours is not None else "–"
+            beside = cell.printed if cell is not None and not cell.is_recalled else "–"
+            table.add_row(*map(Text, (each.task.name, figure.metric, shown, beside, each.state)))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    _list_absent(SuiteRun([each for each in run.tasks if each.state not in HAS_FIGURES]))

@@ -1,0 +1,191 @@
+"""Captioned pictures for retrieval: Flickr30K and COCO, test part of Karpathy's splits (Karpathy and Fei-Fei 2015).
+
+Five captions to a picture. A few pictures of COCO have six or seven: the first five are kept, as in the published
+scores (25,000 captions of 5,000 pictures, where the file has 25,010).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trivium.data.shards import TarShards
+from trivium.errors import BadSample, TriviumError
+from trivium.evaluate.datasets.pictures import PictureFiles, Pictures, ShardPictures, Some, lines_of
+
+CAPTIONS = 5  # of a picture
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Pictures with their captions, row by row."""
+
+    pictures: Pictures
+    captions: tuple[tuple[str, ...], ...]
+    tables: tuple[Path, ...] = ()
+    splits: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def first(self, rows: int) -> Captioned:
+        """The first rows alone."""
+        kept = np.arange(min(rows, len(self)))
+        return replace(self, pictures=Some(self.pictures, kept), captions=self.captions[:rows])
+
+
+@dataclass(frozen=True)
+class CaptionLayout:
+    name: str
+    pictures: int  # of the test split
+    folders: tuple[str, ...]  # where pictures and lists may lie, below the root of all data
+    karpathy: str
+    albef: str
+    flat: str
+    inside: tuple[str, ...]  # where the pictures may lie below that folder
+    expected: str
+    owners: str
+    copies: tuple[str, ...]
+
+
+RETRIEVAL = (
+    CaptionLayout(
+        "Flickr30K retrieval", 1000, ("flickr30k", "Flickr30k", "."), "dataset_flickr30k.json", "flickr30k_test.json",
+        "flickr30k_test_karpathy.txt", ("flickr30k-images", "flickr30k_images", "images", "."),
+        "flickr30k/{dataset_flickr30k.json (Karpathy) or flickr30k_test.json (ALBEF) or flickr30k_test_karpathy.txt,"
+        " flickr30k-images/*.jpg}",
+        "https://shannon.cs.illinois.edu/DenotationGraph/ (pictures),"
+        " https://cs.stanford.edu/people/karpathy/deepimagesent/ (splits)",
+        ("flickr30k",),
+    ),
+    CaptionLayout(
+        "COCO retrieval", 5000, ("coco", "COCO", "."), "dataset_coco.json", "coco_test.json",
+        "coco_test_karpathy.json", (".", "images"),
+        "coco/{dataset_coco.json (Karpathy) or coco_test.json (ALBEF) or coco_test_karpathy.json, val2014/*.jpg}",
+        "https://cocodataset.org/#download (pictures), https://cs.stanford.edu/people/karpathy/deepimagesent/ (splits)",
+        ("mscoco_captions",),
+    ),
+)  # fmt: skip
+BY_NAME = {layout.name: layout for layout in RETRIEVAL}
+
+
+def find_captions(layout: CaptionLayout, root: Path) -> Captioned | None:
+    """The test split, from whichever of its lists is there; None where none is. Raises TriviumError."""
+    readers: tuple[tuple[str, Callable[[Path], list[Entry]]], ...] = (
+        (layout.karpathy, _karpathy), (layout.albef, _albef), (layout.flat, _flat),
+    )  # fmt: skip
+    for name in layout.folders:
+        folder = root / name
+        for table, read in readers:
+            if (folder / table).is_file():
+                return _noted(layout, _with_files(folder, folder / table, layout, read(folder / table)))
+    for copy in layout.copies:
+        for prefix in ("wds_", ""):
+            tars = sorted(
+                (root / f"{prefix}{copy}" / "test").glob("*.tar"), key=lambda path: (len(path.name), path.name)
+            )
+            if tars:
+                return _noted(layout, _shards(tars))
+    return None
+
+
+Entry = tuple[str, list[str]]  # a picture's path as the list has it, its captions
+
+
+def _karpathy(table: Path) -> list[Entry]:
+    """{"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}]}]}"""
+    images = _json(table, "images")
+    return [
+        ("/".join(filter(None, (image.get("filepath"), image["filename"]))), [s["raw"] for s in image["sentences"]])
+        for image in images
+        if image["split"] == "test"
+    ]
+
+
+def _albef(table: Path) -> list[Entry]:
+    """[{"image": path, "caption": [...]}]"""
+    return [(entry["image"], list(entry["caption"])) for entry in _json(table, None)]
+
+
+def _flat(table: Path) -> list[Entry]:
+    """A header and lines "picture.jpg,caption"; or, as .json, COCO's own form."""
+    found: dict[str, list[str]] = {}
+    if table.suffix == ".json":
+        content = _json(table, None)
+        name = {image["id"]: f"val2014/{image['file_name']}" for image in content["images"]}
+        for entry in content["annotations"]:
+            found.setdefault(name[entry["image_id"]], []).append(entry["caption"])
+        return list(found.items())
+    for number, line in enumerate(lines_of(table)[1:], start=2):
+        picture, comma, caption = line.partition(",")  # captions hold commas of their own
+        if not comma:
+            raise TriviumError(f"{table} (line {number}) is no picture with its caption after a comma")
+        found.setdefault(picture, []).append(caption.strip().strip('"'))
+    return list(found.items())
+
+
+def _json(table: Path, key: str | None) -> Any:
+    try:
+        content = json.loads(table.read_text(encoding="utf-8"))
+        return content if key is None else content[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TriviumError(f"{table} is no list of captions ({error!r}): fetch it again") from None
+
+
+def _with_files(folder: Path, table: Path, layout: CaptionLayout, entries: list[Entry]) -> Captioned:
+    """Lists of different owners begin the paths of the pictures differently: the first form that is there is taken."""
+    if not entries:
+        raise TriviumError(f"{table} holds no picture of the test split: fetch it again")
+    first = entries[0][0]
+    forms = {
+        (inside, parts): folder / inside / "/".join(first.split("/")[-parts:])
+        for inside in layout.inside
+        for parts in range(first.count("/") + 1, 0, -1)
+    }
+    form = next((form for form, path in forms.items() if path.is_file()), None)
+    if form is None:
+        raise TriviumError(f"{table} names {first}, which is not below {folder}: unpack the pictures there")
+    inside, parts = form
+    names = ["/".join(picture.split("/")[-parts:]) for picture, _ in entries]
+    return Captioned(
+        PictureFiles(folder / inside, names), tuple(tuple(captions) for _, captions in entries), (table,),
+        f"the test split of {table.name}",
+    )  # fmt: skip
+
+
+def _shards(tars: list[Path]) -> Captioned:
+    """A text file of each picture, one caption a line."""
+    shards = TarShards(tars, "pairs")
+    rows, captions = [], []
+    for row in range(len(shards)):
+        try:
+            [text] = shards.captions(row)
+        except (BadSample, ValueError) as error:
+            raise TriviumError(f"{shards.where(row)[0]} ({shards.where(row)[1]}) has no captions: {error}") from None
+        captions.append(tuple(line.strip() for line in text.splitlines() if line.strip()))
+        rows.append(row)
+    return Captioned(ShardPictures(shards), tuple(captions), (), "the test split of the copy in tar shards")
+
+
+def _noted(layout: CaptionLayout, found: Captioned) -> Captioned:
+    """Five captions to a picture; what differs from the published split is noted."""
+    notes = list(found.notes)
+    for row, captions in enumerate(found.captions):
+        if not captions:
+            raise TriviumError(f"{layout.name}: {found.pictures.name(row)} has no caption: fetch the list again")
+    more = sum(len(captions) > CAPTIONS for captions in found.captions)
+    fewer = sum(len(captions) < CAPTIONS for captions in found.captions)
+    if more:
+        notes.append(f"{more:,} pictures have more than {CAPTIONS} captions, of which the first {CAPTIONS} are kept")
+    if fewer:
+        notes.append(f"{fewer:,} pictures have fewer than {CAPTIONS} captions")
+    if len(found) != layout.pictures:
+        notes.append(f"{len(found):,} pictures where the published scores rest on {layout.pictures:,}")
+    kept = tuple(captions[:CAPTIONS] for captions in found.captions)
+    return Captioned(found.pictures, kept, found.tables, found.splits, tuple(notes))

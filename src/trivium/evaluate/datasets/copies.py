@@ -1,0 +1,105 @@
+"""Copies of data sets in layouts that serve them all: WebDataset shards, and Parquet files as Hugging Face has them.
+
+wds_<name>/{train,test}/*.tar        samples key.jpg|png|webp + key.cls, classnames.txt and
+                                     zeroshot_classification_templates.txt beside the splits
+<name>/[data/]{train,validation,test}*.parquet     a picture in `image` or `img`, a number in `label` or `fine_label`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trivium.data.shards import TarShards
+from trivium.errors import TriviumError
+from trivium.evaluate.datasets.pictures import DataSet, ShardPictures, Split, lines_of, parquet_split
+
+CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("fine_label", "label")
+VALIDATION = ("validation", "valid", "val")
+
+
+def webdataset(folder: Path) -> DataSet:
+    """A copy in tar shards. Raises TriviumError."""
+    splits = {
+        name: _shards(folder / name) for name in ("train", *VALIDATION, "test") if any((folder / name).glob("*.tar"))
+    }
+    if not {"train", "test"} <= splits.keys():
+        raise TriviumError(f"{folder} must hold tar shards in the folders train and test: fetch both")
+    prompts, templates, tables = own_prompts(folder)
+    classes = prompts or tuple(map(str, range(1 + max(int(split.labels_N.max()) for split in splits.values()))))
+    notes = [note for split in splits.values() for note in _notes(split)]
+    validation = next((splits[name] for name in VALIDATION if name in splits), None)
+    return DataSet(
+        classes, splits["train"], splits["test"], validation, tables=tables, prompts=prompts, templates=templates,
+        splits="the splits of the copy in tar shards", notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _shards(folder: Path) -> Split:
+    tars = sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))
+    shards = TarShards(tars, "images")
+    labels = [shards.label(row) for row in range(len(shards))]
+    if None in labels:
+        file, key = shards.where(labels.index(None))
+        raise TriviumError(f"{file} ({key}) has no number in a .cls beside its picture: fetch the copy again")
+    return Split(ShardPictures(shards), np.array(labels, dtype=np.int64))
+
+
+def _notes(split: Split) -> list[str]:
+    assert isinstance(split.pictures, ShardPictures)
+    return split.pictures.shards.notes
+
+
+def parquet(folder: Path) -> DataSet:
+    """A copy in Parquet files. Raises TriviumError."""
+    inside = folder / "data" if any((folder / "data").glob("*.parquet")) else folder
+    found: dict[str, list[Path]] = {}
+    for path in sorted(inside.glob("*.parquet")):
+        found.setdefault(path.stem.split("-")[0], []).append(path)
+    if not {"train", "test"} <= found.keys():
+        raise TriviumError(f"{inside} must hold train*.parquet and test*.parquet: fetch both")
+    try:
+        schema = pq.read_schema(found["train"][0])
+    except (pa.ArrowException, OSError) as error:
+        raise TriviumError(f"{found['train'][0]} is no readable Parquet file: {error}") from None
+    image, label = (_column(schema, names, found["train"][0]) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
+    splits = {name: parquet_split(files, image, label) for name, files in found.items()}
+    prompts, templates, tables = own_prompts(folder)
+    named = _feature_names(schema, label) or prompts
+    count = 1 + max(int(split.labels_N.max()) for split in splits.values())
+    validation = next((splits[name] for name in VALIDATION if name in splits), None)
+    return DataSet(
+        named or tuple(map(str, range(count))), splits["train"], splits["test"], validation, tables=tables,
+        prompts=prompts or named, templates=templates, splits="the splits of the copy in Parquet files",
+    )  # fmt: skip
+
+
+def _column(schema: pa.Schema, names: Sequence[str], file: Path) -> str:
+    name = next((name for name in names if name in schema.names), None)
+    if name is None:
+        raise TriviumError(f"{file} has none of the columns {', '.join(names)}: it has {', '.join(schema.names)}")
+    return name
+
+
+def _feature_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
+    """The classes that Hugging Face writes into the file's metadata; none where it did not."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(map(str, features[label]["names"]))
+    except (KeyError, ValueError, TypeError):
+        return ()
+
+
+def own_prompts(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Path, ...]]:
+    """The user's classnames.txt and zeroshot_classification_templates.txt, and the files that were found."""
+    files = [folder / name for name in (CLASS_NAMES, TEMPLATES)]
+    names, templates = (tuple(line.strip() for line in lines_of(file)) if file.exists() else () for file in files)
+    if bad := next((line for line in templates if "{}" not in line and "{c}" not in line), None):
+        raise TriviumError(f"{files[1]}: the template {bad!r} has no {{c}} where the class is to stand")
+    return names, templates, tuple(file for file in files if file.exists())

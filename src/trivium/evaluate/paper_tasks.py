@@ -1,0 +1,186 @@
+"""The tasks that the papers report, by suite: FLAVA's 35 (22 vision, 8 language, 5 multimodal), ALBEF's and UniT's.
+
+A task says which of its figures stand in which published table, and where ours come from: vision data sets and
+zero-shot retrieval are measured by the suite itself, what takes fine-tuning is read from the results of
+`trivium finetune`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trivium.evaluate.datasets import captions, layouts
+
+Domain = Literal["language", "vision", "multimodal"]
+Kind = Literal["classification", "retrieval", "fine-tuning"]
+DOMAINS: tuple[Domain, ...] = ("language", "vision", "multimodal")
+GLUE_OWNERS = "https://gluebenchmark.com/tasks"
+
+
+@dataclass(frozen=True)
+class Figure:
+    metric: str  # as published.csv calls it
+    result: str  # name of ours after the task's title; "" is the title alone
+    averaged: bool = True  # into the mean of its domain
+    splits: tuple[str, ...] = ()  # of published.csv, the first one that has a value; (): any
+
+
+@dataclass(frozen=True)
+class PaperTask:
+    name: str  # as published.csv calls it
+    domain: Domain
+    kind: Kind
+    protocol: str  # likewise
+    figures: tuple[Figure, ...]
+    title: str = ""  # under which `trivium finetune` leaves its results; "": the name
+    verb: str = ""  # the task's name there; "": it is not built
+    expected: str = ""  # of data that `trivium finetune` reads: the official layout
+    owners: str = ""
+    beside: tuple[str, ...] = ()  # other protocols whose numbers the paper sets beside its own
+
+    @property
+    def prefix(self) -> str:
+        return self.title or self.name
+
+    @property
+    def key(self) -> str:
+        """The name, and the protocol where a suite holds two of the name."""
+        return f"{self.name} ({self.protocol})"
+
+
+_PROBE = Figure("accuracy", "linear_probe.accuracy", splits=("test", "val", "not stated"))
+_RECALLS = tuple(
+    Figure(f"{way} R@{cutoff}", f"zero_shot.{way.lower()}_r{cutoff}", cutoff < 10, splits)
+    for splits in [("test (1K)", "test (5K)")]
+    for way in ("TR", "IR")
+    for cutoff in (1, 5, 10)
+)
+_DEV = ("dev",)
+
+VISION = tuple(
+    PaperTask(layout.name, "vision", "classification", "linear probe", (_PROBE,)) for layout in layouts.VISION
+)
+
+
+def _glue(name: str, verb: str, metric: str = "accuracy", files: str = "{train,dev}.tsv") -> PaperTask:
+    return PaperTask(
+        name, "language", "fine-tuning", "fine-tune", (Figure(metric, "", splits=_DEV),), verb=verb,
+        expected=f"glue_data/{name}/{files}", owners=GLUE_OWNERS, beside=("multi-task training",),
+    )  # fmt: skip
+
+
+LANGUAGE = (
+    _glue("MNLI", "mnli", "mean accuracy (m, mm)", "{train,dev_matched,dev_mismatched}.tsv"),
+    _glue("CoLA", "cola", "Matthews"),
+    _glue("MRPC", "mrpc", "mean(accuracy, F1)"),
+    _glue("QQP", "qqp", "mean(accuracy, F1)"),
+    _glue("SST-2", "sst2"),
+    _glue("QNLI", "qnli"),
+    _glue("RTE", "rte"),
+    _glue("STS-B", "stsb", "Pearson"),
+)
+
+VQA = (
+    "{v2_OpenEnded_mscoco_{train2014,val2014}_questions,v2_mscoco_{train2014,val2014}_annotations}.json,"
+    " {train2014,val2014}/*.jpg",
+    "https://visualqa.org/download.html",
+)
+ENTAILMENT = ("snli_ve_{train,dev,test}.jsonl, flickr30k_images/*.jpg", "https://github.com/necla-ml/SNLI-VE")
+MEMES = ("{train,dev_seen,dev_unseen}.jsonl, img/*.png", "https://www.drivendata.org/competitions/64/hateful-memes/")
+
+
+def _retrieval(name: str, protocol: str = "zero-shot") -> PaperTask:
+    return PaperTask(
+        name, "multimodal", "retrieval", protocol, _RECALLS, expected=captions.BY_NAME[name].expected,
+        owners=captions.BY_NAME[name].owners,
+    )  # fmt: skip
+
+
+MULTIMODAL = (
+    PaperTask(
+        "VQAv2", "multimodal", "fine-tuning", "fine-tune",
+        (Figure("VQA accuracy", "", splits=("not stated", "test-dev")),), "VQAv2", "vqav2", *VQA,
+        ("multi-task training",),
+    ),
+    PaperTask(
+        "SNLI-VE", "multimodal", "fine-tuning", "fine-tune", (Figure("accuracy", "", splits=("not stated",)),),
+        "SNLI-VE", "snli_ve", *ENTAILMENT, ("multi-task training",),
+    ),
+    PaperTask(
+        "HatefulMemes", "multimodal", "fine-tuning", "fine-tune", (Figure("AUROC", "", splits=("not stated",)),),
+        "Hateful Memes", "hateful_memes", *MEMES,
+    ),
+    _retrieval("Flickr30K retrieval"),
+    _retrieval("COCO retrieval"),
+)  # fmt: skip
+
+_TUNED_RECALLS = tuple(
+    Figure(figure.metric, figure.result.replace("zero_shot", "fine_tune"), splits=figure.splits) for figure in _RECALLS
+)
+ALBEF = (
+    _retrieval("Flickr30K retrieval"),
+    PaperTask(
+        "Flickr30K retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
+        expected=captions.BY_NAME["Flickr30K retrieval"].expected,
+        owners=captions.BY_NAME["Flickr30K retrieval"].owners,
+    ),
+    PaperTask(
+        "COCO retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
+        expected=captions.BY_NAME["COCO retrieval"].expected, owners=captions.BY_NAME["COCO retrieval"].owners,
+    ),
+    PaperTask(
+        "VQAv2", "multimodal", "fine-tuning", "fine-tune",
+        (Figure("VQA accuracy", "test-dev.vqa", splits=("test-dev",)),
+         Figure("VQA accuracy", "test-std.vqa", splits=("test-std",))), "VQAv2", "vqav2", *VQA,
+    ),
+    PaperTask(
+        "NLVR2", "multimodal", "fine-tuning", "fine-tune",
+        (Figure("accuracy", "dev.accuracy", splits=_DEV), Figure("accuracy", "test-P.accuracy", splits=("test-P",))),
+        expected="nlvr2/data/{train,dev,test1}.json, nlvr2/images/", owners="https://lil.nlp.cornell.edu/nlvr/",
+    ),
+    PaperTask(
+        "SNLI-VE", "multimodal", "fine-tuning", "fine-tune",
+        (Figure("accuracy", "dev.accuracy", splits=("val", "dev")),
+         Figure("accuracy", "test.accuracy", splits=("test",))),
+        "SNLI-VE", "snli_ve", *ENTAILMENT,
+    ),
+    PaperTask(
+        "RefCOCO+", "multimodal", "fine-tuning", "weakly supervised",
+        tuple(Figure("accuracy at IoU 0.5", f"{name}.accuracy", splits=(name,)) for name in ("val", "testA", "testB")),
+        expected="refcoco+/{refs(unc).p,instances.json}, train2014/*.jpg", owners="https://github.com/lichengunc/refer",
+    ),
+)  # fmt: skip
+
+
+def _shared(name: str, domain: Domain, figure: Figure, expected: str, owners: str, verb: str = "") -> PaperTask:
+    return PaperTask(name, domain, "fine-tuning", "multi-task training", (figure,), name, verb, expected, owners)
+
+
+_AP = "mAP 0.50:0.95"
+UNIT = (
+    _shared("COCO detection", "vision", Figure(_AP, "val2017.ap", splits=("val2017",)),
+            "annotations/instances_{train,val}2017.json, {train,val}2017/*.jpg", "https://cocodataset.org/#download"),
+    _shared("VG detection", "vision", Figure(_AP, "val.ap", splits=("val (disjoint from COCO val2017)",)),
+            "instances_{train,val}_split_by_coco_2017.json, VG_100K/, VG_100K_2/",
+            "https://homes.cs.washington.edu/~ranjay/visualgenome/"),
+    _shared("VQAv2", "multimodal", Figure("VQA accuracy", "val2017.vqa", splits=("val2017 images",)), *VQA, "vqav2"),
+    _shared("SNLI-VE", "multimodal", Figure("accuracy", "dev.accuracy", splits=_DEV), *ENTAILMENT, "snli_ve"),
+    *(
+        _shared(name, "language", Figure(metric, result, splits=_DEV), f"glue_data/{name}/*.tsv", GLUE_OWNERS, verb)
+        for name, metric, result, verb in (
+            ("QNLI", "accuracy", "dev.accuracy", "qnli"), ("QQP", "accuracy", "dev.accuracy", "qqp"),
+            ("MNLI", "accuracy (mismatched)", "dev_mismatched.accuracy", "mnli"),
+            ("SST-2", "accuracy", "dev.accuracy", "sst2"),
+        )
+    ),
+)  # fmt: skip
+
+SUITES: dict[str, tuple[PaperTask, ...]] = {
+    "flava35": (*LANGUAGE, *VISION, *MULTIMODAL),
+    "vision": VISION,
+    "language": LANGUAGE,
+    "multimodal": MULTIMODAL,
+    "albef": ALBEF,
+    "unit": UNIT,
+}

@@ -1,0 +1,274 @@
+"""The papers' tasks on whatever data is there: each by itself, kept when it is done, and none in the way of another.
+
+What a task gave is kept in a folder named after all that it depends on: the model, the version of the protocol, the
+names, sizes and times of the data files. A second call finds it there; an interrupted one goes on with what is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from trivium import __version__
+from trivium.bundle import Bundle
+from trivium.errors import BadSample, TriviumError
+from trivium.evaluate import features as encoding
+from trivium.evaluate import outcomes, results, retrieval
+from trivium.evaluate.classification import Measured, classification
+from trivium.evaluate.datasets import Missing, find, layouts
+from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
+from trivium.evaluate.datasets.captions import Captioned, find_captions
+from trivium.evaluate.datasets.pictures import DataSet, with_rows
+from trivium.evaluate.feature_store import ModelEncoder, features, identity, stamp_of
+from trivium.evaluate.paper_tasks import Figure, PaperTask
+from trivium.evaluate.published import Place
+from trivium.evaluate.results import Result, Results
+from trivium.manifest import write_whole
+from trivium.models.encoded import EncodesImage, EncodesText
+
+VERSIONS = {"classification": 1, "retrieval": 1}  # of the protocols: a change of what they measure is another number
+
+State = Literal["measured", "kept", "read", "missing", "not applicable", "not fine-tuned", "damaged", "failed"]
+HAS_FIGURES: tuple[State, ...] = ("measured", "kept", "read")
+
+
+@dataclass
+class TaskRun:
+    """What became of one task. The names of its results begin with the task's."""
+
+    task: PaperTask
+    state: State
+    results: Results = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    missing: Missing | None = None
+
+    def figure(self, figure: Figure) -> Result | None:
+        """Our own value of one of its figures, as a share."""
+        return self.results.get(".".join(filter(None, (self.task.prefix, figure.result))))
+
+
+@dataclass
+class SuiteRun:
+    """What became of all tasks, in order."""
+
+    tasks: list[TaskRun]
+
+    @property
+    def results(self) -> Results:
+        return {name: result for run in self.tasks for name, result in run.results.items()}
+
+    def values(self) -> dict[Place, float]:
+        """Our own figures in per cent, as published ones are."""
+        found = {}
+        for run in self.tasks:
+            for place, figure in enumerate(run.task.figures):
+                result = run.figure(figure)
+                if result is not None:
+                    found[run.task.key, place] = 100 * result.value
+        return found
+
+    def cannot(self) -> list[str]:
+        """Domains of which the model can do no task at all."""
+        domains = dict.fromkeys(run.task.domain for run in self.tasks)
+        return [
+            name
+            for name in domains
+            if all(run.state == "not applicable" for run in self.tasks if run.task.domain == name)
+        ]
+
+
+def run(
+    tasks: Sequence[PaperTask],
+    bundle: Bundle,
+    root: Path | None,
+    cache: Path,
+    *,
+    fine_tuned: Mapping[str, Result] | None = None,
+    rows: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> SuiteRun:
+    """Measure every task whose data is below `root`, and say of each other what it lacks.
+
+    Args:
+        cache: folder of features and of what was measured before.
+        fine_tuned: results of `trivium finetune`, by name.
+        rows: at most so many pictures of each split; such figures are not those of the papers.
+    """
+    encoder = ModelEncoder(bundle) if isinstance(bundle.model, EncodesImage) else None
+    done = []
+    for task in tasks:
+        begun = time.perf_counter()
+        try:
+            found = _one(task, bundle, encoder, root, cache, fine_tuned or {}, rows, say)
+        except (TriviumError, BadSample) as error:
+            found = TaskRun(task, "damaged", notes=[str(error)])
+            say(f"{task.name}: {error}")
+        except Exception as error:  # one task never takes the others with it
+            traceback.print_exc()
+            found = TaskRun(task, "failed", notes=[f"a mistake of ours ({error!r}): please report it"])
+        if found.state not in ("kept", "read"):
+            found.seconds = time.perf_counter() - begun
+        done.append(found)
+    return SuiteRun(done)
+
+
+def _one(
+    task: PaperTask,
+    bundle: Bundle,
+    encoder: ModelEncoder | None,
+    root: Path | None,
+    cache: Path,
+    fine_tuned: Mapping[str, Result],
+    rows: int | None,
+    say: Callable[[str], None],
+) -> TaskRun:
+    cannot = lacks(task, bundle)
+    if cannot is not None:
+        return TaskRun(task, "not applicable", notes=[cannot])
+    if task.kind == "fine-tuning":
+        return _fine_tuned(task, fine_tuned)
+    assert encoder is not None, "who reads no pictures was turned away"
+    data = _data(task, root)
+    if isinstance(data, Missing):
+        return TaskRun(task, "missing", missing=data)
+    if rows is not None:
+        data = with_rows(data, rows) if isinstance(data, DataSet) else data.first(rows)
+    depends = f"{VERSIONS[task.kind]} {encoder.hash} {_identity(data)}"
+    folder = cache / "tasks" / f"{_slug(task.name)}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
+    kept = _kept(task, folder)
+    if kept is not None:
+        return kept
+    begun = time.perf_counter()
+
+    def tell(part: str) -> None:
+        say(f"{task.name}: {part}")
+
+    if isinstance(data, DataSet):
+        measured = classification(data, encoder, cache / "features", bundle, tell)
+    else:
+        measured = _retrieval(data, encoder, cache / "features", tell)
+    if rows is not None:
+        measured.notes.insert(
+            0, f"at most {rows:,} pictures of each split, drawn with a fixed seed: not the papers' figures"
+        )
+    found = TaskRun(
+        task, "measured", {f"{task.prefix}.{name}": result for name, result in measured.results.items()}, measured.notes
+    )  # fmt: skip
+    _keep(found, folder, time.perf_counter() - begun)
+    return found
+
+
+def lacks(task: PaperTask, bundle: Bundle) -> str | None:
+    """Why a model cannot do a task; None where it can."""
+    model, name = bundle.model, type(bundle.model).__name__
+    if task.domain in ("vision", "multimodal") and not isinstance(model, EncodesImage):
+        return f"{name} reads no pictures"
+    if task.domain in ("language", "multimodal") and not isinstance(model, EncodesText):
+        return f"{name} reads no texts"
+    if task.kind == "retrieval" and bundle.tokenizer is None:
+        return "this checkpoint came without a tokenizer"
+    return None
+
+
+def _data(task: PaperTask, root: Path | None) -> DataSet | Captioned | Missing:
+    if task.kind == "classification":
+        layout = layouts.BY_NAME[task.name]
+        return Missing(layout.expected, layout.owners) if root is None else find(layout, root)
+    found = None if root is None else find_captions(CAPTIONED[task.name], root)
+    return Missing(task.expected, task.owners) if found is None else found
+
+
+def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskRun:
+    """The figures that a run of `trivium finetune` left: under its title, or under "title (concatenated)" where picture
+    and text were read side by side. Of several seeds the median counts."""
+    for title in (task.prefix, f"{task.prefix} (concatenated)"):
+        mine = {}
+        for name, result in results_by_name.items():
+            plain = name.removesuffix(".median")
+            if plain == title or plain.startswith(f"{title}."):
+                mine[task.prefix + plain.removeprefix(title)] = result
+        if mine:
+            how = "picture and text vector side by side" if title != task.prefix else "the model's own states"
+            return TaskRun(
+                task, "read", mine, [f"fine-tuned: the head reads {how}"] if task.domain == "multimodal" else []
+            )
+    if task.verb:
+        return TaskRun(
+            task, "not fine-tuned", missing=Missing(task.expected, task.owners),
+            notes=[f"fine-tune it with `trivium finetune {task.verb} --init MODEL --data DIR`, then name the run with"
+                   " --fine-tuned"],
+        )  # fmt: skip
+    return TaskRun(task, "not fine-tuned", missing=Missing(task.expected, task.owners))
+
+
+def _retrieval(data: Captioned, encoder: ModelEncoder, store: Path, say: Callable[[str], None]) -> Measured:
+    """Recalls by cosine, five captions to a picture: TR finds the text for a picture, IR the picture for a text."""
+    found = Measured(notes=[f"{data.splits}: {len(data):,} pictures", *data.notes])
+    images = features(encoder, data.pictures, store, say)
+    if images.bad:
+        found.notes.append(
+            f"{len(images.bad):,} of {len(data):,} pictures cannot be read and are left out with their captions; the"
+            f" first: {images.bad[0]}"
+        )
+    if "projected" not in images.readings:
+        raise TriviumError("this model has no space that pictures and texts share, so nothing can be found by cosine")
+    captions = [(row, text) for row in images.rows_N.tolist() for text in data.captions[row]]
+    say(f"{len(captions):,} captions")
+    texts_BD = encoding.of_texts(encoder.bundle, [text for _, text in captions])
+    image_labels, text_labels = torch.from_numpy(images.rows_N), torch.tensor([row for row, _ in captions])
+    names = [data.pictures.name(row) for row in images.rows_N.tolist()]
+    caption_names = [f"{data.pictures.name(row)}, {number}" for row in images.rows_N.tolist()
+                     for number in range(1, len(data.captions[row]) + 1)]  # fmt: skip
+    images_BD = images.readings["projected"]
+    ranks = retrieval.ranks_by_cosine(images_BD, texts_BD, image_labels, text_labels)
+    found.results |= retrieval.summary(ranks, "zero_shot.tr", names)
+    ranks = retrieval.ranks_by_cosine(texts_BD, images_BD, text_labels, image_labels)
+    found.results |= retrieval.summary(ranks, "zero_shot.ir", caption_names)
+    return found
+
+
+# ------------------------------------------------------------------------------------------- what is kept
+
+
+def _identity(data: DataSet | Captioned) -> str:
+    if isinstance(data, Captioned):
+        return f"{identity(data.pictures)} {data.captions!r}"
+    splits = [f"{identity(split.pictures)} {split.labels_N.tobytes().hex()}" for split in data.every]
+    words = [data.classes, data.prompts, data.templates]
+    return "\n".join([*splits, *map(stamp_of, data.tables), repr(words)])
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
+
+
+def _keep(found: TaskRun, folder: Path, seconds: float) -> None:
+    about = {"notes": found.notes, "seconds": seconds}
+    results.write(
+        folder / "results.json", found.results, command="", version=__version__, machine={}, seconds={"total": seconds}
+    )
+    write_whole(folder / "about.json", json.dumps(about, indent=1) + "\n")  # last: with it the folder is whole
+
+
+def _kept(task: PaperTask, folder: Path) -> TaskRun | None:
+    """What was measured before; None where nothing was, or it is damaged: then it is measured again."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        read = results.read(folder / "results.json")
+        units = outcomes.read(folder / outcomes.NAME)
+        notes, seconds = [str(note) for note in about["notes"]], float(about["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    figures = {name: replace(result, outcomes=units.get(name)) for name, result in read.items()}
+    own = {name: result for name, result in figures.items() if not name.startswith("seconds.")}
+    return TaskRun(task, "kept", own, notes, seconds)

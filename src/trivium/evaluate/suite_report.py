@@ -1,0 +1,234 @@
+"""What a suite found: results.json, results.csv with the published columns, and one self-contained page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trivium import __version__
+from trivium.evaluate import report, results
+from trivium.evaluate.paper_tasks import DOMAINS
+from trivium.evaluate.published import Averages, Cell, Column, Place, averages, columns
+from trivium.evaluate.results import Result
+from trivium.evaluate.suite import HAS_FIGURES, SuiteRun, TaskRun
+from trivium.manifest import write_whole
+
+OURS = "this model"
+OPEN_TABLES = 2  # of the published ones; the others are folded
+# Whose number stands as `published` in results.json and is compared with first: the paper's own model.
+PAPERS_OWN = (
+    ("FLAVA", "FLAVA full (col 6)"),
+    ("ALBEF", "14M images, fine-tuned"),
+    ("UniT", "8 datasets, shared decoder, COCO init"),
+)
+DOMAIN_TITLES = {"language": "Language", "vision": "Vision", "multimodal": "Multimodal"}
+STATE_TITLES = {
+    "missing": "Not on the disk",
+    "not fine-tuned": "To be fine-tuned first",
+    "not applicable": "Not applicable",
+    "damaged": "There, but not readable",
+    "failed": "Failed",
+}
+
+
+@dataclass(frozen=True)
+class SuiteReport:
+    """All that the page shows."""
+
+    title: str
+    run: SuiteRun
+    seconds: Mapping[str, float]
+    command: str = ""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def write(out: Path, given: SuiteReport) -> Path:
+    """results.json, outcomes.parquet, results.csv and report.html into a folder; returns the page's path.
+
+    Raises:
+        TriviumError: the folder cannot be written to.
+    """
+    published = columns([each.task for each in given.run.tasks])
+    results.write(
+        out / "results.json",
+        with_published(given.run, published),
+        command=given.command,
+        version=__version__,
+        machine=given.machine,
+        seconds=given.seconds,
+    )
+    write_whole(out / "results.csv", as_csv(given.run, published))
+    page = out / "report.html"
+    write_whole(page, render(given, published))
+    return page
+
+
+def with_published(run: SuiteRun, published: Sequence[Column]) -> dict[str, Result]:
+    """Our results, and beside those that a paper prints the number of its own model, as a share."""
+    found = dict(run.results)
+    own = papers_own(published)
+    for each in run.tasks:
+        for place, figure in enumerate(each.task.figures):
+            name = ".".join(filter(None, (each.task.prefix, figure.result)))
+            cell = None if own is None else own.cells.get((each.task.key, place))
+            if name in found and cell is not None:
+                found[name] = replace(found[name], published=cell.value / 100)
+    return found
+
+
+def papers_own(published: Sequence[Column]) -> Column | None:
+    named = {(column.system, column.setting): column for column in published}
+    return next((named[key] for key in PAPERS_OWN if key in named), None)
+
+
+def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
+    """One line a figure: ours in per cent with its interval, then every published column. Recalled numbers are left
+    out: a table has no grey."""
+    page = io.StringIO()
+    writer = csv.writer(page, lineterminator="\n")
+    head = ["domain", "task", "protocol", "metric", "state", OURS, "low", "high", "n", "seconds"]
+    writer.writerow([*head, *(column.name for column in published)])
+    for each in run.tasks:
+        for place, figure in enumerate(each.task.figures):
+            ours = each.figure(figure)
+            numbers = [None] * 3 if ours is None else [ours.value, ours.low, ours.high]
+            cells = [column.cells.get((each.task.key, place)) for column in published]
+            writer.writerow([
+                each.task.domain, each.task.name, each.task.protocol, figure.metric, each.state,
+                *("" if x is None or not math.isfinite(x) else f"{100 * x:.3f}" for x in numbers),
+                "" if ours is None or ours.n is None else ours.n, f"{each.seconds:.1f}",
+                *("" if cell is None or cell.is_recalled else cell.printed for cell in cells),
+            ])  # fmt: skip
+    return page.getvalue()
+
+
+def render(given: SuiteReport, published: Sequence[Column]) -> str:
+    """The page as a string."""
+    run = given.run
+    tasks = [each.task for each in run.tasks]
+    ours = run.values()
+    own = papers_own(published)
+    tables = [_table(run, source, group) for source, group in _by_source(published)]
+    template = report.environment().get_template("suite.html")
+    return template.render(
+        given=given,
+        headline=headline(run, averages(tasks, ours, run.cannot())),
+        measured=[each for each in run.tasks if each.state in HAS_FIGURES],
+        beyond=[_beyond(each) for each in run.tasks if each.state in HAS_FIGURES],
+        tables=tables[:OPEN_TABLES],
+        folded=tables[OPEN_TABLES:],
+        absent=[
+            (title, [each for each in run.tasks if each.state == state])
+            for state, title in STATE_TITLES.items()
+            if any(each.state == state for each in run.tasks)
+        ],
+        chart=_chart_data(run, published),
+        first=own.name if own is not None else "",
+        ours=OURS,
+        domain_titles=DOMAIN_TITLES,
+    )
+
+
+def headline(run: SuiteRun, own: Averages) -> list[str]:
+    """What was measured, in a few sentences."""
+    counts = {domain: [each for each in run.tasks if each.task.domain == domain] for domain in DOMAINS}
+    sentences = []
+    done = sum(each.state in HAS_FIGURES for each in run.tasks)
+    sentences.append(f"Figures of {done} of {len(run.tasks)} tasks.")
+    for domain, tasks in counts.items():
+        if not tasks:
+            continue
+        have = sum(each.state in HAS_FIGURES for each in tasks)
+        average = own.domains.get(domain)
+        title = DOMAIN_TITLES[domain]
+        if average is not None:
+            sentences.append(f"{title}: {average:.2f} on average over all {len(tasks)} tasks.")
+        elif have:
+            sentences.append(
+                f"{title}: {have} of {len(tasks)} tasks, so there is no average to set beside the paper's."
+            )
+    if own.macro is not None:
+        sentences.append(f"Macro average: {own.macro:.2f}; a domain that the model cannot do counts 0.")
+    return sentences
+
+
+def _by_source(published: Sequence[Column]) -> list[tuple[str, list[Column]]]:
+    """Columns of one published table together; those tables first that have most of these figures."""
+    groups: dict[str, list[Column]] = {}
+    for column in published:
+        groups.setdefault(column.source, []).append(column)
+    return sorted(groups.items(), key=lambda group: -sum(len(column.cells) for column in group[1]))
+
+
+def _table(run: SuiteRun, source: str, group: list[Column]) -> dict[str, Any]:
+    """Rows of one published table: those that it has a number for, with ours first."""
+    rows: list[dict[str, Any]] = []
+    for domain in DOMAINS:
+        inside = []
+        for each in run.tasks:
+            for place, figure in enumerate(each.task.figures):
+                cells = [column.cells.get((each.task.key, place)) for column in group]
+                if each.task.domain == domain and any(cells):
+                    inside.append({
+                        "title": each.task.name, "metric": figure.metric, "ours": each.figure(figure),
+                        "cells": [_shown(cell) for cell in cells], "state": each.state,
+                    })  # fmt: skip
+        if inside:
+            rows.append({"domain": DOMAIN_TITLES[domain], "rows": inside})
+    tasks = [each.task for each in run.tasks]
+    formed = [averages(tasks, run.values(), run.cannot())]
+    formed += [averages(tasks, {place: cell.value for place, cell in column.cells.items()}) for column in group]
+    means = [
+        (title, [values.domains.get(domain) for values in formed])
+        for domain, title in DOMAIN_TITLES.items()
+        if any(values.domains.get(domain) is not None for values in formed)
+    ]
+    if any(values.macro is not None for values in formed):
+        means.append(("Macro", [values.macro for values in formed]))
+    return {"source": source, "columns": group, "domains": rows, "averages": means}
+
+
+def _shown(cell: Cell | None) -> dict[str, Any] | None:
+    if cell is None:
+        return None
+    mark = "*" if cell.confidence == "corrected" or cell.note.startswith(("erratum", "doubtful")) else ""
+    return {"printed": cell.printed, "recalled": cell.is_recalled, "mark": mark, "note": cell.note}
+
+
+def _beyond(each: TaskRun) -> dict[str, Any]:
+    """Every figure of a task, those that no paper prints among them."""
+    prefix = f"{each.task.prefix}."
+    return {"run": each, "figures": [(name.removeprefix(prefix), result) for name, result in each.results.items()]}
+
+
+def _chart_data(run: SuiteRun, published: Sequence[Column]) -> str:
+    """What the page's chart draws from: figures in order, and each column's values. JSON that may stand in a page."""
+    figures = []
+    places: dict[Place, int] = {}
+    for domain in DOMAINS:
+        for each in run.tasks:
+            if each.task.domain != domain:
+                continue
+            for place, figure in enumerate(each.task.figures):
+                places[each.task.key, place] = len(figures)
+                several = len(each.task.figures) > 1
+                label = f"{each.task.name} {figure.metric}" if several else each.task.name
+                figures.append({"label": label, "domain": DOMAIN_TITLES[domain]})
+    ours = {str(places[place]): round(value, 3) for place, value in run.values().items() if math.isfinite(value)}
+    given = [{"name": OURS, "values": ours}] if ours else []
+    given += [
+        {
+            "name": column.name,
+            "values": {str(places[place]): cell.value for place, cell in column.cells.items() if not cell.is_recalled},
+        }
+        for column in published
+    ]
+    given = [column for column in given if column["values"]]
+    return json.dumps({"figures": figures, "columns": given}).replace("<", "\\u003c")

@@ -1,0 +1,122 @@
+"""Every list of the test split gives the same pictures with the same five captions."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.evaluate.datasets.miniatures import encoded, red, save
+from trivium.errors import TriviumError
+from trivium.evaluate.datasets.captions import BY_NAME, find_captions
+
+CAPTIONS = [[f"picture {label}, caption {number}" for number in range(5)] for label in range(3)]
+FLICKR, COCO = BY_NAME["Flickr30K retrieval"], BY_NAME["COCO retrieval"]
+
+
+def karpathy(table: Path, names: list[str], filepath: str | None) -> None:
+    images = [
+        {"filename": name, "split": split, "sentences": [{"raw": text, "tokens": []} for text in CAPTIONS[label]]}
+        | ({} if filepath is None else {"filepath": filepath})
+        for label, name in enumerate(names)
+        for split in ("test",)
+    ]
+    images.insert(1, {**images[0], "split": "train", "filename": "train.jpg"})
+    table.write_text(json.dumps({"images": images, "dataset": "x"}))
+
+
+def flickr(root: Path, form: str) -> None:
+    folder, names = root / "flickr30k", [f"{1000 + label}.jpg" for label in range(3)]
+    for label, name in enumerate(names):
+        save(folder / "flickr30k-images" / name, label)
+    if form == "karpathy":
+        karpathy(folder / "dataset_flickr30k.json", names, None)
+    elif form == "albef":
+        entries = [
+            {"image": f"flickr30k-images/{name}", "caption": CAPTIONS[label]} for label, name in enumerate(names)
+        ]
+        (folder / "flickr30k_test.json").write_text(json.dumps(entries))
+    else:
+        lines = [f'{name},"{text}"' for label, name in enumerate(names) for text in CAPTIONS[label]]
+        (folder / "flickr30k_test_karpathy.txt").write_text("\n".join(["image,caption", *lines]) + "\n")
+
+
+def coco(root: Path, form: str) -> None:
+    folder, names = root / "coco", [f"COCO_val2014_{label:012d}.jpg" for label in range(3)]
+    for label, name in enumerate(names):
+        save(folder / "val2014" / name, label)
+    if form == "karpathy":
+        karpathy(folder / "dataset_coco.json", names, "val2014")
+    elif form == "albef":
+        entries = [{"image": f"val2014/{name}", "caption": CAPTIONS[label]} for label, name in enumerate(names)]
+        (folder / "coco_test.json").write_text(json.dumps(entries))
+    else:
+        content = {
+            "images": [{"id": label, "file_name": name} for label, name in enumerate(names)],
+            "annotations": [{"image_id": label, "caption": t} for label in range(3) for t in CAPTIONS[label]],
+        }
+        (folder / "coco_test_karpathy.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("form", ["karpathy", "albef", "flat"])
+@pytest.mark.parametrize("layout", [FLICKR, COCO], ids=["flickr30k", "coco"])
+def test_lists(layout, form: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert find_captions(layout, tmp_path) is None
+    (flickr if layout is FLICKR else coco)(tmp_path, form)
+    found = find_captions(layout, tmp_path)
+    assert found is not None
+    assert [list(captions) for captions in found.captions] == CAPTIONS
+    for label in range(3):
+        assert abs(int(found.pictures.read(label)[-1, 0, 0]) - red(label)) <= 3
+    assert found.notes == (f"3 pictures where the published scores rest on {layout.pictures:,}",)
+
+
+def test_a_sixth_caption_is_left_out_aloud(tmp_path: Path) -> None:
+    coco(tmp_path, "albef")
+    table = tmp_path / "coco" / "coco_test.json"
+    entries = json.loads(table.read_text())
+    entries[1]["caption"].append("a sixth")
+    entries[2]["caption"].pop()
+    table.write_text(json.dumps(entries))
+    found = find_captions(COCO, tmp_path)
+    assert found is not None
+    assert [len(captions) for captions in found.captions] == [5, 5, 4]
+    assert found.notes[:2] == (
+        "1 pictures have more than 5 captions, of which the first 5 are kept", "1 pictures have fewer than 5 captions",
+    )  # fmt: skip
+
+
+def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "wds_flickr30k" / "test"
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        for label in range(3):
+            for suffix, data in (("webp", encoded(label)), ("txt", "\n".join(CAPTIONS[label]).encode())):
+                member = tarfile.TarInfo(f"s{label:07d}.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    found = find_captions(FLICKR, tmp_path)
+    assert found is not None
+    assert [list(captions) for captions in found.captions] == CAPTIONS
+    assert int(found.pictures.read(2)[-1, 0, 0]) == red(2)
+
+
+def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
+    flickr(tmp_path, "albef")
+    table = tmp_path / "flickr30k" / "flickr30k_test.json"
+    table.write_text("[")
+    with pytest.raises(TriviumError, match=r"flickr30k_test.json is no list of captions"):
+        find_captions(FLICKR, tmp_path)
+    table.write_text(json.dumps([{"image": "elsewhere/9.jpg", "caption": ["a"]}]))
+    with pytest.raises(TriviumError, match=r"names elsewhere/9.jpg, which is not below"):
+        find_captions(FLICKR, tmp_path)
+    table.write_text("[]")
+    with pytest.raises(TriviumError, match="holds no picture of the test split"):
+        find_captions(FLICKR, tmp_path)
+    table.write_text(json.dumps([{"image": "1000.jpg", "caption": []}]))
+    with pytest.raises(TriviumError, match=r"1000.jpg has no caption"):
+        find_captions(FLICKR, tmp_path)

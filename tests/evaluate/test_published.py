@@ -1,0 +1,95 @@
+"""The published columns give the averages that the papers print, errata as the corrected rows have them."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from trivium.evaluate import published
+from trivium.evaluate.paper_tasks import SUITES, VISION
+from trivium.evaluate.published import Column, averages, columns
+
+FLAVA = SUITES["flava35"]
+TABLE_4 = [
+    ("FLAVA", "MIM only, PMD images (col 1)", (None, 57.46, None), 19.15),
+    ("FLAVA", "MLM only, PMD text (col 2)", (71.55, None, None), 23.85),
+    ("FLAVA", "FLAVA_C, contrastive only, PMD (col 3)", (64.80, 79.14, 66.25), 70.06),
+    ("FLAVA", "FLAVA_MM, PMD (col 4)", (74.22, 79.35, 69.11), 74.23),
+    ("FLAVA", "FLAVA without unimodal init (col 5)", (75.55, 78.29, 67.32), 73.72),
+    ("FLAVA", "FLAVA full (col 6)", (78.19, 79.44, 69.92), 75.85),
+    ("CLIP", "ViT-B/16 trained on PMD (col 7)", (46.44, 76.12, 62.02), 61.53),
+    ("CLIP", "ViT-B/16, released 400M model (col 8)", (50.51, 82.57, 67.29), 66.79),
+]  # fmt: skip
+
+
+def column(suite: str, system: str, setting: str) -> Column:
+    return next(c for c in columns(SUITES[suite]) if (c.system, c.setting) == (system, setting))
+
+
+@pytest.mark.parametrize(("system", "setting", "domains", "macro"), TABLE_4)
+def test_averages_of_table_4(system: str, setting: str, domains: tuple[float | None, ...], macro: float) -> None:
+    cells = column("flava35", system, setting).cells
+    found = averages(FLAVA, {place: cell.value for place, cell in cells.items()})
+    for value, printed in zip(found.domains.values(), domains, strict=True):
+        assert value == (None if printed is None else pytest.approx(printed, abs=0.0051))
+    assert found.macro == pytest.approx(macro, abs=0.0051)
+
+
+def test_a_domain_that_is_half_there_has_no_average_and_leaves_no_macro() -> None:
+    cells = column("flava35", "FLAVA", "FLAVA full (col 6)").cells
+    values = {place: cell.value for place, cell in cells.items() if place[0] != "MNIST (linear probe)"}
+    found = averages(FLAVA, values)
+    assert found.domains["vision"] is None and found.macro is None
+    assert found.domains["language"] == pytest.approx(78.19, abs=0.0051)
+    assert averages(FLAVA, {}).macro is None
+
+
+def test_a_domain_that_the_model_cannot_do_counts_zero_and_one_that_was_not_run_does_not() -> None:
+    cells = column("flava35", "FLAVA", "MIM only, PMD images (col 1)").cells
+    values = {place: cell.value for place, cell in cells.items()}
+    assert averages(FLAVA, values, cannot=["language", "multimodal"]).macro == pytest.approx(19.15, abs=0.0051)
+    assert averages(FLAVA, values, cannot=["language"]).macro is None
+
+
+def test_corrected_rows_are_preferred_and_say_why() -> None:
+    cell = column("flava35", "FLAVA", "FLAVA without unimodal init (col 5)").cells["QQP (fine-tune)", 0]
+    assert cell.value == 88.60 and cell.confidence == "corrected" and "98.61" in cell.note
+    lxmert = column("flava35", "LXMERT", "Table 5 row 8").cells
+    assert lxmert["QQP (fine-tune)", 0].value == pytest.approx((89.0 + 85.4) / 2)
+    clip = column("flava35", "CLIP", "ViT-B/16, released 400M model (Table 5 row 2)").cells
+    assert clip["MRPC (fine-tune)", 0].value == pytest.approx(69.95)
+
+
+def test_table_5_is_whole() -> None:
+    rows = {c.setting: c for c in columns(FLAVA) if "Table 5" in c.source or "Table 5 row" in c.setting}
+    systems = {c.system for c in rows.values()}
+    assert systems == {"BERT-base", "CLIP", "SimVLM-base", "VisualBERT", "UNITER-base", "VL-BERT-base", "ViLBERT",
+                       "LXMERT", "UniT", "FLAVA"}  # fmt: skip
+    assert len(rows) == 11
+    flava = rows["FLAVA full (Table 5 row 11)"]
+    assert flava.cells["VQAv2 (fine-tune)", 0].value == 72.8
+    with published.FILE.open(encoding="utf-8", newline="") as file:
+        printed = [row for row in csv.DictReader(file) if row["source"] == "FLAVA paper, Table 5"]
+    assert len(printed) == 130
+
+
+def test_every_suite_meets_published_numbers_for_each_of_its_figures() -> None:
+    for name, tasks in SUITES.items():
+        places = {place for c in columns(tasks) for place in c.cells}
+        expected = {(task.key, number) for task in tasks for number in range(len(task.figures))}
+        assert places == expected, name
+    assert len(FLAVA) == 35 and len(VISION) == 22
+    assert sum(len([f for f in t.figures if f.averaged]) for t in SUITES["multimodal"]) == 11
+
+
+def test_recalled_numbers_are_told_from_those_that_were_read() -> None:
+    unit = column("unit", "UniT", "8 datasets, shared decoder, COCO init")
+    confidence = {cell.confidence for cell in unit.cells.values()}
+    assert "recalled" in confidence
+    assert all(cell.printed for c in columns(SUITES["albef"]) for cell in c.cells.values())
+
+
+def test_columns_stand_as_in_their_table() -> None:
+    table = [c.setting for c in columns(FLAVA) if c.source == "FLAVA paper, Table 4"]
+    assert table == [setting for _, setting, _, _ in TABLE_4]

@@ -1,0 +1,394 @@
+"""The suite on miniatures: what is there is measured, what is not is listed, what was done is kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.cli.test_evaluate import Addresses
+from tests.evaluate.datasets import miniatures
+from tests.evaluate.datasets.test_captions import CAPTIONS, flickr
+from tests.test_load import new_bundle
+from trivium.bundle import Bundle
+from trivium.data import duplicates
+from trivium.evaluate import feature_store, suite, suite_report
+from trivium.evaluate.classification import accuracies, classification, leakage
+from trivium.evaluate.datasets import find, layouts
+from trivium.evaluate.datasets.pictures import DataSet
+from trivium.evaluate.feature_store import Features, ModelEncoder, PixelEncoder, features, model_hash
+from trivium.evaluate.paper_tasks import SUITES
+from trivium.evaluate.results import Result
+from trivium.evaluate.suite import SuiteRun, TaskRun
+from trivium.evaluate.suite_report import SuiteReport
+
+TASKS = {task.name: task for task in SUITES["flava35"]}
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    torch.manual_seed(3)
+    return new_bundle()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three data sets of 35, one of them damaged."""
+    folder = tmp_path_factory.mktemp("data")
+    miniatures.dtd(folder)
+    miniatures.cifar10(folder)
+    flickr(folder, "karpathy")
+    miniatures.pets(folder)
+    (folder / "oxford-iiit-pet" / "annotations" / "test.txt").write_text("Abyssinian_1 2 1 1\n")
+    (folder / "cifar-10-batches-py" / "classnames.txt").write_text("a red thing\na pink thing\nan orange thing\n")
+    return folder
+
+
+def data_of(name: str, root: Path) -> DataSet:
+    data = find(layouts.BY_NAME[name], root)
+    assert isinstance(data, DataSet)
+    return data
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def test_features_are_those_of_the_model_and_are_kept_by_pieces(
+    bundle: Bundle, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "PIECE", 5)
+    monkeypatch.setattr(feature_store, "BATCH", 2)
+    pictures = data_of("DTD", root).train.pictures
+    encoder = ModelEncoder(bundle)
+    seen: list[int] = []
+
+    class Counting(ModelEncoder):
+        def __call__(self, pictures):  # type: ignore[no-untyped-def]
+            seen.append(len(pictures))
+            return super().__call__(pictures)
+
+    found = features(Counting(bundle), pictures, tmp_path)
+    assert sum(seen) == len(pictures) == 12
+    direct = encoder([pictures.read(row) for row in range(12)])
+    for name in ("pooled", "projected"):
+        torch.testing.assert_close(found.readings[name], direct[name])
+    assert found.rows_N.tolist() == list(range(12))
+    [folder] = tmp_path.iterdir()
+    pieces = sorted(folder.iterdir())
+    assert [piece.name for piece in pieces] == [
+        "000000000.safetensors",
+        "000000005.safetensors",
+        "000000010.safetensors",
+    ]
+    # One is lost, one damaged: they alone are made again.
+    before = pieces[0].stat().st_mtime_ns
+    pieces[1].unlink()
+    os.truncate(pieces[2], 40)
+    seen.clear()
+    again = features(Counting(bundle), pictures, tmp_path)
+    assert sum(seen) == 7 and pieces[0].stat().st_mtime_ns == before
+    torch.testing.assert_close(again.readings["pooled"], found.readings["pooled"])
+    assert again.digests == found.digests and np.array_equal(again.colours_NC, found.colours_NC)
+
+
+def test_another_model_or_another_file_is_another_key(bundle: Bundle, tmp_path: Path) -> None:
+    miniatures.dtd(tmp_path)
+    torch.manual_seed(4)
+    other = new_bundle()
+    assert model_hash(bundle) != model_hash(other)
+    assert model_hash(bundle) == model_hash(bundle)
+    train = data_of("DTD", tmp_path).train
+    before = feature_store.identity(train.pictures)
+    file = tmp_path / "dtd" / "images" / train.pictures.name(0)
+    os.utime(file, ns=(1, 1))
+    assert feature_store.identity(train.pictures) != before
+    assert feature_store.identity(train[np.arange(3)].pictures) != feature_store.identity(train.pictures)
+
+
+def test_pixels_are_the_floor(root: Path, tmp_path: Path) -> None:
+    """Colours alone tell the miniature's classes apart."""
+    measured = classification(data_of("DTD", root), PixelEncoder(), tmp_path)
+    assert measured.results["linear_probe.accuracy"].value == 1.0
+    assert measured.results["knn.accuracy"].value == 1.0
+    assert not any(name.startswith("zero_shot") for name in measured.results)
+
+
+# -------------------------------------------------------------------------------------------- one data set
+
+
+def part(labels: list[int]):  # type: ignore[no-untyped-def]
+    from trivium.evaluate.classification import Part
+
+    empty = Features({}, np.arange(len(labels)), [b""] * len(labels), np.zeros(len(labels), np.uint64), np.zeros(0), [])
+    return Part("test", np.array(labels), [f"{row}" for row in range(len(labels))], empty)
+
+
+def test_accuracy_and_mean_per_class() -> None:
+    """Nine of class 0, one of class 4: always answering 0 is right nine times of ten, and half of the time by class."""
+    found = accuracies("knn", np.zeros(10, dtype=np.int64), part([0] * 9 + [4]))
+    assert found["knn.accuracy"].value == pytest.approx(0.9)
+    assert found["knn.mean_per_class"].value == pytest.approx(0.5)
+    low, high = found["knn.mean_per_class"].low, found["knn.mean_per_class"].high
+    assert low is not None and high is not None and low < 0.75 < high <= 1.0
+    assert accuracies("knn", np.full(4, 7), part([0, 1, 2, 3]))["knn.mean_per_class"].value == 0
+
+
+def test_a_picture_that_cannot_be_read_is_counted_and_a_class_without_training_named(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    miniatures.dtd(tmp_path)
+    data = data_of("DTD", tmp_path)
+    for row in (0, 3):
+        (tmp_path / "dtd" / "images" / data.train.pictures.name(row)).write_bytes(b"no picture")
+    (tmp_path / "dtd" / "images" / data.test.pictures.name(1)).unlink()
+    measured = classification(data, ModelEncoder(bundle), tmp_path / "store", bundle)
+    assert measured.results["linear_probe.accuracy"].n == len(data.test) - 1
+    notes = "\n".join(measured.notes)
+    assert re.search(
+        r"2 of 12 training pictures cannot be read and are left out; the first: .*banded_train_0000.jpg", notes
+    )
+    assert re.search(r"1 of 9 test pictures cannot be read", notes)
+    assert "the official split 1 of 10: 12 training, 6 validation, 9 test" in notes
+    assert re.search(
+        r"linear probe: C = \S+, chosen by \S+ % on 6 pictures of the validation split; fitted on 16", notes
+    )
+
+
+def test_leakage_is_found_exactly_and_nearly_and_reported_only(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def photograph(seed: int) -> np.ndarray:
+        small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        return np.asarray(Image.fromarray(small).resize((96, 96), Image.Resampling.BICUBIC))
+
+    def as_jpeg(picture: np.ndarray) -> np.ndarray:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG", quality=60)
+        return np.asarray(Image.open(buffer))
+
+    def of(pictures: list[np.ndarray]):  # type: ignore[no-untyped-def]
+        prints = [duplicates.fingerprint(picture) for picture in pictures]
+        found = Features({}, np.arange(len(prints)), [p.pixels for p in prints], *duplicates.arrays(prints), [])
+        made = part([0] * len(prints))
+        made.features = found
+        return made
+
+    train = [photograph(seed) for seed in range(200)]
+    test = [photograph(1000 + seed) for seed in range(50)] + [train[7], as_jpeg(train[11]), as_jpeg(train[12])]
+    notes = leakage(of(train), of(test))
+    assert len(notes) == 2
+    assert "1 of 53 test pictures stand, equal to the pixel, in training" in notes[0] and notes[0].endswith("50 and 7")
+    assert "2 of 53 test pictures have a near copy (at most 6 of 64 bits" in notes[1] and notes[1].endswith("51 and 11")
+    assert leakage(of(train), of(test[:50])) == []
+    # The same pairs as the search inside one set finds.
+    prints = [duplicates.fingerprint(picture) for picture in train + test]
+    inside = {tuple(pair) for pair in duplicates.near_pairs(prints).tolist()}
+    across = duplicates.near_across(*duplicates.arrays(prints[:200]), *duplicates.arrays(prints[200:]))
+    assert {(one, 200 + other) for one, other in across.tolist()} == {p for p in inside if p[0] < 200 <= p[1]}
+    assert rng is not None
+
+
+def test_many_alike_pictures_are_compared_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = [duplicates.fingerprint(np.full((8, 8, 3), value, dtype=np.uint8)) for value in (10, 10, 200, 12)]
+    monkeypatch.setattr(duplicates, "AT_ONCE", 3)
+    found = duplicates.near_across(*duplicates.arrays(flat), *duplicates.arrays(flat[::-1]))
+    assert found[:, 1].tolist() == [0, 1, 2, 3]
+    assert all(abs([10, 10, 200, 12][one] - [12, 200, 10, 10][other]) <= 4 for one, other in found.tolist())
+
+
+# ------------------------------------------------------------------------------------------------ retrieval
+
+
+def test_retrieval_has_five_right_answers_a_picture_one_way_and_one_the_other(
+    bundle: Bundle, root: Path, tmp_path: Path
+) -> None:
+    [found] = suite.run([TASKS["Flickr30K retrieval"]], bundle, root, tmp_path).tasks
+    assert found.state == "measured"
+    results = found.results
+    assert results["Flickr30K retrieval.zero_shot.tr_r1"].n == 3
+    assert results["Flickr30K retrieval.zero_shot.ir_r1"].n == 15
+    with torch.no_grad():
+        captions = [text for texts in CAPTIONS for text in texts]
+        pictures = [root / "flickr30k" / "flickr30k-images" / f"{1000 + label}.jpg" for label in range(3)]
+        scores = bundle.encode_text(captions).projected @ bundle.encode_image(pictures).projected.T
+    own = torch.arange(15) // 5
+    wrong_beside = [(scores[row] >= scores[row, own[row]]).sum() for row in range(15)]  # itself and wrong ones as high
+    expected = float(np.mean([int(rank) <= 1 for rank in wrong_beside]))
+    assert results["Flickr30K retrieval.zero_shot.ir_r1"].value == pytest.approx(expected)
+    ranks = [1 + int((scores[own != p, p] >= scores[own == p, p].max()).sum()) for p in range(3)]
+    assert results["Flickr30K retrieval.zero_shot.tr_r5"].value == pytest.approx(np.mean([rank <= 5 for rank in ranks]))
+
+
+# --------------------------------------------------------------------------------------------------- suite
+
+
+def test_what_is_there_is_measured_what_is_not_is_listed_and_one_failure_stops_nothing(
+    bundle: Bundle, root: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    run = suite.run(SUITES["flava35"], bundle, root, tmp_path, say=said.append)
+    states = {each.task.name: each.state for each in run.tasks}
+    assert states["DTD"] == states["CIFAR10"] == states["Flickr30K retrieval"] == "measured"
+    assert states["Pets"] == "damaged"
+    assert states["ImageNet"] == states["COCO retrieval"] == "missing"
+    assert states["SST-2"] == states["VQAv2"] == "not fine-tuned"
+    pets = next(each for each in run.tasks if each.task.name == "Pets")
+    assert "class 2 is american_bulldog and Abyssinian" in pets.notes[0]
+    assert any("Pets" in sentence for sentence in said)
+    names = set(run.results)
+    assert {
+        f"DTD.{p}.{f}" for p in ("linear_probe", "knn", "zero_shot") for f in ("accuracy", "mean_per_class")
+    } <= names
+    sst2 = next(each for each in run.tasks if each.task.name == "SST-2")
+    assert "trivium finetune sst2" in sst2.notes[0]
+
+
+def test_a_second_call_reads_what_the_first_kept(bundle: Bundle, root: Path, tmp_path: Path) -> None:
+    tasks = [TASKS["DTD"], TASKS["Flickr30K retrieval"]]
+    first = suite.run(tasks, bundle, root, tmp_path)
+    second = suite.run(tasks, bundle, root, tmp_path)
+    assert [each.state for each in second.tasks] == ["kept", "kept"]
+    assert second.results == first.results
+    units = second.results["DTD.linear_probe.accuracy"].outcomes
+    assert units is not None and units.units == first.results["DTD.linear_probe.accuracy"].outcomes.units  # type: ignore[union-attr]
+    assert [each.notes for each in second.tasks] == [each.notes for each in first.tasks]
+    # Damage, another cap on the rows or another model is measured anew.
+    for file in (tmp_path / "tasks").glob("DTD-*/about.json"):
+        file.write_text("{")
+    assert suite.run(tasks, bundle, root, tmp_path).tasks[0].state == "measured"
+    capped = suite.run(tasks[:1], bundle, root, tmp_path, rows=5).tasks[0]
+    assert capped.state == "measured" and capped.results["DTD.knn.accuracy"].n == 5
+    assert "at most 5 pictures of each split" in capped.notes[0]
+    torch.manual_seed(4)
+    assert suite.run(tasks[:1], new_bundle(), root, tmp_path).tasks[0].state == "measured"
+
+
+def test_an_interrupted_call_goes_on(
+    bundle: Bundle, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [TASKS["DTD"], TASKS["CIFAR10"]]
+
+    def interrupted(data, encoder, store, bundle, say):  # type: ignore[no-untyped-def]
+        if len(data.classes) == 3 and data.prompts[0] == "a red thing":
+            raise KeyboardInterrupt
+        return classification(data, encoder, store, bundle, say)
+
+    monkeypatch.setattr(suite, "classification", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(tasks, bundle, root, tmp_path)
+    monkeypatch.setattr(suite, "classification", classification)
+    assert [each.state for each in suite.run(tasks, bundle, root, tmp_path).tasks] == ["kept", "measured"]
+
+
+def test_a_mistake_of_ours_in_one_task_leaves_the_others(
+    bundle: Bundle, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(suite, "_retrieval", lambda *_: 1 / 0)
+    run = suite.run([TASKS["Flickr30K retrieval"], TASKS["DTD"]], bundle, root, tmp_path)
+    assert [each.state for each in run.tasks] == ["failed", "measured"]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_figures_of_fine_tuning_are_read_under_their_title(bundle: Bundle, tmp_path: Path) -> None:
+    tuned = {
+        "SST-2": Result(0.9), "SST-2.dev.accuracy": Result(0.9), "MNLI.median": Result(0.7),
+        "Hateful Memes (concatenated)": Result(0.6), "SST-20": Result(0.1),
+    }  # fmt: skip
+    run = suite.run(SUITES["flava35"], bundle, None, tmp_path, fine_tuned=tuned)
+    values = run.values()
+    assert values == {
+        ("SST-2 (fine-tune)", 0): 90, ("MNLI (fine-tune)", 0): 70, ("HatefulMemes (fine-tune)", 0): 60,
+    }  # fmt: skip
+    memes = next(each for each in run.tasks if each.task.name == "HatefulMemes")
+    assert memes.state == "read" and "side by side" in memes.notes[0]
+
+
+def test_a_model_without_texts_is_told_what_it_cannot_do(tmp_path: Path) -> None:
+    class Pictures(torch.nn.Module):
+        def encode_image(self, pixels_BCHW: torch.Tensor) -> None: ...
+        def config_dict(self) -> dict[str, int]:
+            return {}
+
+    blind = Bundle("dino", Pictures(), None, new_bundle().transform)
+    run = suite.run(SUITES["flava35"], blind, None, tmp_path)
+    assert run.cannot() == ["language", "multimodal"]
+    assert {each.notes[0] for each in run.tasks if each.task.domain == "language"} == {"Pictures reads no texts"}
+
+
+# -------------------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture(scope="module")
+def written(bundle: Bundle, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    run = suite.run(SUITES["flava35"], bundle, root, out / "cache", fine_tuned={"RTE": Result(0.5776, 0.52, 0.63, 277)})
+    suite_report.write(out, SuiteReport("FLAVA's tasks <a miniature>", run, {"total": 1.5}, "trivium evaluate x"))
+    return out
+
+
+def test_results_have_the_papers_own_number_beside_ours(written: Path) -> None:
+    found = json.loads((written / "results.json").read_text())["results"]
+    assert found["RTE"]["published"] == pytest.approx(0.5776)
+    assert found["CIFAR10.linear_probe.accuracy"]["published"] == pytest.approx(0.9287)
+    assert "published" not in found["CIFAR10.knn.accuracy"]
+
+
+def test_the_csv_has_a_line_a_figure_and_a_column_a_system(written: Path) -> None:
+    rows = list(csv.DictReader((written / "results.csv").open()))
+    assert len(rows) == sum(len(task.figures) for task in SUITES["flava35"])
+    rte = next(row for row in rows if row["task"] == "RTE")
+    assert (rte["this model"], rte["low"], rte["high"], rte["n"], rte["state"]) == (
+        "57.760",
+        "52.000",
+        "63.000",
+        "277",
+        "read",
+    )
+    assert rte["FLAVA: FLAVA full (col 6)"] == "57.76"
+    qqp = next(row for row in rows if row["task"] == "QQP")
+    assert qqp["FLAVA: FLAVA without unimodal init (col 5)"] == "88.60" and qqp["this model"] == ""
+
+
+def test_the_page_stands_alone_and_says_everything(written: Path) -> None:
+    page = (written / "report.html").read_text(encoding="utf-8")
+    assert Addresses(page).found == []
+    assert "&lt;a miniature&gt;" in page
+    scripts = re.findall(r"<script.*?</script>", page, re.DOTALL)
+    assert len(scripts) == 2 and "http" not in "".join(scripts)
+    for said in (
+        "Figures of 4 of 35 tasks", "Beside FLAVA paper, Table 4", "Not on the disk", "To be fine-tuned first",
+        "There, but not readable", "https://image-net.org/download.php", "88.60*", "What took how long",
+    ):  # fmt: skip
+        assert said in page, said
+    data = json.loads(re.search(r'<script id="numbers"[^>]*>(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    ours, *others = data["columns"]
+    assert ours["name"] == "this model" and others
+    place = next(i for i, figure in enumerate(data["figures"]) if figure["label"] == "RTE")
+    assert ours["values"][str(place)] == pytest.approx(57.76)
+    flava = next(column for column in others if column["name"] == "FLAVA: FLAVA full (col 6)")
+    assert len(flava["values"]) == 45 - 4, "the paper prints no R@10"
+    assert [figure["domain"] for figure in data["figures"]] == sorted(
+        (figure["domain"] for figure in data["figures"]), key=["Language", "Vision", "Multimodal"].index
+    )
+
+
+def test_recalled_numbers_are_grey_and_do_not_enter_the_chart(bundle: Bundle) -> None:
+    run = SuiteRun([TaskRun(task, "missing") for task in SUITES["unit"]])
+    published = suite_report.columns([each.task for each in run.tasks])
+    recalled = [cell for column in published for cell in column.cells.values() if cell.is_recalled]
+    assert recalled
+    page = suite_report.render(SuiteReport("UniT", run, {}), published)
+    assert page.count('class="recalled"') == suite_report.OPEN_TABLES + sum(  # the legend of each
+        cell.is_recalled for column in published for cell in column.cells.values()
+    )
+    data = json.loads(re.search(r'<script id="numbers"[^>]*>(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    drawn = sum(len(column["values"]) for column in data["columns"])
+    assert drawn == sum(not cell.is_recalled for column in published for cell in column.cells.values())
