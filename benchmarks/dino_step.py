@@ -25,7 +25,8 @@ from unittest import mock
 
 import side_by_side
 import torch
-from flava_pair import every_row, memory_above_state
+from flava_pair import every_row
+from step_pair import memory_above_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig as PeerConfig

@@ -210,7 +210,7 @@ def _beyond(each: TaskRun) -> dict[str, Any]:
 
 def _chart_data(run: SuiteRun, published: Sequence[Column]) -> str:
     """What the page's chart draws from: figures in order, and each column's values. JSON that may stand in a page."""
-    figures = []
+    figures: list[dict[str, Any]] = []
     places: dict[Place, int] = {}
     for domain in DOMAINS:
         for each in run.tasks:

@@ -12,7 +12,7 @@ from trivium.bundle import Bundle
 from trivium.data.mixture import StreamMixture
 from trivium.evaluate import embedded, pairs
 from trivium.evaluate.embedded import Evaluation
-from trivium.recipes.data import Data, Sources
+from trivium.recipes.data import PairData, Sources
 from trivium.train.config import Config, leaves
 from trivium.train.protocol import Method
 from trivium.train.trainer import Run, Train
@@ -66,7 +66,7 @@ class Prepared(ABC):
         return replace(self, recipe=recipe, run=run)
 
 
-def on_pairs(bundle: Bundle, data: Data, sources: Sources, say: Callable[[str], None]) -> Evaluation:
+def on_pairs(bundle: Bundle, data: PairData, sources: Sources, say: Callable[[str], None]) -> Evaluation:
     """The embedded drawings where a run was trained on them, else its validation pairs, where it has any."""
     if data.is_embedded:
         return on_drawings(bundle, say)
