@@ -17,10 +17,9 @@ from trivium.errors import TriviumError
 from trivium.evaluate import losses
 from trivium.evaluate.embedded import Evaluation
 from trivium.load import load, open_own
-from trivium.methods.clip import ClipMethod
+from trivium.methods.clip import ClipMethod, Scope
 from trivium.methods.pixels import Pixels
 from trivium.models.clip import SIZES, Clip, ClipConfig
-from trivium.objectives.contrastive import Scope
 from trivium.recipes import limits, validation
 from trivium.recipes.data import (
     PairData,

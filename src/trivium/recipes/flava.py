@@ -20,11 +20,10 @@ from trivium.errors import TriviumError
 from trivium.evaluate import losses
 from trivium.evaluate.embedded import Evaluation
 from trivium.load import image_tokenizer_hash, load, open_own
-from trivium.methods.flava import LOSSES, FlavaMethod
+from trivium.methods.flava import LOSSES, FlavaMethod, Scope
 from trivium.methods.pixels import Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
-from trivium.objectives.contrastive import Scope
 from trivium.recipes import limits, validation
 from trivium.recipes.bert import Bert
 from trivium.recipes.data import (
