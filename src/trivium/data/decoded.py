@@ -15,6 +15,10 @@ class Decoded:
         self._free_bytes = cache_bytes
         self._pictures: dict[bytes, np.ndarray] = {}
 
+    def __len__(self) -> int:
+        """Pictures that are kept."""
+        return len(self._pictures)
+
     def get(self, digest: bytes, decode: Callable[[], np.ndarray]) -> np.ndarray:
         """uint8 [H, W, 3], not to be written to. digest: of the encoded picture. decode: where it is not kept."""
         known = self._pictures.get(digest)

@@ -53,7 +53,7 @@ class ViTConfig:
 
 
 SIZES = {
-    "tiny": ViTConfig(width=128, num_heads=4, mlp_width=512, num_layers=6, image_size=64, patch_size=8),
+    "tiny": ViTConfig(width=128, num_heads=4, mlp_width=512, num_layers=6, image_size=64),
     "small": ViTConfig(width=384, num_heads=6, mlp_width=1536),
     "base": ViTConfig(),
 }
