@@ -28,6 +28,7 @@ from trivium.evaluate.datasets import find, layouts
 from trivium.evaluate.datasets.pictures import DataSet, with_rows
 from trivium.evaluate.feature_store import Encoder, ModelEncoder, PixelEncoder, cache_root
 from trivium.load import FAMILIES, load
+from trivium.manifest import write_whole
 from trivium.train.initial import initialise
 
 SIDE = 28
@@ -57,8 +58,33 @@ def untrained(bundle: Bundle, std: float) -> Bundle:
     return replace(bundle, model=model.eval())
 
 
+def as_table(results: dict[str, Any], command: str, rows: int, model: str) -> str:
+    """Markdown: a line a figure, a column an encoder, in per cent with 95 % intervals."""
+    kinds = list(dict.fromkeys(name.split(", ")[1] for name in results))
+    lines = [
+        f"Linear probe, nearest neighbours and zero-shot of {model}, on at most {rows:,} pictures of each split; in per"
+        " cent, with 95 % intervals.",
+        "",
+        f"    {command}",
+        "",
+        "| | " + " | ".join(kinds) + " |",
+        "|---" * (1 + len(kinds)) + "|",
+    ]
+    for data_set in dict.fromkeys(name.split(", ")[0] for name in results):
+        columns = [results[f"{data_set}, {kind}"] for kind in kinds]
+        for figure in (name for name in columns[0] if name != "notes"):
+            cells = ["–" if figure not in column else in_percent(column[figure]) for column in columns]
+            title = figure.replace("_", " ").replace(".", ", ")
+            lines.append(f"| {data_set}: {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def in_percent(result: dict[str, Any]) -> str:
+    return f"{100 * result['value']:.1f} ({100 * result['low']:.1f} to {100 * result['high']:.1f})"
+
+
 def shown(measured: Measured) -> dict[str, Any]:
-    return {name: vars(result) | {"outcomes": None} for name, result in measured.results.items()}
+    return {name: result.as_json() for name, result in measured.results.items()}
 
 
 def main() -> None:
@@ -86,8 +112,10 @@ def main() -> None:
                 measured = classification(data, encoder, cache_root() / "features", with_texts, print)
                 results[f"{name}, {kind}"] = shown(measured) | {"notes": measured.notes}
                 print(f"{name}, {kind}:", {key: round(result.value, 4) for key, result in measured.results.items()})
+    model = f"a {bundle.family} of width {bundle.model.config.width}"
     command = f"python benchmarks/suite_small.py MODEL --mnist WHEEL --cifar10 DIR --rows {arguments.rows}"
-    side_by_side.write("suite_small", results, command=command, rows=arguments.rows, model=bundle.family)
+    side_by_side.write("suite_small", results, command=command, rows=arguments.rows, model=model)
+    write_whole(side_by_side.RESULTS / "suite_small.md", as_table(results, command, arguments.rows, model))
 
 
 if __name__ == "__main__":
