@@ -49,8 +49,11 @@ def run(task: str, init: Path, data: Path, out: Path) -> dict[str, Any]:
         for entry in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         if "results" in entry
     ]
+    told = shlex.join(["trivium", *command])
+    for here, anywhere in ((init, "DIR"), (data, "$TRIVIUM_DATA/glue"), (out, f"runs/glue/{task}")):
+        told = told.replace(str(here), anywhere)
     return {
-        "command": shlex.join(["trivium", *command]).replace(str(init), "DIR").replace(str(data), "$TRIVIUM_DATA/glue"),
+        "command": told,
         "settings": {**SHARED, **SETTINGS[task], "published updates of RoBERTa-base": ROBERTA_BASE[task]},
         "figures": figures,
         "evaluations": evaluations,
