@@ -112,7 +112,8 @@ def main() -> None:
                 measured = classification(data, encoder, cache_root() / "features", with_texts, print)
                 results[f"{name}, {kind}"] = shown(measured) | {"notes": measured.notes}
                 print(f"{name}, {kind}:", {key: round(result.value, 4) for key, result in measured.results.items()})
-    model = f"a {bundle.family} of width {bundle.model.config.width}"
+    config: Any = bundle.model.config
+    model = f"a {bundle.family} of width {config.width}"
     command = f"python benchmarks/suite_small.py MODEL --mnist WHEEL --cifar10 DIR --rows {arguments.rows}"
     side_by_side.write("suite_small", results, command=command, rows=arguments.rows, model=model)
     write_whole(side_by_side.RESULTS / "suite_small.md", as_table(results, command, arguments.rows, model))

@@ -61,7 +61,11 @@ def read_pickle(path: Path) -> Any:
         TriviumError: it asks for anything else, is damaged, or cannot be read.
     """
     try:
-        return _Restricted(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        file = io.BytesIO(path.read_bytes())
+        found = _Restricted(file, encoding="bytes").load()
+        if file.read(1):
+            raise pickle.UnpicklingError("it goes on after its end")
+        return found
     except OSError as error:
         raise TriviumError(f"{path} cannot be read ({error.strerror}): check the path") from None
     except pickle.UnpicklingError as error:

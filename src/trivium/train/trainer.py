@@ -157,6 +157,10 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         checkpoint.write(folder.checkpoints, taken, run.export)
         checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every, best)
 
+    def prune(best: int | None) -> None:
+        saving.finish()
+        checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every, best)
+
     def measured(done: int) -> dict[str, Any] | None:
         trained.gather()
         results = distributed.first_process_does(partial(evaluate, run))
@@ -210,8 +214,11 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
             if settings.evaluates_after(done):
                 results = measured(done)
                 given_up = distributed.any_process(selection.is_exhausted)
-                if distributed.any_process(selection.best_step == done or given_up) and not saved:
+                best = distributed.any_process(selection.best_step == done)
+                if (best or given_up) and not saved:
                     distributed.first_process_does(partial(save, done))
+                elif best:  # saved before it was known: the one that was the best is needed no more
+                    distributed.first_process_does(partial(prune, done))
                 if given_up and done < settings.steps:
                     log.say(f"stopped after step {done} of {settings.steps}: {selection}")
                     break
