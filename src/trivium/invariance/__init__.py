@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trivium.invariance import clip, dino, finetune, flava
+from trivium.invariance import clip, dino, dvae, finetune, flava
 from trivium.train import distributed
 from trivium.train.protocol import Batch, Key, Method
 from trivium.train.step import backward, measure
@@ -35,6 +35,7 @@ CASES: dict[str, Make] = {
     "CLIP": partial(clip.case, false_rows=(6,)),
     "DINO": dino.case,
     "DINO, options": partial(dino.case, centring="sinkhorn", weights={"koleo": 0.1, "ibot": 1.0}),
+    "dVAE": dvae.case,
     "fine-tuning, BERT": finetune.case,
 }
 

@@ -4,7 +4,8 @@ FLAVA's and BEiT's targets come from it. Easy to get wrong:
 
 * pixels in [0, 1] are mapped to [0.1, 0.9] first; `encode` and `decode` do that themselves;
 * each residual path is scaled by 1 / L^2, L the number of blocks of the whole network;
-* encoder and decoder blocks mirror each other: 3x3, 3x3, 3x3, 1x1 against 1x1, 3x3, 3x3, 3x3.
+* encoder and decoder blocks mirror each other: 3x3, 3x3, 3x3, 1x1 against 1x1, 3x3, 3x3, 3x3;
+* in training the encoder's last and the decoder's first convolution take float32, whatever the precision of the rest.
 
 B batch, C channels, H height, W width, N codes of a picture (row-major), K codes there are.
 """
@@ -141,6 +142,25 @@ class DVae(nn.Module):
     def input_size(self, picture_size: int, patch_size: int) -> int:
         """Side of the tokenizer's view, so that one code covers one patch of the model's: 224 / 16 * 8 = 112."""
         return picture_size // patch_size * self.stride
+
+    # Training: codes are not one-hot yet, and gradients flow.
+
+    def logits(self, mapped_BCHW: Tensor) -> Tensor:
+        """Mapped pixels -> logits [B, K, H / stride, W / stride], the last convolution in full precision."""
+        features = self.encoder.features(mapped_BCHW.to(memory_format=torch.channels_last))
+        with torch.autocast(features.device.type, enabled=False):
+            return self.encoder.head(features.to(mapped_BCHW.dtype))
+
+    def distribution(self, codes_BKHW: Tensor) -> tuple[Tensor, Tensor]:
+        """One-hot or soft codes -> location and log-scale of mapped pixels' logits, [B, 3, H, W] each; the first
+        convolution in full precision."""
+        assert self.decoder is not None, "this tokenizer came without a decoder"
+        with torch.autocast(codes_BKHW.device.type, enabled=False):
+            vectors = self.decoder.stem(codes_BKHW)
+        location_BCHW, log_scale_BCHW = self.decoder.from_vectors(vectors).to(codes_BKHW.dtype).chunk(2, dim=1)
+        return location_BCHW, log_scale_BCHW
+
+    # Use.
 
     def frozen(self, dtype: torch.dtype = torch.float32) -> DVae:
         """This tokenizer made ready to be used and not trained: no gradients, channels last, in `dtype`.
