@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trivium.bundle import Bundle, image_tokenizer_entry
 from trivium.convert import Foreign, flava, read_foreign
@@ -97,6 +97,12 @@ def load_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -
     return tokenizer.to(device)
 
 
+def image_tokenizer_alone(folder: Path) -> ImageTokenizer | None:
+    """What a model folder of ours holds, where that is an image tokenizer and no model; else None."""
+    alone = read_json(folder / "config.json").get("family") == "image_tokenizer"
+    return _own_image_tokenizer(folder) if alone else None
+
+
 def image_tokenizer_hash(tokenizer: ImageTokenizer) -> str:
     """A name for exactly this image tokenizer: sha256 over its kind, its settings and its tensors."""
     digest = hashlib.sha256(json.dumps(image_tokenizer_entry(tokenizer), sort_keys=True).encode())
@@ -106,12 +112,17 @@ def image_tokenizer_hash(tokenizer: ImageTokenizer) -> str:
     return digest.hexdigest()
 
 
-def save_image_tokenizer(tokenizer: ImageTokenizer, folder: str | Path) -> None:
-    """A folder with an image tokenizer alone: config.json, image_tokenizer.safetensors and a manifest."""
+def save_image_tokenizer(
+    tokenizer: ImageTokenizer, folder: str | Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """A folder with an image tokenizer alone: config.json, image_tokenizer.safetensors and a manifest.
+
+    weights: written in place of its own: a copy of them, say, while it trains on.
+    """
     with written_beside(Path(folder)) as beside:
         config = {"family": "image_tokenizer", "image_tokenizer": image_tokenizer_entry(tokenizer)}
         (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        save_tensors(tokenizer.state_dict(), beside / "image_tokenizer.safetensors")
+        save_tensors(tokenizer.state_dict() if weights is None else weights, beside / "image_tokenizer.safetensors")
         write_manifest(beside)
 
 

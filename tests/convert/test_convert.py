@@ -18,7 +18,7 @@ from tests.convert import peers
 from trivium.cli.convert import convert
 from trivium.convert import dalle
 from trivium.errors import TriviumError
-from trivium.load import load, load_image_tokenizer
+from trivium.load import load, load_image_tokenizer, save_image_tokenizer
 from trivium.manifest import verify_manifest
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.flava import Flava
@@ -149,8 +149,35 @@ def test_an_image_codebook_alone(tmp_path: Path) -> None:
     for path in ("codebook", "ours"):
         with pytest.raises(TriviumError, match=r"image tokenizer alone.*load_image_tokenizer"):
             load(tmp_path / path)
-    with pytest.raises(TriviumError, match="image tokenizer alone"):
-        convert(tmp_path / "codebook", to="hf-flava", out=tmp_path / "hf")
+    for path in ("codebook", "ours"):
+        convert(tmp_path / path, to="hf-flava", out=tmp_path / f"hf of {path}")
+        again = transformers.FlavaImageCodebook.from_pretrained(tmp_path / f"hf of {path}")
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in peer.state_dict().items())
+    with pytest.raises(TriviumError, match="torchmultimodal-flava has no place for an image tokenizer"):
+        convert(tmp_path / "codebook", to="torchmultimodal-flava", out=tmp_path / "mm")
+
+
+def test_encoder_and_decoder_go_to_the_names_of_dalle_and_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = peers.shuffled(DVae(DVaeConfig(width=8, num_codes=20, code_width=6, decoder=True)))
+    save_image_tokenizer(model, tmp_path / "ours")
+    convert(tmp_path / "ours", to="dalle", out=tmp_path / "dalle")
+    files = {part: load_file(tmp_path / "dalle" / f"{part}.safetensors") for part in ("encoder", "decoder")}
+    assert all("blocks.group_4.block_2.res_path.conv_4.w" in state for state in files.values())
+    convert(tmp_path / "dalle", to="trivium", out=tmp_path / "back")
+    for name in ("config.json", "image_tokenizer.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+    capsys.readouterr()
+    convert(tmp_path / "ours", to="hf-flava", out=tmp_path / "hf")
+    assert "left out: hf-flava has no place for the decoder" in capsys.readouterr().out
+    save_image_tokenizer(PatchCodebook(4, 8), tmp_path / "patches")
+    with pytest.raises(TriviumError, match="dalle has no place for an image tokenizer of the kind patch_codebook"):
+        convert(tmp_path / "patches", to="dalle", out=tmp_path / "nothing")
+    peers.pretraining().save_pretrained(tmp_path / "flava")
+    with pytest.raises(TriviumError, match="dalle is a layout of image tokenizers"):
+        convert(tmp_path / "flava", to="dalle", out=tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize("layout", ["hf-flava", "torchmultimodal-flava"])

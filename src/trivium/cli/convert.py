@@ -13,6 +13,7 @@ from trivium.errors import TriviumError
 
 if TYPE_CHECKING:
     from trivium.bundle import Bundle
+    from trivium.models.image_tokenizer import ImageTokenizer
 
 
 PROCESSORS = {"hf-flava": "FlavaProcessor", "hf-clip": "CLIPProcessor"}
@@ -31,7 +32,7 @@ def convert(
     Args:
         path: a run folder, checkpoint, model folder, or a file or folder of another library.
         to: trivium (a model folder), hf-flava, torchmultimodal-flava, hf-clip, open-clip, hf-vit, timm-vit, dino or
-            hf-bert.
+            hf-bert; an image tokenizer alone also to dalle (encoder.safetensors and decoder.safetensors).
         out: a folder that does not exist yet, or is empty.
         from_: the layout of PATH, where its tensors' names should not decide: one of those, openai-clip or dalle.
         shard_mb: weights of more megabytes are written as several files with an index; below, as one.
@@ -40,10 +41,10 @@ def convert(
     """
     from trivium.convert import FORMATS, read_foreign
     from trivium.hub import located
-    from trivium.load import bundle_of, model_folder, open_own, save_image_tokenizer
+    from trivium.load import bundle_of, image_tokenizer_alone, model_folder, open_own
 
-    if to not in FORMATS:
-        raise TriviumError(f"no format is called {to!r}: choose one of {', '.join(FORMATS)}")
+    if to not in (*FORMATS, "dalle"):
+        raise TriviumError(f"no format is called {to!r}: choose one of {', '.join(FORMATS)}, dalle")
     if shard_mb <= 0:
         raise TriviumError(f"--shard-mb is {shard_mb:g}: it must be above 0")
     shard_bytes = int(shard_mb * 1e6)
@@ -52,14 +53,22 @@ def convert(
     said: list[str] = []
     path = located(path)
     folder = model_folder(path, said) if from_ is None else None
+    foreign = None if folder is not None else read_foreign(path, from_)
+    tokenizer: ImageTokenizer | None = None
+    if folder is not None:
+        tokenizer = image_tokenizer_alone(folder)
+    elif foreign is not None and foreign.model is None:
+        tokenizer = foreign.image_tokenizer
+    if tokenizer is not None:
+        _write_image_tokenizer(tokenizer, to, out)
+        print(f"{out} holds the image tokenizer ({tokenizer.num_codes:,} codes) in the layout {to}")
+        return
+    if to == "dalle":
+        raise TriviumError(f"dalle is a layout of image tokenizers, and {path} holds a model: convert it to another")
     if folder is not None:
         bundle = open_own(folder)
     else:
-        foreign = read_foreign(path, from_)
-        if foreign.model is None and foreign.image_tokenizer is not None and to == "trivium":
-            save_image_tokenizer(foreign.image_tokenizer, out)
-            print(f"{out} holds the image tokenizer ({foreign.image_tokenizer.num_codes:,} codes)")
-            return
+        assert foreign is not None
         bundle, said = bundle_of(foreign), foreign.said
     for sentence in said:
         print(sentence)
@@ -68,6 +77,33 @@ def convert(
     else:
         _write_foreign(bundle, to, out, shard_bytes)
     print(f"{out} holds the model in the layout {to}")
+
+
+def _write_image_tokenizer(tokenizer: ImageTokenizer, to: str, out: Path) -> None:
+    """One alone: as ours, under DALL-E's names, or as transformers' FlavaImageCodebook."""
+    from trivium.convert import dalle
+    from trivium.load import save_image_tokenizer
+    from trivium.manifest import written_beside
+    from trivium.models.dvae import DVae
+    from trivium.tensor_files import save_tensors
+
+    if to == "trivium":
+        save_image_tokenizer(tokenizer, out)
+        return
+    if not isinstance(tokenizer, DVae) or to not in ("dalle", "hf-flava"):
+        raise TriviumError(f"{to} has no place for an image tokenizer of the kind {tokenizer.kind} alone")
+    if to == "hf-flava" and tokenizer.decoder is not None:
+        print(f"left out: {to} has no place for the decoder of the image tokenizer")
+    parts = ["encoder"] if tokenizer.decoder is None else ["encoder", "decoder"]
+    with written_beside(out) as folder:
+        if to == "dalle":
+            for part in parts:
+                save_tensors(dalle.to_dalle(tokenizer, part), folder / f"{part}.safetensors")
+        else:
+            state, config = dalle.to_hf(tokenizer)
+            save_tensors(state, folder / "model.safetensors")
+            named = {"architectures": ["FlavaImageCodebook"], "model_type": "flava_image_codebook"}
+            _write_json(folder / "config.json", named | config)
 
 
 def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None:

@@ -121,6 +121,22 @@ def histogram(title: str, counts: Mapping[int, int], limit: int) -> str:
         return _svg(figure)
 
 
+def frequencies(counts: Sequence[int]) -> str:
+    """How often each of many things occurs, the most frequent first; both axes logarithmic."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 2.1), layout="constrained")
+        axes = figure.subplots()
+        used = [count for count in counts if count]
+        axes.fill_between(np.arange(1, len(used) + 1), used, color=ACCENT, alpha=0.25, linewidth=0)
+        axes.plot(np.arange(1, len(used) + 1), used, color=ACCENT, linewidth=1.8)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(1, max(2, len(counts)))
+        axes.set_xlabel("rank")
+        axes.set_ylabel("uses")
+        return _svg(figure)
+
+
 def _plot(axes: Axes, curve: Curve, colour: str) -> np.ndarray:
     """Draw one curve, as it is and smoothed; returns its finite points, [N, 2]."""
     points = np.asarray([point for point in curve if np.isfinite(point[1])], dtype=float).reshape(-1, 2)

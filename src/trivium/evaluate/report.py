@@ -29,6 +29,11 @@ LOSS_TITLES = {
         "Hidden patches (iBOT)",
         "say of a hidden patch what an average of past models, which sees it, says of it",
     ),
+    "likelihood": (
+        "Pixels (likelihood)",
+        "draw a picture from its codes: minus the logarithm of a density, so it may fall below 0",
+    ),
+    "kl": ("Codes (KL)", "say of each patch what it is, held near an even use of all codes: 0 says nothing"),
     "itm": ("Matching (ITM)", "say whether a picture and a text belong together"),
     "mim": ("Masked picture (MIM)", "guess hidden patches of a picture from the patches around"),
     "mlm": ("Masked text (MLM)", "guess hidden words of a text from the words around"),
@@ -216,7 +221,8 @@ def _losses(report: Report) -> list[dict[str, Any]]:
         curve = report.curves.get(name, [])
         if final is None and not curve:
             continue
-        below = None if final is None or chance is None or not chance else 1 - final / chance
+        # A density may be above 1, and its loss below 0: then no share of chance means anything.
+        below = None if final is None or chance is None or min(final, chance) <= 0 else 1 - final / chance
         found.append(
             {
                 "title": title,

@@ -32,6 +32,15 @@ RULES: dict[str, Rule] = {
         [f"objectives.{name}" for name in ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")], NOT_NEGATIVE
     ),
     "objectives.num_ranks": SOME,
+    **dict.fromkeys(("model.num_groups", "model.blocks_per_group", "model.code_width"), SOME),
+    **dict.fromkeys(("annealing.start_temperature", "annealing.temperature"), POSITIVE),
+    **dict.fromkeys(
+        [f"annealing.{name}" for name in ("temperature_length", "kl_length", "start_kl_weight", "kl_weight")],
+        NOT_NEGATIVE,
+    ),
+    "logit_deviation": POSITIVE,
+    "split_every": NOT_NEGATIVE,
+    "average": (lambda value: 0 <= value < 1, "0 or more and below 1"),
     "objectives.masked_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "data.batch": SOME,
     "data.image_size": (lambda value: value is None or value >= 1, "a number of pixels of 1 or more"),
