@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trivium.convert import bert, clip, dalle, flava, processor, torchmultimodal, vit
+from trivium.convert import beit, bert, clip, dalle, flava, processor, torchmultimodal, vit
 from trivium.convert.weights import PICKLES, State, read_json, read_weights
 from trivium.errors import TriviumError
 from trivium.models.bert import Bert
@@ -173,6 +173,13 @@ def _write_dino(model: Dino, image_tokenizer: DVae | None) -> tuple[State, dict[
     return vit.to_dino(model), vit.config_to_timm(model.config)
 
 
+def _read_beit(state: State, config: Mapping[str, Any]) -> Foreign:
+    ours, tensors, said = beit.from_beit(state, config)
+    model = ViT(ours)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return Foreign("vit", model, said=said, transform={"size": ours.image_size} | beit.PIXELS)
+
+
 def _read_bert(state: State, config: Mapping[str, Any]) -> Foreign:
     if not config:
         raise TriviumError("Hugging Face's layout needs the config.json of the model beside its weights: add it")
@@ -207,6 +214,9 @@ ADAPTERS = {
         _write_open_clip,
         weights="open_clip_model.safetensors",
         configs=_OPEN_CLIP,
+    ),
+    "beit": Adapter(  # before timm's, most of whose names it has
+        "vit", r"(beit\.encoder\.layer|blocks)\.\d+\.(attention\.attention\.query\.bias|attn\.q_bias)", _read_beit, None
     ),
     "hf-vit": Adapter(
         "vit",

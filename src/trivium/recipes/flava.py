@@ -24,8 +24,8 @@ from trivium.methods.flava import LOSSES, FlavaMethod, Scope
 from trivium.methods.pixels import Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
+from trivium.models.towers import vit_of
 from trivium.recipes import limits, validation
-from trivium.recipes.bert import Bert
 from trivium.recipes.data import (
     Data,
     Sources,
@@ -38,8 +38,9 @@ from trivium.recipes.data import (
     noticed,
     open_sources,
 )
-from trivium.recipes.prepared import Losses, Prepared, on_pairs
+from trivium.recipes.prepared import Losses, Prepared, on_drawings, on_pairs
 from trivium.recipes.priors import start_at_frequencies
+from trivium.recipes.towers import ImageTower, TextTower, read_text
 from trivium.recipes.validation import Validation
 from trivium.train.budget import memory_dial_named
 from trivium.train.config import Config, leaves
@@ -87,7 +88,8 @@ class FlavaRecipe:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     init: str | None = None  # a model folder, run folder or foreign checkpoint to start from
-    init_text: str | None = None  # a BERT of the same width: word embeddings and head of masked words start as its own
+    init_text: str | None = None  # the text side starts as a text run's (whole), or as a BERT's (embeddings and head)
+    init_image: str | None = None  # the image encoder starts as that of an image run, a DINO, a ViT, a DeiT or a BEiT
     init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
     label_frequencies: bool = False  # True: the heads start at the frequencies of their labels (see priors.py)
     validate: int = 4096  # held-out samples of each stream that losses are measured on, up to 8 times each; 0: none
@@ -99,8 +101,9 @@ class FlavaRecipe:
 
     def with_absolute_paths(self) -> FlavaRecipe:
         """The same for whoever stands in another folder: what a config that is kept should state."""
-        init, init_text = (None if path is None else absolute(path) for path in (self.init, self.init_text))
-        return replace(self, data=self.data.with_absolute_paths(), init=init, init_text=init_text)
+        starts = {name: getattr(self, name) for name in ("init", "init_text", "init_image")}
+        starts = {name: None if path is None else absolute(path) for name, path in starts.items()}
+        return replace(self, data=self.data.with_absolute_paths(), **starts)
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedFlava:
         """Open the data, make or read tokenizer and codebook, build model and method.
@@ -120,7 +123,8 @@ class FlavaRecipe:
         _check(config, self.data)
         sources = open_sources(self.data)
         pictures = all_pictures(sources)
-        views, image_tokenizer = _image_side(self, sources, start, config)
+        tower = None if start is not None or self.init_image is None else ImageTower.read(self.init_image)
+        views, image_tokenizer = _image_side(self, sources, start or tower, config)
         assert image_tokenizer is not None, "there are pictures"
         return pictures, views, image_tokenizer
 
@@ -170,10 +174,21 @@ class PreparedFlava(Prepared):
                 say("validation losses")
             final = validation.losses(self.run.method, self.validation, recipe.train.seed, recipe.rows_at_once)
         chance = self.chance() if self.validation else {}
-        found = on_pairs(self.bundle, recipe.data, self.sources, say)
+        if "pairs" in recipe.objectives.streams():
+            found = on_pairs(self.bundle, recipe.data, self.sources, say)
+        else:
+            found = self._one_tower(say)
         if not recipe.validate:
             found.not_applicable.append("losses on held-out samples: --validate is 0")
         return found, {name: (final[name], chance[name]) for name in final}
+
+    def _one_tower(self, say: Callable[[str], None]) -> Evaluation:
+        """Of a run without pairs the image encoder alone can be measured on drawings, where it was trained."""
+        bundle, model = self.bundle, self.run.method.model
+        assert bundle is not None and isinstance(model, Flava)
+        if not (self.recipe.data.is_embedded and self.recipe.objectives.mim):
+            return Evaluation(not_applicable=["retrieval and classification: this run trained on no pairs"])
+        return on_drawings(Bundle("vit", vit_of(model), None, bundle.transform), say)
 
     def chance(self) -> dict[str, float]:
         """What each validation loss is for a guess from the labels' frequencies alone (see evaluate/losses.py)."""
@@ -198,19 +213,23 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     limits.check_ranks(recipe.objectives.contrastive_scope, recipe.objectives.num_ranks, recipe.data.batch)
     data, seed = recipe.data, recipe.train.seed
     stream_names = recipe.objectives.streams()
-    if recipe.init is not None and recipe.init_text is not None:
-        raise TriviumError("--init starts the whole model and --init-text its text side alone: give one of them")
+    for flag, tower in (("text", recipe.init_text), ("image", recipe.init_image)):
+        if recipe.init is not None and tower is not None:
+            raise TriviumError(
+                f"--init starts the whole model and --init-{flag} its {flag} side alone: give one of them"
+            )
     start, model_config = _open_start(recipe, recipe.init if resume_from is None else open_own(resume_from))
     _check(model_config, data)
     sources = open_sources(data)
-    bert = None if start is not None or recipe.init_text is None else Bert.read(recipe.init_text)
+    text_start = None if start is not None or recipe.init_text is None else read_text(recipe.init_text)
+    image_start = None if start is not None or recipe.init_image is None else ImageTower.read(recipe.init_image)
     if start is not None and start.tokenizer is not None:
         tokenizer = start.tokenizer
-    elif bert is not None and data.vocabulary == "learned":
-        tokenizer = bert.vocabulary()
+    elif isinstance(text_start, TextTower) or (text_start is not None and data.vocabulary == "learned"):
+        tokenizer = text_start.vocabulary()
     else:
         tokenizer = make_tokenizer(data, sources, model_config.vocab_size)
-    views, image_tokenizer = _image_side(recipe, sources, start, model_config)
+    views, image_tokenizer = _image_side(recipe, sources, start or image_start, model_config)
     codes = None
     if data.codes is not None and image_tokenizer is not None:
         codes = CodeCache(data.codes, views, image_tokenizer_hash(image_tokenizer))
@@ -226,10 +245,10 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     initialise(model, seed, recipe.init_std, heads=HEADS)
     if start is not None:
         model.load_state_dict(start.model.state_dict())
-    if bert is not None:
-        notes.append(bert.start(model))
     weights = {loss: getattr(recipe.objectives, loss) for loss in LOSSES}
     transform = replace(ImageTransform() if start is None else start.transform, size=views.size)
+    if image_start is not None:  # pixels as the tower knows them
+        transform = replace(transform, mean=image_start.transform.mean, std=image_start.transform.std)
     pixels = Pixels(transform.mean, transform.std)
     objectives = recipe.objectives
     method = FlavaMethod(
@@ -248,6 +267,10 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
 
     if recipe.label_frequencies and start is None:
         start_at_frequencies(method, streams, tokenizer.special_ids, seed)
+    if text_start is not None:
+        notes.append(text_start.start(model))
+    if image_start is not None:
+        notes += image_start.start(model, image_tokenizer)
 
     def mixture_of(train: Train) -> StreamMixture:
         rows = replace(recipe, train=train).rows_at_once
@@ -338,7 +361,7 @@ def _check_sorting(recipe: FlavaRecipe) -> None:
 
 
 def _image_side(
-    recipe: FlavaRecipe, sources: Sources, start: Bundle | None, config: FlavaConfig
+    recipe: FlavaRecipe, sources: Sources, start: Bundle | ImageTower | None, config: FlavaConfig
 ) -> tuple[Views, ImageTokenizer | None]:
     """All that decides the codes of a picture. A run on text alone needs no image tokenizer."""
     size = recipe.data.image_size or config.image_size
@@ -349,7 +372,8 @@ def _image_side(
         scaled_decode=recipe.data.scaled_decode,
     )
     image_tokenizer = None if start is None else start.image_tokenizer
-    if image_tokenizer is None and not (sources.pairs or sources.images or sources.validation_pairs):
+    looks = recipe.objectives.streams() != ["text"]
+    if image_tokenizer is None and not (looks and (sources.pairs or sources.images or sources.validation_pairs)):
         return views, None
     if image_tokenizer is None:
         image_tokenizer = make_image_tokenizer(recipe.data, sources, views, config, recipe.train.seed)

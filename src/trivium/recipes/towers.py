@@ -1,0 +1,114 @@
+"""FLAVA's towers started from models that were trained alone; what carries over is said, and what does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trivium.bundle import Bundle
+from trivium.data.tokenizer import Tokenizer
+from trivium.data.transforms import ImageTransform
+from trivium.errors import TriviumError
+from trivium.load import image_tokenizer_hash, load, model_folder
+from trivium.models import towers
+from trivium.models.dino import Dino
+from trivium.models.flava import Flava
+from trivium.models.image_tokenizer import ImageTokenizer
+from trivium.models.towers import State
+from trivium.models.vit import ViT, ViTConfig
+from trivium.recipes.bert import Bert
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """The text encoder of a FLAVA, its head of masked words and its vocabulary."""
+
+    path: str
+    bundle: Bundle
+
+    def vocabulary(self) -> Tokenizer:
+        """Its own. Raises TriviumError where it came without."""
+        if self.bundle.tokenizer is None:
+            raise TriviumError(f"{self.path} came without a tokenizer: its words cannot be told from others")
+        return self.bundle.tokenizer
+
+    def start(self, model: Flava) -> str:
+        """Give a model the tower, and say so. Raises TriviumError for another shape, with the flags to set."""
+        assert isinstance(self.bundle.model, Flava)
+        its, config = self.bundle.model.config, model.config
+        fields = ("width", "num_heads", "mlp_width", "text_layers", "max_length", "num_segments")
+        different = {name: getattr(its, name) for name in fields if getattr(its, name) != getattr(config, name)}
+        if different:
+            flags = " ".join(f"--model.{name.replace('_', '-')} {value}" for name, value in different.items())
+            raise TriviumError(f"the text encoder of {self.path} is of another shape than the model's: set {flags}")
+        taken = towers.parts_of(self.bundle.model.state_dict(), towers.TEXT)
+        model.load_state_dict(taken, strict=False)
+        return (
+            f"{self.path}: taken are the text encoder of {its.text_layers} blocks, its {its.vocab_size:,} words and its"
+            " head of masked words; the rest of it is left out"
+        )
+
+
+@dataclass(frozen=True)
+class ImageTower:
+    """A ViT, alone, with DINO's head, or as the image encoder of a FLAVA."""
+
+    path: str
+    config: ViTConfig
+    state: State  # by the ViT's names
+    transform: ImageTransform
+    image_tokenizer: ImageTokenizer | None = None  # and the head that was trained with it
+    head: State | None = None  # by FLAVA's names
+
+    @classmethod
+    def read(cls, path: str) -> ImageTower:
+        """Raises TriviumError where there is no tower that FLAVA could take."""
+        bundle = load(path)
+        model = bundle.model
+        if isinstance(model, Dino):
+            model = model.backbone
+        if isinstance(model, ViT):
+            return cls(path, model.config, model.state_dict(), bundle.transform)
+        if not isinstance(model, Flava):
+            raise TriviumError(
+                f"{path} holds a model of the family {bundle.family}: the image encoder starts from a FLAVA, a DINO, a"
+                " ViT, a DeiT or a BEiT"
+            )
+        vit = towers.vit_of(model)
+        head = towers.parts_of(model.state_dict(), ("mim_head.",))
+        return cls(path, vit.config, vit.state_dict(), bundle.transform, bundle.image_tokenizer, head)
+
+    def start(self, model: Flava, image_tokenizer: ImageTokenizer | None) -> list[str]:
+        """Give a model the tower, and the head where it speaks of the same codes, and say so.
+
+        Raises TriviumError for another shape, with the flags to set.
+        """
+        try:
+            taken, said = towers.image_from_vit(self.state, self.config, model.config)
+        except TriviumError as error:
+            raise TriviumError(f"{self.path}: {error}") from None
+        parts = f"the image encoder of {self.config.num_layers} blocks"
+        if self.head is not None and self._same_codes(image_tokenizer):
+            taken |= self.head
+            parts += " and its head of masked patches"
+        elif self.head is not None:
+            said.append("its head of masked patches is left out, since it speaks of the codes of another tokenizer")
+        model.load_state_dict({name: tensor.float() for name, tensor in taken.items()}, strict=False)
+        return [f"{self.path}: taken is {parts}", *(f"{self.path}: {sentence}" for sentence in said)]
+
+    def _same_codes(self, other: ImageTokenizer | None) -> bool:
+        mine = self.image_tokenizer
+        return mine is not None and other is not None and image_tokenizer_hash(mine) == image_tokenizer_hash(other)
+
+
+def read_text(path: str) -> Bert | TextTower:
+    """A run of ours, or a BERT of anybody's. Raises TriviumError where it is neither."""
+    if model_folder(Path(path), []) is None:
+        return Bert.read(path)
+    bundle = load(path)
+    if not isinstance(bundle.model, Flava):
+        raise TriviumError(
+            f"{path} holds a model of the family {bundle.family}: the text encoder starts from a FLAVA, or its"
+            " embeddings from a BERT in the layout of Hugging Face"
+        )
+    return TextTower(path, bundle)
