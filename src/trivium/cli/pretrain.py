@@ -33,7 +33,8 @@ def pretrain(
     or --train.minutes 8: `trivium pretrain flava --help` lists them all, with --size those of that size.
 
     Args:
-        recipe: "flava", "dino", or a function of your own: my_run.py:shop. With --resume it may be a run folder.
+        recipe: "flava", "flava-stages" (its encoders alone, then all of it), "mlm", "mim" or "dino" (one encoder),
+            "dvae" (an image tokenizer), or a function of your own: my_run.py:shop. With --resume also a run folder.
         size: the recipe's one dial, such as tiny, small or base.
         out: the run folder; by default runs/RECIPE-SIZE-DATE.
         init: a model folder, run folder or foreign checkpoint to start from.
@@ -71,11 +72,15 @@ def pretrain(
 
 def begin(settings: Config, changes: Mapping[str, Any], out: Path, begun: float) -> int:
     """Begin a run of any recipe with these leaves changed. begun: as `run` takes it."""
+    from trivium.cli.stages import run_stages
     from trivium.recipes import RECIPES
+    from trivium.recipes.stages import Stages
     from trivium.train import config as configuration
     from trivium.train import run_folder
 
     tree = set_overrides(configuration.build(settings, RECIPES), changes).with_absolute_paths()
+    if isinstance(tree, Stages):
+        return run_stages(tree, settings, out)
     run_folder.refuse_a_run(out)
     say(f"preparing data and model for {out}")
     prepared = tree.prepare(settings.recipe, settings.arguments)
@@ -120,13 +125,22 @@ def resume_run(recipe: str, out: Path | None, changes: Mapping[str, Any], begun:
     """`recipe` is that of the run in `out`; or, where `out` is None, the run folder itself."""
     if out is None and not (Path(recipe) / "config.json").is_file():
         raise TriviumError("--resume needs the run folder: trivium pretrain RUN --resume")
+    from trivium.cli.stages import run_stages
     from trivium.recipes import RECIPES
+    from trivium.recipes.stages import Stages
     from trivium.train import config as configuration
     from trivium.train import run_folder
 
     settings = configuration.load(Path(recipe)) if out is None else _stated(out, recipe)
     out = out or Path(recipe)
     tree = set_overrides(configuration.build(settings, RECIPES), changes)
+    if isinstance(tree, Stages):
+        if changes:
+            raise TriviumError(
+                f"stages that are resumed keep their settings: resume one of them alone, such as {out / 'text'}, to"
+                f" change --{next(iter(changes)).replace('_', '-')}"
+            )
+        return run_stages(tree, settings, out, resume=True)
     newest = run_folder.newest_sound(out, say)
     prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")
     return run(prepared, out, begun, resume=newest or True)
