@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from trivium.cli.data import progress_bar
-from trivium.errors import TriviumError
 
 
 def scenes(
@@ -40,8 +39,6 @@ def scenes(
         difficulty: 0 to 1: number and size of the objects, how much of them is hidden, contrast of the background.
         classes: the 9 groups of emoji, or 24 subgroups, which is harder.
     """
-    if count < 1:
-        raise TriviumError(f"--count {count}: ask for at least 1 scene")
     from trivium.data.scene_files import write_scenes
     from trivium.data.scene_formats import FORMATS
     from trivium.data.scenes import Scenes
