@@ -245,10 +245,15 @@ def unmix(rgb_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         areas = np.bincount(parts_HW.ravel())
         paleness = np.bincount(parts_HW.ravel(), palest_HW.ravel()) / np.maximum(areas, 1)
         solid_HW &= ((areas >= MIN_PART) | (paleness < PALE))[parts_HW]
-    inner_HW = solid_HW & (_sums(~solid_HW) == 0)
-    edge_HW = solid_HW & ~inner_HW
-    *behind, count_HW = _sums(np.concatenate([rgb_CHW * inner_HW, inner_HW[None]]))
-    solid_HW &= ~(edge_HW & (count_HW == 0) & (palest_HW >= PALE))  # frayed by the compression
+    edge_HW = solid_HW & (_sums(~solid_HW) > 0)
+    # Compression bleeds beyond a dark edge: two pixels deep, what is pale is taken for mixed, too.
+    near_dark_HW = _sums(_sums(solid_HW & (palest_HW < PALE))) > 0
+    frayed_HW = solid_HW & (_sums(edge_HW) > 0) & near_dark_HW & (palest_HW >= PALE)
+    edge_HW |= frayed_HW
+    inner_HW = solid_HW & ~edge_HW
+    sums = _sums(np.concatenate([rgb_CHW * inner_HW, inner_HW[None]]))
+    *behind, count_HW = np.where(frayed_HW & (sums[3] == 0), _sums(sums), sums)
+    solid_HW &= ~(edge_HW & (count_HW == 0) & (palest_HW >= PALE))
     behind_CHW = np.stack(behind) / np.maximum(count_HW, 1)
     ink_CHW = 255 - behind_CHW  # what the drawing takes away from white
     strength_HW = (ink_CHW**2).sum(axis=0)
