@@ -66,7 +66,7 @@ def test_every_statement_has_its_label(train: tuple[Scenes, list[Scene]], others
         assert [each.label for each in found] in ([], list(LABELS))
         assert all(scene_facts.label(scene, each.text) == each.label for each in found)
         with_statements += bool(found)
-    assert with_statements > MANY / 2
+    assert with_statements > 0.4 * MANY
 
 
 def test_every_expression_fits_one_object(
@@ -143,7 +143,7 @@ def test_labels_cannot_be_guessed_from_the_statement(train: tuple[Scenes, list[S
     scenes, made = train
     found: list[Statement] = [each for scene in made for each in statements(scene, scenes)]
     assert set(Counter(each.label for each in found).values()) == {len(found) / 3}
-    assert guessed_unseen((each.text, each.label) for each in found) < 0.5
+    assert guessed_unseen((each.text, each.label) for each in found) < 0.47
 
 
 def thing(x: int, y: int, hue: str | None = "red") -> SceneObject:

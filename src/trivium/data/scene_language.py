@@ -23,7 +23,7 @@ import numpy as np
 
 from trivium.data.drawings import Category, cut
 from trivium.data.order import Draws
-from trivium.data.scenes import SIZES, Scene, SceneObject, Scenes, random_category, random_drawing
+from trivium.data.scenes import Scene, SceneObject, Scenes, random_category, random_drawing, usual_sizes
 
 RELATIONS = ("left of", "right of", "above", "below")
 EXTREMES = ("leftmost", "rightmost", "topmost", "bottommost")
@@ -248,14 +248,14 @@ def statements(scene: Scene, scenes: Scenes) -> list[Statement]:
     rng = scenes.draws(scene.index).generator("statements")
     usual = {category: usual_hue(rng, scenes, category) for category in things_of(scene)}
     found: dict[str, dict[str, list[str]]] = {label: {} for label in LABELS}
-    for kind, text, label in _candidates(scene, usual):
+    for kind, text, label in _candidates(scene, usual, usual_sizes(scenes.difficulty)):
         found[label].setdefault(kind, []).append(text)
     if not all(found.values()):
         return []
     return [Statement(_one(rng, _one(rng, list(found[label].values()))), label) for label in LABELS]
 
 
-def _candidates(scene: Scene, usual: dict[int, str | None]) -> Iterable[tuple[str, str, Label]]:
+def _candidates(scene: Scene, usual: dict[int, str | None], sizes: Sequence[str]) -> Iterable[tuple[str, str, Label]]:
     """(kind, sentence, label). usual: of each category a hue that it often has, for what is contradicted."""
     things = things_of(scene)
     for category, found in things.items():
@@ -264,7 +264,7 @@ def _candidates(scene: Scene, usual: dict[int, str | None]) -> Iterable[tuple[st
         for hue in sorted(hue for hue in hues if hue is not None):
             if label := label_of([hue_is(thing, hue) for thing in found]):
                 yield "hue", f"The {noun} is {hue}.", label
-        for size in SIZES:
+        for size in sizes:
             if label := label_of([thing.size == size for thing in found]):
                 yield "size", f"The {noun} is {size}.", label
     for first, second in permutations(things, 2):

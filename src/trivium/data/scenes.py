@@ -205,6 +205,16 @@ def _choose(rng: np.random.Generator, scenes: Scenes) -> list[Drawing]:
 # ------------------------------------------------------------------------------------------------ composition
 
 
+def usual_sizes(difficulty: float) -> list[str]:
+    """Those that objects are given; where a scene is full, a small one may come of any."""
+    return [size for size, (_, longest) in SIZES.items() if longest >= _smallest(difficulty)]
+
+
+def _smallest(difficulty: float) -> int:
+    """Pixels of an object's longer side."""
+    return round(40 - 20 * difficulty)
+
+
 @dataclass
 class _Placed:
     drawing: Drawing
@@ -216,8 +226,7 @@ class _Placed:
 
 def _compose(index: int, drawings: Sequence[Drawing], draws: Draws, scenes: Scenes) -> Scene:
     rng = draws.generator("places")
-    smallest = round(40 - 20 * scenes.difficulty)
-    sizes = [size for size, (_, longest) in SIZES.items() if longest >= smallest]
+    smallest, sizes = _smallest(scenes.difficulty), usual_sizes(scenes.difficulty)
     chosen = [sizes[int(rng.integers(len(sizes)))] for _ in drawings]
     sides = [int(rng.integers(max(smallest, SIZES[size][0]), SIZES[size][1] + 1)) for size in chosen]
     canvas_HWC = background(draws.generator("background"), scenes.difficulty)
