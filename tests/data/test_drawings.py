@@ -95,6 +95,11 @@ def drawing(pixels_HWC: np.ndarray, is_flag: bool = False) -> Drawing:
 def test_what_cannot_be_cut_out() -> None:
     white_HWC = np.full((64, 64, 3), 255, np.uint8)
     assert cut(drawing(white_HWC)) is None
+    lines_HWC = white_HWC.copy()
+    lines_HWC[:, ::8] = 0  # 512 pixels, of which nothing is left at 20 x 20
+    assert cut(drawing(lines_HWC)) is None
+    lines_HWC[:, 1::8] = lines_HWC[:, 2::8] = lines_HWC[:, 3::8] = lines_HWC[:, 4::8] = 0
+    assert cut(drawing(lines_HWC)) is not None
     stripes_HWC = white_HWC.copy()  # white above red: the white has no edge
     stripes_HWC[32:54] = (220, 0, 0)
     assert cut(drawing(stripes_HWC, is_flag=True)) is None

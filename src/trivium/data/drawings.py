@@ -31,6 +31,7 @@ CLIPART_STYLE = "clip-art"
 WHITE = 244  # from here on, in all channels, a pixel may be paper: the files are lossy
 MIN_PART, PALE = 16, 190  # smaller parts, in pixels, that are as pale as this are left by the compression
 MIN_AREA, MIN_SIDE = 250, 24  # pixels of the 64 x 64; less cannot be told apart once it is scaled
+THIN_SIDE, THIN_AREA = 20, 30  # pixels that must be left of it at the smallest size; of thin lines nothing is
 DOMINANT = 0.4  # share of a drawing's pixels that its hue has at least
 TIMES_NEXT = 1.5  # and by how much more than the next hue
 
@@ -208,7 +209,7 @@ class Cut:
 
 @lru_cache(maxsize=8192)  # every drawing of a split, 16 KB each; cutting costs a millisecond or two
 def cut(drawing: Drawing) -> Cut | None:
-    """None for a drawing that cannot be cut out: nearly all of it is white, or a flag whose white reaches its edge."""
+    """None for a drawing that cannot be cut out: it is nearly all white, of thin lines, or a flag without an edge."""
     alpha_HW, colour_CHW = unmix(decode(drawing.image))
     solid_HW = alpha_HW >= 0.5
     rows, columns = np.flatnonzero(solid_HW.any(axis=1)), np.flatnonzero(solid_HW.any(axis=0))
@@ -225,7 +226,8 @@ def cut(drawing: Drawing) -> Cut | None:
     rgba_CHW = np.rint(rgba_CHW[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]).astype(np.uint8)
     # Pillow makes no RGBa from an array, so it is given the bytes.
     picture = Image.frombytes("RGBa", (width, height), rgba_CHW.transpose(1, 2, 0).tobytes())
-    return Cut(picture, dominant_hue(colour_CHW[:, solid_HW]))
+    cutout = Cut(picture, dominant_hue(colour_CHW[:, solid_HW]))
+    return cutout if (cutout.at(THIN_SIDE)[..., 3] >= 128).sum() >= THIN_AREA else None
 
 
 def unmix(rgb_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
