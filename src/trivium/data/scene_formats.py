@@ -64,7 +64,7 @@ def run_lengths(mask_HW: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask_HW.shape), "counts": np.diff([0, *ends]).tolist()}
 
 
-def annotations(half: Half, scene: Scene) -> list[dict[str, Any]]:
+def object_annotations(half: Half, scene: Scene) -> list[dict[str, Any]]:
     """COCO's entries of the objects of one scene."""
     number = picture_id(half, scene)
     return [
@@ -109,7 +109,7 @@ def _coco_rows(half: Half, scenes: Scenes, run: Sequence[Scene]) -> Rows:
     for scene in run:
         number = picture_id(half, scene)
         rows["images"].append(_image(half, scene, _coco_picture(half, number).partition("/")[2]))
-        rows["annotations"] += annotations(half, scene)
+        rows["annotations"] += object_annotations(half, scene)
         rows["captions"] += [
             {"id": number * OBJECTS_PER_PICTURE + place, "image_id": number, "caption": caption}
             for place, caption in enumerate(captions(scene, scenes.draws(scene.index)))
@@ -138,7 +138,7 @@ def _vg_rows(half: Half, scenes: Scenes, run: Sequence[Scene]) -> Rows:
         rows["images"].append(_image(half, scene, f"{number}.jpg"))
         things = []
         regions = []
-        for thing, annotation in zip(scene.objects, annotations(half, scene), strict=True):
+        for thing, annotation in zip(scene.objects, object_annotations(half, scene), strict=True):
             named = [word for word in (thing.hue, thing.size) if word is not None]
             numbers = [ATTRIBUTES.index(word) + 1 for word in named]
             rows["annotations"].append(
@@ -306,7 +306,7 @@ def _refer_rows(half: Half, scenes: Scenes, run: Sequence[Scene]) -> Rows:
         number = picture_id(half, scene)
         file_name = f"COCO_train2014_{number:012d}.jpg"
         rows["images"].append(_image(half, scene, file_name))
-        rows["annotations"] += (entries := annotations(half, scene))
+        rows["annotations"] += (entries := object_annotations(half, scene))
         by_object: dict[int, list[str]] = {}
         for expression in expressions(scene, scenes):
             by_object.setdefault(expression.object, []).append(expression.text)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from typing import Literal, TypeVar
 
@@ -220,7 +221,9 @@ def _size(scene: Scene, scenes: Scenes, rng: np.random.Generator) -> Question | 
 
 
 def _kind(scene: Scene, scenes: Scenes, rng: np.random.Generator) -> Question | None:
-    marks = [(extreme, outermost(scene.objects, extreme)) for extreme in EXTREMES]
+    marks: list[tuple[str | None, SceneObject | None]] = [
+        (extreme, outermost(scene.objects, extreme)) for extreme in EXTREMES
+    ]
     hues = [thing.hue for thing in scene.objects]
     if None not in hues:
         marks += [(thing.hue, thing) for thing in scene.objects if hues.count(thing.hue) == 1]
@@ -318,30 +321,25 @@ def pair_statements(pairs: tuple[Pair, Pair], scenes: Scenes) -> list[tuple[str,
     """At most one of each kind: (sentence, whether it holds of the first pair, of the second), always of one alone."""
     rng = scenes.draws(pairs[0][0].index).generator("pair statements")
     kinds: dict[str, list[tuple[str, bool, bool]]] = {}
-    for kind, text, holds in _pair_candidates(scenes.categories):
-        first, second = (holds(*pair) for pair in pairs)
-        if first is not None and second is not None and first != second:
-            kinds.setdefault(kind, []).append((text, first, second))
+    for number, category in enumerate(scenes.categories):
+        counts = [[sum(thing.category == number for thing in scene.objects) for scene in pair] for pair in pairs]
+        for kind, text, holds in _pair_candidates(category):
+            first, second = (holds(left, right) for left, right in counts)
+            if first != second:
+                kinds.setdefault(kind, []).append((text, first, second))
     return [_one(rng, found) for found in kinds.values()]
 
 
-def _pair_candidates(
-    kinds: Sequence[Category],
-) -> Iterable[tuple[str, str, Callable[[Scene, Scene], Truth]]]:
-    """(kind, sentence, whether it holds of a left and a right picture)."""
-    for number, category in enumerate(kinds):
-        one, many = article(category.noun), category.plural
+def _pair_candidates(category: Category) -> Iterable[tuple[str, str, Callable[[int, int], bool]]]:
+    """(kind, sentence, whether it holds of a left and a right picture, told how many of the category each shows)."""
+    one, many = article(category.noun), category.plural
+    yield "each", f"Each picture shows {one}.", lambda left, right: left > 0 and right > 0
+    yield "one", f"Only one of the two pictures shows {one}.", lambda left, right: (left > 0) != (right > 0)
+    yield "more", f"There are more {many} in the left picture than in the right one.", lambda left, right: left > right
+    for total in range(1, 5):
+        counted = f"is exactly one {category.noun}" if total == 1 else f"are exactly {NUMBERS[total]} {many}"
+        yield "total", f"There {counted} in the two pictures.", partial(_add_up_to, total)
 
-        def count(scene: Scene, number: int = number) -> int:
-            return sum(thing.category == number for thing in scene.objects)
 
-        yield "each", f"Each picture shows {one}.", lambda a, b, c=count: bool(c(a) and c(b))
-        yield "one", f"Only one of the two pictures shows {one}.", lambda a, b, c=count: bool(c(a)) != bool(c(b))
-        yield (
-            "more",
-            f"There are more {many} in the left picture than in the right one.",
-            lambda a, b, c=count: c(a) > c(b),
-        )
-        for total in range(1, 5):
-            counted = f"is exactly one {category.noun}" if total == 1 else f"are exactly {NUMBERS[total]} {many}"
-            yield "total", f"There {counted} in the two pictures.", lambda a, b, c=count, t=total: c(a) + c(b) == t
+def _add_up_to(total: int, left: int, right: int) -> bool:
+    return left + right == total
