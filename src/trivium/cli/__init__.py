@@ -41,6 +41,7 @@ VERBS = {
     "data build pmd": Verb("trivium.cli.data_build:pmd", "build PMD, a subset at a time, from its annotation files"),
     "data build imagenet": Verb("trivium.cli.data_build:imagenet", "write tar shards of ImageNet-1k"),
     "data build text": Verb("trivium.cli.data_build:text", "join running text to sequences of equal length"),
+    "data scenes": Verb("trivium.cli.data_scenes:scenes", "write composed pictures with boxes, questions, statements"),
     "data doctor": Verb(
         "trivium.cli.data_doctor:doctor", "say what is wrong with the data of a run, before it is trained"
     ),
