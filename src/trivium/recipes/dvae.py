@@ -286,15 +286,16 @@ def spread(model: DVae, pictures: Sequence[Tensor], deviation: float) -> None:
     pictures count for all.
     """
     head = model.encoder.head
-    assert head.bias is not None
+    bias_K = head.bias
+    assert bias_K is not None
 
     def moved() -> list[Tensor]:
         logits_BKhw = torch.cat([model.logits(map_pixels(pixels_BCHW / 255)) for pixels_BCHW in pictures])
         deviation_K, mean_K = torch.std_mean(logits_BKhw, dim=(0, 2, 3))
         factor_K = deviation / deviation_K.clamp(min=1e-6)
-        return [head.weight * factor_K[:, None, None, None], (head.bias - mean_K) * factor_K]
+        return [head.weight * factor_K[:, None, None, None], (bias_K - mean_K) * factor_K]
 
-    for parameter, start in zip((head.weight, head.bias), distributed.from_first(moved), strict=True):
+    for parameter, start in zip((head.weight, bias_K), distributed.from_first(moved), strict=True):
         parameter.copy_(start)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from trivium.data.crops import MultiCrop
 from trivium.errors import TriviumError
 from trivium.methods.dino import Distillation
+from trivium.methods.flava import LOSSES
 from trivium.models.dino import DinoConfig
 from trivium.recipes.dino import DinoRecipe, Pictures, dino
 from trivium.recipes.dino import Objectives as DinoObjectives
@@ -129,10 +130,10 @@ class Stages(FlavaRecipe):
                 "the stages start their towers themselves: leave out --init, --init-text and --init-image, or train the"
                 " joint stage alone with `trivium pretrain flava`"
             )
-        alone = dict.fromkeys(("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive"), 0.0)
 
         def one_loss(recipe: FlavaRecipe, loss: str) -> FlavaRecipe:
-            return replace(recipe, objectives=replace(recipe.objectives, **alone | {loss: 1.0}))
+            weights: dict[str, Any] = {name: float(name == loss) for name in LOSSES}
+            return replace(recipe, objectives=replace(recipe.objectives, **weights))
 
         stages = [Planned("text", "mlm", one_loss(self.text.of(self), "mlm"))]
         before: str | None = None
