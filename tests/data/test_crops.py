@@ -99,13 +99,13 @@ def test_jitter_stays_within_its_strengths() -> None:
     crops = replace(PLAIN, jitter=1.0, brightness=0.4, contrast=0.0, saturation=0.0, hue=0.0)
     values = [int(crops.crop(grey, Draws(0, "crops", place), 0).max()) for place in range(300)]
     assert 60 <= min(values) < 68 and 132 < max(values) <= 140
-    red = np.full((8, 8, 3), (200, 40, 40), np.uint8)
+    soft = np.full((8, 8, 3), (150, 100, 110), np.uint8)  # turned to any side it stays inside of the cube of colours
+    chroma = np.array([[0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
     turned = replace(crops, brightness=0.0, hue=0.1)
-    hues = []
-    for place in range(200):
-        color = turned.crop(red, Draws(0, "crops", place), 0)[:, 0, 0].astype(float)
-        hues.append(np.angle(complex(2 * color[0] - color[1] - color[2], 3**0.5 * (color[1] - color[2]))) / (2 * np.pi))
-    assert 0.06 < max(hues) < 0.15 and -0.15 < min(hues) < -0.06  # a tenth of the circle, as YIQ bends it
+    colors = np.array([turned.crop(soft, Draws(0, "crops", place), 0)[:, 0, 0] for place in range(200)], float)
+    after = colors @ chroma.T
+    angles = np.angle((after[:, 0] + 1j * after[:, 1]) / complex(*(chroma @ soft[0, 0]))) / (2 * np.pi)
+    assert 0.09 < angles.max() < 0.11 and -0.11 < angles.min() < -0.09  # a tenth of the circle
 
 
 def test_changes_are_pillows() -> None:
