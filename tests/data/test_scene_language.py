@@ -143,7 +143,7 @@ def test_labels_cannot_be_guessed_from_the_statement(train: tuple[Scenes, list[S
     scenes, made = train
     found: list[Statement] = [each for scene in made for each in statements(scene, scenes)]
     assert set(Counter(each.label for each in found).values()) == {len(found) / 3}
-    assert guessed_unseen((each.text, each.label) for each in found) < 0.47
+    assert guessed_unseen((each.text, each.label) for each in found) < 0.43
 
 
 def thing(x: int, y: int, hue: str | None = "red") -> SceneObject:
