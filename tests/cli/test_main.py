@@ -141,7 +141,7 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     while not started.exists():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130
     assert err == "trivium: interrupted\n"
 
@@ -158,7 +158,7 @@ def test_a_closed_pipe_is_no_error() -> None:
     os.close(writing)
     os.read(reading, 100)
     os.close(reading)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 0
     assert err == ""
 
