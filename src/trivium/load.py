@@ -32,6 +32,7 @@ from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.hub import located
 from trivium.manifest import newest_checkpoint, verify_manifest, write_manifest, written_beside
+from trivium.models.albef import Albef, AlbefConfig
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.clip import Clip, ClipConfig
 from trivium.models.dino import Dino, DinoConfig
@@ -45,6 +46,7 @@ from trivium.models.vit import ViT, ViTConfig
 from trivium.tensor_files import save_tensors
 
 FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
+    "albef": (AlbefConfig, Albef),
     "flava": (FlavaConfig, Flava),
     "clip": (ClipConfig, Clip),
     "vit": (ViTConfig, ViT),
@@ -229,10 +231,13 @@ def bundle_of(foreign: Foreign) -> Bundle:
     settings = next((folder / name for name in ("preprocessor_config.json", "processor_config.json")
                      if (folder / name).is_file()), None)  # fmt: skip
     transform = foreign.transform if settings is None else transform_from_hf(read_json(settings))
+    tokenizer = foreign_tokenizer(folder)
+    if foreign.captions and tokenizer is not None:
+        tokenizer = tokenizer.for_captions()
     return Bundle(
         family=foreign.family,
         model=foreign.model.eval(),
-        tokenizer=foreign_tokenizer(folder),
+        tokenizer=tokenizer,
         transform=ImageTransform(**transform),
         image_tokenizer=foreign.image_tokenizer,
         max_length=foreign.max_length,

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests.byte_pairs import PAIRS, openai_file
+from trivium.data.embedded import bert_vocabulary
 from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
 from trivium.errors import TriviumError
 
@@ -410,3 +411,21 @@ def test_the_published_byte_pairs_have_their_published_ids() -> None:
     for text in CLIP_HARD:
         pieces = [tokenizer._tokenizer.id_to_token(number) for number in tokenizer.encode([text], 10_000)[0]]
         assert pieces == [START, *as_openai_does(text, merges), END]
+
+
+def test_captions_are_read_without_marks_and_end_open(tmp_path: Path) -> None:
+    """What ALBEF's public code makes of a caption; the file says it too."""
+    plain = Tokenizer.wordpiece(bert_vocabulary())
+    captions = plain.for_captions()
+    [ids] = captions.encode(['A man, "happy" (smiling): two-wheeled bike/car; it\'s #1!'], 64)
+    [expected] = plain.encode(["a man happy smiling two wheeled bike car its 1"], 64)
+    assert ids == expected[:-1]
+    assert captions.encode(["a dog", ""], 2) == [[101, 1037], [101]]
+    assert captions.special_ids == plain.special_ids and captions.vocab_size == plain.vocab_size
+    captions.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    assert again.encode(["A dog."], 9) == captions.encode(["A dog."], 9) == [[101, 1037, 3899]]
+    other = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert other.encode("A dog.").ids == [101, 1037, 3899]  # and other programs do as it says
+    assert again.for_captions().encode(["A dog."], 9) == [[101, 1037, 3899]]
+    assert plain.encode(["a dog."], 9) == [[101, 1037, 3899, 1012, 102]]

@@ -6,6 +6,7 @@ B batch, L positions, Q query positions, D width.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trivium.layers import attention
-from trivium.layers.attention import SelfAttention, causal, padded_index, take_rows
-from trivium.layers.transformer import PreNormEncoder
+from trivium.layers.attention import CrossAttention, SelfAttention, causal, padded_index, take_rows
+from trivium.layers.transformer import PostNormEncoder, PreNormEncoder
 
 B, L, D, HEADS = 3, 7, 24, 4
 
@@ -158,3 +159,35 @@ def test_padded_index_lists_the_true_positions_in_order_and_then_others(mask: li
         wanted = [place for place, needed in enumerate(row) if needed]
         assert index[: len(wanted)] == wanted
         assert len(set(index)) == len(index)  # the filling is other positions, never one twice
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("others", [None, [2, 2, 0, 1], []])
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_memory_read_by_several_equals_each_reading_it_alone(
+    times: int, others: list[int] | None, length: int
+) -> None:
+    module = CrossAttention(D, 10, HEADS).double()
+    memory_BSW = torch.randn(B, 6, 10, dtype=torch.float64, requires_grad=True)
+    rows = list(range(B)) * times + (others or [])
+    x_RQD = torch.randn(len(rows), length, D, dtype=torch.float64, requires_grad=True)
+    read = module.read(memory_BSW)
+    several = replace(read, times=times, others_O=None if others is None else torch.tensor(others, dtype=torch.int64))
+    alone = torch.cat([module(x_RQD[n : n + 1], memory_BSW[row : row + 1]) for n, row in enumerate(rows)])
+    weight, inputs = torch.randn_like(alone), (x_RQD, memory_BSW, *module.parameters())
+    assert_all_close(
+        value_and_gradients(module(x_RQD, several), weight, *inputs), value_and_gradients(alone, weight, *inputs)
+    )
+
+
+def test_post_norm_blocks_that_read_keys_and_values_equal_those_that_read_the_memory() -> None:
+    encoder = PostNormEncoder(D, 3, HEADS, 2 * D, 1e-12, memory_width=10).double()
+    x_BLD = torch.randn(B, L, D, dtype=torch.float64, requires_grad=True)
+    memory_BSW = torch.randn(B, 6, 10, dtype=torch.float64, requires_grad=True)
+    memory_mask = torch.arange(6) < torch.tensor([6, 2, 5])[:, None]
+    plain = encoder(x_BLD, random_mask(), 2, memory_BSW, memory_mask)
+    weight, inputs = torch.randn_like(plain), (x_BLD, memory_BSW, *encoder.parameters())
+    assert_all_close(
+        value_and_gradients(encoder(x_BLD, random_mask(), 2, encoder.read(memory_BSW), memory_mask), weight, *inputs),
+        value_and_gradients(plain, weight, *inputs),
+    )

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trivium.convert import beit, bert, clip, dalle, flava, processor, torchmultimodal, vit
+from trivium.convert import albef, beit, bert, clip, dalle, flava, processor, torchmultimodal, vit
 from trivium.convert.weights import PICKLES, State, read_json, read_weights
 from trivium.errors import TriviumError
+from trivium.models.albef import Albef
 from trivium.models.bert import Bert
 from trivium.models.clip import Clip, ClipConfig
 from trivium.models.dino import Dino
@@ -32,6 +33,7 @@ class Foreign:
     max_length: int = 512  # tokens of a text
     transform: dict[str, Any] = field(default_factory=dict)  # of pictures, where no file beside the weights says it
     folder: Path = Path()  # where tokenizer and image settings may lie
+    captions: bool = False  # whether texts are read as ALBEF reads captions (see Tokenizer.for_captions)
 
 
 @dataclass(frozen=True)
@@ -191,9 +193,31 @@ def _write_bert(model: Bert, image_tokenizer: DVae | None) -> tuple[State, dict[
     return bert.to_hf(model.state_dict(), model.config), bert.config_to_hf(model.config)
 
 
+def _read_albef(state: State, config: Mapping[str, Any]) -> Foreign:
+    ours, tensors, layout = albef.from_official(state, config)
+    answering = [part for part in ("text_decoder.", "cls_head.") if part in layout.parts]
+    if layout.two_pictures or answering:
+        what = "two pictures" if layout.two_pictures else "answers" if answering[0] == "text_decoder." else "labels"
+        raise TriviumError(
+            f"this ALBEF was fine-tuned for {what}, which is not supported: take a pretrained one or one for retrieval"
+        )
+    model, drawn = albef.build(ours, tensors)
+    beside = sorted({name.partition(".")[0] for name in tensors.keys() - model.state_dict().keys()})
+    said = [f"left out, since the model has no place for it: {', '.join(beside)}"] if beside else []
+    if drawn:
+        said.append(f"not in the file and therefore drawn at random (seed 0): {', '.join(drawn)}")
+    transform = {"size": ours.image_size}
+    return Foreign("albef", model, None, said, ours.max_length, captions=True, transform=transform)
+
+
+def _write_albef(model: Albef, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return albef.pretrained_state(model), {"num_attention_heads": model.config.num_heads}
+
+
 _OPEN_CLIP = ("open_clip_config.json", "config.json")  # the second is Hugging Face's
 
 ADAPTERS = {
+    "albef": Adapter("albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef),
     "torchmultimodal-flava": Adapter(
         "flava",
         r"(model\.)?(image|text|mm)_encoder\.(encoder|embeddings)\..*",

@@ -260,14 +260,14 @@ class Jsonl(TextTable):
                 start, line = 3, line[3:]
             if not line.strip():
                 continue
-            if not self.columns and (record := _json_object(line)):
+            if not self.columns and (record := json_object(line)):
                 self.columns = list(record)
             yield start, offset, number
         if not self.columns:
             raise TriviumError(f"{file.name} holds no JSON object: write one to a line, as {{...}}")
 
     def _parse(self, row: int, text: str) -> Mapping[str, Any]:
-        record = _json_object(text.encode())
+        record = json_object(text.encode())
         if record is None:
             raise self.bad(row, "it is no JSON object")
         return record
@@ -288,7 +288,8 @@ def _is_utf8(text: str) -> bool:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") == text
 
 
-def _json_object(line: bytes) -> dict[str, Any] | None:
+def json_object(line: bytes) -> dict[str, Any] | None:
+    """None for anything else."""
     try:
         value = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):

@@ -62,6 +62,7 @@ class Tokenizer:
         self._marks_ends = getattr(tokenizer.model, "end_of_word_suffix", None) == "</w>"
         if self._marks_ends:  # files leave the marks where they are; Ġ is how a space is written among bytes
             tokenizer.decoder = decoders.Sequence([decoders.Replace("</w>", "Ġ"), decoders.ByteLevel()])
+        self._closes = not _is_open(tokenizer.post_processor)  # whether a sequence ends with the separator
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         found = {role: next((name for name in names if name in vocabulary), None) for role, names in ROLES.items()}
         self.specials = {role: name for role, name in found.items() if name is not None}  # role -> token
@@ -186,12 +187,31 @@ class Tokenizer:
         """What ``tokenizer.json`` holds."""
         return self._tokenizer.to_str(pretty=True)
 
+    def for_captions(self) -> Tokenizer:
+        """The same vocabulary as ALBEF reads captions with (Li et al. 2021, the public code): small letters, no marks
+        of punctuation, a hyphen or slash parts words; [CLS] in front and no [SEP] at the end. Its file says all that.
+        """
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        steps = [
+            normalizers.Lowercase(),
+            normalizers.Replace(tokenizers.Regex(r"""[,.'!?"()*#:;~]"""), ""),
+            normalizers.Replace(tokenizers.Regex("[-/]"), " "),
+            normalizers.Replace("<person>", "person"),
+        ]
+        copy.normalizer = normalizers.Sequence([*steps, *([copy.normalizer] if copy.normalizer else [])])
+        first = self._tokenizer.id_to_token(self.cls_id)
+        copy.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", pair=f"{first} $A $B", special_tokens=[(first, self.cls_id)]
+        )
+        return Tokenizer(copy, self._origin)
+
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Ids of each text as [CLS] … [SEP], at most `max_length` of them: a text is cut, its [SEP] is kept."""
+        """Ids of each text as [CLS] … [SEP], at most `max_length` of them: a text is cut, its [SEP] is kept. Without
+        [SEP] where the vocabulary is one `for_captions`."""
         assert max_length >= 2, "a sequence holds at least [CLS] and [SEP]"
-        cls, sep = self.cls_id, self.sep_id
+        cls, end = self.cls_id, [self.sep_id] if self._closes else []
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [[cls, *encoding.ids[: max_length - 2], sep] for encoding in encodings]
+        return [[cls, *encoding.ids[: max_length - 1 - len(end)], *end] for encoding in encodings]
 
     def encode_pair(self, first: str, second: str, max_length: int) -> tuple[list[int], list[int]]:
         """Ids of two texts as [CLS] first [SEP] second [SEP], at most `max_length` of them, and the segment of each
@@ -339,6 +359,16 @@ def _read_merges(path: Path, limit: int | None) -> list[tuple[str, str]]:
             raise TriviumError(f"{path}, line {number}: {line[:40]!r} is no pair of pieces with a space between them")
         merges.append((left, right))
     return merges
+
+
+def _is_open(processor: object) -> bool:
+    """Whether a file's template is BERT's [CLS] and then the text, with nothing at its end. Templates of other
+    vocabularies are not followed: `encode` alone says what a sequence is."""
+    if not isinstance(processor, processors.TemplateProcessing):
+        return False
+    parts = json.loads(processor.__getstate__())["single"]
+    names = [next(iter(part.values()))["id"] for part in parts]
+    return names == [BERT_SPECIALS[2], "A"]
 
 
 def _joined(first: str, second: str) -> bool:

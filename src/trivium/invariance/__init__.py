@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trivium.invariance import clip, dino, dvae, finetune, flava
+from trivium.invariance import albef, clip, dino, dvae, finetune, flava
 from trivium.train import distributed
 from trivium.train.protocol import Batch, Key, Method
 from trivium.train.step import backward, measure
@@ -37,6 +37,7 @@ CASES: dict[str, Make] = {
     "DINO, options": partial(dino.case, centring="sinkhorn", weights={"koleo": 0.1, "ibot": 1.0}),
     "dVAE": dvae.case,
     "fine-tuning, BERT": finetune.case,
+    "ALBEF": albef.case,
 }
 
 WORLDS = (1, 2, 4)

@@ -1,10 +1,12 @@
 """One attention function for every model.
 
-B batch, H heads, Q query positions, L key positions, D width, E width of a head, S memory positions, W their width.
+B batch, H heads, Q query positions, L key positions, D width, E width of a head, S memory positions, W their
+width; R rows that read B memories, O of them in an order of their own.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,6 +105,20 @@ class SelfAttention(nn.Module):
         return scores_BHLL.softmax(-1, dtype=torch.promote_types(scores_BHLL.dtype, torch.float32))
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Keys and values that cross-attention reads, computed once for all the sequences that read them.
+
+    The sequences, [R, Q, D], are `times` batches of B, of which each reads the B memories in order, and then one that
+    reads the memories of the rows `others_O` (R = times * B + O).
+    """
+
+    key_BHSE: Tensor
+    value_BHSE: Tensor
+    times: int = 1
+    others_O: Tensor | None = None  # int64
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention whose keys and values (one fused projection, in that order) come from a memory."""
 
@@ -115,14 +131,45 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(memory_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BQD: Tensor, memory_BSW: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, Q, D]. mask: bool [B, S] or [B, Q, S], True = may be attended."""
-        B, Q, D = x_BQD.shape
-        H, E, S = self.num_heads, D // self.num_heads, memory_BSW.shape[1]
-        query = self.query(x_BQD).view(B, Q, H, E).transpose(1, 2)
-        key, value = self.key_value(memory_BSW).view(B, S, 2, H, E).permute(2, 0, 3, 1, 4)
-        attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)
+    def read(self, memory_BSW: Tensor) -> Memory:
+        """Its keys and values."""
+        B, S, _ = memory_BSW.shape
+        H = self.num_heads
+        E = self.query.out_features // H
+        return Memory(*self.key_value(memory_BSW).view(B, S, 2, H, E).permute(2, 0, 3, 1, 4))
+
+    def forward(self, x_RQD: Tensor, memory: Tensor | Memory, mask: Tensor | None = None) -> Tensor:
+        """[R, Q, D].
+
+        Args:
+            memory: [B, S, W], then R is B; or what `read` made of it.
+            mask: bool [B, S] or [B, Q, S], True = may be attended; where each memory is read once.
+        """
+        if isinstance(memory, Tensor):
+            memory = self.read(memory)
+        R, Q, D = x_RQD.shape
+        query = self.query(x_RQD).view(R, Q, self.num_heads, D // self.num_heads).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        if memory.times == 1 and memory.others_O is None:
+            attended = attend(query, memory.key_BHSE, memory.value_BHSE, mask, dropout)
+        else:
+            assert mask is None, "a memory that is read several times takes no mask"
+            attended = _attend_several(query, memory, dropout)
         return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def _attend_several(query_RHQE: Tensor, memory: Memory, dropout: float) -> Tensor:
+    """Whoever reads a memory asks it at once: its keys and values are gone through once, and never copied but for
+    `others_O`."""
+    key, value, times = memory.key_BHSE, memory.value_BHSE, memory.times
+    B, Q = len(key), query_RHQE.shape[2]
+    asked = query_RHQE[: times * B].unflatten(0, (times, B)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    answered = attend(asked, key, value, None, dropout)
+    attended = answered.unflatten(2, (times, Q)).permute(2, 0, 1, 3, 4).flatten(0, 1)
+    if memory.others_O is None:
+        return attended
+    key, value = (part.index_select(0, memory.others_O) for part in (key, value))
+    return torch.cat([attended, attend(query_RHQE[times * B :], key, value, None, dropout)])
 
 
 def causal(mask_BT: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ cross-attention reads, W their width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.layers.activations import ACTIVATIONS
-from trivium.layers.attention import CrossAttention, SelfAttention, take_rows
+from trivium.layers.attention import CrossAttention, Memory, SelfAttention, take_rows
 
 # From this width on the backward pass computes the activation again instead of keeping its output, a quarter of what a
 # block keeps: less than 1 % of the time at width 768, but 5 % at 128, where there is memory to spare.
@@ -81,20 +82,20 @@ class PostNormBlock(nn.Module):
         x_BLD: Tensor,
         mask: Tensor | None = None,
         rows: Tensor | int | None = None,
-        memory_BSW: Tensor | None = None,
+        memory: Tensor | Memory | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
         """[B, L, D] -> [B, L, D], or [B, Q, D] at the positions `rows` alone (see SelfAttention).
 
         Args:
-            memory_BSW: what cross-attention reads; None passes it over, as ALBEF does for text alone.
+            memory: what cross-attention reads, [B, S, W] or its keys and values; None passes it over.
             memory_mask: bool [B, S], True = may be attended.
         """
         attended = self.attention(x_BLD, mask, rows)
         x_BQD = self.attention_norm((x_BLD if rows is None else take_rows(x_BLD, rows)) + self.dropout(attended))
-        if memory_BSW is not None:
+        if memory is not None:
             assert self.cross_attention is not None, "this block has no cross-attention to read a memory with"
-            read = self.cross_attention(x_BQD, memory_BSW, memory_mask)
+            read = self.cross_attention(x_BQD, memory, memory_mask)
             x_BQD = self.cross_attention_norm(x_BQD + self.dropout(read))
         return self.mlp_norm(x_BQD + self.dropout(activation_then(self.mlp_in(x_BQD), self.mlp_out, "gelu")))
 
@@ -188,10 +189,18 @@ class PostNormEncoder(nn.Module):
         x_BLD: Tensor,
         mask: Tensor | None = None,
         rows: Tensor | int | None = None,
-        memory_BSW: Tensor | None = None,
+        memory: Tensor | Sequence[Memory] | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
-        """`rows`: the last block computes these positions alone; exact, since its keys still come from all."""
-        for block in self.blocks[:-1]:
-            x_BLD = block(x_BLD, mask, None, memory_BSW, memory_mask)
-        return self.blocks[-1](x_BLD, mask, rows, memory_BSW, memory_mask)
+        """`rows`: the last block computes these positions alone; exact, since its keys still come from all.
+
+        memory: what cross-attention reads, [B, S, W] or for each block its keys and values (`read`).
+        """
+        memories: Sequence[Any] = [memory] * len(self.blocks) if isinstance(memory, Tensor | None) else memory
+        for block, of_block in zip(self.blocks[:-1], memories[:-1], strict=True):
+            x_BLD = block(x_BLD, mask, None, of_block, memory_mask)
+        return self.blocks[-1](x_BLD, mask, rows, memories[-1], memory_mask)
+
+    def read(self, memory_BSW: Tensor) -> list[Memory]:
+        """What each block reads of a memory, for `forward`: computed once, read as often as wanted."""
+        return [block.cross_attention.read(memory_BSW) for block in self.blocks]

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trivium.layers.attention import padded_index
 from trivium.methods.pixels import MethodOfPictures, Pixels
+from trivium.methods.positions import needed, places
 from trivium.models.encoded import Encoded
 from trivium.models.flava import MAX_LOGIT_SCALE, Flava
 from trivium.models.image_tokenizer import ImageTokenizer
@@ -179,16 +179,16 @@ class FlavaMethod(MethodOfPictures):
 
     def _masked_image(self, batch: Batch) -> Sums:
         masked_BN = batch.targets["image_mask"]
-        index_BQ, positions = _needed(F.pad(masked_BN, (1, 0)))  # the class token stands in front
+        index_BQ, positions = needed(F.pad(masked_BN, (1, 0)))  # the class token stands in front
         pixels_BCHW = self.pixels(batch.images[0].pixels_BCHW)
         image = self.model.encode_image(pixels_BCHW, self._to(masked_BN), self._to(index_BQ))
-        codes_M = self.codes(batch, torch.arange(len(batch))).flatten()[self._to(_places(masked_BN))]
+        codes_M = self.codes(batch, torch.arange(len(batch))).flatten()[self._to(places(masked_BN))]
         logits_MV = self.model.mim_head(image.tokens.flatten(0, 1)[self._to(positions[0])])
         return {"mim": masked_prediction(logits_MV, codes_M)}
 
     def _masked_text(self, batch: Batch) -> Sums:
         text, selected_BT = batch.texts[0], batch.targets["selected"]
-        index_BQ, positions = _needed(selected_BT)
+        index_BQ, positions = needed(selected_BT)
         words = self.model.encode_text(
             self._to(batch.targets["masked_ids"]), self._text_mask(text.mask_BT), None, self._to(index_BQ)
         )
@@ -215,14 +215,14 @@ class FlavaMethod(MethodOfPictures):
         # Order of the fused sequence: its class token, the image's class token, patches, text.
         class_R1 = torch.ones(len(masked_R), 1, dtype=torch.bool)
         patches_RN, words_RT = masked_RN & kept_R[:, None], selected_RT & kept_R[:, None]
-        index_RQ, (class_R, _, patch_M, word_M) = _needed(class_R1, ~class_R1, patches_RN, words_RT)
+        index_RQ, (class_R, _, patch_M, word_M) = needed(class_R1, ~class_R1, patches_RN, words_RT)
         fused = self.model.fuse(image, words, self._to(index_RQ))
         tokens = fused.tokens.flatten(0, 1)
         sums: Sums = {}
         if "itm" in wanted:
             sums["itm"] = matching(self.model.itm_head(tokens[self._to(class_R)]), self._to(matched_R))
         if "mmm_image" in wanted:
-            codes_M = self.codes(batch, masked_R).flatten()[self._to(_places(patches_RN))]
+            codes_M = self.codes(batch, masked_R).flatten()[self._to(places(patches_RN))]
             sums["mmm_image"] = masked_prediction(self.model.mmm_image_head(tokens[self._to(patch_M)]), codes_M)
         if "mmm_text" in wanted:
             ids_M = self._to(batch.texts[0].ids_BT[masked_R][words_RT])
@@ -272,30 +272,3 @@ class FlavaMethod(MethodOfPictures):
         pixels_RCHW = self._to(batch.images[-1].pixels_BCHW[rows])
         with torch.no_grad():
             return self.image_tokenizer.encode(pixels_RCHW.to(self.mean.dtype) / 255)
-
-
-def _places(mask: Tensor) -> Tensor:
-    """Flat places where a mask on CPU is True: indexing by the mask itself would wait for the device to count them."""
-    return mask.flatten().nonzero()[:, 0]
-
-
-def _needed(*parts: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Which positions of a sequence the last block must compute, and where each part's positions stand then.
-
-    Args:
-        parts: bool [B, L_i], side by side the sequence; True = needed. On CPU.
-
-    Returns:
-        index_BQ: positions, padded (see padded_index), and for each part the flat int64 places of its needed
-        positions in [B * Q], in row-major order.
-    """
-    needed_BL = torch.cat(parts, dim=1)
-    index_BQ = padded_index(needed_BL)
-    Q = index_BQ.shape[1]
-    valid_BQ = torch.arange(Q) < needed_BL.sum(1, keepdim=True)
-    ends = torch.tensor([0, *[part.shape[1] for part in parts]]).cumsum(0).tolist()
-    places = tuple(
-        _places(valid_BQ & (index_BQ >= first) & (index_BQ < last))
-        for first, last in zip(ends[:-1], ends[1:], strict=True)
-    )
-    return index_BQ, places

@@ -74,6 +74,13 @@ class Encoded:
         mask, pooled_at_B = (None if t is None else t.expand(rows, *t.shape[1:]) for t in (self.mask, self.pooled_at_B))
         return Encoded(self.states.expand(rows, -1, -1), mask, self._norm, self._projection, pooled_at_B)
 
+    def split(self, rows: int) -> list[Encoded]:
+        """Parts of so many rows, the last one may have fewer. Norm and projection are computed for each."""
+        marks = (self.mask, self.pooled_at_B)
+        parts = [[None] * -(-len(self.states) // rows) if mark is None else mark.split(rows) for mark in marks]
+        states = self.states.split(rows)
+        return [Encoded(x, m, self._norm, self._projection, p) for x, m, p in zip(states, *parts, strict=True)]
+
     @staticmethod
     def joined(parts: list[Encoded]) -> Encoded:
         """Rows of several, one after the other; their positions must be as many."""

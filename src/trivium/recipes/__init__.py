@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trivium.recipes.albef import albef
 from trivium.recipes.clip import clip
 from trivium.recipes.dino import dino
 from trivium.recipes.dvae import dvae
@@ -18,6 +19,7 @@ RECIPES: dict[str, Recipe] = {
     "mim": mim,
     "clip": clip,
     "dino": dino,
+    "albef": albef,
     "dvae": dvae,
     "finetune": finetune,
 }

@@ -304,12 +304,20 @@ def make_streams(
 
 
 def make_pairs(
-    data: PairData, sources: Sources, views: Views, patch: int, tokenizer: Tokenizer, train: bool = True
+    data: PairData,
+    sources: Sources,
+    views: Views,
+    patch: int,
+    tokenizer: Tokenizer,
+    train: bool = True,
+    masked_words: float | None = None,
+    whole_words: bool = False,
 ) -> list[Stream]:
-    """The stream of captioned pictures without masks and without false pairs; none, where there are none.
+    """The stream of captioned pictures without masked patches and without false pairs; none, where there are none.
 
     Args:
         train: False for the same stream over held-out rows, without augmentation.
+        masked_words: probability of a token to be masked; None: no word is predicted.
     """
     source = sources.pairs if train else sources.validation_pairs
     if source is None:
@@ -317,7 +325,7 @@ def make_pairs(
     image = ImageInput(views, patch, masked=False)
     if train:
         image = replace(image, color_jitter=data.color_jitter, cache_bytes=data.cache_megabytes << 20)
-    text = TextInput(tokenizer, data.max_length, probability=None)
+    text = TextInput(tokenizer, data.max_length, masked_words, whole_words)
     collate = PairCollate(image, text, sort_by_length=data.sort_by_length and train, train=train)
     return [Stream("pairs", source, collate, data.batch, data.batch)]
 

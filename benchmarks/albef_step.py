@@ -1,0 +1,229 @@
+"""Full pretraining steps of ALBEF against the computation of its public code: forward, backward, optimizer, momentum.
+
+    python benchmarks/albef_step.py                 # base size, batch 8: 20 to 40 minutes on two cores
+    python benchmarks/albef_step.py --size tiny     # half a minute, to see that it runs
+
+The peer (published_albef.py) is built of transformers' ViT and BERT as the public code computes: eager attention, three
+passes of fusion and one for the masked words, their head at every position, one draw after the other, the average of
+weights tensor by tensor, the queue cloned and joined. Same weights, pictures, words, masks and false pairs on both
+sides, no dropout; the losses of both agree to 1e-5 in float32, or nothing is timed. Two cases:
+
+    same_precision   both in the precision that this machine takes ("auto")
+    as_published     the peer in float32, which is what the public scripts train in; ours as it runs by default
+
+The ladder takes one trick away at a time: its factor is the time without the trick over the time with all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import side_by_side
+import torch
+from flava_pair import eager_attention
+from published_albef import Inputs, published_from
+from step_pair import StepPair
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trivium.layers import attention
+from trivium.layers.heads import TiedMaskedHead
+from trivium.methods import albef as method_module
+from trivium.methods.albef import AlbefMethod, Distillation
+from trivium.methods.pixels import Pixels
+from trivium.models.albef import Albef, AlbefConfig, Negatives
+from trivium.models.encoded import Encoded
+from trivium.train import precision
+from trivium.train.initial import initialise
+from trivium.train.protocol import Batch, Images, Key, Texts
+
+TOKENS, QUEUE = 25, 65_536
+
+
+def make_batch(config: AlbefConfig, rows: int) -> Batch:
+    """Noise: no step here takes another time for meaning. Captions of all lengths up to 25 tokens."""
+    draw = torch.Generator().manual_seed(0)
+    length_B = torch.linspace(TOKENS // 3, TOKENS, rows).round().long()
+    mask_BT = torch.arange(TOKENS) < length_B[:, None]
+    ids_BT = torch.randint(1000, config.vocab_size, (rows, TOKENS), generator=draw) * mask_BT
+    selected_BT = (torch.rand(rows, TOKENS, generator=draw) < 0.15) & mask_BT
+    selected_BT[:, 1] = True
+    pixels = torch.randint(0, 256, (rows, 3, config.image_size, config.image_size), generator=draw)
+    rows_B = torch.arange(rows)
+    targets = {
+        "masked_ids": torch.where(selected_BT, 103, ids_BT),
+        "selected": selected_BT,
+        "matched": torch.ones(rows, dtype=torch.bool),
+    }
+    images = (Images(pixels.to(torch.uint8), rows_B),)
+    return Batch("pairs", rows_B, rows_B, images, (Texts(ids_BT, mask_BT, rows_B),), targets)
+
+
+class Pair(StepPair):
+    """The two with the same weights, teacher and queues."""
+
+    def __init__(self, size: str, queue: int, autocast: Callable[[], AbstractContextManager]) -> None:
+        model = Albef(AlbefConfig.of_size(size, dropout=0.0))
+        initialise(model, 0)
+        pixels = Pixels((0.5,) * 3, (0.25,) * 3)
+        method = AlbefMethod(model, pixels, Distillation(ramp=0.0), 1, 1, queue, duplicates="ignore")
+        super().__init__(method, published_from(method), autocast, torch.device("cpu"))
+        self.peer_autocast: Callable[[], AbstractContextManager] | None = None  # None: as ours
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The batch as the peer takes it, and the draws of ours."""
+        text, targets, key = batch.texts[0], batch.targets, Key(0, batch.stream, 0)
+        return {
+            "pixels_BCHW": self.method.pixels(batch.images[0].pixels_BCHW), "ids_BT": text.ids_BT,
+            "mask_BT": text.mask_BT, "masked_ids_BT": targets["masked_ids"],
+            "labels_BT": text.ids_BT.masked_fill(~targets["selected"], -100),
+            "image_draw_B": key.uniform("negative image", batch.rows_B),
+            "text_draw_B": key.uniform("negative text", batch.rows_B),
+        }  # fmt: skip
+
+    def peer_losses(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The average of weights moves in training alone: losses are compared without."""
+        alpha, training = self.method.distillation.itc, torch.is_grad_enabled()
+        with (self.peer_autocast or self.autocast)():
+            losses: dict[str, Tensor] = self.peer(Inputs(**inputs), alpha, update=training)
+        return losses | {"total": torch.stack([loss.float() for loss in losses.values()]).sum()}
+
+    def same_losses(self, batch: Batch, inputs: dict[str, Any]) -> None:
+        queues = {name: buffer.clone() for name, buffer in self.peer.named_buffers()}
+        super().same_losses(batch, inputs)
+        for name, buffer in self.peer.named_buffers():
+            buffer.copy_(queues[name])
+
+
+# ---------------------------------------------------------------------------------------- steps without one trick
+
+
+@contextmanager
+def patched(target: Any, name: str, value: Any) -> Iterator[None]:
+    with mock.patch.object(target, name, value):
+        yield
+
+
+def four_passes(
+    self: Albef,
+    image: Encoded,
+    masked: Encoded | None,
+    rows: Tensor | None,
+    text: Encoded | None,
+    negatives: Negatives | None,
+) -> tuple[Encoded | None, Encoded | None]:
+    """Keys and values anew for each: true pairs, both kinds of false ones, masked words."""
+    assert masked is not None and text is not None and negatives is not None
+    words = self.fuse(image, masked, rows)
+    true = self.fuse(image, text, 1)
+    other_mask = None if text.mask is None else text.mask.repeat(2, 1)
+    if other_mask is not None and text.mask is not None:
+        other_mask = torch.cat([text.mask, text.mask[negatives.text_B]])
+    texts = Encoded(torch.cat([text.states, text.states[negatives.text_B]]), other_mask, nn.Identity(), None)
+    pictures = torch.cat([image.tokens[negatives.image_B], image.tokens])
+    false = self.fuse(Encoded(pictures, None, nn.Identity(), None), texts, 1)
+    return words, Encoded(torch.cat([true.states, false.states]), None, nn.Identity(), None)
+
+
+def every_position(*parts: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    (selected_BT,) = parts
+    B, T = selected_BT.shape
+    return torch.arange(T).expand(B, T).contiguous(), (selected_BT.flatten().nonzero()[:, 0],)
+
+
+def words_at_every_position(self: Albef, rows: Tensor) -> Tensor:
+    """As many rows as there are positions; those that are asked for come first."""
+    head, word_VD = self.mlm_head, self.text.embeddings.word.weight
+    assert isinstance(head, TiedMaskedHead)
+    padding = rows.new_zeros(self._positions - len(rows), rows.shape[-1])  # type: ignore[operator]
+    return head(torch.cat([rows, padding]), word_VD)[: len(rows)]
+
+
+def average_by_tensor(average: nn.Module, module: nn.Module, momentum: float) -> None:
+    for mine, theirs in zip(average.parameters(), module.parameters(), strict=True):
+        mine.data = mine.data * momentum + theirs.data * (1 - momentum)
+
+
+def joined_queue(
+    query: Tensor, teacher: Tensor, keys: Any, temperature: Tensor, answer: Tensor, same: Any, alpha: float, _: Any
+) -> tuple[Tensor, Tensor]:
+    everyone = torch.cat([keys[0].t(), keys[1].t().clone()], dim=1)
+    with torch.no_grad():
+        labels = torch.zeros(len(query), everyone.shape[1]).scatter_(1, answer[:, None], 1.0)
+        targets = alpha * F.softmax(teacher @ everyone / temperature, dim=1) + (1 - alpha) * labels
+    loss = -(F.log_softmax(query @ everyone / temperature, dim=1) * targets).sum(1)
+    return loss, torch.zeros_like(loss.detach())
+
+
+def one_by_one(logits: Tensor, allowed: Tensor, uniform: Tensor) -> Tensor:
+    weights = logits.softmax(1) * allowed
+    drawn = []
+    for weight, number in zip(weights, uniform, strict=True):
+        reached = weight.double().cumsum(0)
+        drawn.append(int(torch.searchsorted(reached, number * reached[-1], right=True).item()))
+    return torch.tensor(drawn)
+
+
+# Each trick taken away: how our step is patched.
+WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
+    "keys and values of a picture once, one pass of fusion": lambda: patched(Albef, "fuse_pairs", four_passes),
+    "masked words: last block at their positions only": lambda: patched(method_module, "needed", every_position),
+    "masked words: head at their positions only": lambda: patched(Albef, "predict_words", words_at_every_position),
+    "fused scaled-dot-product attention": lambda: patched(attention, "attend", eager_attention),
+    "false pairs drawn at once": lambda: patched(method_module, "hard_negatives", one_by_one),
+    "average of weights in one call": lambda: patched(method_module, "follow", average_by_tensor),
+    "queue not joined to the batch": lambda: patched(method_module, "distilled_contrastive", joined_queue),
+}
+
+
+def ladder(pair: Pair, batch: Batch) -> dict[str, float]:
+    """Factor of each trick: the time without it over the time with all."""
+    Albef._positions = batch.texts[0].ids_BT.numel()  # type: ignore[attr-defined]
+    rungs = {}
+    for trick, context in WITHOUT.items():
+
+        def without(patch: Callable[[], AbstractContextManager] = context) -> None:
+            with patch():
+                pair.step(batch)
+
+        times = side_by_side.interleaved(partial(pair.step, batch), without, rounds=2)
+        rungs[trick] = round(statistics.median(times[1]) / statistics.median(times[0]), 3)
+        print(f"  {trick}: {rungs[trick]}", flush=True)
+    return rungs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base", choices=("tiny", "base"))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--no-ladder", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.size == "base":
+        side_by_side.refuse_a_busy_machine()
+    device = torch.device("cpu")
+    kind = precision.choose("auto", device)
+    queue = QUEUE if arguments.size == "base" else 64 * arguments.batch
+    pair = Pair(arguments.size, queue, lambda: precision.autocast(device, kind))
+    batch = make_batch(pair.method.model.config, arguments.batch)
+    inputs, results = pair.inputs(batch), {}
+    print("losses", flush=True)
+    pair.same_losses(batch, inputs)  # before any step: afterwards weights may drift apart
+    print(f"ours in {kind}", flush=True)
+    for name, autocast in (("same_precision", None), ("as_published", nullcontext)):
+        pair.peer_autocast = autocast
+        results[name] = pair.compare(name, batch, inputs)
+    rungs = {} if arguments.no_ladder else ladder(pair, batch)
+    if arguments.size == "base":
+        side_by_side.write(
+            "albef_step", results, ladder=rungs, precision=kind, batch=arguments.batch, tokens=TOKENS, queue=queue
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""What one ALBEF pretraining step does with a batch of pairs (ALBEF, section 3).
+
+    ITC    class tokens of both towers, against the global batch and the queue as the momentum copy reads them
+    ITM    true pairs, and for each text and picture a false one that looks alike, drawn within a pool of samples
+    MLM    words hidden, read beside the picture
+
+The teacher is an average of past students; what it says of a pair is a share `alpha` of the targets of ITC and MLM.
+Easy to get wrong:
+
+* the teacher follows *after* the update, which is the published order: there it follows at the head of the next step;
+* student and teacher are divided by one temperature, the student's;
+* ITM never takes for false what shows the same picture or bears the same caption; a row that is left without any false
+  pair takes no part in ITM;
+* validation has hard labels and no dropout.
+
+A skipped step changes neither teacher nor queues: all of it happens in `after_step`.
+
+B rows, G rows of the global batch, Q rows of a queue, T text tokens, M masked positions, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trivium.methods.momentum import follow, follower
+from trivium.methods.pixels import MethodOfPictures, Pixels
+from trivium.methods.positions import needed, places
+from trivium.models.albef import TEMPERATURES, Albef, Negatives
+from trivium.models.encoded import Encoded
+from trivium.objectives.distillation import (
+    Duplicates,
+    distilled_contrastive,
+    distilled_prediction,
+    published_prediction,
+)
+from trivium.objectives.masked import masked_prediction
+from trivium.objectives.matching import hard_negatives, matching
+from trivium.train.protocol import Batch, Key, Rows, Sums, hash64
+
+LOSSES = ("itc", "itm", "mlm")
+FOLLOWED = ("image", "text", "fusion", "mlm_head", "image_projection", "text_projection")  # by the teacher
+FALSE_SHARE = 2 / 3  # of the pairs that ITM is asked about
+_CAPTION_BASE = 0x9E3779B97F4A7C15 - 2**64  # odd, as an int64
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How the teacher teaches. The defaults are the published ones but for its dropout."""
+
+    itc: float = 0.4  # its share in the targets of ITC, after the ramp; 0: it makes the keys alone
+    mlm: float = 0.4  # in those of MLM; 0: no masked word is read by it
+    ramp: float | None = None  # steps over which both rise from 0; below 1: share of the run; None: one epoch
+    reach: float = 200.0  # steps that it looks back on: momentum 1 - 1 / reach, here 0.995; below 1: share of the run
+    dropout: bool = False  # True: the teacher has the student's dropout, as in the public code
+    soft_labels: Literal["vocabulary", "positions"] = "vocabulary"  # "positions": normalised as first published
+
+    def ramp_at(self, step: int, num_steps: int, epoch_steps: int) -> float:
+        """What the shares are multiplied by at a step."""
+        ramp = epoch_steps if self.ramp is None else self.ramp * (num_steps if self.ramp < 1 else 1)
+        return min(1.0, step / ramp) if ramp else 1.0
+
+    def momentum(self, num_steps: int) -> float:
+        return 1 - 1 / max(1.0, self.reach * (num_steps if self.reach < 1 else 1))
+
+
+class AlbefMethod(MethodOfPictures):
+    """Student, teacher and queues.
+
+    Args:
+        model: the student. The teacher starts as its copy.
+        num_steps, epoch_steps: of the whole run and of one epoch, which schedules are shares of.
+        queue: rows of each queue; it starts with random ones, which nobody shows.
+        seed: of those.
+        weights: of the losses "itc", "itm" and "mlm".
+        duplicates: what other rows of the same picture or caption are in ITC: left out ("mask"), negatives ("ignore",
+            the published pretraining) or answers too ("positive", the published fine-tuning on retrieval).
+        negatives: "hard" draws them by likeness, "random" evenly.
+        pool: rows among which they are drawn. A micro-batch is a whole number of pools, or within one.
+    """
+
+    model: Albef
+    teacher: Albef
+    image_queue: Tensor
+    text_queue: Tensor
+    queue_same: Tensor
+    queue_pointer: Tensor
+
+    def __init__(
+        self,
+        model: Albef,
+        pixels: Pixels,
+        distillation: Distillation,
+        num_steps: int,
+        epoch_steps: int,
+        queue: int,
+        *,
+        seed: int = 0,
+        weights: dict[str, float] | None = None,
+        duplicates: Duplicates = "mask",
+        negatives: Literal["hard", "random"] = "hard",
+        pool: int = 64,
+    ) -> None:
+        super().__init__(pixels)
+        self.model = model
+        self.teacher = follower(model)
+        del self.teacher.itm_head, self.teacher.temperature  # it judges no pair, and has the student's temperature
+        self.distillation = distillation
+        self.num_steps, self.epoch_steps = num_steps, epoch_steps
+        self.weights = dict.fromkeys(LOSSES, 1.0) | (weights or {})
+        assert set(self.weights) == set(LOSSES), f"no such loss: {sorted(set(self.weights) - set(LOSSES))}"
+        self.duplicates: Duplicates = duplicates
+        self.negatives = negatives
+        self.pool = pool
+        for name in ("image_queue", "text_queue"):
+            draw = torch.Generator().manual_seed(hash64(seed, name) % 2**63)
+            rows_QD = torch.randn(queue, model.config.projection_width, generator=draw)
+            self.register_buffer(name, F.normalize(rows_QD, dim=1))
+        self.register_buffer("queue_same", torch.full((queue, 2), -1))  # numbers of picture and caption; -1: nobody's
+        self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
+        self.schedule(0)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.teacher.train(mode and self.distillation.dropout)
+        return self
+
+    def schedule(self, step: int) -> None:
+        self.ramp = self.distillation.ramp_at(step, self.num_steps, self.epoch_steps)
+
+    def alpha(self, loss: Literal["itc", "mlm"]) -> float:
+        """The teacher's share in the targets."""
+        return self.ramp * getattr(self.distillation, loss) if self.training else 0.0
+
+    # What each loss is divided by.
+
+    def counts(self, batch: Batch) -> Sums:
+        assert bool(batch.targets["matched"].all()), "ALBEF makes its false pairs itself"
+        return {
+            "itc": torch.tensor(len(batch)),
+            "itm": 3 * self._allowed(batch).any(1).sum(),
+            "mlm": batch.targets["selected"].sum(),
+        }
+
+    def _same(self, batch: Batch) -> Tensor:
+        """The numbers of picture and caption, int64 [B, 2]. Captions of the same words have the same number."""
+        ids_BT = batch.texts[0].ids_BT * batch.texts[0].mask_BT
+        number_B = torch.zeros_like(ids_BT[:, 0])
+        for ids_B in ids_BT.T.flip(0):  # backwards, so that pads count nothing; it wraps at 2**64
+            number_B = number_B * _CAPTION_BASE + ids_B
+        return torch.stack([batch.images[0].same_B, number_B & (2**63 - 1)], dim=1)
+
+    def _allowed(self, batch: Batch) -> Tensor:
+        """Which rows may stand beside which in a false pair, bool [B, B]: of one pool, and nothing they share."""
+        same_B2, pool_B = self._same(batch), (batch.rows_B - batch.rows_B[0]) // self.pool
+        return ~_alike(same_B2, same_B2) & (pool_B[:, None] == pool_B)
+
+    # Both towers, twice.
+
+    def embed(self, batch: Batch) -> tuple[Rows, Any]:
+        """The text as it stands and the masked text go through a tower as one batch. All of it runs in both passes of
+        GradCache: with dropout the draws must be the same."""
+        fuses = bool(self.weights["itm"] or self.weights["mlm"])
+        pixels_BCHW = self.pixels(batch.images[0].pixels_BCHW)
+        image = self.model.encode_image(pixels_BCHW, rows=None if fuses else 1)
+        text, masked = self._encode_texts(self.model, batch, bool(self.weights["mlm"]))
+        teaches_words = bool(self.weights["mlm"]) and self.alpha("mlm") > 0
+        with torch.no_grad():
+            shown = self.teacher.encode_image(pixels_BCHW, rows=None if teaches_words else 1)
+            read, hidden = self._encode_texts(self.teacher, batch, teaches_words)
+            teacher = {"teacher_image": shown.projected, "teacher_text": read.projected}
+        marks = {"row": self._to(batch.rows_B), "same": self._to(self._same(batch))}
+        rows = Rows({"image": image.projected, "text": text.projected}, marks | teacher)
+        return rows, _Seen(image, text, masked, shown, hidden)
+
+    def _encode_texts(self, model: Albef, batch: Batch, masked: bool) -> tuple[Encoded, Encoded | None]:
+        text = batch.texts[0]
+        mask_BT = None if bool(text.mask_BT.all()) else text.mask_BT  # without a mask attention is faster
+        if not masked:
+            return model.encode_text(self._to(text.ids_BT), None if mask_BT is None else self._to(mask_BT)), None
+        ids_PT = self._to(torch.cat([text.ids_BT, batch.targets["masked_ids"]]))
+        both = model.encode_text(ids_PT, None if mask_BT is None else self._to(mask_BT.repeat(2, 1)))
+        first, second = both.split(len(batch))
+        return first, second
+
+    def couple(self, mine: Rows, everyone: Rows) -> Sums:
+        if not self.weights["itc"]:
+            return {}
+        row_B, row_G = mine.marks["row"], everyone.marks["row"]
+        order_G = row_G.argsort()
+        answer_B = order_G[torch.searchsorted(row_G[order_G], row_B)]
+        same: tuple[Tensor, ...] = ()
+        if self.duplicates != "ignore":
+            same_B2 = mine.marks["same"]
+            same = (_alike(same_B2, everyone.marks["same"]), _alike(same_B2, self.queue_same))
+        alpha = self.alpha("itc")
+        both = []
+        for asked, key, queue_QD in (("image", "text", self.text_queue), ("text", "image", self.image_queue)):
+            both.append(
+                distilled_contrastive(
+                    mine.rows[asked], mine.marks[f"teacher_{asked}"], (everyone.marks[f"teacher_{key}"], queue_QD),
+                    self.model.temperature, answer_B, same, alpha, self.duplicates,
+                )
+            )  # fmt: skip
+        loss, entropy = (torch.stack(each).sum() / 2 for each in zip(*both, strict=True))
+        return {"itc": loss, "stat/itc_kl": (loss.detach() - alpha * entropy) / len(row_G)}
+
+    # What is fused.
+
+    def separate(self, batch: Batch, rows: Rows, states: _Seen, counts: Sums, key: Key) -> Sums:
+        if not (self.weights["itm"] or self.weights["mlm"]):
+            return {}
+        sums: Sums = {}
+        allowed_BB = self._allowed(batch)
+        negatives = self._negatives(batch, rows, self._to(allowed_BB), key) if self.weights["itm"] else None
+        selected_BT = batch.targets["selected"]
+        published = self.distillation.soft_labels == "positions"
+        if published:
+            index_BQ, masked_M = None, places(selected_BT)
+        else:
+            index_BQ, (masked_M,) = needed(selected_BT)
+        index = None if index_BQ is None else self._to(index_BQ)
+        words, pairs = self.model.fuse_pairs(
+            states.image, states.masked, index, None if negatives is None else states.text, negatives
+        )
+        if pairs is not None:
+            true_3B = torch.arange(3 * len(batch)) < len(batch)
+            kept_3B = allowed_BB.any(1).repeat(3)
+            sums["itm"] = matching(self.model.match(pairs), self._to(true_3B), self._to(kept_3B))
+            sums["stat/itm_left_out"] = self._to((~allowed_BB.any(1)).sum())
+        if words is not None:
+            ids_M = self._to(batch.texts[0].ids_BT[selected_BT])
+            sums |= self._masked_words(words, index, self._to(masked_M), ids_M, states, published)
+            if "stat/mlm_kl" in sums:
+                sums["stat/mlm_kl"] = sums["stat/mlm_kl"] / counts["mlm"].clamp(min=1).to(ids_M.device)
+        return sums
+
+    def _masked_words(
+        self, words: Encoded, index: Tensor | None, masked_M: Tensor, ids_M: Tensor, states: _Seen, published: bool
+    ) -> Sums:
+        """The loss of masked words, and the sum that it is in the form with divergences."""
+        alpha = self.alpha("mlm")
+        if states.hidden is None or not alpha:
+            logits_MV = self.model.predict_words(words.states.flatten(0, 1)[masked_M])
+            return {"mlm": masked_prediction(logits_MV, ids_M)}
+        with torch.no_grad():
+            taught = self.teacher.fuse(states.shown, states.hidden, index).states
+        if published:
+            logits_BTV, teacher_BTV = self.model.predict_words(words.states), self.teacher.predict_words(taught)
+            loss, entropy = published_prediction(logits_BTV, masked_M, ids_M, teacher_BTV, alpha)
+        else:
+            logits_MV = self.model.predict_words(words.states.flatten(0, 1)[masked_M])
+            with torch.no_grad():
+                teacher_MV = self.teacher.predict_words(taught.flatten(0, 1)[masked_M])
+            loss, entropy = distilled_prediction(logits_MV, ids_M, teacher_MV, alpha)
+        return {"mlm": loss, "stat/mlm_kl": loss.detach() - alpha * entropy}
+
+    @torch.no_grad()
+    def _negatives(self, batch: Batch, rows: Rows, allowed_BB: Tensor, key: Key) -> Negatives:
+        """For each text a picture and for each picture a text. A function of the seed, the step, the row and the
+        likenesses; no number of it leaves the device."""
+        drawn = []
+        for asked, other in (("text", "image"), ("image", "text")):
+            with torch.autocast(allowed_BB.device.type, enabled=False):
+                logits_BB = rows.rows[asked] @ rows.marks[f"teacher_{other}"].T / self.model.temperature
+            if self.negatives == "random":
+                logits_BB = torch.zeros_like(logits_BB)
+            uniform_B = self._to(key.uniform(f"negative {other}", batch.rows_B))
+            drawn.append(hard_negatives(logits_BB, allowed_BB, uniform_B))
+        return Negatives(image_B=drawn[0], text_B=drawn[1])
+
+    # Once per accepted step.
+
+    def after_step(self, step: int, everyone: Rows, stats: Sums) -> None:
+        for name in FOLLOWED:
+            follow(getattr(self.teacher, name), getattr(self.model, name), self.distillation.momentum(self.num_steps))
+        self._enqueue(everyone.marks)
+        self.model.temperature.clamp_(*TEMPERATURES)
+
+    def _enqueue(self, marks: Mapping[str, Tensor]) -> None:
+        """The global batch in the order of its rows, over the oldest; of a batch longer than the queue its end."""
+        Q = len(self.queue_same)
+        order_G = marks["row"].argsort()
+        place_G = self.queue_pointer + torch.arange(len(order_G), device=order_G.device)
+        if Q:
+            order, place = order_G[-Q:], place_G[-Q:] % Q
+            self.image_queue[place] = marks["teacher_image"][order].to(self.image_queue)
+            self.text_queue[place] = marks["teacher_text"][order].to(self.text_queue)
+            self.queue_same[place] = marks["same"][order]
+            self.queue_pointer.copy_((self.queue_pointer + len(order_G)) % Q)
+
+    def clamped(self) -> dict[str, tuple[Tensor, float, float]]:
+        return {"temperature": (self.model.temperature, *TEMPERATURES)}
+
+    def chance(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Of ITC equal scores for all columns, of ITM the entropy of its labels."""
+        itm = -sum(share * math.log(share) for share in (FALSE_SHARE, 1 - FALSE_SHARE))
+        return {"itc": math.log(max(1.0, counts["itc"]) + len(self.queue_same)), "itm": itm}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What student and teacher made of a batch."""
+
+    image: Encoded
+    text: Encoded
+    masked: Encoded | None
+    shown: Encoded  # to the teacher
+    hidden: Encoded | None  # masked texts, to the teacher
+
+
+def _alike(same_B2: Tensor, same_C2: Tensor) -> Tensor:
+    """bool [B, C]: the same picture, or the same caption."""
+    return (same_B2[:, None, 0] == same_C2[:, 0]) | (same_B2[:, None, 1] == same_C2[:, 1])

@@ -1,0 +1,320 @@
+"""ALBEF as a recipe: captioned pictures, a teacher that is an average of its students, queues of what it saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trivium.bundle import Bundle
+from trivium.data.loader import evaluation_batches
+from trivium.data.mixture import StreamMixture
+from trivium.data.tokenizer import Tokenizer
+from trivium.data.transforms import ImageTransform
+from trivium.data.views import Views
+from trivium.errors import TriviumError
+from trivium.evaluate import losses
+from trivium.evaluate.embedded import Evaluation
+from trivium.load import load, open_own
+from trivium.methods.albef import FALSE_SHARE, LOSSES, AlbefMethod, Distillation, Duplicates
+from trivium.methods.pixels import Pixels
+from trivium.models.albef import SIZES, Albef, AlbefConfig
+from trivium.recipes import limits, validation
+from trivium.recipes.albef_towers import Towers
+from trivium.recipes.data import (
+    PairData,
+    Sources,
+    absolute,
+    check_shapes,
+    make_pairs,
+    make_tokenizer,
+    noticed,
+    open_sources,
+)
+from trivium.recipes.prepared import Losses, Prepared, on_pairs
+from trivium.recipes.validation import Validation
+from trivium.train.config import Config, leaves
+from trivium.train.initial import initialise
+from trivium.train.optim import Optim
+from trivium.train.protocol import Method, Stream
+from trivium.train.trainer import Run, Train
+
+PUBLISHED_QUEUE = 65_536
+HELD_OUT_MASKED = 0.15  # of the tokens, in validation
+SHARE_IN_QUEUE = 4  # a queue holds at most one pair in so many: longer, and nearly every row meets itself in it
+
+
+@dataclass(frozen=True)
+class Pairs(PairData):
+    """The same with words to be masked. [CLS] is one of the tokens of a caption, and no [SEP] stands at its end. The
+    defaults are the published ones."""
+
+    batch: int = 512
+    max_length: int = 25
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: float = 0.5
+    vocabulary: str = "bert"
+    mask_probability: float = 0.15  # of a token to be masked in training; held-out text is always measured at 0.15
+    whole_words: bool = False  # mask whole words instead of word pieces
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Weights of the three losses; 0 = never computed."""
+
+    itc: float = 1.0
+    itm: float = 1.0
+    mlm: float = 1.0
+    duplicates: Duplicates = "mask"  # other rows of the same picture or caption in ITC: see methods/albef.py
+    negatives: Literal["hard", "random"] = "hard"  # false pairs of ITM: alike, or any
+    pool: int = 64  # pairs among which these are drawn; the micro-batch, where that is smaller
+    queue: int | None = None  # rows; None: 65,536, at most a quarter of the pairs
+
+
+@dataclass(frozen=True)
+class AlbefRecipe:
+    """Everything that an ALBEF pretraining is."""
+
+    model: AlbefConfig  # with `init`, the file's own shape counts instead
+    objectives: Objectives = field(default_factory=Objectives)
+    distillation: Distillation = field(default_factory=Distillation)
+    data: Pairs = field(default_factory=Pairs)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    init: str | None = None  # a model folder, run folder or foreign checkpoint to start from
+    init_image: str | None = None  # a ViT, DeiT or DINO for the picture's tower (the paper: DeiT-B/16)
+    init_text: str | None = None  # a BERT for text and fusion (the paper: bert-base-uncased); it brings its vocabulary
+    init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
+    validate: int = 4096  # held-out pairs that losses are measured on, up to 8 times each; 0: none
+
+    @property
+    def rows_at_once(self) -> int:
+        """Pairs of one forward, in steps and in validation; the whole batch until "auto" is settled."""
+        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
+
+    def with_absolute_paths(self) -> AlbefRecipe:
+        """The same for whoever stands in another folder: what a config that is kept should state."""
+        init, init_image, init_text = (
+            None if path is None else absolute(path) for path in (self.init, self.init_image, self.init_text)
+        )
+        data = self.data.with_absolute_paths()
+        return replace(self, data=data, init=init, init_image=init_image, init_text=init_text)
+
+    def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedAlbef:
+        """Open the pairs, make or read the tokenizer, build student and teacher.
+
+        Args:
+            name, arguments: of the recipe, as config.json is to state them.
+            resume_from: the model folder of a checkpoint that was checked; the trainer restores the weights.
+        """
+        return _prepare(self, name, arguments, resume_from)
+
+
+def albef(size: str = "tiny") -> AlbefRecipe:
+    """ALBEF (Li et al. 2021). size: "tiny" for a laptop tonight, "small", or "base", the published one."""
+    if size not in SIZES:
+        raise TriviumError(f"there is no ALBEF of size {size}: use one of {', '.join(SIZES)}")
+    model = AlbefConfig.of_size(size)
+    if size == "tiny":
+        return AlbefRecipe(
+            model,
+            distillation=Distillation(ramp=0.2, reach=0.02),
+            data=Pairs(batch=128, max_length=32, crop_scale=(0.9, 1.0), flip=0.0, vocabulary="learned"),
+            optim=Optim(lr=1.5e-3, weight_decay=0.1, warmup=0.08),
+            train=Train(steps=2000, save_every=500),
+            init_std=0.09,
+        )
+    published = Optim(
+        lr=1e-4, betas=(0.9, 0.999), weight_decay=0.02, no_decay=("*bias", "*norm*"), warmup=2000, final=0.1,
+        clip="none",
+    )  # fmt: skip
+    if size == "small":
+        return AlbefRecipe(
+            model, data=Pairs(batch=256), optim=replace(published, lr=3e-4, warmup=0.05, clip="global"),
+            train=Train(steps=50_000, micro_batch=64),
+        )  # fmt: skip
+    # 30 epochs of 5.1 million pairs.
+    return AlbefRecipe(model, optim=published, train=Train(steps=300_000, micro_batch=64))
+
+
+@dataclass
+class PreparedAlbef(Prepared):
+    """ALBEF's run with its parts in memory."""
+
+    recipe: AlbefRecipe  # with the vocabulary that was found
+    sources: Sources
+    validation: Validation
+
+    def measures(self, recipe: AlbefRecipe) -> Callable[[Method], dict[str, Any]]:
+        return validation.measures(self.validation, recipe.train.seed, recipe.rows_at_once)
+
+    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
+        assert self.bundle is not None
+        recipe = self.recipe
+        if final is None:
+            if self.validation:
+                say("validation losses")
+            final = validation.losses(self.run.method, self.validation, recipe.train.seed, recipe.rows_at_once)
+        chance = self.chance() if self.validation else {}
+        found = on_pairs(self.bundle, recipe.data, self.sources, say)
+        if not recipe.validate:
+            found.not_applicable.append("losses on held-out pairs: --validate is 0")
+        return found, {name: (final[name], chance[name]) for name in final}
+
+    def chance(self) -> dict[str, float]:
+        """What each validation loss is for a guess from the labels' frequencies alone (see evaluate/losses.py)."""
+        method, batches = self.run.method, self.validation["pairs"]
+        assert isinstance(method, AlbefMethod)
+        words = losses.labels_of([replace(batch, images=()) for batch in batches], lambda batch: batch.rows_B)["mlm"]
+        sizes = [len(batch) for batch in batches]
+        columns = sum(size * math.log(size + len(method.queue_same)) for size in sizes) / sum(sizes)
+        return {
+            "itc": columns,
+            "itm": losses.binary_entropy(FALSE_SHARE),
+            "mlm": losses.chance(words, self.recipe.model.vocab_size),
+        }
+
+    def with_train(self, **changes: Any) -> PreparedAlbef:
+        """Schedules may be shares of the run: a run of another length has others."""
+        changed = super().with_train(**changes)
+        method = changed.run.method
+        assert isinstance(method, AlbefMethod)
+        method.num_steps = changed.recipe.train.steps
+        _check_pools(changed.recipe)
+        return changed
+
+
+def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> PreparedAlbef:
+    limits.check(leaves(recipe))
+    data, seed = recipe.data, recipe.train.seed
+    if not any(getattr(recipe.objectives, loss) for loss in LOSSES):
+        raise TriviumError("every loss has weight 0, so nothing would be trained: set one, such as --objectives.itc 1")
+    start, config = _open_start(recipe, resume_from)
+    _check(config, recipe)
+    towers = Towers.open(recipe.init_image, recipe.init_text, config) if start is None else Towers()
+    sources = open_sources(data)
+    assert sources.pairs is not None, "data without a path is the embedded drawings"
+    tokenizer = start.tokenizer if start is not None else towers.tokenizer
+    notes: list[str] = []
+    if tokenizer is None:
+        if start is not None and data.vocabulary == "learned":
+            raise TriviumError(
+                f"{recipe.init} came without a tokenizer, and a vocabulary learned from these captions would not be the"
+                " one that it was trained with: give --data.vocabulary bert or the path of its tokenizer.json"
+            )
+        tokenizer = make_tokenizer(data, sources, config.vocab_size).for_captions()
+    elif start is None:
+        tokenizer = tokenizer.for_captions()
+    elif resume_from is None:
+        notes.append(f"{recipe.init} brings its own vocabulary, so --data.vocabulary is not used")
+    config = _with_vocabulary(config, tokenizer, recipe, start)
+    recipe = replace(recipe, model=config)
+
+    model = Albef(config)
+    initialise(model, seed, recipe.init_std)
+    if start is not None:
+        model.load_state_dict(start.model.state_dict())
+    notes += towers.start(model)
+    size = recipe.data.image_size or config.image_size
+    transform = replace(ImageTransform() if start is None else start.transform, size=size)
+    queue, epoch_steps = _queue(recipe, len(sources.pairs), notes), math.ceil(len(sources.pairs) / data.batch)
+    objectives = recipe.objectives
+    method = AlbefMethod(
+        model, Pixels(transform.mean, transform.std), recipe.distillation, recipe.train.steps, epoch_steps, queue,
+        seed=seed, weights={loss: getattr(objectives, loss) for loss in LOSSES}, duplicates=objectives.duplicates,
+        negatives=objectives.negatives, pool=objectives.pool,
+    )  # fmt: skip
+    bundle = Bundle("albef", model, tokenizer, transform, max_length=data.max_length, false_pairs=FALSE_SHARE)
+    views = Views(size, crop_scale=data.crop_scale, flip=data.flip, scaled_decode=data.scaled_decode)
+
+    def streams(train: bool) -> list[Stream]:
+        share = data.mask_probability if train else HELD_OUT_MASKED
+        return make_pairs(data, sources, views, config.patch_size, tokenizer, train, share, data.whole_words)
+
+    def mixture_of(train: Train) -> StreamMixture:
+        rows = replace(recipe, train=train).rows_at_once
+        return StreamMixture([replace(s, micro_batch=rows) for s in streams(train=True)], seed, "ratio", train.workers)
+
+    held_out = {
+        stream.name: list(evaluation_batches(stream.source, stream.collate, data.batch, recipe.validate, stream.name))
+        for stream in streams(train=False)
+        if recipe.validate
+    }
+    notes += [f"validation: {bad}" for batches in held_out.values() for batch in batches for bad in batch.bad]
+    notes += noticed(sources)
+    run = Run(
+        method,
+        mixture_of(recipe.train),
+        recipe.optim,
+        recipe.train,
+        export=bundle.save,
+        config=Config(name, arguments, leaves(recipe)),
+        evaluate=validation.measures(held_out, seed, recipe.rows_at_once),
+        blocks=model.blocks,
+    )
+    return PreparedAlbef(recipe, run, bundle, mixture_of, name, arguments, notes, sources, held_out)
+
+
+def _open_start(recipe: AlbefRecipe, resume_from: Path | None) -> tuple[Bundle | None, AlbefConfig]:
+    """The model to start from and the shape of the run's. Raises TriviumError where it is of another family."""
+    if recipe.init is not None and (recipe.init_image is not None or recipe.init_text is not None):
+        raise TriviumError(
+            "--init starts the whole model, --init-image and --init-text one tower each: give it alone, or them"
+        )
+    if resume_from is None and recipe.init is None:
+        return None, recipe.model
+    start = open_own(resume_from) if resume_from is not None else load(str(recipe.init))
+    if not isinstance(start.model, Albef):
+        raise TriviumError(f"{recipe.init} holds a {start.family}, and ALBEF starts from an ALBEF: give one")
+    return start, replace(start.model.config, dropout=recipe.model.dropout)
+
+
+def _with_vocabulary(
+    config: AlbefConfig, tokenizer: Tokenizer, recipe: AlbefRecipe, start: Bundle | None
+) -> AlbefConfig:
+    """Raises TriviumError where words of the data have no place in the model."""
+    if start is None:
+        return replace(config, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TriviumError(
+            f"the vocabulary has {tokenizer.vocab_size} words, the model of {recipe.init} {config.vocab_size}: give the"
+            " vocabulary that it was trained with"
+        )
+    return config
+
+
+def _queue(recipe: AlbefRecipe, num_pairs: int, notes: list[str]) -> int:
+    """Rows of each queue. notes: gets a sentence where a row is likely to meet itself in it."""
+    most = num_pairs // SHARE_IN_QUEUE
+    queue = recipe.objectives.queue
+    if queue is None:
+        return min(PUBLISHED_QUEUE, most)
+    if queue > most:
+        notes.append(
+            f"a queue of {queue:,} is more than a quarter of the {num_pairs:,} pairs: rows meet themselves in it, and"
+            f" are left out of their own loss or taken for false; --objectives.queue {most} is enough"
+        )
+    return queue
+
+
+def _check(config: AlbefConfig, recipe: AlbefRecipe) -> None:
+    """Raises TriviumError where shapes do not go together."""
+    check_shapes(recipe.data, config.image_size, config.patch_size, config.max_length)
+    if config.width % config.num_heads:
+        raise TriviumError(
+            f"a width of {config.width} cannot be shared by {config.num_heads} heads: choose --model.num-heads so that"
+            " it divides --model.width"
+        )
+    _check_pools(recipe)
+
+
+def _check_pools(recipe: AlbefRecipe) -> None:
+    """Raises TriviumError where a micro-batch would cut a pool in two: negatives would come from fewer pairs there."""
+    rows, pool = recipe.rows_at_once, recipe.objectives.pool
+    if rows > pool and rows % pool:
+        raise TriviumError(
+            f"micro-batches of {rows} pairs cut pools of {pool} in two: choose --train.micro-batch as a multiple of"
+            f" {pool}, at most {pool}, or another --objectives.pool"
+        )

@@ -1,0 +1,218 @@
+"""ALBEF's official files: every layout with random numbers in and out bit for bit, and the traps of its texts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import trivium
+from trivium.convert import albef, read_foreign
+from trivium.data.embedded import bert_vocabulary
+from trivium.errors import TriviumError
+from trivium.invariance.albef import random_albef
+from trivium.models.albef import Albef, AlbefConfig
+
+WIDTH, MLP, VOCABULARY, POSITIONS, JOINT, QUEUE, PATCH, GRID = 128, 96, 40, 12, 16, 6, 4, 3
+IMAGE_LAYERS, TEXT_LAYERS, FUSION_LAYERS = 2, 2, 2
+
+
+def pair(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def norm(name: str) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (WIDTH,), f"{name}.bias": (WIDTH,)}
+
+
+def visual(prefix: str) -> dict[str, tuple[int, ...]]:
+    shapes = {f"{prefix}cls_token": (1, 1, WIDTH), f"{prefix}pos_embed": (1, GRID**2 + 1, WIDTH),
+              f"{prefix}patch_embed.proj.weight": (WIDTH, 3, PATCH, PATCH),
+              f"{prefix}patch_embed.proj.bias": (WIDTH,)}  # fmt: skip
+    for n in range(IMAGE_LAYERS):
+        block = f"{prefix}blocks.{n}."
+        shapes |= norm(f"{block}norm1") | norm(f"{block}norm2")
+        shapes |= pair(f"{block}attn.qkv", 3 * WIDTH, WIDTH) | pair(f"{block}attn.proj", WIDTH, WIDTH)
+        shapes |= pair(f"{block}mlp.fc1", MLP, WIDTH) | pair(f"{block}mlp.fc2", WIDTH, MLP)
+    return shapes | norm(f"{prefix}norm")
+
+
+def written(prefix: str, layers: int, fusing_from: int) -> dict[str, tuple[int, ...]]:
+    """A BERT as xbert.py names it; layers from `fusing_from` on have cross-attention."""
+    embeddings = f"{prefix}embeddings."
+    shapes = {f"{embeddings}position_ids": (1, POSITIONS), f"{embeddings}word_embeddings.weight": (VOCABULARY, WIDTH),
+              f"{embeddings}position_embeddings.weight": (POSITIONS, WIDTH),
+              f"{embeddings}token_type_embeddings.weight": (2, WIDTH)} | norm(f"{embeddings}LayerNorm")  # fmt: skip
+    for n in range(layers):
+        layer = f"{prefix}encoder.layer.{n}."
+        for attention in ("attention", "crossattention") if n >= fusing_from else ("attention",):
+            for part in ("query", "key", "value"):
+                shapes |= pair(f"{layer}{attention}.self.{part}", WIDTH, WIDTH)
+            shapes |= pair(f"{layer}{attention}.output.dense", WIDTH, WIDTH)
+            shapes |= norm(f"{layer}{attention}.output.LayerNorm")
+        shapes |= pair(f"{layer}intermediate.dense", MLP, WIDTH) | pair(f"{layer}output.dense", WIDTH, MLP)
+        shapes |= norm(f"{layer}output.LayerNorm")
+    return shapes
+
+
+def head_of_words(prefix: str) -> dict[str, tuple[int, ...]]:
+    shapes = pair(f"{prefix}transform.dense", WIDTH, WIDTH) | norm(f"{prefix}transform.LayerNorm")
+    return shapes | {f"{prefix}bias": (VOCABULARY,), f"{prefix}decoder.weight": (VOCABULARY, WIDTH),
+                     f"{prefix}decoder.bias": (VOCABULARY,)}  # fmt: skip
+
+
+def official(kind: str) -> dict[str, Tensor]:
+    """The names of a released file, written out from the description; every number another, tied ones equal."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    layers = TEXT_LAYERS + FUSION_LAYERS
+    for suffix in ("",) if kind in ("refcoco", "assignment") else ("", "_m"):
+        shapes |= visual(f"visual_encoder{suffix}.")
+        under = "bert." if kind == "pretrained" else ""
+        more = FUSION_LAYERS if kind in ("nlvr", "assignment") else 0
+        shapes |= written(f"text_encoder{suffix}.{under}", layers + more, TEXT_LAYERS)
+        if kind == "pretrained":
+            shapes |= head_of_words(f"text_encoder{suffix}.cls.predictions.")
+        if kind in ("pretrained", "retrieval", "refcoco"):
+            shapes |= pair(f"vision_proj{suffix}", JOINT, WIDTH) | pair(f"text_proj{suffix}", JOINT, WIDTH)
+        if kind == "assignment":
+            shapes |= pair("vision_proj", JOINT, WIDTH) | pair("ta_head", 3, WIDTH) | {"temp": ()}
+        if kind in ("ve", "nlvr"):
+            classes = 3 if kind == "ve" else 2
+            shapes |= pair(f"cls_head{suffix}.0", WIDTH, WIDTH) | pair(f"cls_head{suffix}.2", classes, WIDTH)
+        if kind == "vqa":
+            shapes |= written(f"text_decoder{suffix}.bert.", FUSION_LAYERS, 0)
+            shapes |= head_of_words(f"text_decoder{suffix}.cls.predictions.")
+    if kind in ("pretrained", "retrieval", "refcoco"):
+        shapes |= {"temp": ()} | pair("itm_head", 2, WIDTH)
+    if kind in ("pretrained", "retrieval"):
+        shapes |= {"image_queue": (JOINT, QUEUE), "text_queue": (JOINT, QUEUE), "queue_ptr": (1,)}
+    if kind == "retrieval":
+        shapes |= {"idx_queue": (1, QUEUE)}
+    state = {name: 0.05 * torch.randn(shape) for name, shape in shapes.items()}
+    for name in state:
+        if name.endswith("position_ids"):
+            state[name] = torch.arange(POSITIONS)[None]
+        if name in ("queue_ptr", "idx_queue"):
+            state[name] = torch.randint(0, 9, shapes[name])
+        if name.endswith("cls.predictions.decoder.weight"):
+            state[name] = state[name.replace("cls.predictions.decoder", "bert.embeddings.word_embeddings")].clone()
+        if name.endswith("cls.predictions.decoder.bias"):
+            state[name] = state[name.replace("decoder.bias", "bias")].clone()
+    if kind in ("nlvr", "assignment"):
+        for name in state:
+            for number in range(TEXT_LAYERS, layers + FUSION_LAYERS, 2):
+                for part in ("key", "value"):
+                    if f"layer.{number}.crossattention.self.{part}." in name:
+                        state[name.replace(f"layer.{number}.", f"layer.{number + 1}.")].copy_(state[name])
+    return state
+
+
+KINDS = ("pretrained", "retrieval", "refcoco", "ve", "vqa", "nlvr", "assignment")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_official_file_comes_back_bit_for_bit(kind: str) -> None:
+    theirs = official(kind)
+    config, ours, layout = albef.from_official(theirs, {})
+    assert (config.num_heads, config.image_size, config.text_layers) == (2, GRID * PATCH, TEXT_LAYERS)
+    assert layout.two_pictures == (kind in ("nlvr", "assignment"))
+    back = albef.to_official(ours, config, layout)
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+    assert sum(t.numel() for t in ours.values()) == sum(
+        t.numel()
+        for name, t in theirs.items()
+        if not name.endswith(("position_ids", "decoder.weight", "predictions.decoder.bias"))
+        and not (layout.two_pictures and any(f"layer.{n}.crossattention.self.{part}" in name
+                                             for n in (3, 5) for part in ("key", "value")))
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "drawn", "beside"),
+    [
+        ("pretrained", None, "image_queue, queue_pointer, teacher, text_queue"),
+        ("retrieval", "mlm_head", "image_queue, queue_pictures, queue_pointer, teacher, text_queue"),
+        ("refcoco", "mlm_head", None),
+    ],
+)
+def test_a_file_is_a_model_and_says_what_it_lacks(
+    kind: str, drawn: str | None, beside: str | None, tmp_path: Path
+) -> None:
+    theirs = official(kind)
+    path = tmp_path / "ALBEF.pth"
+    whole: Any = theirs if kind == "refcoco" else {"model": theirs, "epoch": 29, "lr_scheduler": {"step": 1}}
+    torch.save(whole, path)
+    found = read_foreign(path)
+    assert found.family == "albef" and isinstance(found.model, Albef)
+    assert torch.equal(found.model.temperature, theirs["temp"][None])
+    said = " ".join(found.said)
+    assert (drawn is not None) == ("drawn at random" in said) and (drawn or "") in said
+    assert (beside is not None) == ("left out" in said) and (beside or "") in said
+
+
+def test_what_the_model_writes_is_a_pretrained_file() -> None:
+    model = random_albef(dtype=torch.float32)
+    state = albef.pretrained_state(model)
+    assert torch.equal(state["visual_encoder_m.pos_embed"], state["visual_encoder.pos_embed"])
+    assert state["temp"].shape == ()
+    config, ours, layout = albef.from_official(state, {"num_attention_heads": model.config.num_heads})
+    assert layout == albef.PRETRAINED
+    assert config == replace(model.config, dropout=AlbefConfig.dropout)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_texts_are_read_as_in_training(tmp_path: Path) -> None:
+    """No [SEP] stands at the end, marks are dropped, and segment 0 is added to every token."""
+    model = random_albef(AlbefConfig.of_size("tiny", vocab_size=30522), dtype=torch.float32)
+    torch.save({"model": albef.pretrained_state(model)}, tmp_path / "ALBEF.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": model.config.num_heads}))
+    (tmp_path / "vocab.txt").write_text("\n".join(bert_vocabulary()) + "\n")
+    with pytest.warns(UserWarning, match="left out"):
+        bundle = trivium.load(tmp_path / "ALBEF.pth")  # type: ignore[operator]
+    assert bundle.tokenizer is not None
+    assert bundle.tokenizer.encode(["Two dogs."], 25) == [[101, 2048, 6077]]
+    assert bundle.tokenizer.encode(["yes[SEP]"], 25) == [[101, 2748, 102]]
+    assert (
+        bundle.tokenizer.encode(["a red-brown <person>'s cat/dog"], 25)[0]
+        == (bundle.tokenizer.encode(["a red brown persons cat dog"], 25)[0])
+    )
+    assert len(bundle.tokenizer.encode(["dog " * 40], 25)[0]) == 25
+    before = bundle.encode_text("two dogs").tokens
+    with torch.no_grad():
+        bundle.model.text.embeddings.segment.weight[0] += torch.linspace(-1, 1, 128)
+    assert not torch.allclose(bundle.encode_text("two dogs").tokens, before, atol=1e-3)
+    bundle.save(tmp_path / "model")
+    again = trivium.load(tmp_path / "model")  # type: ignore[operator]
+    assert again.tokenizer.encode(["Two dogs."], 25) == [[101, 2048, 6077]]
+    assert torch.equal(again.encode_text("two dogs").tokens, bundle.encode_text("two dogs").tokens)
+
+
+def test_a_file_that_does_not_fit_is_one_sentence() -> None:
+    theirs = official("pretrained")
+    name = "text_encoder.bert.encoder.layer.2.crossattention.self.key.weight"
+    with pytest.raises(TriviumError, match=f"misses 1 tensor .{name}"):
+        albef.from_official({n: t for n, t in theirs.items() if n != name}, {})
+    with pytest.raises(TriviumError, match=r"has unexpected 1 tensor .text_encoder.pooler"):
+        albef.from_official(theirs | {"text_encoder.pooler.weight": torch.ones(1)}, {})
+    untied = dict(theirs) | {"text_encoder.cls.predictions.decoder.weight": torch.ones(VOCABULARY, WIDTH)}
+    with pytest.raises(TriviumError, match="are one tensor in ALBEF, but differ"):
+        albef.from_official(untied, {})
+    lavis = {n: t for n, t in theirs.items() if "token_type" not in n}
+    with pytest.raises(TriviumError, match="trained in LAVIS"):
+        albef.from_official(lavis, {})
+    with pytest.raises(TriviumError, match="misses 5 tensors"):
+        albef.from_official({"visual_encoder.blocks.0.x": torch.ones(1), "a.token_type_embeddings": torch.ones(1),
+                             "embeddings.token_type_embeddings.weight": torch.ones(1)}, {})  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "what"), [("ve", "labels"), ("vqa", "answers"), ("nlvr", "two pictures")])
+def test_other_fine_tuned_files_are_not_opened_yet(kind: str, what: str, tmp_path: Path) -> None:
+    torch.save(official(kind), tmp_path / f"{kind}.pth")
+    with pytest.raises(TriviumError, match=f"fine-tuned for {what}"):
+        read_foreign(tmp_path / f"{kind}.pth")
