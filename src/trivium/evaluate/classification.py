@@ -149,13 +149,13 @@ class Part:
 
 def _probe(fitted: Part, checked: Part, whole: Part, test: Part, device: torch.device) -> tuple[np.ndarray, str]:
     """The answers on the test split, and a sentence on the fit."""
+    chosen: linear_probe.Probe | None = None
+    c, of = 1.0, "since no class has enough pictures to choose it by"
     if len(checked):
         solver = linear_probe.Solver(fitted.rows, torch.from_numpy(fitted.labels_N), device)
         chosen = linear_probe.search(solver, checked.rows, torch.from_numpy(checked.labels_N))
         right = float((chosen.predict(checked.rows).cpu().numpy() == checked.labels_N).mean())
         c, of = chosen.c, f"chosen by {100 * right:.1f} % on {len(checked):,} pictures of the {_where(fitted, checked)}"
-    else:
-        chosen, c, of = None, 1.0, "since no class has enough pictures to choose it by"
     solver = linear_probe.Solver(whole.rows, torch.from_numpy(whole.labels_N), device)
     probe = solver.solve(c, chosen)
     ended = f"{probe.iterations} iterations" if probe.converged else f"stopped after {probe.iterations} iterations"
