@@ -141,7 +141,8 @@ def words_at_every_position(self: Albef, rows: Tensor) -> Tensor:
     """As many rows as there are positions; those that are asked for come first."""
     head, word_VD = self.mlm_head, self.text.embeddings.word.weight
     assert isinstance(head, TiedMaskedHead)
-    padding = rows.new_zeros(self._positions - len(rows), rows.shape[-1])  # type: ignore[operator]
+    positions: Any = self._positions
+    padding = rows.new_zeros(positions - len(rows), rows.shape[-1])
     return head(torch.cat([rows, padding]), word_VD)[: len(rows)]
 
 
@@ -184,7 +185,7 @@ WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
 
 def ladder(pair: Pair, batch: Batch) -> dict[str, float]:
     """Factor of each trick: the time without it over the time with all."""
-    Albef._positions = batch.texts[0].ids_BT.numel()  # type: ignore[attr-defined]
+    Albef._positions = batch.texts[0].ids_BT.numel()  # type: ignore[assignment]
     rungs = {}
     for trick, context in WITHOUT.items():
 

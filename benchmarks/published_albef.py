@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,13 @@ PARTS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
 class TextEncoder(nn.Module):
     """BertForMaskedLM of the public code: the first layers without cross-attention, the others with."""
 
+    bert: Any
+    cls: Any
+
     def __init__(self, config: AlbefConfig) -> None:
         super().__init__()
         self.fusion_layer = config.text_layers
-        common = {
+        common: dict[str, Any] = {
             "vocab_size": config.vocab_size, "hidden_size": config.width, "num_attention_heads": config.num_heads,
             "intermediate_size": config.mlp_width, "max_position_embeddings": config.max_length,
             "type_vocab_size": config.num_segments, "pad_token_id": config.pad_id, "layer_norm_eps": config.text_eps,
@@ -91,6 +95,14 @@ class Inputs:
 class PublishedAlbef(nn.Module):
     """ALBEF of models/model_pretrain.py."""
 
+    visual_encoder: Any
+    visual_encoder_m: Any
+    text_encoder: Any
+    text_encoder_m: Any
+    vision_proj: nn.Linear
+    vision_proj_m: nn.Linear
+    text_proj: nn.Linear
+    text_proj_m: nn.Linear
     temp: nn.Parameter
     image_queue: Tensor
     text_queue: Tensor
@@ -108,14 +120,14 @@ class PublishedAlbef(nn.Module):
         """axis: what soft labels of words are normalised over: -1 the vocabulary; 1 positions, as first published."""
         super().__init__()
         # transformers' plain attention of a ViT takes its softmax in float32, whatever the precision.
-        image_attention = "sdpa" if dtype == torch.float64 else "eager"
+        attention: dict[str, Any] = {"attn_implementation": "sdpa" if dtype == torch.float64 else "eager"}
         self.momentum, self.axis = momentum, axis
         width, joint = config.width, config.projection_width
         for suffix in ("", "_m"):
             image = ViTConfig(
                 hidden_size=width, num_attention_heads=config.num_heads, intermediate_size=config.mlp_width,
                 num_hidden_layers=config.image_layers, image_size=config.image_size, patch_size=config.patch_size,
-                layer_norm_eps=config.image_eps, attn_implementation=image_attention,
+                layer_norm_eps=config.image_eps, **attention,
             )  # fmt: skip
             setattr(self, f"visual_encoder{suffix}", ViTModel(image, add_pooling_layer=False))
             setattr(self, f"text_encoder{suffix}", TextEncoder(config))

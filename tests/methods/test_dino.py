@@ -64,7 +64,7 @@ def plain_losses(method: DinoMethod, batch: Batch) -> dict[str, Tensor]:
             distances = torch.stack([torch.stack([(a - b).norm() for b in unit]) for a in unit])
             distances = distances + 9 * torch.eye(len(unit))
             found.append(-(distances.min(1).values + 1e-8).log())
-        losses["koleo"] = torch.cat(found).mean()
+        losses["koleo"] = torch.stack([of_crop.mean() for of_crop in found]).sum()
     if method.weights["ibot"]:
         found = []
         for (_, _, student_BNK), (_, _, teacher_BNK), mask_BN in zip(crops[:2], taught, masks, strict=True):

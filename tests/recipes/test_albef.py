@@ -147,7 +147,7 @@ def test_what_does_not_go_together_is_one_sentence(shop: Path, changes: dict, se
 def twelve(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 steps in micro-batches of 4 that kept its checkpoints of steps 6 and 12."""
     out = tmp_path_factory.mktemp("albef") / "twelve"
-    words = words_of(shop, train__steps=12, train__save_every=6, train__micro_batch=4)
+    words = words_of(shop, train__steps=12, train__save_every=6, train__micro_batch=4, distillation__reach=20)
     assert trivium("pretrain", "albef", "--size", "tiny", "--out", out, *words) == 0
     return out
 

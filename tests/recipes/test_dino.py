@@ -120,6 +120,11 @@ def test_schedules_are_shares_of_the_run() -> None:
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not trained & {id(p) for p in method.teacher.parameters()}
     assert id(method.model.head.gain) not in trained
+    learned = prepared(distillation__freeze_last_layer=0.5, train__steps=10, model__fixed_gain="false")
+    groups = optimizers.build(learned.run.method, learned.run.optim).param_groups
+    method = learned.run.method
+    frozen_names = {id(p) for group in groups if group["freeze_until"] == 5 for p in group["params"]}
+    assert frozen_names == {id(method.model.head.prototypes), id(method.model.head.gain)}
 
 
 def test_neighbours_are_measured_while_it_trains() -> None:

@@ -279,3 +279,25 @@ def test_a_stage_has_the_model_and_the_data_of_the_whole_and_its_own_schedule(tm
     assert joint.train == whole.train
     assert [recipe.objectives.streams() for recipe in (text, image)] == [["text"], ["images"]]
     assert joint.objectives == whole.objectives
+
+
+@pytest.mark.parametrize(
+    ("flags_given", "says"),
+    [
+        (["--data.pairs", "none.csv"], "none.csv"),
+        (["--dino.train.steps", "0"], "steps"),
+        (["--data.text", "words.txt"], "there is no picture for the image encoder"),
+    ],
+)
+def test_a_mistake_leaves_no_run_behind(
+    flags_given: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text("a red mug\n" * 40)
+    assert trivium("pretrain", "flava-stages", "--out", tmp_path / "stages", *flags_given) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "stages").exists()

@@ -21,6 +21,7 @@ def run_stages(tree: Stages, settings: Config, out: Path, resume: bool = False) 
     with the settings that it was begun with.
     """
     from trivium.cli.pretrain import resume_run, run, say, with_budget
+    from trivium.recipes import limits
     from trivium.recipes.stages import JOINT, remaining
     from trivium.train import config as configuration
     from trivium.train import distributed, run_folder
@@ -35,8 +36,8 @@ def run_stages(tree: Stages, settings: Config, out: Path, resume: bool = False) 
         if (out / "config.json").is_file():
             again = run_folder.to_resume(out)
             raise TriviumError(f"{out} holds a run already: continue it with `{again}`, or name another with --out")
-        out.mkdir(parents=True, exist_ok=True)
-        configuration.save(replace(settings, values=configuration.leaves(tree)), out / "config.json")
+        for stage in plan:
+            limits.check(configuration.leaves(stage.recipe))
     left = remaining(plan, out)
     for stage in plan:
         folder = out / stage.name
@@ -49,6 +50,9 @@ def run_stages(tree: Stages, settings: Config, out: Path, resume: bool = False) 
             code = resume_run(str(folder), None, {}, begun)
         else:
             prepared = stage.recipe.prepare(stage.recipe_name, settings.arguments)
+            if not (out / "config.json").is_file():  # now that a mistake in the first stage would have been told
+                out.mkdir(parents=True, exist_ok=True)
+                configuration.save(replace(settings, values=configuration.leaves(tree)), out / "config.json")
             for sentence in prepared.notes:
                 say(sentence)
             code = run(with_budget(prepared), folder, begun)

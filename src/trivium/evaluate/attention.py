@@ -40,12 +40,15 @@ def maps(bundle: Bundle, pictures: Sequence[np.ndarray]) -> tuple[Tensor, Tensor
     model: Any = bundle.model
     transform = replace(bundle.transform, size=ENLARGED * bundle.transform.size)
     found, seen = [], []
+    was_training = model.training
+    model.eval()  # neither dropout nor stochastic depth
     for first in range(0, len(pictures), BATCH):
         pixels_BCHW = torch.stack([transform(picture) for picture in pictures[first : first + BATCH]])
         maps_BHLL = model.attention_maps(normalize(pixels_BCHW.to(bundle.device), transform.mean, transform.std))
         over_patches_BHN = maps_BHLL[:, :, 0, 1:].float().cpu()
         found.append(over_patches_BHN / over_patches_BHN.sum(-1, keepdim=True))
         seen.append(pixels_BCHW)
+    model.train(was_training)
     side = transform.size // model.config.patch_size
     return torch.cat(found).unflatten(-1, (side, side)), torch.cat(seen)
 

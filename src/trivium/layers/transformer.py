@@ -6,7 +6,7 @@ cross-attention reads, W their width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -203,4 +203,5 @@ class PostNormEncoder(nn.Module):
 
     def read(self, memory_BSW: Tensor) -> list[Memory]:
         """What each block reads of a memory, for `forward`: computed once, read as often as wanted."""
-        return [block.cross_attention.read(memory_BSW) for block in self.blocks]
+        blocks: Iterable[Any] = self.blocks
+        return [block.cross_attention.read(memory_BSW) for block in blocks]

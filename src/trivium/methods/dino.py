@@ -116,7 +116,7 @@ class DinoMethod(MethodOfPictures):
         rows = torch.tensor(len(batch))
         counts = {"crops": rows}
         if self.weights["koleo"]:
-            counts["koleo"] = NUM_GLOBAL * rows
+            counts["koleo"] = rows  # the sum over both global crops, as DINOv2's weight of 0.1 takes it
         if self.weights["ibot"]:
             counts["ibot"] = NUM_GLOBAL * rows
         return counts

@@ -114,11 +114,12 @@ def koleo(mine_BD: Tensor, everyone_GD: Tensor, row_B: Tensor, row_G: Tensor, ep
     mine_BD, everyone_GD = F.normalize(mine_BD, dim=-1), F.normalize(everyone_GD, dim=-1)
     if len(everyone_GD) < 2:
         return (0 * mine_BD).sum()
-    with torch.no_grad():
-        cosine_BG = (mine_BD @ everyone_GD.T).masked_fill(row_B[:, None] == row_G, -torch.inf)
-        nearest_B = cosine_BG.argmax(1)
-    distance_B = torch.linalg.vector_norm(mine_BD - everyone_GD[nearest_B], dim=1)
-    return -(distance_B + eps).log().sum()
+    with torch.autocast(mine_BD.device.type, enabled=False):  # neighbours differ by less than bfloat16 resolves
+        with torch.no_grad():
+            cosine_BG = (mine_BD @ everyone_GD.T).masked_fill(row_B[:, None] == row_G, -torch.inf)
+            nearest_B = cosine_BG.argmax(1)
+        distance_B = torch.linalg.vector_norm(mine_BD - everyone_GD[nearest_B], dim=1)
+        return -(distance_B + eps).log().sum()
 
 
 def entropy(shares: Tensor) -> Tensor:

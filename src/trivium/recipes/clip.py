@@ -100,7 +100,10 @@ def clip(size: str = "tiny") -> ClipRecipe:
             train=Train(steps=2000, save_every=500),
             init_std=0.13,  # as FLAVA's of this width
         )
-    published = Optim(lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, warmup=2000, clip="none")
+    published = Optim(
+        lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, warmup=2000, clip="none",
+        no_decay=("*bias", "*norm*", "*logit_scale*"),  # all that are no gains or biases are decayed (section 2.5)
+    )  # fmt: skip
     data = PairData(batch=8192, max_length=77)
     if size == "small":
         return ClipRecipe(

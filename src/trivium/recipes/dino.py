@@ -32,7 +32,7 @@ from trivium.train.optim import Group, Optim
 from trivium.train.protocol import Method, Source, Stream
 from trivium.train.trainer import Run, Train
 
-LAST_LAYER = "head.prototypes"
+LAST_LAYER = ("head.prototypes", "head.gain")  # the gain too, where it is learned
 NOTHING_LABELLED = (
     "nearest neighbours and object boundaries: these pictures have no labels and no masks; measure the model on some"
     " with trivium evaluate RUN --pairs, or fine-tune it"
@@ -230,7 +230,8 @@ def _prepare(recipe: DinoRecipe, name: str, arguments: dict[str, Any], resume_fr
 def _optim(recipe: DinoRecipe) -> Optim:
     """With the prototypes frozen for their share of the run."""
     until = round(recipe.distillation.freeze_last_layer * recipe.train.steps)
-    return replace(recipe.optim, groups=(*recipe.optim.groups, Group(LAST_LAYER, freeze_until=until)))
+    frozen = (Group(name, freeze_until=until) for name in LAST_LAYER)
+    return replace(recipe.optim, groups=(*recipe.optim.groups, *frozen))
 
 
 def _open_start(recipe: DinoRecipe, resume_from: Path | None) -> tuple[Bundle | None, DinoConfig]:

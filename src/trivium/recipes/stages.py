@@ -125,6 +125,8 @@ class Stages(FlavaRecipe):
         """
         if self.image_by not in WAYS:
             raise TriviumError(f"--image-by {' '.join(self.image_by)}: choose dino, mim, or dino mim, in this order")
+        if not (self.data.is_embedded or self.data.images or self.data.pairs):
+            raise TriviumError("there is no picture for the image encoder: give --data.images or --data.pairs")
         if self.init or self.init_text or self.init_image:
             raise TriviumError(
                 "the stages start their towers themselves: leave out --init, --init-text and --init-image, or train the"
