@@ -185,7 +185,7 @@ WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
 
 def ladder(pair: Pair, batch: Batch) -> dict[str, float]:
     """Factor of each trick: the time without it over the time with all."""
-    Albef._positions = batch.texts[0].ids_BT.numel()  # type: ignore[assignment]
+    Albef._positions = batch.texts[0].ids_BT.numel()  # type: ignore[attr-defined]
     rungs = {}
     for trick, context in WITHOUT.items():
 
