@@ -128,3 +128,10 @@ def test_the_real_files_have_their_published_sizes(task: str, train: int, dev: i
     splits = read_glue(task, os.path.join(os.environ["TRIVIUM_DATA"], "glue")).checked()
     assert (len(list(splits.train.good())), len(list(splits.held_out["dev"].good()))) == (train, dev)
     assert not splits.notes
+
+
+def test_the_folder_of_another_task_is_one_sentence(tmp_path: Path) -> None:
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\na fine film\t1\n")
+    with pytest.raises(TriviumError, match=r"dev.tsv has 2 columns where CoLA has 4 or more: is it of another"):
+        read_glue("cola", str(tmp_path))

@@ -50,6 +50,7 @@ def test_a_domain_that_the_model_cannot_do_counts_zero_and_one_that_was_not_run_
     values = {place: cell.value for place, cell in cells.items()}
     assert averages(FLAVA, values, cannot=["language", "multimodal"]).macro == pytest.approx(19.15, abs=0.0051)
     assert averages(FLAVA, values, cannot=["language"]).macro is None
+    assert averages(FLAVA, values, cannot=[]).macro is None  # it can do them all, and two were not run
 
 
 def test_corrected_rows_are_preferred_and_say_why() -> None:

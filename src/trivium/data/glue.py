@@ -76,6 +76,11 @@ def _read(files: GlueFiles, folder: str, split: str) -> LabelledRows:
         raise TriviumError(f"{path} is empty: get it again")
     header = files.header or is_test
     num_fields = len(lines[0])
+    needed = 1 + max(files.test_texts if is_test else (*files.texts, files.label))
+    if num_fields < needed:
+        raise TriviumError(
+            f"{path} has {num_fields} columns where {files.folder} has {needed} or more: is it of another task?"
+        )
     rows = [
         _row(files, path, number, cells, num_fields, is_test)
         for number, cells in enumerate(lines[header:], start=1 + header)

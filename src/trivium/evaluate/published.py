@@ -119,12 +119,15 @@ def _of_metric(task: PaperTask, metric: str, figure: Figure) -> dict[tuple[str, 
     return {key: cell for key, (_, cell) in best.items()}
 
 
-def averages(tasks: Sequence[PaperTask], values: Mapping[Place, float], cannot: Sequence[str] = ()) -> Averages:
+def averages(
+    tasks: Sequence[PaperTask], values: Mapping[Place, float], cannot: Sequence[str] | None = None
+) -> Averages:
     """The mean of each domain over the figures that the paper averages, and the mean of the domains.
 
     Args:
         values: in per cent.
-        cannot: domains that the model cannot do. Where none is said, one without any value is taken for such.
+        cannot: domains that the model cannot do; None: not known, as of a published column, where one without any value
+            is taken for such.
     """
     domains: dict[str, float | None] = {}
     empty = []
@@ -140,7 +143,7 @@ def averages(tasks: Sequence[PaperTask], values: Mapping[Place, float], cannot: 
             continue
         present = [values[place] for place in places if place in values]
         domains[domain] = sum(present) / len(present) if len(present) == len(places) else None
-        if domain in cannot or not (present or cannot):
+        if not present if cannot is None else domain in cannot:
             empty.append(domain)
     counted = [0.0 if domain in empty else value for domain, value in domains.items()]
     known = [value for value in counted if value is not None]

@@ -78,14 +78,20 @@ def with_published(run: SuiteRun, published: Sequence[Column]) -> dict[str, Resu
         for place, figure in enumerate(each.task.figures):
             name = ".".join(filter(None, (each.task.prefix, figure.result)))
             cell = None if own is None else own.cells.get((each.task.key, place))
-            if name in found and cell is not None:
+            if name in found and cell is not None and not cell.is_recalled:
                 found[name] = replace(found[name], published=cell.value / 100)
     return found
 
 
 def papers_own(published: Sequence[Column]) -> Column | None:
-    named = {(column.system, column.setting): column for column in published}
-    return next((named[key] for key in PAPERS_OWN if key in named), None)
+    """The column of a paper's own model that has the most figures for these tasks. Recalled ones do not count."""
+    own = [column for column in published if (column.system, column.setting) in PAPERS_OWN and _read(column)]
+    return max(own, key=lambda column: len(_read(column)), default=None)
+
+
+def _read(column: Column) -> dict[Place, float]:
+    """Its figures that were read in a paper, in per cent."""
+    return {place: cell.value for place, cell in column.cells.items() if not cell.is_recalled}
 
 
 def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
@@ -184,7 +190,7 @@ def _table(run: SuiteRun, source: str, group: list[Column]) -> dict[str, Any]:
             rows.append({"domain": DOMAIN_TITLES[domain], "rows": inside})
     tasks = [each.task for each in run.tasks]
     formed = [averages(tasks, run.values(), run.cannot())]
-    formed += [averages(tasks, {place: cell.value for place, cell in column.cells.items()}) for column in group]
+    formed += [averages(tasks, _read(column)) for column in group]
     means = [
         (title, [values.domains.get(domain) for values in formed])
         for domain, title in DOMAIN_TITLES.items()

@@ -52,21 +52,22 @@ def result(metric: str, found: Predictions) -> Result:
     return measured(metric, *_columns(metric, found), units)
 
 
-def chance(metric: str, found: Predictions) -> float:
-    """What always giving the commonest class comes to."""
+def chance(metric: str, found: Predictions) -> float | None:
+    """What always giving the commonest class comes to; None where there is no such class, or it was not measured."""
+    labels = [row.label for row in found.rows if row.label is not None]
     if metric == "auroc":
         return 0.5
-    if metric != "accuracy" or found.rows[0].label is None:
-        return 0.0
-    return float(np.bincount([row.label for row in found.rows if row.label is not None]).max() / len(found.rows))
+    if len(labels) < len(found.rows) or metric not in METRICS:
+        return None
+    return float(METRICS[metric](np.full(len(labels), np.bincount(labels).argmax()), np.array(labels)))
 
 
-def told(metric: str, result: Result, chance: float) -> str:
+def told(metric: str, result: Result, chance: float | None) -> str:
     """A figure for a person."""
-    return (
-        f"{metric.replace('_', ' ')} {result.value:.4f} [{result.low:.4f}, {result.high:.4f}] over {result.n:,} rows,"
-        f" where the commonest answer gives {chance:.4f}"
+    sentence = (
+        f"{metric.replace('_', ' ')} {result.value:.4f} [{result.low:.4f}, {result.high:.4f}] over {result.n:,} rows"
     )
+    return sentence if chance is None else f"{sentence}, where the commonest answer gives {chance:.4f}"
 
 
 def _columns(metric: str, found: Predictions) -> tuple[np.ndarray, np.ndarray]:

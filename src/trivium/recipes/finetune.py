@@ -145,7 +145,8 @@ class PreparedTask(Prepared):
                 result = figures_of.result(metric, predictions)
                 found.results[f"{title}.{name}.{metric}"] = result
                 chance = figures_of.chance(metric, predictions)
-                found.chance[f"{title}.{name}.{metric}"] = chance
+                if chance is not None:
+                    found.chance[f"{title}.{name}.{metric}"] = chance
                 found.headline.append(f"{title}, {name}: {figures_of.told(metric, result, chance)}.")
                 if metric == self.task.reported and name.startswith("dev"):
                     reported.append(result)
