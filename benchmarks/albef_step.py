@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.layers import attention
-from trivium.layers.heads import TiedMaskedHead
 from trivium.methods import albef as method_module
 from trivium.methods.albef import AlbefMethod, Distillation
 from trivium.methods.pixels import Pixels
@@ -137,13 +136,15 @@ def every_position(*parts: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     return torch.arange(T).expand(B, T).contiguous(), (selected_BT.flatten().nonzero()[:, 0],)
 
 
-def words_at_every_position(self: Albef, rows: Tensor) -> Tensor:
-    """As many rows as there are positions; those that are asked for come first."""
-    head, word_VD = self.mlm_head, self.text.embeddings.word.weight
-    assert isinstance(head, TiedMaskedHead)
-    positions: Any = self._positions
-    padding = rows.new_zeros(positions - len(rows), rows.shape[-1])
-    return head(torch.cat([rows, padding]), word_VD)[: len(rows)]
+def words_at_every_position(positions: int) -> Callable[[Albef, Tensor], Tensor]:
+    """The head on as many rows as there are positions; those that are asked for come first."""
+
+    def predict(self: Albef, rows: Tensor) -> Tensor:
+        padding = rows.new_zeros(positions - len(rows), rows.shape[-1])
+        every: Tensor = self.mlm_head(torch.cat([rows, padding]), self.text.embeddings.word.weight)
+        return every[: len(rows)]
+
+    return predict
 
 
 def average_by_tensor(average: nn.Module, module: nn.Module, momentum: float) -> None:
@@ -172,25 +173,26 @@ def one_by_one(logits: Tensor, allowed: Tensor, uniform: Tensor) -> Tensor:
 
 
 # Each trick taken away: how our step is patched.
-WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
-    "keys and values of a picture once, one pass of fusion": lambda: patched(Albef, "fuse_pairs", four_passes),
-    "masked words: last block at their positions only": lambda: patched(method_module, "needed", every_position),
-    "masked words: head at their positions only": lambda: patched(Albef, "predict_words", words_at_every_position),
-    "fused scaled-dot-product attention": lambda: patched(attention, "attend", eager_attention),
-    "false pairs drawn at once": lambda: patched(method_module, "hard_negatives", one_by_one),
-    "average of weights in one call": lambda: patched(method_module, "follow", average_by_tensor),
-    "queue not joined to the batch": lambda: patched(method_module, "distilled_contrastive", joined_queue),
+WITHOUT: dict[str, Callable[[Batch], AbstractContextManager]] = {
+    "keys and values of a picture once, one pass of fusion": lambda _: patched(Albef, "fuse_pairs", four_passes),
+    "masked words: last block at their positions only": lambda _: patched(method_module, "needed", every_position),
+    "masked words: head at their positions only": lambda batch: patched(
+        Albef, "predict_words", words_at_every_position(batch.texts[0].ids_BT.numel())
+    ),
+    "fused scaled-dot-product attention": lambda _: patched(attention, "attend", eager_attention),
+    "false pairs drawn at once": lambda _: patched(method_module, "hard_negatives", one_by_one),
+    "average of weights in one call": lambda _: patched(method_module, "follow", average_by_tensor),
+    "queue not joined to the batch": lambda _: patched(method_module, "distilled_contrastive", joined_queue),
 }
 
 
 def ladder(pair: Pair, batch: Batch) -> dict[str, float]:
     """Factor of each trick: the time without it over the time with all."""
-    Albef._positions = batch.texts[0].ids_BT.numel()  # type: ignore[attr-defined]
     rungs = {}
     for trick, context in WITHOUT.items():
 
-        def without(patch: Callable[[], AbstractContextManager] = context) -> None:
-            with patch():
+        def without(patch: Callable[[Batch], AbstractContextManager] = context) -> None:
+            with patch(batch):
                 pair.step(batch)
 
         times = side_by_side.interleaved(partial(pair.step, batch), without, rounds=2)

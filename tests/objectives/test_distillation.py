@@ -79,13 +79,15 @@ def test_value_and_gradient_are_those_of_the_plain_form(duplicates: str, alpha: 
         assert torch.allclose(grad, other, rtol=1e-11, atol=1e-12)
 
 
-def test_gradients_agree_with_finite_differences() -> None:
-    query_BD, tau = unit_rows(B, 0).requires_grad_(), torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_gradients_agree_with_finite_differences(alpha: float) -> None:
+    """Of the temperature without a teacher alone: its shares depend on it too, and give no gradient."""
+    query_BD, tau = unit_rows(B, 0).requires_grad_(), torch.tensor([0.4], dtype=torch.float64, requires_grad=not alpha)
     same = (torch.eye(B, G, dtype=torch.bool), torch.zeros(B, Q, dtype=torch.bool))
 
     def loss(query_BD: Tensor, tau: Tensor) -> Tensor:
         return distilled_contrastive(
-            query_BD, unit_rows(B, 1), (unit_rows(G, 2), unit_rows(Q, 3)), tau, torch.arange(B), same, 0.4
+            query_BD, unit_rows(B, 1), (unit_rows(G, 2), unit_rows(Q, 3)), tau, torch.arange(B), same, alpha
         )[0]
 
     assert torch.autograd.gradcheck(loss, (query_BD, tau))
