@@ -46,12 +46,12 @@ from trivium.models.vit import ViT, ViTConfig
 from trivium.tensor_files import save_tensors
 
 FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
-    "albef": (AlbefConfig, Albef),
     "flava": (FlavaConfig, Flava),
     "clip": (ClipConfig, Clip),
     "vit": (ViTConfig, ViT),
     "dino": (DinoConfig, Dino),
     "bert": (BertConfig, Bert),
+    "albef": (AlbefConfig, Albef),
 }
 
 # ------------------------------------------------------------------------------------------------------- opening
