@@ -237,7 +237,7 @@ def test_foreign_folders_of_no_family_of_ours(tmp_path: Path, make: object, says
 
 
 def test_mistakes_in_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TriviumError, match="no format is called 'onnx': choose one of trivium, .*hf-flava, .*hf-bert"):
+    with pytest.raises(TriviumError, match=r"no format is called 'onnx': choose one of trivium, .*hf-flava, .*hf-bert"):
         convert(folder, to="onnx", out=tmp_path / "out")
     with pytest.raises(TriviumError, match="no layout is called 'clip'"):
         convert(folder, to="trivium", out=tmp_path / "out", from_="clip")
