@@ -111,7 +111,7 @@ def test_a_run_of_another_length_has_other_schedules(prepared: PreparedAlbef) ->
     method = prepared.run.method
     settled = prepared.with_train(steps=500)
     assert settled.run.method is method and method.num_steps == 500
-    assert method.distillation.momentum(method.num_steps) == pytest.approx(1 - 1 / 10)  # type: ignore[union-attr]
+    assert method.distillation.momentum(method.num_steps) == pytest.approx(1 - 1 / 50)  # type: ignore[union-attr]
     prepared.with_train(steps=6)
 
 

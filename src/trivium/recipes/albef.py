@@ -120,7 +120,7 @@ def albef(size: str = "tiny") -> AlbefRecipe:
     if size == "tiny":
         return AlbefRecipe(
             model,
-            distillation=Distillation(ramp=0.2, reach=0.02),
+            distillation=Distillation(ramp=0.2, reach=0.1),  # a teacher that keeps up leaves its queue behind
             data=Pairs(batch=128, max_length=32, crop_scale=(0.9, 1.0), flip=0.0, vocabulary="learned"),
             optim=Optim(lr=1.5e-3, weight_decay=0.1, warmup=0.08),
             train=Train(steps=2000, save_every=500),
