@@ -248,6 +248,7 @@ class Bench:
         for modality in family.ROWS:
             for inputs in family.COMPARED:
                 pair.same_losses(*pair.case(modality, FEW_ROWS, inputs))
+        pair.ready(self.kind)
         for side in pair.blocks():
             compile_blocks(side, self.backend, self.dynamic)
         self.pairs[name] = pair

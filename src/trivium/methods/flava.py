@@ -270,5 +270,6 @@ class FlavaMethod(MethodOfPictures):
             return self._to(batch.targets["codes"][rows])
         assert self.image_tokenizer is not None, "neither codes in the batch nor an image tokenizer"
         pixels_RCHW = self._to(batch.images[-1].pixels_BCHW[rows])
-        with torch.no_grad():
+        # In the precision that it was frozen in: products in bfloat16 would take many a neighbour of the code.
+        with torch.no_grad(), torch.autocast(pixels_RCHW.device.type, enabled=False):
             return self.image_tokenizer.encode(pixels_RCHW.to(self.mean.dtype) / 255)
