@@ -46,7 +46,6 @@ import flava_pair
 import side_by_side
 import torch
 from torch._dynamo.utils import counters
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trivium.train import precision
 from trivium.train.budget import is_out_of_memory
@@ -299,17 +298,12 @@ class Bench:
         tricks: dict[str, tuple[Context, str]] = dict(FAMILIES[row.family].WITHOUT)
         tricks["products in bfloat16"] = (lambda: mock.patch.object(pair, "autocast", nullcontext), row.inputs)
         if self.device.type == "cuda":
-            for kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-                tricks[f"the choice of attention, {kernel.name} first"] = (partial(attention_by, kernel), row.inputs)
+            torch_s_choice = partial(mock.patch.object, precision, "_attention", lambda device: nullcontext())
+            tricks["attention by cuDNN"] = (torch_s_choice, row.inputs)
         rungs = self.report.ladder.setdefault(f"{row.family}/{row.modality}", {})
         for trick, (without, inputs) in tricks.items():
             rungs[trick] = with_fewer_rows(rows, partial(factor, without=without, inputs=inputs))
             print(f"  {trick}: {rungs[trick]:.3f}", flush=True)
-
-
-def attention_by(kernel: SDPBackend) -> Any:
-    """This kernel where it can (flash takes no mask), else the others."""
-    return sdpa_kernel([kernel, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
 def figures(pair: Any, rows: int, row: Row) -> dict[str, Any]:
