@@ -60,7 +60,7 @@ class Train:
     log_every: int = 10
     bad_rate: float = 0.01  # share of unreadable samples above which the run stops; below, each is replaced
     bad_window: int = 10_000  # samples over which the share is taken
-    monitor_every: int = 100  # steps between looks of the monitors (see monitors.py); 0: none, as with `shard`
+    monitor_every: int = 100  # steps between looks of the monitors (see monitors.py); 0: none
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -135,9 +135,9 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
     monitors = Monitors(
         folder.monitors,
         log.say,
-        run.method,
+        trained.method,
         seed=settings.seed,
-        every=0 if settings.in_parts else settings.monitor_every,
+        every=settings.monitor_every,
         first=first,
         warmup=optim.warmup_steps(run.optim, settings.steps),
         workers=settings.workers,
