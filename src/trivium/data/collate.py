@@ -1,8 +1,9 @@
-"""From a sample to its part of a batch: decode, crop, resize, tokenize, mask; then many of them to one Batch.
+"""From a sample to its part of a batch: decode, crop, resize, mask; then many of them to one Batch.
 
 ``prepare`` runs once per sample, in a worker; every choice it makes comes from the ``Draws`` of the sample's place.
-``batch`` only stacks. With ``train=False`` nothing is cropped, flipped or recoloured; the loader then keys the draws by
-row instead of place, so that captions, masks and with them validation losses repeat.
+``batch`` stacks, and tokenizes and masks the texts, whose choices come from the same draws. With ``train=False``
+nothing is cropped, flipped or recoloured; the loader then keys the draws by row instead of place, so that captions,
+masks and with them validation losses repeat.
 
 Legend: B rows of a micro-batch, T text tokens, N image patches, C channels, H height, W width of a picture.
 """
@@ -37,9 +38,8 @@ class PreparedImage(NamedTuple):
 
 
 class PreparedText(NamedTuple):
-    ids_T: list[int]
-    masked_ids_T: np.ndarray | None  # int64; None: no token is ever masked
-    selected_T: np.ndarray | None  # bool
+    text: str
+    draws: Draws  # of its mask
     same: int
 
 
@@ -128,31 +128,31 @@ class TextInput:
         if not captions:
             raise BadSample(sample["name"], "", "has no text")
         chosen = int(draws.generator("caption").random() * len(captions)) if len(captions) > 1 else 0
-        [ids_T] = self.tokenizer.encode([captions[chosen]], self.max_length)
+        return PreparedText(captions[chosen], draws, sample["same_text"])
+
+    def batch(self, prepared: Sequence[PreparedText]) -> tuple[Texts, dict[str, Tensor]]:
+        """The texts of a Batch, unmasked, padded to its longest; targets ``masked_ids`` and ``selected`` [B, T].
+
+        They are tokenized and masked all at once, which takes a fifth of the time that one after the other does."""
+        sequences = self.tokenizer.encode([text.text for text in prepared], self.max_length)
+        ids_BT, mask_BT = self.tokenizer.pad(sequences)
+        texts = Texts(ids_BT, mask_BT, torch.tensor([text.same for text in prepared], dtype=torch.int64))
         if self.probability is None:
-            return PreparedText(ids_T, None, None, sample["same_text"])
-        masked_ids_T, selected_T = mask_tokens(
-            draws.generator("tokens"),
-            np.array(ids_T, dtype=np.int64),
+            return texts, {}
+        uniform = [
+            text.draws.generator("tokens").random((3, len(ids))) for text, ids in zip(prepared, sequences, strict=True)
+        ]
+        masked_ids, selected = mask_tokens(
+            np.concatenate(uniform, axis=1),
+            ids_BT[mask_BT].numpy(),
             self.tokenizer.special_ids,
             self.tokenizer.vocab_size,
             self.tokenizer.mask_id,
             self.probability,
             np.asarray(self.tokenizer.continues) if self.whole_words else None,
         )
-        return PreparedText(ids_T, masked_ids_T, selected_T, sample["same_text"])
-
-    def batch(self, prepared: Sequence[PreparedText]) -> tuple[Texts, dict[str, Tensor]]:
-        """The texts of a Batch, unmasked, padded to its longest; targets ``masked_ids`` and ``selected`` [B, T]."""
-        ids_BT, mask_BT = self.tokenizer.pad([text.ids_T for text in prepared])
-        texts = Texts(ids_BT, mask_BT, torch.tensor([text.same for text in prepared], dtype=torch.int64))
-        if self.probability is None:
-            return texts, {}
         masked_ids_BT, selected_BT = ids_BT.clone(), torch.zeros_like(mask_BT)
-        for row, text in enumerate(prepared):
-            assert text.masked_ids_T is not None and text.selected_T is not None
-            masked_ids_BT[row, : len(text.ids_T)] = torch.from_numpy(text.masked_ids_T)
-            selected_BT[row, : len(text.ids_T)] = torch.from_numpy(text.selected_T)
+        masked_ids_BT[mask_BT], selected_BT[mask_BT] = torch.from_numpy(masked_ids), torch.from_numpy(selected)
         return texts, {"masked_ids": masked_ids_BT, "selected": selected_BT}
 
 

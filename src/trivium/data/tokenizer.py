@@ -19,6 +19,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 # The library encodes a batch on threads of its own, which do not survive the fork of a loader's worker. Workers are our
@@ -243,13 +244,14 @@ class Tokenizer:
 
     def pad(self, sequences: Sequence[Sequence[int]], length: int | None = None) -> tuple[Tensor, Tensor]:
         """ids_BT (int64) and mask_BT (bool, True = a real token); T is `length`, or the longest sequence."""
-        num_tokens = max(map(len, sequences), default=0) if length is None else length
-        ids_BT = torch.full((len(sequences), num_tokens), self.pad_id, dtype=torch.int64)
-        mask_BT = torch.zeros((len(sequences), num_tokens), dtype=torch.bool)
-        for row, ids in enumerate(sequences):
-            ids_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-            mask_BT[row, : len(ids)] = True
-        return ids_BT, mask_BT
+        lengths_B = np.fromiter(map(len, sequences), np.int64, len(sequences))
+        longest = int(lengths_B.max(initial=0))
+        num_tokens = longest if length is None else length
+        assert longest <= num_tokens, f"a sequence of {longest} tokens does not fit into {num_tokens}"
+        mask_BT = np.arange(num_tokens) < lengths_B[:, None]
+        ids_BT = np.full(mask_BT.shape, self.pad_id)
+        ids_BT[mask_BT] = np.fromiter(chain.from_iterable(sequences), np.int64, int(lengths_B.sum()))
+        return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
 
     def pad_task(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor, Tensor]:
         """Of what `encode_task` gave: ids_BT, mask_BT and segments_BT (int64, 0 where there is no token)."""
