@@ -42,7 +42,7 @@ def scores(
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for first in range(0, len(own), BATCH):
         rows = slice(first, first + BATCH)
-        image = bundle.encode_image(pictures[rows])  # type: ignore[index, arg-type]
+        image = bundle.encode_image(pictures[rows])  # type: ignore[index]
         for scored, texts in zip(found, (own[rows], others[rows]), strict=True):
             fused = model.fuse(image, bundle.encode_text(list(texts)), rows=1)
             scored.append(log_odds(model.match(fused).float().cpu(), share))
