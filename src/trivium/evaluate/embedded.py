@@ -272,18 +272,8 @@ def match(found: Evaluation, bundle: Bundle, noto: Drawings, validation: Drawing
     pixels = validation.pixels + [noto.pixels[row] for row in noto.split("val").nonzero()[:, 0].tolist()]
     own = [record.name for record in records]
     others = [own[row] for row in false_partners(records)]
-    share = false_share if 0 < false_share < 1 else 0.5
-    scored: dict[str, list[Tensor]] = {"own": [], "other": []}
-    with torch.inference_mode():
-        for first in range(0, len(records), features.BATCH):
-            rows = slice(first, first + features.BATCH)
-            image = bundle.encode_image(pixels[rows])
-            for kind, texts in (("own", own[rows]), ("other", others[rows])):
-                fused = model.fuse(image, bundle.encode_text(texts), rows=1)
-                scored[kind].append(matching.log_odds(model.match(fused).float().cpu(), share))
-    balanced = matching.balanced(
-        torch.cat(scored["own"]), torch.cat(scored["other"]), [_unit(record) for record in records]
-    )
+    own_N, other_N = matching.scores(bundle, pixels, own, others, false_share)
+    balanced = matching.balanced(own_N, other_N, [_unit(record) for record in records])
     found.results |= {f"itm.{name}": result for name, result in balanced.items()}
     found.chance |= {"itm.accuracy": 0.5, "itm.auroc": 0.5}
 
