@@ -227,7 +227,7 @@ def test_pictures_are_learned_and_a_broken_one_is_counted(
     assert found[f"{title}.dev.accuracy"] == 1.0
     assert json.loads((out / "results.json").read_text())["results"][title]["n"] == 12
     told = capsys.readouterr().out
-    assert "a row of dev that cannot be read" in told
+    assert "1 of 13 rows of dev, which cannot be read; the first: " in told
     assert "pictures.csv (line 14): it is no picture" in told
     assert lines_of(out / "skipped.jsonl")
     assert ("side by side" in told) == bool(words)

@@ -116,12 +116,15 @@ def test_knn_answers_minus_one_where_nobody_is_left() -> None:
 
 def test_class_vector_is_the_mean_of_unit_vectors() -> None:
     table = {"cat": torch.tensor([10.0, 0.0]), "a picture of cat": torch.tensor([0.0, 0.1])}
-    vectors = zero_shot.class_vectors(["cat"], lambda texts: torch.stack([table.get(t, table["cat"]) for t in texts]))
+    vectors = zero_shot.class_vectors(
+        [("cat",)], lambda texts: torch.stack([table.get(t, table["cat"]) for t in texts])
+    )
     assert torch.allclose(vectors, normalize(torch.tensor([[2 / 3, 1 / 3]]), dim=1))  # the longer one weighs no more
 
 
-def test_zero_shot_separates_what_a_name_lists() -> None:
-    assert zero_shot.prompts("food & drink", ("{}", "some {}")) == ["food", "some food", "drink", "some drink"]
+def test_zero_shot_reads_each_name_of_a_class_as_it_stands() -> None:
+    assert zero_shot.prompts(("food", "drink"), ("{}", "some {}")) == ["food", "some food", "drink", "some drink"]
+    assert zero_shot.prompts(("AC/DC, black & white",), ("a {}",)) == ["a AC/DC, black & white"]
     assert zero_shot.predict(torch.tensor([[3.0, 0.1], [0.0, 9.0]]), torch.eye(2)).tolist() == [0, 1]
 
 
@@ -196,7 +199,7 @@ def test_labels_are_those_at_masked_positions_of_true_pairs() -> None:
 
 def test_a_class_goes_where_the_template_says_and_other_braces_stay() -> None:
     """The copies of data sets write {c}; ours write {}."""
-    assert zero_shot.prompts("cat", ("a photo of a {c}.", "{} {x}")) == ["a photo of a cat.", "cat {x}"]
+    assert zero_shot.prompts(("cat",), ("a photo of a {c}.", "{} {x}")) == ["a photo of a cat.", "cat {x}"]
     asked: list[str] = []
-    zero_shot.class_vectors(["cat", "dog"], lambda texts: (asked.extend(texts), torch.eye(2))[1], ("a {c}",))
+    zero_shot.class_vectors([("cat",), ("dog",)], lambda texts: (asked.extend(texts), torch.eye(2))[1], ("a {c}",))
     assert asked == ["a cat", "a dog"]

@@ -291,7 +291,7 @@ def test_an_interrupted_call_goes_on(
 def test_a_mistake_of_ours_in_one_task_leaves_the_others(
     bundle: Bundle, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(suite, "_retrieval", lambda *_: 1 / 0)
+    monkeypatch.setattr(suite, "zero_shot_retrieval", lambda *_: 1 / 0)
     run = suite.run([TASKS["Flickr30K retrieval"], TASKS["DTD"]], bundle, root, tmp_path)
     assert [each.state for each in run.tasks] == ["failed", "measured"]
     assert "ZeroDivisionError" in capsys.readouterr().err

@@ -220,7 +220,8 @@ def _accuracy(found: Evaluation, name: str, predicted: Tensor, labels: Tensor, u
 def _zero_shot(found: Evaluation, bundle: Bundle, noto: Drawings, images_BD: Tensor) -> None:
     for level in ("group", "subgroup"):
         names, (labels,) = labels_of(level, noto.records)
-        classes_KD = zero_shot.class_vectors(names, lambda texts: features.of_texts(bundle, texts))
+        several = [tuple(part.strip() for part in name.split("&")) for name in names]  # "food & drink" is two things
+        classes_KD = zero_shot.class_vectors(several, lambda texts: features.of_texts(bundle, texts))
         known = labels >= 0
         predicted = zero_shot.predict(images_BD[known], classes_KD)
         _accuracy(found, f"zero_shot.{level}", predicted, labels[known], noto.names(known))

@@ -78,7 +78,7 @@ def with_published(run: SuiteRun, published: Sequence[Column]) -> dict[str, Resu
         for place, figure in enumerate(each.task.figures):
             name = ".".join(filter(None, (each.task.prefix, figure.result)))
             cell = None if own is None else own.cells.get((each.task.key, place))
-            if name in found and cell is not None and not cell.is_recalled:
+            if name in found and cell is not None and not cell.is_recalled:  # a figure of another split has none
                 found[name] = replace(found[name], published=cell.value / 100)
     return found
 

@@ -135,8 +135,15 @@ class PreparedTask(Prepared):
         reported = []
         for name, rows in self.splits.held_out.items():
             say(f"{self.task.title}: {name}, {len(rows):,} rows")
-            predictions = predict(method, rows, self.collate, _rows_at_once(self.recipe), self.splits.labels)
-            found.not_applicable += [f"a row of {name} that cannot be read: {bad}" for bad in predictions.bad]
+            try:
+                predictions = predict(method, rows, self.collate, _rows_at_once(self.recipe), self.splits.labels)
+            except TriviumError as error:  # the figures of the other splits are not lost for it
+                found.not_applicable.append(f"{name}: {error}")
+                continue
+            if bad := predictions.bad:
+                found.not_applicable.append(
+                    f"{len(bad):,} of {len(rows):,} rows of {name}, which cannot be read; the first: {bad[0]}"
+                )
             self._write(name, predictions)
             if not is_labelled(rows):
                 found.not_applicable.append(f"{name}: it has no labels; its predictions are written")

@@ -120,3 +120,24 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     table.write_text(json.dumps([{"image": "1000.jpg", "caption": []}]))
     with pytest.raises(TriviumError, match=r"1000.jpg has no caption"):
         find_captions(FLICKR, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["karpathy", "albef", "flat"])
+@pytest.mark.parametrize("layout", [FLICKR, COCO], ids=["flickr30k", "coco"])
+def test_a_list_that_is_damaged_is_said(layout, form: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (flickr if layout is FLICKR else coco)(tmp_path, form)
+    [table] = [path for path in (tmp_path / layout.folders[0]).iterdir() if path.is_file()]
+    data = table.read_bytes()
+    wrong = [
+        b"",
+        data[: len(data) // 2],
+        b"[1]",
+        b"{}",
+        b'{"images": [{}]}',
+        b'[{"image": 3, "caption": [1]}]',
+        b"\xff",
+    ]
+    for damaged in wrong:
+        table.write_bytes(damaged)
+        with pytest.raises(TriviumError, match=table.name):
+            find_captions(layout, tmp_path)

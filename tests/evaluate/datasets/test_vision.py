@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -17,7 +18,7 @@ from tests.evaluate.datasets.miniatures import BUILDERS, PER_CLASS, red
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate.datasets import Missing, find
 from trivium.evaluate.datasets.layouts import BY_NAME, VISION
-from trivium.evaluate.datasets.pictures import DataSet, Split, capped, held_out
+from trivium.evaluate.datasets.pictures import SUFFIXES, DataSet, Split, capped, held_out
 
 HAS_VALIDATION = {"Aircraft", "DTD", "Flowers102", "PCAM", "RenderedSST2", "Country211"}
 CLASSES = {"CLEVR": 8, "PCAM": 2, "RenderedSST2": 2, "FER2013": 7}
@@ -339,3 +340,50 @@ def test_a_fifth_of_each_class_is_held_out_and_no_class_loses_its_last() -> None
     taken = held_out(labels)
     assert np.bincount(labels[taken], minlength=8).tolist() == [2, 10, 0, 0, 0, 0, 0, 0]
     assert np.array_equal(taken, held_out(labels)) and not np.array_equal(taken, held_out(labels, seed=1))
+
+
+def _opened_or_told(name: str, root: Path) -> None:
+    """Whatever is wrong with a copy is said in a sentence, or it is not there at all."""
+    told = ""
+    try:
+        found = find(BY_NAME[name], root)
+        assert isinstance(found, DataSet | Missing)
+    except TriviumError as error:
+        told = str(error)
+    assert not told or str(root) in told or name in told
+
+
+@pytest.mark.parametrize("name", [layout.name for layout in VISION])
+def test_no_part_of_a_layout_that_is_missing_or_damaged_ends_in_a_traceback(name: str, tmp_path: Path) -> None:
+    if name == "PCAM":
+        pytest.importorskip("h5py", reason="PCAM's miniature is HDF5: install trivium[vision]")
+    whole, root = tmp_path / "whole", tmp_path / "root"
+    whole.mkdir()
+    BUILDERS[name](whole)
+    if name == "ImageNet":
+        miniatures.imagenet(tmp_path / "flat", flat=True)
+        shutil.copytree(tmp_path / "flat", whole, dirs_exist_ok=True)
+        shutil.rmtree(whole / "imagenet" / "val" / "n01440764")
+    paths = sorted(path.relative_to(whole) for path in whole.rglob("*"))
+    folders = [path for path in paths if (whole / path).is_dir()]
+    tables = [path for path in paths if (whole / path).is_file() and path.suffix.lower() not in SUFFIXES]
+
+    def anew() -> None:
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(whole, root, copy_function=os.link)
+
+    for path in folders:
+        anew()
+        shutil.rmtree(root / path)
+        _opened_or_told(name, root)
+        root.joinpath(path).mkdir(parents=True, exist_ok=True)  # there, and empty
+        _opened_or_told(name, root)
+    for path in tables:
+        data = (whole / path).read_bytes()
+        half = data[: len(data) // 2]
+        for damaged in (None, b"", half, half + b"\xff\xfe{", b"\n".join(line[::-1] for line in data.splitlines())):
+            anew()
+            (root / path).unlink()
+            if damaged is not None:
+                (root / path).write_bytes(damaged)
+            _opened_or_told(name, root)

@@ -5,6 +5,7 @@ N pictures, H height, W width, C channels.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
+from scipy.io import loadmat
 
 from trivium.data.decode import DecodeError, decode
 from trivium.data.files import PICTURE_LIMIT, PICTURE_SUFFIXES
@@ -41,6 +43,10 @@ class Pictures(Protocol):
         ...
 
 
+class UnreadableNow(BadSample):
+    """A file that the disk or the network does not give, though it is there: another time it may."""
+
+
 class PictureFiles:
     """Pictures that are a file each, below one folder."""
 
@@ -59,8 +65,10 @@ class PictureFiles:
             if path.stat().st_size > PICTURE_LIMIT:
                 raise BadSample(str(path), "", f"it has more than {PICTURE_LIMIT:,} bytes")
             return decode(path.read_bytes())
+        except FileNotFoundError:
+            raise BadSample(str(path), "", "it does not exist") from None
         except OSError as error:
-            raise BadSample(str(path), "", f"it cannot be read ({error.strerror})") from None
+            raise UnreadableNow(str(path), "", f"it cannot be read ({error.strerror})") from None
         except DecodeError as error:
             raise BadSample(str(path), "", str(error)) from None
 
@@ -262,7 +270,7 @@ def in_classes(folder: Path) -> tuple[tuple[str, ...], list[str], np.ndarray]:
     names: list[str] = []
     labels: list[int] = []
     classes: list[str] = []
-    for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    for inside in sorted(path for path in inside_of(folder) if path.is_dir() and not path.name.startswith(".")):
         found = sorted(path for path in inside.rglob("*") if path.suffix.lower() in SUFFIXES)
         if found:
             names += [path.relative_to(folder).as_posix() for path in found]
@@ -271,6 +279,14 @@ def in_classes(folder: Path) -> tuple[tuple[str, ...], list[str], np.ndarray]:
     if not names:
         raise TriviumError(f"{folder} holds no pictures in folders named as their classes: unpack it again")
     return tuple(classes), names, np.array(labels, dtype=np.int64)
+
+
+def inside_of(folder: Path) -> list[Path]:
+    """What a folder holds. Raises TriviumError where it is not there."""
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise TriviumError(f"{folder} cannot be read ({error.strerror}): unpack the data set again") from None
 
 
 def same_classes(one: Sequence[str], other: Sequence[str], where: Path) -> None:
@@ -290,6 +306,28 @@ def lines_of(path: Path) -> list[str]:
         raise TriviumError(f"{path} cannot be read ({error.strerror}): unpack the data set again") from None
     except UnicodeDecodeError as error:
         raise TriviumError(f"{path} is no UTF-8 text ({error}): unpack the data set again") from None
+
+
+def json_of(path: Path) -> Any:
+    """What a JSON file holds. Raises TriviumError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TriviumError(f"{path} cannot be read ({error.strerror}): unpack the data set again") from None
+    except ValueError as error:
+        raise TriviumError(f"{path} is no JSON ({error}): fetch it again") from None
+
+
+def mat_variable(path: Path, key: str) -> Any:
+    """A variable of a .mat file, without dimensions of one. Raises TriviumError."""
+    try:
+        return loadmat(path, squeeze_me=True)[key]
+    except OSError as error:
+        raise TriviumError(f"{path} cannot be read ({error}): unpack the data set again") from None
+    except KeyError:
+        raise TriviumError(f"{path} holds no {key}: fetch it again from its owners") from None
+    except Exception as error:  # scipy's reader raises nearly every type there is over damaged files
+        raise TriviumError(f"{path} is no .mat file ({error!r}): fetch it again") from None
 
 
 def parquet_split(files: Sequence[Path], image: str, label: str) -> Split:
