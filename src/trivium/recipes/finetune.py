@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.bundle import Bundle
+from trivium.data import leakage
 from trivium.data.glue import GLUE
 from trivium.data.labelled import LabelledRows, Splits, is_labelled
 from trivium.data.mixture import StreamMixture
@@ -132,6 +133,9 @@ class PreparedTask(Prepared):
                 "what a head on the fused class token gives: this one reads the pooled picture and the pooled text side"
                 " by side"
             )
+        say("what training and held-out rows have in common")
+        for name, rows in self.splits.held_out.items():
+            found.headline += [f"{sentence}." for sentence in leakage.leakage(self.splits.train, rows, name)]
         reported = []
         for name, rows in self.splits.held_out.items():
             say(f"{self.task.title}: {name}, {len(rows):,} rows")
@@ -196,6 +200,8 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     head = config.build()
     initialise(head, recipe.train.seed)
     notes = list(splits.notes)
+    if task.reads == "text":  # pictures take their time: they are looked at when the run is done
+        notes += [s for name, rows in splits.held_out.items() for s in leakage.of_texts(splits.train, rows, name)]
     if resume_from is None and start.head is not None:
         notes.append(_take_head(head, config, splits, start))
     if resume_from is None and start.image_tokenizer is not None:

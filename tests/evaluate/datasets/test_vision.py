@@ -18,7 +18,7 @@ from tests.evaluate.datasets.miniatures import BUILDERS, PER_CLASS, red
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate.datasets import Missing, find
 from trivium.evaluate.datasets.layouts import BY_NAME, VISION
-from trivium.evaluate.datasets.pictures import SUFFIXES, DataSet, Split, capped, held_out
+from trivium.evaluate.datasets.pictures import SUFFIXES, DataSet, Split, UnreadableNow, capped, held_out
 
 HAS_VALIDATION = {"Aircraft", "DTD", "Flowers102", "PCAM", "RenderedSST2", "Country211"}
 CLASSES = {"CLEVR": 8, "PCAM": 2, "RenderedSST2": 2, "FER2013": 7}
@@ -309,7 +309,10 @@ def test_a_damaged_picture_is_a_bad_sample(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match=files.name(1)):
         files.read(1)
     file.unlink()
-    with pytest.raises(BadSample, match="cannot be read"):
+    with pytest.raises(BadSample, match="does not exist"):
+        files.read(1)
+    file.mkdir()
+    with pytest.raises(UnreadableNow, match="cannot be read"):
         files.read(1)
 
 
