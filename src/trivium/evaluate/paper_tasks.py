@@ -71,6 +71,15 @@ def _glue(name: str, verb: str, metric: str = "accuracy", files: str = "{train,d
     )  # fmt: skip
 
 
+# Under a name that no paper has, so nothing is set beside them and they enter no average.
+OWN = tuple(
+    PaperTask(
+        layout.name, "vision", "classification", "linear probe",
+        (Figure("accuracy", "linear_probe.accuracy", averaged=False),),
+    )
+    for layout in layouts.OWN
+)  # fmt: skip
+
 LANGUAGE = (
     _glue("MNLI", "mnli", "mean accuracy (m, mm)", "{train,dev_matched,dev_mismatched}.tsv"),
     _glue("CoLA", "cola", "Matthews"),
@@ -187,4 +196,5 @@ SUITES: dict[str, tuple[PaperTask, ...]] = {
     "multimodal": MULTIMODAL,
     "albef": ALBEF,
     "unit": UNIT,
+    "own": OWN,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scipy.io import savemat
 
@@ -67,10 +69,10 @@ def test_official_layout(name: str, tmp_path: Path) -> None:
 
 
 def test_every_layout_is_in_the_table_with_its_owners_and_no_two_take_the_same_folder() -> None:
-    assert len(VISION) == 22 and set(BUILDERS) == set(BY_NAME)
-    places = [place for layout in VISION for place in layout.places]
+    assert len(VISION) == 22 and set(BUILDERS) == {layout.name for layout in VISION}
+    places = [place for layout in BY_NAME.values() for place in layout.places]
     assert len(set(places)) == len(places)
-    assert all(layout.owners.startswith("http") for layout in VISION)
+    assert all(layout.owners.startswith("http") for layout in BY_NAME.values())
 
 
 def test_classes_and_prompts_are_words(tmp_path: Path) -> None:
@@ -178,6 +180,37 @@ def test_parquet_copy(tmp_path: Path) -> None:
     for split in data.every:
         check_pictures(split)
     assert data.classes == ("red", "green", "blue")
+
+
+def test_a_parquet_copy_whose_splits_number_their_classes_differently_is_refused(tmp_path: Path) -> None:
+    miniatures.parquet(tmp_path / "cifar10")
+    miniatures.parquet(tmp_path / "cifar10", ("red", "blue", "green"), ["test"])
+    with pytest.raises(
+        TriviumError, match=r"test-.* and train-.* differently: 1 is 'blue' in the one and 'green' in the"
+    ):
+        find(BY_NAME["CIFAR10"], tmp_path)
+    miniatures.parquet(tmp_path / "cifar10", ("red", "green"), ["test"])
+    with pytest.raises(TriviumError, match=r"2 is without a name in the one and 'blue' in the other"):
+        find(BY_NAME["CIFAR10"], tmp_path)
+
+
+def test_a_damaged_parquet_copy_is_said(tmp_path: Path) -> None:
+    miniatures.parquet(tmp_path / "cifar10")
+    for file in sorted((tmp_path / "cifar10" / "data").iterdir()):
+        whole = file.read_bytes()
+        for damaged in (b"", whole[: len(whole) // 2], whole[:4] + bytes(len(whole) - 400) + whole[-396:]):
+            file.write_bytes(damaged)
+            with pytest.raises(TriviumError, match=file.name):
+                find(BY_NAME["CIFAR10"], tmp_path)
+        for column in ("img", "label"):
+            table = pq.read_table(io.BytesIO(whole))
+            pq.write_table(table.set_column(table.schema.get_field_index(column), column, [["x"] * len(table)]), file)
+            if column == "label":
+                with pytest.raises(TriviumError, match=file.name):
+                    find(BY_NAME["CIFAR10"], tmp_path)
+            else:
+                _opened_or_told("CIFAR10", tmp_path)
+        file.write_bytes(whole)
 
 
 def test_a_users_own_names_and_templates_come_first(tmp_path: Path) -> None:

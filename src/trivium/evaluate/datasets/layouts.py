@@ -1,4 +1,5 @@
-"""The 22 vision data sets of FLAVA's evaluation: how their owners lay them out, and where they publish them.
+"""The 22 vision data sets of FLAVA's evaluation, and one of our own: how their owners lay them out, and where they
+publish them.
 
 One line each; a reader for each official layout stands in arrays.py, folders.py and lists.py, those for copies in
 copies.py. Sizes are the official ones. Names are those of the published scores.
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trivium.evaluate.datasets import arrays, folders, lists
+from trivium.evaluate.datasets import arrays, folders, lists, rendered
 from trivium.evaluate.datasets.pictures import DataSet
 
 
@@ -151,4 +152,11 @@ VISION = (
         ("country211",),
     ),
 )  # fmt: skip
-BY_NAME = {layout.name: layout for layout in VISION}
+# Not the papers': no published score is set beside them.
+OWN = (
+    Layout(
+        "rendered_sst2_own", 2, 67_349, 872, rendered.sst2, ("glue/SST-2", "glue_data/SST-2", "SST-2"), ("train.tsv",),
+        "glue/SST-2/{train,dev}.tsv, whose sentences are drawn here", "https://gluebenchmark.com/tasks",
+    ),
+)  # fmt: skip
+BY_NAME = {layout.name: layout for layout in (*VISION, *OWN)}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.io import loadmat
 
@@ -331,14 +332,21 @@ def mat_variable(path: Path, key: str) -> Any:
 
 
 def parquet_split(files: Sequence[Path], image: str, label: str) -> Split:
-    """A split of Parquet files: pictures as bytes, or as a struct with `bytes` in it; labels as numbers."""
+    """A split of Parquet files: pictures as bytes, or as a struct with `bytes` in it; labels as numbers.
+
+    Raises TriviumError.
+    """
     data: list[bytes | None] = []
     labels: list[int] = []
     for file in files:
-        table = pq.read_table(file, columns=[image, label])
-        cells = table[image].to_pylist()
-        data += [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
-        labels += table[label].to_pylist()
+        try:
+            table = pq.read_table(file, columns=[image, label])
+            data += [cell["bytes"] if isinstance(cell, dict) else cell for cell in table[image].to_pylist()]
+            labels += map(int, table[label].to_pylist())
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise TriviumError(
+                f"{file} does not hold pictures in {image} with numbers in {label} ({error}): fetch it again"
+            ) from None
     return Split(EncodedPictures(files, data), np.array(labels, dtype=np.int64))
 
 
