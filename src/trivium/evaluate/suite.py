@@ -35,7 +35,7 @@ from trivium.evaluate.results import Result, Results
 from trivium.manifest import write_whole
 from trivium.models.encoded import EncodesImage, EncodesText
 
-VERSIONS = {"classification": 1, "retrieval": 1}  # of the protocols: a change of what they measure is another number
+VERSIONS = {"classification": 2, "retrieval": 1}  # of the protocols: a change of what they measure is another number
 
 State = Literal["measured", "kept", "read", "missing", "not applicable", "not fine-tuned", "damaged", "failed"]
 HAS_FIGURES: tuple[State, ...] = ("measured", "kept", "read")
