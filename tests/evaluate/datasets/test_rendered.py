@@ -28,7 +28,7 @@ def test_a_sentence_is_drawn_inside_the_picture_and_a_longer_one_smaller() -> No
         first = int(rows.argmax())
         return int((~rows[first:]).argmax())
 
-    assert height_of_first_line(short) > 2 * height_of_first_line(long)
+    assert height_of_first_line(short) > 1.5 * height_of_first_line(long)
     assert not np.array_equal(rendered("good"), rendered("bad"))
     assert np.array_equal(rendered("good"), rendered("good"))
 
