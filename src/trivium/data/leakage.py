@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,26 +51,26 @@ def of_pictures(train: LabelledRows, held_out: LabelledRows, name: str) -> list[
     """A picture that training shows, with whatever text beside it."""
     asked = list(held_out.good())
     seen_files, asked_files = _files(train), _files(held_out)
+
+    def of_training(file_of: Mapping[str, str]) -> dict[int, Row]:
+        """The row of training that each held-out one meets, by the file there of its own file."""
+        files = [(place, file_of.get(row.image or "")) for place, row in enumerate(asked)]
+        return {place: train.row(seen_files[file]) for place, file in files if file is not None}
+
     if len(seen_files) + len(asked_files) > PICTURES:
-        equal = {n: train.row(seen_files[row.image]) for n, row in enumerate(asked) if row.image in seen_files}
         few = f"which is all that was looked for among more than {PICTURES:,} pictures,"
-        return _told(name, asked, (equal, f"show a file, {few}"))
+        return _told(name, asked, (of_training({file: file for file in seen_files}), f"show a file, {few}"))
     seen, others = _Prints.of(train, seen_files), _Prints.of(held_out, asked_files)
     first = dict(zip(reversed(seen.pixels), reversed(seen.files), strict=True))
-    equal_file = {
-        file: first[digest] for file, digest in zip(others.files, others.pixels, strict=True) if digest in first
-    }
+    equal = {file: first[pixels] for file, pixels in zip(others.files, others.pixels, strict=True) if pixels in first}
     pairs = duplicates.near_across(seen.hashes_P, seen.colours_PC, others.hashes_P, others.colours_PC)
-    near_file = {others.files[other]: seen.files[one] for one, other in pairs.tolist()}
-    equal, near = (
-        {n: train.row(seen_files[file_of[row.image]]) for n, row in enumerate(asked) if row.image in file_of}
-        for file_of in (equal_file, {file: near_file[file] for file in near_file.keys() - equal_file.keys()})
-    )
+    near = {others.files[other]: seen.files[one] for one, other in pairs.tolist() if others.files[other] not in equal}
     bits = f"at most {duplicates.DISTANCE} of {duplicates.BITS} bits of the hash"
     how = f"{bits} and {duplicates.COLOURS:g} of 255 in colour"
     return _told(
-        name, asked, (equal, "show a picture that stands, equal to the pixel,"), (near, f"show a near copy ({how})")
-    )
+        name, asked, (of_training(equal), "show a picture that stands, equal to the pixel,"),
+        (of_training(near), f"show a near copy ({how})"),
+    )  # fmt: skip
 
 
 def simhashes(texts: Sequence[str]) -> np.ndarray:

@@ -122,6 +122,7 @@ def render(given: SuiteReport, published: Sequence[Column]) -> str:
     ours = run.values()
     own = papers_own(published)
     tables = [_table(run, source, group) for source, group in _by_source(published)]
+    chart, several = _chart_data(run, published)
     template = report.environment().get_template("suite.html")
     return template.render(
         given=given,
@@ -135,7 +136,8 @@ def render(given: SuiteReport, published: Sequence[Column]) -> str:
             for state, title in STATE_TITLES.items()
             if any(each.state == state for each in run.tasks)
         ],
-        chart=_chart_data(run, published),
+        chart=chart,
+        comparable=several > 1,
         first=own.name if own is not None else "",
         ours=OURS,
         domain_titles=DOMAIN_TITLES,
@@ -214,8 +216,9 @@ def _beyond(each: TaskRun) -> dict[str, Any]:
     return {"run": each, "figures": [(name.removeprefix(prefix), result) for name, result in each.results.items()]}
 
 
-def _chart_data(run: SuiteRun, published: Sequence[Column]) -> str:
-    """What the page's chart draws from: figures in order, and each column's values. JSON that may stand in a page."""
+def _chart_data(run: SuiteRun, published: Sequence[Column]) -> tuple[str, int]:
+    """What the page's chart draws from: figures in order, and each column's values, as JSON that may stand in a page;
+    and how many columns that are."""
     figures: list[dict[str, Any]] = []
     places: dict[Place, int] = {}
     for domain in DOMAINS:
@@ -237,4 +240,4 @@ def _chart_data(run: SuiteRun, published: Sequence[Column]) -> str:
         for column in published
     ]
     given = [column for column in given if column["values"]]
-    return json.dumps({"figures": figures, "columns": given}).replace("<", "\\u003c")
+    return json.dumps({"figures": figures, "columns": given}).replace("<", "\\u003c"), len(given)

@@ -209,10 +209,10 @@ def ucf101(folder: Path) -> DataSet:
         raise TriviumError(f"{folder.parent} holds no folder ucfTrainTestlist: unpack UCF101TrainTestSplits there")
     numbered: list[tuple[int, str]] = []
     for line in lines_of(lists / "classInd.txt"):
-        number, _, name = line.partition(" ")
-        if not number.isdecimal():
+        stated, _, name = line.partition(" ")
+        if not stated.isdecimal():
             raise TriviumError(f"{lists / 'classInd.txt'}: {line!r} is no number with its class; fetch it again")
-        numbered.append((int(number), name.strip()))
+        numbered.append((int(stated), name.strip()))
     classes = tuple(name for _, name in sorted(numbered))
     place = {name: label for label, name in enumerate(classes)}
     tables = [lists / "trainlist01.txt", lists / "testlist01.txt"]

@@ -90,7 +90,10 @@ class PictureArray:
         return f"{self.of[0].name} {row}"
 
     def read(self, row: int) -> np.ndarray:
-        pixels_HWC = np.asarray(self.pixels_NHWC[row])
+        try:
+            pixels_HWC = np.asarray(self.pixels_NHWC[row])
+        except OSError as error:  # HDF5 reads a picture when its turn comes
+            raise UnreadableNow(str(self.of[0]), f"row {row}", f"it cannot be read ({error})") from None
         return np.ascontiguousarray(np.broadcast_to(pixels_HWC, (*pixels_HWC.shape[:2], 3)))
 
     def files(self) -> Iterable[Path]:
