@@ -184,7 +184,7 @@ def test_what_training_and_held_out_rows_share_is_said(
     finetune("text_classification", bert, tmp_path / "texts", "--data", reviews, "--data.dev", reviews)
     told = capsys.readouterr()
     for stream in (told.out, told.err):  # at the start, and in what the run comes to
-        assert "leakage: 96 of 96 rows of dev stand, in the same words, in training" in stream
+        assert "leakage: 96 of 96 rows of dev stand, in the same letters, in training" in stream
     assert "leakage: 96 of 96" in (tmp_path / "texts" / "report.html").read_text(encoding="utf-8")
     data = pictures(tmp_path)
     words = ("--data", data, "--data.dev", data, "--train.bad-rate", 1)

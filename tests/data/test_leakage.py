@@ -32,17 +32,17 @@ def test_texts_that_are_equal_or_nearly_so() -> None:
     dev = texts(
         "something else entirely , of which no training row says a word , however long one looks for it",
         "The plot is thin and  the actors LOOK as if they would rather be anywhere else than in this picture",
-        "an honest and moving portrait of a family that has to learn how to live with one another again .",
+        "an honest and moving portrait of a family that has to learn how to live with each other again .",
         file="dev.tsv",
     )
-    exact, near = leakage.leakage(texts(*TRAIN), dev, "dev")
+    exact, near = leakage.of_texts(texts(*TRAIN), dev, "dev")
     assert exact == (
-        "leakage: 1 of 3 rows of dev stand, in the same words, in training; they are counted all the same; the first:"
+        "leakage: 1 of 3 rows of dev stand, in the same letters, in training; they are counted all the same; the first:"
         " dev.tsv (line 2) and train.tsv (line 2)"
     )
-    assert "1 of 3 rows of dev have a near copy (at most 3 of 64 bits of the hash) in training" in near
+    assert "1 of 3 rows of dev have a near copy (at most 8 of 64 bits of the hash) in training" in near
     assert near.endswith("dev.tsv (line 3) and train.tsv (line 3)")
-    assert leakage.leakage(texts(*TRAIN), texts("nothing of the kind", ""), "dev") == []
+    assert leakage.of_texts(texts(*TRAIN, "!"), texts("nothing of the kind", "?"), "dev") == []
 
 
 def test_of_a_pair_both_texts_count() -> None:
@@ -63,13 +63,14 @@ def test_pairs_across_two_sets_are_those_of_every_comparison() -> None:
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**63, 300).astype(np.uint64)
     others = hashes[rng.integers(0, 300, 200)]
-    for row, flips in enumerate(rng.integers(0, 7, 200)):
+    for row, flips in enumerate(rng.integers(0, 12, 200)):
         for bit in rng.choice(63, flips, replace=False):
             others[row] ^= np.uint64(1) << np.uint64(bit)
     apart = np.array([[bin(int(a) ^ int(b)).count("1") for b in others] for a in hashes])
-    found = close_across(hashes, others, 3)
-    assert sorted(found[:, 1]) == np.flatnonzero((apart <= 3).any(0)).tolist()
-    assert all(apart[one, other] <= 3 for one, other in found)
+    for distance in (3, 8):
+        found = close_across(hashes, others, distance)
+        assert sorted(found[:, 1]) == np.flatnonzero((apart <= distance).any(0)).tolist()
+        assert all(apart[one, other] <= distance for one, other in found)
 
 
 def photograph(seed: int) -> Image.Image:
@@ -95,13 +96,13 @@ def test_pictures_that_are_equal_or_nearly_so_whatever_their_file(
     (tmp_path / "broken.png").write_bytes(b"no picture")
     train = shown(tmp_path, "train", ["0.png", "1.png", "2.png", "3.png", "broken.png", "gone.png"])
     dev = shown(tmp_path, "dev", ["4.png", "copy.png", "copy.png", "1.png", "again.jpg", "broken.png", "5.png"])
-    exact, near = leakage.leakage(train, dev, "dev")
+    exact, near = leakage.of_pictures(train, dev, "dev")
     assert "3 of 7 rows of dev show a picture that stands, equal to the pixel, in training" in exact
     assert exact.endswith("dev.csv (line 3) and train.csv (line 4)")
     assert "1 of 7 rows of dev show a near copy (at most 6 of 64 bits of the hash and 4 of 255 in colour)" in near
     assert near.endswith("dev.csv (line 6) and train.csv (line 5)")
     monkeypatch.setattr(leakage, "PICTURES", 5)
-    [files] = leakage.leakage(train, dev, "dev")
+    [files] = leakage.of_pictures(train, dev, "dev")
     assert "2 of 7 rows of dev show a file, which is all that was looked for among more than 5 pictures" in files
 
 
@@ -111,5 +112,19 @@ def test_the_sentences_that_glue_has_on_both_sides(task: str, equal: int) -> Non
     splits = read_glue(task, str(Path(os.environ["TRIVIUM_DATA"]) / "glue"))
     told = leakage.of_texts(splits.train, splits.held_out["dev"], "dev")
     assert told[0].startswith(
-        f"leakage: {equal} of {len(splits.held_out['dev']):,} rows of dev stand, in the same words"
+        f"leakage: {equal} of {len(splits.held_out['dev']):,} rows of dev stand, in the same letters"
     )
+
+
+@pytest.mark.data
+def test_a_word_that_is_changed_is_near_and_other_sentences_are_not() -> None:
+    """On SST-2's dev sentences of twenty words or more."""
+    splits = read_glue("sst2", str(Path(os.environ["TRIVIUM_DATA"]) / "glue"))
+    sentences = [row.text or "" for row in splits.held_out["dev"].good()]
+    sentences = [sentence for sentence in sentences if len(sentence.split()) >= 20]
+    hashes = leakage.simhashes([leakage._letters(Row("", "", "", sentence)) for sentence in sentences])
+    changed = [" ".join(word for n, word in enumerate(each.split()) if n != 7) for each in sentences]
+    others = leakage.simhashes([leakage._letters(Row("", "", "", sentence)) for sentence in changed])
+    apart = np.array([[bin(int(a) ^ int(b)).count("1") for b in others[:200]] for a in hashes[:200]])
+    assert (np.diag(apart) <= leakage.TEXT_DISTANCE).mean() > 0.8
+    assert (apart[~np.eye(len(apart), dtype=bool)] > leakage.TEXT_DISTANCE).all()

@@ -1,9 +1,9 @@
 """What of the held-out rows of a task stands in training too: reported, and nothing is left out for it.
 
-Texts are equal where their letters are, whatever their case and the blanks between; near where two hashes of what they
-are made of ("SimHash", Charikar 2002, over the runs of four characters) differ in at most TEXT_DISTANCE of 64 bits,
-as Manku et al. (2007) take it for pages of the web. Pictures are equal by their pixels, or near, as `duplicates` has
-it.
+Texts are equal where their letters and digits are, whatever case, blanks and marks; near where two hashes of their runs
+of four characters ("SimHash", Charikar 2002, 64 bits) differ in at most TEXT_DISTANCE bits: a share d of other runs
+changes about 64 acos(1 - d) / pi bits, so 8 are a word or two of a long sentence, and unrelated texts are 32 apart.
+Pictures are equal by their pixels, or near, as `duplicates` has it.
 
 N rows, P pictures, C numbers of their colours, R runs of W characters.
 """
@@ -23,32 +23,27 @@ from trivium.data.labelled import LabelledRows, Row
 from trivium.errors import BadSample
 from trivium.train.protocol import mix64
 
-TEXT_DISTANCE = 3  # bits
+TEXT_DISTANCE = 8  # bits
 RUN = 4  # characters
 PICTURES = 20_000  # distinct ones, beyond which files alone are compared: to open each takes longer than it is worth
 
 
-def leakage(train: LabelledRows, held_out: LabelledRows, name: str) -> list[str]:
-    """Sentences on the rows of one held-out split that training has too, equal or nearly so."""
-    if train.kind == "text":
-        return of_texts(train, held_out, name)
-    return of_pictures(train, held_out, name)
-
-
 def of_texts(train: LabelledRows, held_out: LabelledRows, name: str) -> list[str]:
-    """The texts of a row, both of a pair, count as one."""
+    """Sentences on the rows of one held-out split that training has too. The texts of a row, both of a pair, count as
+    one."""
     seen, asked = (list(rows.good()) for rows in (train, held_out))
-    seen_texts, asked_texts = ([_plain(row) for row in rows] for rows in (seen, asked))
+    seen_texts, asked_texts = ([_letters(row) for row in rows] for rows in (seen, asked))
     first = dict(zip(reversed(seen_texts), reversed(seen), strict=True))
+    first.pop("", None)  # marks alone
     equal = {place: first[text] for place, text in enumerate(asked_texts) if text in first}
     pairs = duplicates.close_across(simhashes(seen_texts), simhashes(asked_texts), TEXT_DISTANCE)
     near = {other: seen[one] for one, other in pairs.tolist() if other not in equal}
     how = f"at most {TEXT_DISTANCE} of {duplicates.BITS} bits of the hash"
-    return _told(name, asked, (equal, "stand, in the same words,"), (near, f"have a near copy ({how})"))
+    return _told(name, asked, (equal, "stand, in the same letters,"), (near, f"have a near copy ({how})"))
 
 
 def of_pictures(train: LabelledRows, held_out: LabelledRows, name: str) -> list[str]:
-    """A picture that training shows, with whatever text beside it."""
+    """Likewise on those that show a picture which training shows, with whatever text beside it."""
     asked = list(held_out.good())
     seen_files, asked_files = _files(train), _files(held_out)
 
@@ -87,10 +82,10 @@ def _simhash(text: str) -> int:
     return int.from_bytes(np.packbits(2 * votes > len(keys_R)).tobytes(), "big")
 
 
-def _plain(row: Row) -> str:
-    """Letters, digits and marks of a row's texts, in lower case, with single blanks."""
-    whole = f"{row.text or ''}\n{row.second_text or ''}"
-    return re.sub(r"[^\S\n]+", " ", unicodedata.normalize("NFKC", whole).lower()).strip()
+def _letters(row: Row) -> str:
+    """Of a row's texts, in lower case; a line break between the two."""
+    texts = (unicodedata.normalize("NFKC", text or "").lower() for text in (row.text, row.second_text))
+    return "\n".join(re.sub(r"[\W_]+", "", text) for text in texts).strip()
 
 
 def _files(rows: LabelledRows) -> dict[str, int]:

@@ -100,6 +100,7 @@ class PreparedTask(Prepared):
     task: Task
     splits: Splits
     collate: TaskCollate
+    leaks: list[str] = field(default_factory=list)  # what held-out texts share with training
     folder: Path | None = None  # where predictions are written, once the run has chosen its checkpoint
 
     def measures(self, recipe: FinetuneRecipe) -> Callable[[Method], dict[str, Any]]:
@@ -133,9 +134,12 @@ class PreparedTask(Prepared):
                 "what a head on the fused class token gives: this one reads the pooled picture and the pooled text side"
                 " by side"
             )
-        say("what training and held-out rows have in common")
-        for name, rows in self.splits.held_out.items():
-            found.headline += [f"{sentence}." for sentence in leakage.leakage(self.splits.train, rows, name)]
+        leaks = list(self.leaks)
+        if self.task.reads != "text":
+            say("pictures that training and held-out rows have in common")
+            for name, rows in self.splits.held_out.items():
+                leaks += leakage.of_pictures(self.splits.train, rows, name)
+        found.headline += [f"{sentence}." for sentence in leaks]
         reported = []
         for name, rows in self.splits.held_out.items():
             say(f"{self.task.title}: {name}, {len(rows):,} rows")
@@ -200,8 +204,11 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     head = config.build()
     initialise(head, recipe.train.seed)
     notes = list(splits.notes)
+    leaks: list[str] = []
     if task.reads == "text":  # pictures take their time: they are looked at when the run is done
-        notes += [s for name, rows in splits.held_out.items() for s in leakage.of_texts(splits.train, rows, name)]
+        for split, rows in splits.held_out.items():
+            leaks += leakage.of_texts(splits.train, rows, split)
+    notes += leaks
     if resume_from is None and start.head is not None:
         notes.append(_take_head(head, config, splits, start))
     if resume_from is None and start.image_tokenizer is not None:
@@ -242,7 +249,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         blocks=model.blocks,  # type: ignore[arg-type]
         select=f"figures.{select}",
     )
-    return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate)
+    return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate, leaks)
 
 
 def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, width: int) -> HeadConfig:
