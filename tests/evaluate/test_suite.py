@@ -351,6 +351,8 @@ def test_vqa_is_shown_on_dev_where_the_answers_of_the_papers_split_are_not_publi
         assert any("ours is dev.accuracy, since" in note for note in vqa.notes)
         beside = suite_report.with_published(run, suite_report.columns([vqa.task]))
         assert all(result.published is None for result in beside.values()), "another split"
+        line = next(csv.DictReader(io.StringIO(suite_report.as_csv(SuiteRun([vqa]), []))))
+        assert line["metric"] == "VQA accuracy (ours: dev.accuracy)" and line["this model"] == "60.000"
     run = suite.run(
         SUITES["albef"], bundle, None, tmp_path, fine_tuned=tuned | {"VQAv2.test_dev.accuracy": Result(0.5)}
     )

@@ -61,6 +61,10 @@ class TaskRun:
         there = self._name(figure.result) in self.results
         return None if there or not figure.instead else self.results.get(self._name(figure.instead))
 
+    def metric(self, figure: Figure) -> str:
+        """What the figure is called, and where ours is of another split, that."""
+        return f"{figure.metric} (ours: {figure.instead})" if self.on_another_split(figure) else figure.metric
+
     def _name(self, result: str) -> str:
         return ".".join(filter(None, (self.task.prefix, result)))
 

@@ -107,7 +107,7 @@ def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
             numbers = [None] * 3 if ours is None else [ours.value, ours.low, ours.high]
             cells = [column.cells.get((each.task.key, place)) for column in published]
             writer.writerow([
-                each.task.domain, each.task.name, each.task.protocol, figure.metric, each.state,
+                each.task.domain, each.task.name, each.task.protocol, each.metric(figure), each.state,
                 *("" if x is None or not math.isfinite(x) else f"{100 * x:.3f}" for x in numbers),
                 "" if ours is None or ours.n is None else ours.n, f"{each.seconds:.1f}",
                 *("" if cell is None or cell.is_recalled else cell.printed for cell in cells),
@@ -185,7 +185,7 @@ def _table(run: SuiteRun, source: str, group: list[Column]) -> dict[str, Any]:
                 cells = [column.cells.get((each.task.key, place)) for column in group]
                 if each.task.domain == domain and any(cells):
                     inside.append({
-                        "title": each.task.name, "metric": figure.metric, "ours": each.figure(figure),
+                        "title": each.task.name, "metric": each.metric(figure), "ours": each.figure(figure),
                         "cells": [_shown(cell) for cell in cells], "state": each.state,
                     })  # fmt: skip
         if inside:
