@@ -90,10 +90,9 @@ def finetune(
     write_whole(out / SEEDS, json.dumps(list(range(first, first + seeds))) + "\n")
     try:
         return _all_seeds(out, settings, changes)
-    except TriviumError:
+    finally:
         if not (out / f"seed-{first}" / "config.json").is_file():  # nothing has begun: the next try starts anew
             (out / SEEDS).unlink()
-        raise
 
 
 def _all_seeds(out: Path, settings: Config | None, changes: Mapping[str, Any]) -> int:
