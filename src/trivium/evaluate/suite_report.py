@@ -213,7 +213,12 @@ def _shown(cell: Cell | None) -> dict[str, Any] | None:
 def _beyond(each: TaskRun) -> dict[str, Any]:
     """Every figure of a task, those that no paper prints among them."""
     prefix = f"{each.task.prefix}."
-    return {"run": each, "figures": [(name.removeprefix(prefix), result) for name, result in each.results.items()]}
+    named = {name.removeprefix(prefix): result for name, result in each.results.items()}
+    reported = named.pop(each.task.prefix, None)  # what fine-tuning reports: the task's own title
+    figures = list(named.items())
+    if reported is not None and reported not in named.values():  # a mean of several, of MNLI say
+        figures.insert(0, ("mean", reported))
+    return {"run": each, "figures": figures or [("reported", reported)]}
 
 
 def _chart_data(run: SuiteRun, published: Sequence[Column]) -> tuple[str, int]:
