@@ -2,7 +2,7 @@
 
 Texts are equal where their letters and digits are, whatever case, blanks and marks; near where two hashes of their runs
 of four characters ("SimHash", Charikar 2002, 64 bits) differ in at most TEXT_DISTANCE bits: a share d of other runs
-changes about 64 acos(1 - d) / pi bits, so 8 are a word or two of a long sentence, and unrelated texts are 32 apart.
+changes about 64 acos(1 - d) / pi bits, so 8 are a word of a long sentence, and unrelated texts are 32 apart.
 Pictures are equal by their pixels, or near, as `duplicates` has it.
 
 N rows, P pictures, C numbers of their colours, R runs of W characters.
