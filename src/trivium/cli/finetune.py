@@ -88,7 +88,11 @@ def finetune(
             f"{out} holds runs of several seeds already: continue them with --resume, or name another --out"
         )
     write_whole(out / SEEDS, json.dumps(list(range(first, first + seeds))) + "\n")
-    return _all_seeds(out, settings, changes)
+    try:
+        return _all_seeds(out, settings, changes)
+    finally:
+        if not (out / f"seed-{first}" / "config.json").is_file():  # nothing has begun: the next try starts anew
+            (out / SEEDS).unlink()
 
 
 def _all_seeds(out: Path, settings: Config | None, changes: Mapping[str, Any]) -> int:

@@ -128,7 +128,8 @@ class Splits:
         Raises TriviumError where nothing is left to train or to measure on.
         """
         notes = list(self.notes)
-        for name, rows in {"train": self.train, **self.held_out}.items():
+        held_out = {name: _wholly_labelled(rows) for name, rows in self.held_out.items()}
+        for name, rows in {"train": self.train, **held_out}.items():
             bad = [row for row in rows.rows if isinstance(row, BadSample)]
             if len(bad) == len(rows):
                 first = f"; the first: {bad[0]}" if bad else ""
@@ -138,19 +139,33 @@ class Splits:
         if not all(row.is_labelled for row in self.train.good()):
             row = next(row for row in self.train.good() if not row.is_labelled)
             raise TriviumError(f"{row.file} ({row.where}) has no label, and the model is trained on it: give it one")
-        if not any(is_labelled(rows) for rows in self.held_out.values()):
+        if not any(is_labelled(rows) for rows in held_out.values()):
             raise TriviumError("no held-out row has a label, so no checkpoint can be chosen: give labelled ones")
         counts = Counter(row.label for row in self.train.good())
         if self.train.rows and any(row.label is not None for row in self.train.good()):
             absent = [name for number, name in enumerate(self.labels) if not counts[number]]
             if absent:
                 notes.append(f"no row of the training split has the class {' or '.join(absent)}: it is never learned")
-        return replace(self, notes=notes)
+        return replace(self, held_out=held_out, notes=notes)
 
 
 def is_labelled(rows: LabelledRows) -> bool:
-    """Whether a split can be measured: every usable row has a label."""
-    return all(row.is_labelled for row in rows.good())
+    """Whether a split can be measured."""
+    return any(row.is_labelled for row in rows.good())
+
+
+def _wholly_labelled(rows: LabelledRows) -> LabelledRows:
+    """A row without a label among others that have one cannot be measured; where none has one, all are predicted."""
+    if not is_labelled(rows):
+        return rows
+    of = "it has no label, where others of its split have one"
+    return LabelledRows(
+        [
+            BadSample(row.file, row.where, of) if isinstance(row, Row) and not row.is_labelled else row
+            for row in rows.rows
+        ],
+        rows.kind,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ one's own tables
@@ -301,7 +316,9 @@ def _numbered(each: tuple[Row, str] | BadSample, number_of: Mapping[str, int], o
 
 
 def _is_held_out(row: Row, share: float) -> bool:
-    return hash64("held out", row.text or "", row.second_text or "", row.image or "") % 10_000 < share * 10_000
+    """By what the table says, so that the same rows are held out wherever it lies."""
+    image = "" if row.image is None else os.path.relpath(row.image, os.path.dirname(row.file))
+    return hash64("held out", row.text or "", row.second_text or "", image) % 10_000 < share * 10_000
 
 
 def _good(found: Found) -> Iterator[tuple[Row, str]]:

@@ -17,6 +17,7 @@ Noto, one of four drawing styles, is in no training stream; concepts of the spli
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -220,7 +221,8 @@ def _accuracy(found: Evaluation, name: str, predicted: Tensor, labels: Tensor, u
 def _zero_shot(found: Evaluation, bundle: Bundle, noto: Drawings, images_BD: Tensor) -> None:
     for level in ("group", "subgroup"):
         names, (labels,) = labels_of(level, noto.records)
-        classes_KD = zero_shot.class_vectors(names, lambda texts: features.of_texts(bundle, texts))
+        several = [tuple(part.strip() for part in re.split(r"[&/,]", name)) for name in names]  # "food & drink" is two
+        classes_KD = zero_shot.class_vectors(several, lambda texts: features.of_texts(bundle, texts))
         known = labels >= 0
         predicted = zero_shot.predict(images_BD[known], classes_KD)
         _accuracy(found, f"zero_shot.{level}", predicted, labels[known], noto.names(known))

@@ -24,6 +24,7 @@ class Figure:
     result: str  # name of ours after the task's title; "" is the title alone
     averaged: bool = True  # into the mean of its domain
     splits: tuple[str, ...] = ()  # of published.csv, the first one that has a value; (): any
+    instead: str = ""  # name of ours on another split, where the answers of the published one are not public
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,15 @@ def _glue(name: str, verb: str, metric: str = "accuracy", files: str = "{train,d
     )  # fmt: skip
 
 
+# Under a name that no paper has, so nothing is set beside them and they enter no average.
+OWN = tuple(
+    PaperTask(
+        layout.name, "vision", "classification", "linear probe",
+        (Figure("accuracy", "linear_probe.accuracy", averaged=False),),
+    )
+    for layout in layouts.OWN
+)  # fmt: skip
+
 LANGUAGE = (
     _glue("MNLI", "mnli", "mean accuracy (m, mm)", "{train,dev_matched,dev_mismatched}.tsv"),
     _glue("CoLA", "cola", "Matthews"),
@@ -100,7 +110,8 @@ def _retrieval(name: str, protocol: str = "zero-shot") -> PaperTask:
 MULTIMODAL = (
     PaperTask(
         "VQAv2", "multimodal", "fine-tuning", "fine-tune",
-        (Figure("VQA accuracy", "", splits=("not stated", "test-dev")),), "VQAv2", "vqav2", *VQA,
+        (Figure("VQA accuracy", "test_dev.accuracy", splits=("not stated", "test-dev"), instead="dev.accuracy"),),
+        "VQAv2", "vqav2", *VQA,
         ("multi-task training",),
     ),
     PaperTask(
@@ -131,8 +142,8 @@ ALBEF = (
     ),
     PaperTask(
         "VQAv2", "multimodal", "fine-tuning", "fine-tune",
-        (Figure("VQA accuracy", "test-dev.vqa", splits=("test-dev",)),
-         Figure("VQA accuracy", "test-std.vqa", splits=("test-std",))), "VQAv2", "vqav2", *VQA,
+        (Figure("VQA accuracy", "test_dev.accuracy", splits=("test-dev",), instead="dev.accuracy"),
+         Figure("VQA accuracy", "test.accuracy", splits=("test-std",))), "VQAv2", "vqav2", *VQA,
     ),
     PaperTask(
         "NLVR2", "multimodal", "fine-tuning", "fine-tune",
@@ -164,7 +175,9 @@ UNIT = (
     _shared("VG detection", "vision", Figure(_AP, "val.ap", splits=("val (disjoint from COCO val2017)",)),
             "instances_{train,val}_split_by_coco_2017.json, VG_100K/, VG_100K_2/",
             "https://homes.cs.washington.edu/~ranjay/visualgenome/"),
-    _shared("VQAv2", "multimodal", Figure("VQA accuracy", "val2017.vqa", splits=("val2017 images",)), *VQA, "vqav2"),
+    _shared("VQAv2", "multimodal",
+            Figure("VQA accuracy", "val2017.accuracy", splits=("val2017 images",), instead="dev.accuracy"), *VQA,
+            "vqav2"),
     _shared("SNLI-VE", "multimodal", Figure("accuracy", "dev.accuracy", splits=_DEV), *ENTAILMENT, "snli_ve"),
     *(
         _shared(name, "language", Figure(metric, result, splits=_DEV), f"glue_data/{name}/*.tsv", GLUE_OWNERS, verb)
@@ -183,4 +196,5 @@ SUITES: dict[str, tuple[PaperTask, ...]] = {
     "multimodal": MULTIMODAL,
     "albef": ALBEF,
     "unit": UNIT,
+    "own": OWN,
 }

@@ -35,7 +35,7 @@ from trivium.evaluate.results import Result, Results
 from trivium.manifest import write_whole
 from trivium.models.encoded import EncodesImage, EncodesText
 
-VERSIONS = {"classification": 1, "retrieval": 1}  # of the protocols: a change of what they measure is another number
+VERSIONS = {"classification": 2, "retrieval": 1}  # of the protocols: a change of what they measure is another number
 
 State = Literal["measured", "kept", "read", "missing", "not applicable", "not fine-tuned", "damaged", "failed"]
 HAS_FIGURES: tuple[State, ...] = ("measured", "kept", "read")
@@ -54,7 +54,19 @@ class TaskRun:
 
     def figure(self, figure: Figure) -> Result | None:
         """Our own value of one of its figures, as a share."""
-        return self.results.get(".".join(filter(None, (self.task.prefix, figure.result))))
+        return self.results.get(self._name(figure.result), self.on_another_split(figure))
+
+    def on_another_split(self, figure: Figure) -> Result | None:
+        """Ours, where it is taken on another split than the published one; else None."""
+        there = self._name(figure.result) in self.results
+        return None if there or not figure.instead else self.results.get(self._name(figure.instead))
+
+    def metric(self, figure: Figure) -> str:
+        """What the figure is called, and where ours is of another split, that."""
+        return f"{figure.metric} (ours: {figure.instead})" if self.on_another_split(figure) else figure.metric
+
+    def _name(self, result: str) -> str:
+        return ".".join(filter(None, (self.task.prefix, result)))
 
 
 @dataclass
@@ -156,7 +168,7 @@ def _one(
     if isinstance(data, DataSet):
         measured = classification(data, encoder, cache / "features", bundle, tell)
     else:
-        measured = _retrieval(data, encoder, cache / "features", tell)
+        measured = zero_shot_retrieval(data, encoder, cache / "features", tell)
     if rows is not None:
         measured.notes.insert(
             0, f"at most {rows:,} pictures of each split, drawn with a fixed seed: not the papers' figures"
@@ -164,7 +176,8 @@ def _one(
     found = TaskRun(
         task, "measured", {f"{task.prefix}.{name}": result for name, result in measured.results.items()}, measured.notes
     )  # fmt: skip
-    _keep(found, folder, time.perf_counter() - begun)
+    if measured.is_final:
+        _keep(found, folder, time.perf_counter() - begun)
     return found
 
 
@@ -198,10 +211,17 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
             if plain == title or plain.startswith(f"{title}."):
                 mine[task.prefix + plain.removeprefix(title)] = result
         if mine:
-            how = "picture and text vector side by side" if title != task.prefix else "the model's own states"
-            return TaskRun(
-                task, "read", mine, [f"fine-tuned: the head reads {how}"] if task.domain == "multimodal" else []
-            )
+            found = TaskRun(task, "read", mine)
+            if task.domain == "multimodal":
+                how = "picture and text vector side by side" if title != task.prefix else "the model's own states"
+                found.notes.append(f"fine-tuned: the head reads {how}")
+            found.notes += [
+                f"ours is {figure.instead}, since {' or '.join(figure.splits)}, on which the papers' numbers rest, was"
+                " not measured here"
+                for figure in task.figures
+                if found.on_another_split(figure) is not None
+            ]
+            return found
     if task.verb:
         return TaskRun(
             task, "not fine-tuned", missing=Missing(task.expected, task.owners),
@@ -211,10 +231,11 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
     return TaskRun(task, "not fine-tuned", missing=Missing(task.expected, task.owners))
 
 
-def _retrieval(data: Captioned, encoder: ModelEncoder, store: Path, say: Callable[[str], None]) -> Measured:
+def zero_shot_retrieval(data: Captioned, encoder: ModelEncoder, store: Path, say: Callable[[str], None]) -> Measured:
     """Recalls by cosine, five captions to a picture: TR finds the text for a picture, IR the picture for a text."""
     found = Measured(notes=[f"{data.splits}: {len(data):,} pictures", *data.notes])
     images = features(encoder, data.pictures, store, say)
+    found.is_final = images.is_final
     if images.bad:
         found.notes.append(
             f"{len(images.bad):,} of {len(data):,} pictures cannot be read and are left out with their captions; the"

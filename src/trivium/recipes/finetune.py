@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.bundle import Bundle
+from trivium.data import leakage
 from trivium.data.glue import GLUE
 from trivium.data.labelled import LabelledRows, Splits, is_labelled
 from trivium.data.mixture import StreamMixture
@@ -99,6 +100,7 @@ class PreparedTask(Prepared):
     task: Task
     splits: Splits
     collate: TaskCollate
+    leaks: list[str] = field(default_factory=list)  # what held-out texts share with training
     folder: Path | None = None  # where predictions are written, once the run has chosen its checkpoint
 
     def measures(self, recipe: FinetuneRecipe) -> Callable[[Method], dict[str, Any]]:
@@ -132,11 +134,24 @@ class PreparedTask(Prepared):
                 "what a head on the fused class token gives: this one reads the pooled picture and the pooled text side"
                 " by side"
             )
+        leaks = list(self.leaks)
+        if self.task.reads != "text":
+            say("pictures that training and held-out rows have in common")
+            for name, rows in self.splits.held_out.items():
+                leaks += leakage.of_pictures(self.splits.train, rows, name)
+        found.headline += [f"{sentence}." for sentence in leaks]
         reported = []
         for name, rows in self.splits.held_out.items():
             say(f"{self.task.title}: {name}, {len(rows):,} rows")
-            predictions = predict(method, rows, self.collate, _rows_at_once(self.recipe), self.splits.labels)
-            found.not_applicable += [f"a row of {name} that cannot be read: {bad}" for bad in predictions.bad]
+            try:
+                predictions = predict(method, rows, self.collate, _rows_at_once(self.recipe), self.splits.labels)
+            except TriviumError as error:  # the figures of the other splits are not lost for it
+                found.not_applicable.append(f"{name}: {error}")
+                continue
+            if bad := predictions.bad:
+                found.not_applicable.append(
+                    f"{len(bad):,} of {len(rows):,} rows of {name}, which cannot be read; the first: {bad[0]}"
+                )
             self._write(name, predictions)
             if not is_labelled(rows):
                 found.not_applicable.append(f"{name}: it has no labels; its predictions are written")
@@ -189,6 +204,11 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     head = config.build()
     initialise(head, recipe.train.seed)
     notes = list(splits.notes)
+    leaks: list[str] = []
+    if task.reads == "text":  # pictures take their time: they are looked at when the run is done
+        for split, rows in splits.held_out.items():
+            leaks += leakage.of_texts(splits.train, rows, split)
+    notes += leaks
     if resume_from is None and start.head is not None:
         notes.append(_take_head(head, config, splits, start))
     if resume_from is None and start.image_tokenizer is not None:
@@ -229,7 +249,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         blocks=model.blocks,  # type: ignore[arg-type]
         select=f"figures.{select}",
     )
-    return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate)
+    return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate, leaks)
 
 
 def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, width: int) -> HeadConfig:
