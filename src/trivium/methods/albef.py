@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trivium.methods.momentum import follow, follower
+from trivium.methods.momentum import Teaching, follow, follower
 from trivium.methods.pixels import MethodOfPictures, Pixels
 from trivium.methods.positions import needed, places
 from trivium.models.albef import TEMPERATURES, Albef, Negatives
@@ -51,23 +51,12 @@ _CAPTION_BASE = 0x9E3779B97F4A7C15 - 2**64  # odd, as an int64
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Teaching):
     """How the teacher teaches. The defaults are the published ones but for its dropout."""
 
     itc: float = 0.4  # its share in the targets of ITC, after the ramp; 0: it makes the keys alone
     mlm: float = 0.4  # in those of MLM; 0: no masked word is read by it
-    ramp: float | None = None  # steps over which both rise from 0; below 1: share of the run; None: one epoch
-    reach: float = 200.0  # steps that it looks back on: momentum 1 - 1 / reach, here 0.995; below 1: share of the run
-    dropout: bool = False  # True: the teacher has the student's dropout, as in the public code
     soft_labels: Literal["vocabulary", "positions"] = "vocabulary"  # "positions": normalised as first published
-
-    def ramp_at(self, step: int, num_steps: int, epoch_steps: int) -> float:
-        """What the shares are multiplied by at a step."""
-        ramp = epoch_steps if self.ramp is None else self.ramp * (num_steps if self.ramp < 1 else 1)
-        return min(1.0, step / ramp) if ramp else 1.0
-
-    def momentum(self, num_steps: int) -> float:
-        return 1 - 1 / max(1.0, self.reach * (num_steps if self.reach < 1 else 1))
 
 
 class AlbefMethod(MethodOfPictures):

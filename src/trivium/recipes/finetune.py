@@ -30,6 +30,7 @@ from trivium.load import load, open_own
 from trivium.manifest import verify_manifest, written_beside
 from trivium.methods.finetune import FineTuning
 from trivium.methods.flava import Pixels
+from trivium.methods.momentum import SoftTargets
 from trivium.models.encoded import EncodesImage, EncodesText, Fuses
 from trivium.models.finetuned import FineTuned, HeadConfig, Reads, read, tells_segments_apart
 from trivium.recipes import limits
@@ -57,6 +58,7 @@ class FinetuneRecipe:
     head: Head = field(default_factory=Head)
     data: TaskData = field(default_factory=TaskData)
     optim: Optim = field(default_factory=Optim)
+    distillation: SoftTargets = field(default_factory=SoftTargets)  # alpha 0: none
     train: Train = field(default_factory=Train)
     init: str | None = None  # the model: a run folder, a model folder or a foreign checkpoint
     dropout: float | None = None  # of the model while it is trained; None: as its checkpoint says
@@ -87,7 +89,7 @@ def finetune(task: str) -> FinetuneRecipe:
     of = TASKS[task]
     steps, epochs, patience = (of.steps, None, None) if of.steps else (1000, EPOCHS, 3)
     train = Train(steps=steps, patience=patience, monitor_every=0)
-    return FinetuneRecipe(task, of.head, of.data, of.optim, train, dropout=of.dropout, epochs=epochs)
+    return FinetuneRecipe(task, of.head, of.data, of.optim, of.distillation, train, dropout=of.dropout, epochs=epochs)
 
 
 @dataclass
@@ -103,6 +105,15 @@ class PreparedTask(Prepared):
 
     def measures(self, recipe: FinetuneRecipe) -> Callable[[Method], dict[str, Any]]:
         return _measures(self.task, self.splits, self.collate, recipe)
+
+    def with_train(self, **changes: Any) -> PreparedTask:
+        """Schedules may be shares of the run: a run of another length has others."""
+        changed = super().with_train(**changes)
+        method = changed.run.method
+        assert isinstance(method, FineTuning)
+        if method.teacher is not None:
+            method.teacher.num_steps = changed.recipe.train.steps
+        return changed
 
     def settle(self, out: Path) -> str | None:
         """Put the weights of the best checkpoint into the method, and its model folder at RUN/model."""
@@ -193,11 +204,14 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         notes.append(_take_head(head, config, splits, start))
     if resume_from is None and start.image_tokenizer is not None:
         notes.append("left out is the image tokenizer of the model: fine-tuning has no use for it")
-    method = FineTuning(FineTuned(model, head, config), Pixels(transform.mean, transform.std))
+    recipe = _with_steps(recipe, len(splits.train))
+    method = FineTuning(
+        FineTuned(model, head, config), Pixels(transform.mean, transform.std), recipe.distillation, recipe.train.steps,
+        steps_per_epoch(len(splits.train), recipe.data.batch),
+    )  # fmt: skip
     max_length = min(recipe.data.max_length or 10**9, _positions(model))
     collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length))
 
-    recipe = _with_steps(recipe, len(splits.train))
     select = recipe.select_on or f"{next(iter(_labelled(splits)))}.{task.reported}"
     if select not in (known := [f"{split}.{metric}" for split in _labelled(splits) for metric in task.metrics]):
         raise TriviumError(f"--select-on {select}: no such figure is measured: use one of {', '.join(known)}")
@@ -316,7 +330,7 @@ def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundl
 
 def _with_steps(recipe: FinetuneRecipe, num_rows: int) -> FinetuneRecipe:
     """Epochs as steps, and one evaluation an epoch where nothing else is said; written down as the run's own values."""
-    per_epoch = max(1, math.ceil(num_rows / recipe.data.batch))
+    per_epoch = steps_per_epoch(num_rows, recipe.data.batch)
     steps = recipe.train.steps if recipe.epochs is None else math.ceil(recipe.epochs * per_epoch)
     if warmup_steps(recipe.optim, steps) >= steps:
         raise TriviumError(
@@ -325,6 +339,10 @@ def _with_steps(recipe: FinetuneRecipe, num_rows: int) -> FinetuneRecipe:
         )
     train = replace(recipe.train, steps=steps, evaluate_every=recipe.train.evaluate_every or min(per_epoch, steps))
     return replace(recipe, train=train, epochs=None)
+
+
+def steps_per_epoch(num_rows: int, batch: int) -> int:
+    return max(1, math.ceil(num_rows / batch))
 
 
 def _rows_at_once(recipe: FinetuneRecipe) -> int:

@@ -24,6 +24,7 @@ from trivium.data.image_text_tasks import read_hateful_memes, read_snli_ve
 from trivium.data.labelled import Columns, Splits, read_tables
 from trivium.data.vqa import read_vqa
 from trivium.errors import TriviumError
+from trivium.methods.momentum import SoftTargets
 from trivium.models.finetuned import Gives
 from trivium.recipes.data import absolute
 from trivium.train.optim import Optim
@@ -34,7 +35,7 @@ class Head:
     """What stands on top of the model."""
 
     hidden: int | Literal["width", "none"] = "width"  # of the inner layer; "width": as wide as what it reads
-    activation: Literal["tanh", "gelu"] = "tanh"
+    activation: Literal["tanh", "gelu", "relu"] = "tanh"
     dropout: float = 0.1
     fusion: Literal["auto", "fused", "concatenated"] = "auto"  # of picture and text; auto: fused where the model can
 
@@ -85,6 +86,7 @@ class Task:
     head: Head = field(default_factory=Head)
     data: TaskData = field(default_factory=TaskData)
     optim: Optim = field(default_factory=Optim)
+    distillation: SoftTargets = field(default_factory=SoftTargets)
     steps: int | None = None  # as published; None: the recipe counts epochs
     dropout: float | None = 0.1  # of the model; None: as its checkpoint says
 
