@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,7 +58,8 @@ class TaskHead(nn.Module):
         self, width: int, hidden: int | None, num_outputs: int, activation: str = "tanh", dropout: float = 0.1
     ) -> None:
         super().__init__()
-        self.activation = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}[activation]
+        activations: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
+        self.activation = activations[activation]
         self.dropout = nn.Dropout(dropout)
         self.inner = None if hidden is None else nn.Linear(width, hidden)
         self.decoder = nn.Linear(hidden or width, num_outputs)

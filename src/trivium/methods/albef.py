@@ -41,12 +41,11 @@ from trivium.objectives.distillation import (
     published_prediction,
 )
 from trivium.objectives.masked import masked_prediction
-from trivium.objectives.matching import hard_negatives, matching
+from trivium.objectives.matching import FALSE_SHARE, hard_negatives, matching
 from trivium.train.protocol import Batch, Key, Rows, Sums, hash64
 
 LOSSES = ("itc", "itm", "mlm")
 FOLLOWED = ("image", "text", "fusion", "mlm_head", "image_projection", "text_projection")  # by the teacher
-FALSE_SHARE = 2 / 3  # of the pairs that ITM is asked about
 _CAPTION_BASE = 0x9E3779B97F4A7C15 - 2**64  # odd, as an int64
 
 
@@ -131,11 +130,8 @@ class AlbefMethod(MethodOfPictures):
 
     def counts(self, batch: Batch) -> Sums:
         assert bool(batch.targets["matched"].all()), "ALBEF makes its false pairs itself"
-        return {
-            "itc": torch.tensor(len(batch)),
-            "itm": 3 * self._allowed(batch).any(1).sum(),
-            "mlm": batch.targets["selected"].sum(),
-        }
+        counts = {"itc": torch.tensor(len(batch)), "itm": 3 * self._allowed(batch).any(1).sum()}
+        return counts | {"mlm": batch.targets["selected"].sum()} if self.weights["mlm"] else counts
 
     def _same(self, batch: Batch) -> Tensor:
         """The numbers of picture and caption, int64 [B, 2]. Captions of the same words have the same number."""
@@ -208,13 +204,13 @@ class AlbefMethod(MethodOfPictures):
         sums: Sums = {}
         allowed_BB = self._allowed(batch)
         negatives = self._negatives(batch, rows, self._to(allowed_BB), key) if self.weights["itm"] else None
-        selected_BT = batch.targets["selected"]
         published = self.distillation.soft_labels == "positions"
-        if published:
-            index_BQ, masked_M = None, places(selected_BT)
-        else:
-            index_BQ, (masked_M,) = needed(selected_BT)
-        index = None if index_BQ is None else self._to(index_BQ)
+        index, masked_M = None, torch.empty(0, dtype=torch.int64)
+        if self.weights["mlm"] and published:
+            masked_M = places(batch.targets["selected"])
+        elif self.weights["mlm"]:
+            index_BQ, (masked_M,) = needed(batch.targets["selected"])
+            index = self._to(index_BQ)
         words, pairs = self.model.fuse_pairs(
             states.image, states.masked, index, None if negatives is None else states.text, negatives
         )
@@ -224,7 +220,7 @@ class AlbefMethod(MethodOfPictures):
             sums["itm"] = matching(self.model.match(pairs), self._to(true_3B), self._to(kept_3B))
             sums["stat/itm_left_out"] = self._to((~allowed_BB.any(1)).sum())
         if words is not None:
-            ids_M = self._to(batch.texts[0].ids_BT[selected_BT])
+            ids_M = self._to(batch.texts[0].ids_BT[batch.targets["selected"]])
             sums |= self._masked_words(words, index, self._to(masked_M), ids_M, states, published)
             if "stat/mlm_kl" in sums:
                 sums["stat/mlm_kl"] = sums["stat/mlm_kl"] / counts["mlm"].clamp(min=1).to(ids_M.device)

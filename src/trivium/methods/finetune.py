@@ -65,8 +65,10 @@ class FineTuning(Method):
         target = self._to(batch.targets[self.target])
         loss = self.objective(outputs_BK, target)
         if self.teacher is not None and self.training and self.teacher.alpha:
+            copy = self.teacher.copy
+            assert isinstance(copy, FineTuned)
             with torch.no_grad():
-                soft = self.as_target(self._outputs(self.teacher.copy, inputs))
+                soft = self.as_target(self._outputs(copy, inputs))
             loss = torch.lerp(loss, self.objective(outputs_BK, soft), self.teacher.alpha)
         sums = {self.model.config.task: loss}
         if self.target == "label":
