@@ -166,8 +166,6 @@ def test_other_families_train_what_they_have_on_tables_of_ones_own(
         ("retrieval_flickr30k", ["--data", "ROOT", "--objectives.contrastive", "0", "--objectives.itm", "0"],
          "every loss has weight 0"),
         ("retrieval_flickr30k", ["--data", "ROOT", "--distillation.alpha", "1.5"], "--distillation.alpha 1.5"),
-        ("retrieval_flickr30k", ["--data", "BROKEN"], "entry 1"),
-        ("retrieval_flickr30k", ["--data", "GONE"], "entry 1): its picture"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence_and_nothing_is_half_written(
@@ -175,20 +173,34 @@ def test_mistakes_are_one_sentence_and_nothing_is_half_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     places = {"ROOT": flickr, "EMPTY": tmp_path, "TABLE": flickr / "flickr30k_train.json"}
-    for name, entry in (("BROKEN", {"image": "0.png"}), ("GONE", {"image": "9.png", "caption": "a"})):
-        if name in words:
-            places[name] = tmp_path / name
-            places[name].mkdir()
-            (places[name] / "0.png").write_bytes(drawn_picture(0))
-            for split in ("train", "val"):
-                entries = [{"image": "0.png", "caption": "a"}, entry]
-                (places[name] / f"flickr30k_{split}.json").write_text(json.dumps(entries))
     given = [str(places.get(word, word)) for word in words]
     flags = [word for name, value in QUICK.items() for word in (f"--{name}", str(value)) if f"--{name}" not in words]
     code = run("finetune", task, "--init", models["albef"], "--out", tmp_path / "run", *flags, *given)
     told = capsys.readouterr()
     assert code == 2 and sentence in told.err.strip().splitlines()[-1]
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_entries_that_cannot_be_used_are_named_and_too_many_stop_the_run(
+    models: dict[str, Path], flickr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flickr30k-images").symlink_to(flickr / "flickr30k-images")
+    for split in ("train", "val"):
+        entries = json.loads((flickr / f"flickr30k_{split}.json").read_text())
+        entries[1:3] = [{"image": "flickr30k-images/0.png"}, {"image": "9.png", "caption": "a"}]
+        (tmp_path / f"flickr30k_{split}.json").write_text(json.dumps(entries))
+    words = ("--data", tmp_path, "--shortlist", 0)
+    tune("retrieval_flickr30k", models["albef"], tmp_path / "run", *words, "--train.bad-rate", 1)
+    told = capsys.readouterr().out
+    assert "flickr30k_val.json (entry 1): it has no" in told and "(entry 2): its picture" in told
+    skipped = " ".join(str(line) for line in lines_of(tmp_path / "run" / "skipped.jsonl"))
+    assert "flickr30k_train.json (entry 1)" in skipped or "flickr30k_train.json (entry 2)" in skipped
+    flags = [word for name, value in QUICK.items() for word in (f"--{name}", str(value))]
+    more = ["--train.steps", 40, "--train.bad-window", 10, "--train.evaluate-every", 40]
+    code = run("finetune", "retrieval_flickr30k", "--init", models["albef"], "--out", tmp_path / "stopped", *flags,
+               *words, *more)  # fmt: skip
+    assert code == 2 and "flickr30k_train.json" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "stopped" / "results.json").exists()
 
 
 def test_a_model_without_a_shared_space_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,10 @@ KEY = Key(seed=3, stream="pairs", step=4)
 
 def pairs(rows: int = 6, alike: tuple[tuple[int, int], ...] = ((0, 4),)) -> Batch:
     batch = make_batch("pairs", rows)
+    same_B = batch.rows_B.clone()
     for first, second in alike:
-        batch.images[0].same_B[second] = batch.texts[0].same_B[second] = first
+        same_B[second] = first
+    batch.images[0].same_B, batch.texts[0].same_B = same_B, same_B.clone()
     return batch
 
 

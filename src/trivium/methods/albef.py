@@ -41,10 +41,11 @@ from trivium.objectives.distillation import (
     published_prediction,
 )
 from trivium.objectives.masked import masked_prediction
-from trivium.objectives.matching import FALSE_SHARE, hard_negatives, matching
+from trivium.objectives.matching import hard_negatives, matching
 from trivium.train.protocol import Batch, Key, Rows, Sums, hash64
 
 LOSSES = ("itc", "itm", "mlm")
+FALSE_SHARE = 2 / 3  # of the pairs that ITM is asked about: beside each true one a false picture and a false text
 FOLLOWED = ("image", "text", "fusion", "mlm_head", "image_projection", "text_projection")  # by the teacher
 _CAPTION_BASE = 0x9E3779B97F4A7C15 - 2**64  # odd, as an int64
 

@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from trivium.methods.albef import FALSE_SHARE
 from trivium.methods.pixels import MethodOfPictures, Pixels
 from trivium.models.encoded import Encoded
 from trivium.models.flava import MAX_LOGIT_SCALE, Flava
 from trivium.objectives.contrastive import contrastive
-from trivium.objectives.matching import FALSE_SHARE, hard_negatives, matching
+from trivium.objectives.matching import hard_negatives, matching
 from trivium.train.protocol import Batch, Key, Rows, Sums
 
 

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FALSE_SHARE = 2 / 3  # of the pairs that ITM is asked about, where each true one has a false picture and a false text
-
 
 def matching(logits_B2: Tensor, matched_B: Tensor, kept_B: Tensor | None = None) -> Tensor:
     """Sum over rows of two-way cross-entropy; class 1 = matched. Divide by the rows of the global batch.

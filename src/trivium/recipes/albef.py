@@ -15,10 +15,9 @@ from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
 from trivium.load import load, open_own
-from trivium.methods.albef import LOSSES, AlbefMethod, Distillation, Duplicates
+from trivium.methods.albef import FALSE_SHARE, LOSSES, AlbefMethod, Distillation, Duplicates
 from trivium.methods.pixels import Pixels
 from trivium.models.albef import SIZES, Albef, AlbefConfig
-from trivium.objectives.matching import FALSE_SHARE
 from trivium.recipes import limits, validation
 from trivium.recipes.albef_towers import Towers
 from trivium.recipes.data import (

@@ -30,7 +30,7 @@ from trivium.evaluate import pairs, retrieval
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.reranking import SHORTLIST
 from trivium.load import load, open_own
-from trivium.methods.albef import AlbefMethod, Distillation, Duplicates
+from trivium.methods.albef import FALSE_SHARE, AlbefMethod, Distillation, Duplicates
 from trivium.methods.clip import ClipMethod
 from trivium.methods.momentum import SoftTargets
 from trivium.methods.pixels import Pixels
@@ -39,7 +39,6 @@ from trivium.models.albef import Albef
 from trivium.models.clip import Clip
 from trivium.models.encoded import Matches
 from trivium.models.flava import Flava
-from trivium.objectives.matching import FALSE_SHARE
 from trivium.recipes import limits
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
 from trivium.recipes.data import Sources, absolute, noticed
