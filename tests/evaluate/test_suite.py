@@ -29,6 +29,7 @@ from trivium.evaluate.paper_tasks import SUITES
 from trivium.evaluate.results import Result
 from trivium.evaluate.suite import SuiteRun, TaskRun
 from trivium.evaluate.suite_report import SuiteReport
+from trivium.models.encoded import Matches
 
 TASKS = {task.name: task for task in SUITES["flava35"]}
 
@@ -225,6 +226,27 @@ def test_retrieval_has_five_right_answers_a_picture_one_way_and_one_the_other(
     assert results["Flickr30K retrieval.zero_shot.ir_r1"].value == pytest.approx(expected)
     ranks = [1 + int((scores[own != p, p] >= scores[own == p, p].max()).sum()) for p in range(3)]
     assert results["Flickr30K retrieval.zero_shot.tr_r5"].value == pytest.approx(np.mean([rank <= 5 for rank in ranks]))
+
+
+def test_retrieval_is_re_ranked_beside_and_albefs_table_takes_that(bundle: Bundle, root: Path, tmp_path: Path) -> None:
+    assert isinstance(bundle.model, Matches)
+    task = next(task for task in SUITES["albef"] if task.kind == "retrieval" and task.name.startswith("Flickr30K"))
+    [found] = suite.run([task], bundle, root, tmp_path).tasks
+    captions = [text for texts in CAPTIONS for text in texts]
+    logits = torch.empty(3, 15)
+    for label in range(3):
+        image = bundle.encode_image(root / "flickr30k" / "flickr30k-images" / f"{1000 + label}.jpg")
+        with torch.no_grad():
+            fused = bundle.fuse(image, bundle.encode_text(captions))
+            logits[label] = bundle.model.match(fused)[:, 1]
+    own = torch.arange(15) // 5
+    right = [int((logits[:, row] >= logits[own[row], row]).sum()) == 1 for row in range(15)]
+    reranked = found.results["Flickr30K retrieval.zero_shot.ir_reranked_r1"]
+    assert reranked.value == pytest.approx(np.mean(right))
+    [figure] = [each for each in task.figures if each.metric == "IR R@1"]
+    assert found.figure(figure) == reranked
+    [of_flava] = [each for each in TASKS["Flickr30K retrieval"].figures if each.metric == "IR R@1"]
+    assert found.figure(of_flava) == found.results["Flickr30K retrieval.zero_shot.ir_r1"]
 
 
 # --------------------------------------------------------------------------------------------------- suite
