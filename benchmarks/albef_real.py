@@ -70,7 +70,7 @@ def main() -> None:
         pairs = {"data.train": photographs.train, "data.dev": photographs.dev, "data.text-column": "captions"}
         runs["flickr8k fine-tuned"] = tuned("flickr8k-retrieval", "retrieval", runs["flickr8k"], pairs)
     if "entailment" in given.parts:
-        tables = {f"data.{split}": [path] for split, path in photographs.entailment().items()}
+        tables: dict[str, Any] = {f"data.{split}": [path] for split, path in photographs.entailment().items()}
         head = {"head.activation": "relu", "head.dropout": 0.0, "distillation.alpha": 0.4, "distillation.ramp": 0.0}
         start = runs["flickr8k"]
         runs["entailment"] = tuned("entailment", "image_text_classification", start, tables | head)

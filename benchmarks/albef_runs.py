@@ -66,7 +66,8 @@ class Photographs:
         if paths["test"].is_file():
             return paths
         rows = pq.read_table(self.root / "flickr8k" / "entailment.parquet").to_pylist()
-        wanted, lines = {row["file"] for row in rows}, {split: [] for split in paths}  # type: dict[str, Any], Any
+        wanted = {row["file"] for row in rows}
+        lines: dict[str, list[str]] = {split: [] for split in paths}
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
         for file in self.train:
             for row in pq.read_table(file, columns=["file", "image"]).to_pylist():

@@ -3,9 +3,10 @@
     python benchmarks/albef_table1.py --data.root DATA --out runs/albef-table1
 
 Pretraining: the tiny ALBEF on Flickr8k's training photographs and on scenes with their captions, STEPS updates for
-every row alike. Columns: retrieval on Flickr8k's dev photographs after fine-tuning (mean of R@1, 5 and 10, re-ranked),
-entailment on its triples (photographs with md5(file) % 10 = 0 held out), NLVR2 and VQA on scenes. The last row has a
-quarter of the pairs, as 4M stands to 14M in the paper. Cells of two seeds; 95 % intervals over the units of the test.
+every row alike; the vocabulary is BERT's. Columns: retrieval on Flickr8k's dev photographs after fine-tuning (mean of
+R@1, 5 and 10, re-ranked), entailment on its triples (photographs with md5(file) % 10 = 0 held out), NLVR2 and VQA on
+scenes. The last row has a quarter of the pairs, as 4M stands to 14M in the paper. Cells of two seeds; 95 % intervals
+over the units of the test.
 
 Several processes share the work, each with some `--rows`, `--columns` and `--seeds` of the same --out; whatever is done
 is not repeated. `--table` only sums up what is there, and writes results/albef_table1.json and .md.
@@ -14,6 +15,7 @@ is not repeated. `--table` only sums up what is there, and writes results/albef_
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from albef_runs import (
     per_cent,
     run,
     units,
+    write_beside,
 )
 
 from trivium.cli import main as trivium
@@ -87,22 +90,47 @@ class Cell:
     def folder(self) -> Path:
         return self.out / f"seed-{self.seed}" / self.row
 
-    def made_scenes(self, split: str, count: int) -> Path:
-        """Scenes in every published form, written once."""
-        folder = self.out / "data" / "scenes"
-        words = ["data", "scenes", "--out", str(folder), "--split", split, "--count", str(count)]
-        if code := trivium(words):
-            raise SystemExit(code)
-        return folder
+    def made_scenes(self, format: str) -> Path:
+        """Scenes in a published form, a fifth as many to be measured on; written once."""
+        folder = self.out / "data" / f"scenes-{self.scenes}"
+        for split, count in (("train", self.scenes), ("new-scenes", max(8, self.scenes // 5))):
+            done = folder / f".{format}-{split}"
+            if not done.is_file():
+                words = ["data", "scenes", "--out", str(folder), "--split", split, "--count", str(count)]
+                if code := trivium([*words, "--format", format]):
+                    raise SystemExit(code)
+                done.touch()
+        return folder / format
+
+    def captioned_scenes(self, every: int) -> Path:
+        """Their pictures and captions, every so many of them, as a table."""
+        coco = self.made_scenes("coco")
+        path = coco / f"captions-{every}.jsonl"
+        if not path.is_file():
+            content = json.loads((coco / "annotations" / "captions_train2017.json").read_text())
+            captions: dict[int, list[str]] = {}
+            for entry in content["annotations"]:
+                captions.setdefault(entry["image_id"], []).append(entry["caption"])
+            lines = [
+                json.dumps({"image": f"train2017/{image['file_name']}", "captions": captions[image["id"]]}) + "\n"
+                for image in content["images"][::every]
+            ]
+            write_beside(path, lambda beside: beside.write_text("".join(lines)))
+        return path
+
+    def pairs(self) -> Path:
+        """The photographs that the row is trained on."""
+        every = ROWS[self.row].every
+        return self.photographs.written("pairs" if every == 1 else f"pairs-{every}", every)
 
     def pretrained(self) -> Path:
         """Rows that differ downstream alone share their pretraining."""
         row = ROWS[self.row]
         name = next(n for n, o in ROWS.items() if (o.pretraining(), o.every) == (row.pretraining(), row.every))
-        pairs = [self.photographs.written("pairs" if row.every == 1 else f"pairs-{row.every}", row.every)]
         values = {
-            "size": "tiny", "data.pairs": pairs, "data.validation": self.photographs.dev,
-            "data.text-column": "captions", "train.steps": self.steps, "train.seed": self.seed,
+            "size": "tiny", "data.pairs": [self.pairs(), self.captioned_scenes(row.every)],
+            "data.validation": self.photographs.dev, "data.text-column": "captions", "data.vocabulary": "bert",
+            "train.steps": self.steps, "train.seed": self.seed,
             "train.save-every": 200, **row.pretraining(),
         }  # fmt: skip
         out = self.out / f"seed-{self.seed}" / name / "pretraining"
@@ -119,9 +147,7 @@ class Cell:
 
 
 def _recalls(cell: Cell, way: str) -> dict[str, float]:
-    photographs, row = cell.photographs, ROWS[cell.row]
-    train = photographs.written("pairs" if row.every == 1 else f"pairs-{row.every}", row.every)
-    values = {"data.train": [train], "data.dev": photographs.dev, "data.text-column": "captions"}
+    values = {"data.train": [cell.pairs()], "data.dev": cell.photographs.dev, "data.text-column": "captions"}
     out = cell.tuned("retrieval", "retrieval", values)
     return units(out, [f"retrieval.dev.{way}_reranked_r{cutoff}" for cutoff in (1, 5, 10)])
 
@@ -136,19 +162,29 @@ def image_retrieval(cell: Cell) -> dict[str, float]:
 
 def entailment(cell: Cell) -> dict[str, float]:
     paths = cell.photographs.entailment()
-    values = {f"data.{split}": [path] for split, path in paths.items()}
+    values: dict[str, Any] = {f"data.{split}": [path] for split, path in paths.items()}
     values |= {"head.activation": "relu", "head.dropout": 0.0, "distillation.ramp": 0.0}
     out = cell.tuned("entailment", "image_text_classification", values)
     return units(out, [f"{ENTAILMENT}.test.accuracy"])
 
 
-# Each gives a value for every unit of its test; None: not to be had yet.
-COLUMNS: dict[str, Callable[[Cell], dict[str, float]] | None] = {
+def two_pictures(cell: Cell) -> dict[str, float]:
+    out = cell.tuned("nlvr2", "nlvr2", {"data.root": cell.made_scenes("nlvr2")})
+    return units(out, ["NLVR2.dev.accuracy"])
+
+
+def questions(cell: Cell) -> dict[str, float]:
+    out = cell.tuned("vqa", "vqa", {"data.root": cell.made_scenes("vqa")})
+    return units(out, ["VQAv2.dev.accuracy"])
+
+
+# Each gives a value for every unit of its test.
+COLUMNS: dict[str, Callable[[Cell], dict[str, float]]] = {
     "TR": text_retrieval,
     "IR": image_retrieval,
     "VE": entailment,
-    "NLVR2": None,
-    "VQA": None,
+    "NLVR2": two_pictures,
+    "VQA": questions,
 }
 
 
@@ -157,8 +193,7 @@ def main() -> None:
     parser.add_argument("--data.root", dest="root", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    measured = [name for name, column in COLUMNS.items() if column is not None]
-    parser.add_argument("--columns", nargs="+", choices=measured, default=measured)
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=1200, help="of pretraining")
     parser.add_argument("--tuning-steps", type=int, default=300, help="of each fine-tuning")
@@ -175,9 +210,7 @@ def main() -> None:
         for seed in given.seeds:
             for row in given.rows:
                 for name in given.columns:
-                    column = COLUMNS[name]
-                    assert column is not None
-                    column(cell(row, seed))
+                    COLUMNS[name](cell(row, seed))
     table(given.out, cell, given.seeds, given.steps, given.tuning_steps)
 
 
@@ -191,7 +224,7 @@ def table(out: Path, cell: Callable[[str, int], Cell], seeds: list[int], steps: 
         for name, column in COLUMNS.items():
             done = [cell(row, seed) for seed in seeds
                     if (cell(row, seed).folder / FOLDERS[name] / "results.json").is_file()]  # fmt: skip
-            if column is not None and done:
+            if done:
                 found.setdefault(row, {})[name] = [column(each) for each in done]
     lines = [
         "# ALBEF's Table 1 in pocket form",

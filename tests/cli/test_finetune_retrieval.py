@@ -195,10 +195,10 @@ def test_entries_that_cannot_be_used_are_named_and_too_many_stop_the_run(
     assert "flickr30k_val.json (entry 1): it has no" in told and "(entry 2): its picture" in told
     skipped = " ".join(str(line) for line in lines_of(tmp_path / "run" / "skipped.jsonl"))
     assert "flickr30k_train.json (entry 1)" in skipped or "flickr30k_train.json (entry 2)" in skipped
-    flags = [word for name, value in QUICK.items() for word in (f"--{name}", str(value))]
-    more = ["--train.steps", 40, "--train.bad-window", 10, "--train.evaluate-every", 40]
-    code = run("finetune", "retrieval_flickr30k", "--init", models["albef"], "--out", tmp_path / "stopped", *flags,
-               *words, *more)  # fmt: skip
+    more = {**QUICK, "train.steps": 40, "train.bad-window": 10, "train.evaluate-every": 40}
+    flags = [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    out = tmp_path / "stopped"
+    code = run("finetune", "retrieval_flickr30k", "--init", models["albef"], "--out", out, *flags, *words)
     assert code == 2 and "flickr30k_train.json" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "stopped" / "results.json").exists()
 
