@@ -333,6 +333,16 @@ def test_figures_of_fine_tuning_are_read_under_their_title(bundle: Bundle, tmp_p
     assert memes.state == "read" and "side by side" in memes.notes[0]
 
 
+def test_fine_tuned_retrieval_takes_the_re_ranked_figures_where_there_are_some(bundle: Bundle, tmp_path: Path) -> None:
+    task = next(t for t in SUITES["albef"] if t.name == "COCO retrieval" and t.protocol == "fine-tune")
+    read = {f"COCO retrieval.{name}": Result(value) for name, value in
+            (("test.tr_r1", 0.7), ("test.tr_reranked_r1", 0.77), ("test.ir_r1", 0.5), ("dev.tr_r1", 0.6))}  # fmt: skip
+    [found] = suite.run([task], bundle, None, tmp_path, fine_tuned=read).tasks
+    values = {figure.metric: found.figure(figure) for figure in task.figures}
+    assert found.state == "read"
+    assert values["TR R@1"] == Result(0.77) and values["IR R@1"] == Result(0.5) and values["IR R@5"] is None
+
+
 def test_a_model_without_texts_is_told_what_it_cannot_do(tmp_path: Path) -> None:
     class Pictures(torch.nn.Module):
         def encode_image(self, pixels_BCHW: torch.Tensor) -> None: ...

@@ -18,6 +18,7 @@ from trivium.invariance import albef
 from trivium.methods.finetune import FineTuning
 from trivium.methods.momentum import SoftTargets
 from trivium.methods.pixels import Pixels
+from trivium.models.albef import Albef, AlbefConfig
 from trivium.models.finetuned import FineTuned, HeadConfig
 from trivium.train.step import backward
 
@@ -109,3 +110,15 @@ def test_entailment_is_a_classifier_on_the_fused_class_token_taught_by_a_momentu
         for part in ("weight", "bias"):
             expected = getattr(theirs.cls_head[place], part).grad
             torch.testing.assert_close(getattr(ours, part).grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_are_as_many_as_published() -> None:
+    """At 384 pixels; every part that the public models of the two tasks have."""
+    with torch.device("meta"):
+        model = Albef(replace(AlbefConfig(), image_size=384))
+        head = HeadConfig("entailment", "fused", "class", 768, 3, 768, "relu", dropout=0.0).build()
+    counted = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()}
+    encoders = counted["image"] + counted["text"] + counted["fusion"]
+    heads = counted["image_projection"] + counted["text_projection"] + counted["itm_head"]
+    assert encoders + heads + model.temperature.numel() == 209_560_835
+    assert encoders + sum(p.numel() for p in head.parameters()) == 209_758_467
