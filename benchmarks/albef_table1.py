@@ -230,8 +230,8 @@ def table(out: Path, cell: Callable[[str, int], Cell], seeds: list[int], steps: 
         "# ALBEF's Table 1 in pocket form",
         "",
         f"Tiny ALBEF, {steps:,} updates of pretraining and {tuning_steps:,} of each fine-tuning, seeds"
-        f" {', '.join(map(str, seeds))}; per cent, with 95 % intervals over the units of each test. In brackets behind"
-        " each the paper's figure (4M pairs; of the last row, read backwards, 14M against 4M).",
+        f" {', '.join(map(str, seeds))}; per cent, with 95 % intervals over the units of each test, and the paper's"
+        " figures at 4M pairs. The last row is to the one above it as 4M pairs are to 14M in the paper.",
         "",
         "| training tasks | " + " | ".join(COLUMNS) + " |",
         "|---" * (1 + len(COLUMNS)) + "|",

@@ -40,6 +40,7 @@ from trivium.models.clip import Clip
 from trivium.models.encoded import Matches
 from trivium.models.flava import Flava
 from trivium.recipes import limits
+from trivium.recipes.albef import check_pools, queue_rows
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
 from trivium.recipes.data import Sources, absolute, noticed
 from trivium.recipes.prepared import Losses, Prepared
@@ -48,8 +49,6 @@ from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Source, Stream
 from trivium.train.trainer import Run, Train
 
-PUBLISHED_QUEUE = 65_536
-SHARE_IN_QUEUE = 4  # a queue holds at most one pair in so many: longer, and nearly every row meets itself in it
 SPLITS = ("train", "val", "test")  # of the official files; val chooses the checkpoint
 OFFICIAL = {  # how the official files of a folder begin -> how papers call the data set
     "flickr30k": "Flickr30K retrieval", "coco": "COCO retrieval",
@@ -303,13 +302,7 @@ def _method(
             "every loss has weight 0, so nothing would be trained: set one, such as --objectives.contrastive 1"
         )
     if isinstance(model, Albef):
-        most = num_pairs // SHARE_IN_QUEUE
-        queue = min(PUBLISHED_QUEUE, most) if objectives.queue is None else objectives.queue
-        if queue > most:
-            notes.append(
-                f"a queue of {queue:,} is more than a quarter of the {num_pairs:,} pairs: rows meet themselves in it;"
-                f" --objectives.queue {most} is enough"
-            )
+        queue = queue_rows(objectives.queue, num_pairs, notes)
         return AlbefMethod(
             model, pixels, Distillation(soft.ramp, soft.reach, soft.dropout, itc=soft.alpha, mlm=0.0),
             recipe.train.steps, steps_per_epoch(num_pairs, recipe.data.batch), queue, seed=recipe.train.seed,
@@ -339,13 +332,8 @@ def _select(recipe: RetrievalRecipe, model: Albef | Flava | Clip) -> str:
 
 
 def _check_pools(recipe: RetrievalRecipe) -> None:
-    """Raises TriviumError where a micro-batch would cut a pool in two: negatives would come from fewer pairs there."""
-    rows, pool = recipe.rows_at_once, recipe.objectives.pool
-    if recipe.objectives.itm and rows > pool and rows % pool:
-        raise TriviumError(
-            f"micro-batches of {rows} pairs cut pools of {pool} in two: choose --train.micro-batch as a multiple of"
-            f" {pool}, at most {pool}, or another --objectives.pool"
-        )
+    if recipe.objectives.itm:
+        check_pools(recipe.rows_at_once, recipe.objectives.pool)
 
 
 def _open(data: RetrievalData) -> tuple[str, dict[str, Source]]:
