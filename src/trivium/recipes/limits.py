@@ -97,6 +97,7 @@ RULES: dict[str, Rule] = {
     "dropout": (lambda value: 0 <= value < 1, "0 or more and below 1"),
     "head.dropout": (lambda value: 0 <= value < 1, "0 or more and below 1"),
     "epochs": POSITIVE,
+    "shortlist": NOT_NEGATIVE,
     "init_std": POSITIVE,
     "validate": NOT_NEGATIVE,
 }
