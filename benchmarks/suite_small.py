@@ -150,7 +150,7 @@ def of_retrieval(table: Table, root: Path, out: Path, models: dict[str, dict[str
 
     def measure(encoder: Encoder, bundle: Bundle | None) -> dict[str, Any]:
         assert isinstance(encoder, ModelEncoder)
-        return _cell(zero_shot_retrieval(captioned, encoder, out / "features", print))
+        return _cell(zero_shot_retrieval(captioned, encoder, out / "features", print, shortlist=128))
 
     table.fill(RETRIEVAL, FLOOR, "chance", lambda: {"figures": chance, "notes": []})
     for name, variants in models.items():

@@ -240,7 +240,10 @@ def bundle_of(foreign: Foreign) -> Bundle:
         tokenizer=tokenizer,
         transform=ImageTransform(**transform),
         image_tokenizer=foreign.image_tokenizer,
+        labels=foreign.labels,
         max_length=foreign.max_length,
+        head=foreign.head,
+        head_config=foreign.head_config,
     )
 
 

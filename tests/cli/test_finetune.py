@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import trivium
 from tests.data.drawn import drawn_picture
@@ -103,6 +104,20 @@ def test_a_run_that_is_resumed_chooses_and_ends_as_one_that_was_not(bert: Path, 
         assert run(again, out, "--resume") == 0
         assert digests(checkpoint(out, 6)) == digests(checkpoint(tmp_path / "straight", 6))
         assert figures(out)["text classification"] == figures(tmp_path / "straight")["text classification"]
+
+
+def test_the_teacher_of_distillation_is_resumed_too(bert: Path, reviews: str, tmp_path: Path) -> None:
+    words = ("--data", reviews, "--train.save-every", 2, "--distillation.alpha", 0.4, "--distillation.reach", 3)
+    finetune("text_classification", bert, tmp_path / "straight", *words)
+    out = tmp_path / "again"
+    finetune("text_classification", bert, out, *words)
+    kept = load_file(checkpoint(out, 6) / "training" / "method.safetensors")
+    assert {"teacher.copy.backbone.encoder.blocks.0.attention.qkv.weight", "teacher.copy.head.inner.weight"} <= set(
+        kept
+    )
+    (checkpoint(out, 6) / "manifest.json").unlink()  # as if it had not come to be
+    assert run("finetune", out, "--resume") == 0
+    assert digests(checkpoint(out, 6)) == digests(checkpoint(tmp_path / "straight", 6))
 
 
 def test_the_best_checkpoint_is_kept_beyond_the_last_ones_and_measured(

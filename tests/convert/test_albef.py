@@ -7,13 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import trivium
+from tests.recipes.shop import trivium as run
 from trivium.convert import albef, read_foreign
 from trivium.data.embedded import bert_vocabulary
+from trivium.data.tokenizer import BERT_SPECIALS
 from trivium.errors import TriviumError
 from trivium.invariance.albef import random_albef
 from trivium.models.albef import Albef, AlbefConfig
@@ -158,7 +162,7 @@ def test_a_file_is_a_model_and_says_what_it_lacks(
 
 def test_what_the_model_writes_is_a_pretrained_file() -> None:
     model = random_albef(dtype=torch.float32)
-    state = albef.pretrained_state(model)
+    state = albef.state_as(albef.PRETRAINED, model)
     assert torch.equal(state["visual_encoder_m.pos_embed"], state["visual_encoder.pos_embed"])
     assert state["temp"].shape == ()
     config, ours, layout = albef.from_official(state, {"num_attention_heads": model.config.num_heads})
@@ -170,7 +174,7 @@ def test_what_the_model_writes_is_a_pretrained_file() -> None:
 def test_texts_are_read_as_in_training(tmp_path: Path) -> None:
     """No [SEP] stands at the end, marks are dropped, and segment 0 is added to every token."""
     model = random_albef(AlbefConfig.of_size("tiny", vocab_size=30522), dtype=torch.float32)
-    torch.save({"model": albef.pretrained_state(model)}, tmp_path / "ALBEF.pth")
+    torch.save({"model": albef.state_as(albef.PRETRAINED, model)}, tmp_path / "ALBEF.pth")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": model.config.num_heads}))
     (tmp_path / "vocab.txt").write_text("\n".join(bert_vocabulary()) + "\n")
     with pytest.warns(UserWarning, match="left out"):
@@ -211,8 +215,69 @@ def test_a_file_that_does_not_fit_is_one_sentence() -> None:
                              "embeddings.token_type_embeddings.weight": torch.ones(1)}, {})  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "what"), [("ve", "labels"), ("vqa", "answers"), ("nlvr", "two pictures")])
+@pytest.mark.parametrize(("kind", "what"), [("vqa", "answers"), ("nlvr", "two pictures")])
 def test_other_fine_tuned_files_are_not_opened_yet(kind: str, what: str, tmp_path: Path) -> None:
     torch.save(official(kind), tmp_path / f"{kind}.pth")
     with pytest.raises(TriviumError, match=f"fine-tuned for {what}"):
         read_foreign(tmp_path / f"{kind}.pth")
+
+
+def test_a_file_for_entailment_answers_with_its_own_labels_and_comes_back(tmp_path: Path) -> None:
+    theirs = official("ve")
+    torch.save({"model": theirs}, tmp_path / "ve.pth")
+    (tmp_path / "vocab.txt").write_text("\n".join([*BERT_SPECIALS, "a", "dog"]) + "\n")
+    with pytest.warns(UserWarning, match="drawn at random"):
+        bundle = trivium.load(tmp_path / "ve.pth")  # type: ignore[operator]
+    assert bundle.labels == ["contradiction", "neutral", "entailment"]
+    picture = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    shares = bundle.answer([picture], ["a dog"])
+    with torch.no_grad():  # Linear, ReLU, Linear on the raw class token, as published
+        fused = bundle.fuse(bundle.encode_image([picture]), bundle.encode_text(["a dog"])).tokens[:, 0]
+        inner = (fused @ theirs["cls_head.0.weight"].T + theirs["cls_head.0.bias"]).relu()
+        expected = (inner @ theirs["cls_head.2.weight"].T + theirs["cls_head.2.bias"]).softmax(1)
+    torch.testing.assert_close(shares, expected)
+    assert run("convert", tmp_path / "ve.pth", "--to", "albef", "--out", tmp_path / "back") == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    students = {name: tensor for name, tensor in theirs.items() if "_m." not in name}
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in students.items())
+    assert all(torch.equal(back[name.replace(".", "_m.", 1)], tensor) for name, tensor in students.items())
+
+
+def test_labels_in_another_order_are_written_in_the_official_one(tmp_path: Path) -> None:
+    """The names travel with the weights: what entails goes out as number 2, whatever it was here."""
+    torch.save({"model": official("ve")}, tmp_path / "ve.pth")
+    (tmp_path / "vocab.txt").write_text("\n".join([*BERT_SPECIALS, "a", "dog"]) + "\n")
+    with pytest.warns(UserWarning, match="drawn at random"):
+        bundle = trivium.load(tmp_path / "ve.pth")  # type: ignore[operator]
+    order = [2, 1, 0]
+    with torch.no_grad():
+        for part in ("weight", "bias"):
+            tensor = bundle.head.get_parameter(f"decoder.{part}")
+            tensor.copy_(tensor[order].clone())
+    bundle.labels = [bundle.labels[n] for n in order]
+    bundle.save(tmp_path / "model")
+    assert run("convert", tmp_path / "model", "--to", "albef", "--out", tmp_path / "back") == 0
+    back, theirs = load_file(tmp_path / "back" / "model.safetensors"), official_weights(tmp_path / "ve.pth")
+    assert torch.equal(back["cls_head.2.weight"], theirs["cls_head.2.weight"])
+    bundle.labels = ["yes", "no", "maybe"]
+    bundle.save(tmp_path / "other")
+    assert run("convert", tmp_path / "other", "--to", "albef", "--out", tmp_path / "none") == 2
+    assert not (tmp_path / "none").exists()
+
+
+def official_weights(path: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = torch.load(path, weights_only=True)["model"]
+    return found
+
+
+def test_a_model_for_retrieval_is_written_as_mscoco_is(tmp_path: Path) -> None:
+    theirs = official("retrieval")
+    torch.save({"model": theirs}, tmp_path / "mscoco.pth")
+    assert run("convert", tmp_path / "mscoco.pth", "--to", "albef-retrieval", "--out", tmp_path / "back") == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    queues = {"image_queue", "text_queue", "queue_ptr", "idx_queue"}
+    assert back.keys() == theirs.keys() - queues
+    assert all(torch.equal(back[name], theirs[name]) for name in back if "_m." not in name)
+    again = read_foreign(tmp_path / "back")
+    assert again.head is None and torch.equal(again.model.temperature, theirs["temp"][None])

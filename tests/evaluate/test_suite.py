@@ -32,6 +32,7 @@ from trivium.evaluate.results import Result
 from trivium.evaluate.suite import SuiteRun, TaskRun
 from trivium.evaluate.suite_report import SuiteReport
 from trivium.recipes.tasks import TASKS as TUNED
+from trivium.models.encoded import Matches
 
 TASKS = {task.name: task for task in SUITES["flava35"]}
 
@@ -256,6 +257,27 @@ def test_retrieval_has_five_right_answers_a_picture_one_way_and_one_the_other(
     assert results["Flickr30K retrieval.zero_shot.tr_r5"].value == pytest.approx(np.mean([rank <= 5 for rank in ranks]))
 
 
+def test_retrieval_is_re_ranked_beside_and_albefs_table_takes_that(bundle: Bundle, root: Path, tmp_path: Path) -> None:
+    assert isinstance(bundle.model, Matches)
+    task = next(task for task in SUITES["albef"] if task.kind == "retrieval" and task.name.startswith("Flickr30K"))
+    [found] = suite.run([task], bundle, root, tmp_path).tasks
+    captions = [text for texts in CAPTIONS for text in texts]
+    logits = torch.empty(3, 15)
+    for label in range(3):
+        image = bundle.encode_image(root / "flickr30k" / "flickr30k-images" / f"{1000 + label}.jpg")
+        with torch.no_grad():
+            fused = bundle.fuse(image, bundle.encode_text(captions))
+            logits[label] = bundle.model.match(fused)[:, 1]
+    own = torch.arange(15) // 5
+    right = [int((logits[:, row] >= logits[own[row], row]).sum()) == 1 for row in range(15)]
+    reranked = found.results["Flickr30K retrieval.zero_shot.ir_reranked_r1"]
+    assert reranked.value == pytest.approx(np.mean(right))
+    [figure] = [each for each in task.figures if each.metric == "IR R@1"]
+    assert found.figure(figure) == reranked
+    [of_flava] = [each for each in TASKS["Flickr30K retrieval"].figures if each.metric == "IR R@1"]
+    assert found.figure(of_flava) == found.results["Flickr30K retrieval.zero_shot.ir_r1"]
+
+
 # --------------------------------------------------------------------------------------------------- suite
 
 
@@ -369,6 +391,16 @@ def test_a_suite_asks_for_figures_under_the_names_that_fine_tuning_gives_them() 
         known = {"", *(f"{split}.{metric}" for split in names for metric in task.metrics)}
         for figure in each.figures:
             assert figure.result in known and figure.instead in known, (each.name, figure)
+
+
+def test_fine_tuned_retrieval_takes_the_re_ranked_figures_where_there_are_some(bundle: Bundle, tmp_path: Path) -> None:
+    task = next(t for t in SUITES["albef"] if t.name == "COCO retrieval" and t.protocol == "fine-tune")
+    read = {f"COCO retrieval.{name}": Result(value) for name, value in
+            (("test.tr_r1", 0.7), ("test.tr_reranked_r1", 0.77), ("test.ir_r1", 0.5), ("dev.tr_r1", 0.6))}  # fmt: skip
+    [found] = suite.run([task], bundle, None, tmp_path, fine_tuned=read).tasks
+    values = {figure.metric: found.figure(figure) for figure in task.figures}
+    assert found.state == "read"
+    assert values["TR R@1"] == Result(0.77) and values["IR R@1"] == Result(0.5) and values["IR R@5"] is None
 
 
 def test_a_model_without_texts_is_told_what_it_cannot_do(tmp_path: Path) -> None:

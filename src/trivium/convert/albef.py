@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +72,17 @@ PRETRAINED = Layout(  # but for the queues
     under_bert=True,
     two_pictures=False,
 )
+RETRIEVAL = Layout(  # mscoco, flickr30k: without the head of masked words, and without the queues
+    frozenset({f"{part}{momentum}." for part in _COPIED for momentum in ("", "_m")} | {"itm_head.", "temp"}),
+    under_bert=False,
+    two_pictures=False,
+)
+ENTAILMENT = Layout(  # ve
+    frozenset({f"{part}{momentum}." for part in (*_COPIED[:2], "cls_head") for momentum in ("", "_m")}),
+    under_bert=False,
+    two_pictures=False,
+)
+ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")  # as the outputs of ve are numbered
 
 
 def from_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[AlbefConfig, State, Layout]:
@@ -123,11 +134,24 @@ def build(config: AlbefConfig, state: Mapping[str, Tensor]) -> tuple[Albef, list
     return model, sorted({name.partition(".")[0] for name in whole if name not in state})
 
 
-def pretrained_state(model: Albef) -> State:
-    """A model as a pretrained file has it, momentum copy and all, which the public code asks for; no queues."""
-    state = dict(model.state_dict())
-    copied = {f"teacher.{n}": t for n, t in state.items() if not n.startswith(("itm_head.", "temperature"))}
-    return to_official(state | copied, model.config, PRETRAINED)
+def state_as(layout: Layout, model: Albef, head: Mapping[str, Tensor] | None = None) -> State:
+    """A model, and the head of its task, as a file of a layout has them, momentum copy and all, which the public code
+    asks for; no queues. What the layout has no place for is left out."""
+    own = dict(model.state_dict()) | {f"head.{name}": tensor for name, tensor in (head or {}).items()}
+    state = own | {f"teacher.{name}": tensor for name, tensor in own.items()}
+    named = {place.ours for place in places(model.config, layout)}
+    return to_official({n: t for n, t in state.items() if n in named}, model.config, layout)
+
+
+def in_official_order(head: Mapping[str, Tensor], labels: Sequence[str]) -> dict[str, Tensor]:
+    """A head of entailment whose outputs are numbered as in ve. Raises TriviumError for other labels."""
+    if sorted(labels) != sorted(ENTAILMENT_LABELS):
+        raise TriviumError(
+            f"ALBEF's files for labels hold {', '.join(ENTAILMENT_LABELS)}, and this head {', '.join(labels)}: write it"
+            " as trivium"
+        )
+    order = torch.tensor([list(labels).index(label) for label in ENTAILMENT_LABELS])
+    return {name: t[order] if name.startswith("decoder.") else t for name, t in head.items()}
 
 
 def config_of(state: Mapping[str, Tensor], layout: Layout, config: Mapping[str, Any]) -> AlbefConfig:

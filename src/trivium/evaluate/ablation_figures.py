@@ -78,7 +78,7 @@ def measure(
             _masked_words(found, bundle)
         if "retrieval" in abilities and pairs_held_out is not None:
             say("the held-out pairs")
-            found.results |= pairs.run(bundle, pairs_held_out).results
+            found.results |= pairs.run(bundle, pairs_held_out, shortlist=0).results
         elif "retrieval" in abilities:
             say("names and pictures")
             assert noto.of_model.projected is not None

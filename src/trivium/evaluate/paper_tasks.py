@@ -7,7 +7,8 @@ zero-shot retrieval are measured by the suite itself, what takes fine-tuning is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trivium.evaluate.datasets import captions, layouts
@@ -25,6 +26,7 @@ class Figure:
     averaged: bool = True  # into the mean of its domain
     splits: tuple[str, ...] = ()  # of published.csv, the first one that has a value; (): any
     instead: str = ""  # name of ours on another split, where the answers of the published one are not public
+    first: str = ""  # another name that stands before `result` where a model has it
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class PaperTask:
     expected: str = ""  # of data that `trivium finetune` reads: the official layout
     owners: str = ""
     beside: tuple[str, ...] = ()  # other protocols whose numbers the paper sets beside its own
+    shortlist: int = 0  # candidates of retrieval that are re-ranked, where a model matches pictures with texts
 
     @property
     def prefix(self) -> str:
@@ -100,10 +103,11 @@ ENTAILMENT = ("snli_ve_{train,dev,test}.jsonl, flickr30k_images/*.jpg", "https:/
 MEMES = ("{train,dev_seen,dev_unseen}.jsonl, img/*.png", "https://www.drivendata.org/competitions/64/hateful-memes/")
 
 
-def _retrieval(name: str, protocol: str = "zero-shot") -> PaperTask:
+def _retrieval(name: str, figures: tuple[Figure, ...] = _RECALLS) -> PaperTask:
+    """The short lists of re-ranking are as long as in ALBEF's paper."""
     return PaperTask(
-        name, "multimodal", "retrieval", protocol, _RECALLS, expected=captions.BY_NAME[name].expected,
-        owners=captions.BY_NAME[name].owners,
+        name, "multimodal", "retrieval", "zero-shot", figures, expected=captions.BY_NAME[name].expected,
+        owners=captions.BY_NAME[name].owners, shortlist=256 if name.startswith("COCO") else 128,
     )  # fmt: skip
 
 
@@ -126,19 +130,22 @@ MULTIMODAL = (
     _retrieval("COCO retrieval"),
 )  # fmt: skip
 
+_RERANKED = tuple(replace(f, first=re.sub(r"_r(\d+)$", r"_reranked_r\1", f.result)) for f in _RECALLS)
 _TUNED_RECALLS = tuple(
-    Figure(figure.metric, figure.result.replace("zero_shot", "fine_tune"), splits=figure.splits) for figure in _RECALLS
+    replace(f, result=f.result.replace("zero_shot", "test"), first=f.first.replace("zero_shot", "test"), averaged=True)
+    for f in _RERANKED
 )
 ALBEF = (
-    _retrieval("Flickr30K retrieval"),
+    _retrieval("Flickr30K retrieval", _RERANKED),
     PaperTask(
         "Flickr30K retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
-        expected=captions.BY_NAME["Flickr30K retrieval"].expected,
+        verb="retrieval_flickr30k", expected="flickr30k_{train,val,test}.json, flickr30k-images/*.jpg",
         owners=captions.BY_NAME["Flickr30K retrieval"].owners,
     ),
     PaperTask(
         "COCO retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
-        expected=captions.BY_NAME["COCO retrieval"].expected, owners=captions.BY_NAME["COCO retrieval"].owners,
+        verb="retrieval_coco", expected="coco_{train,val,test}.json, {train2014,val2014}/*.jpg",
+        owners=captions.BY_NAME["COCO retrieval"].owners,
     ),
     PaperTask(
         "VQAv2", "multimodal", "fine-tuning", "fine-tune",
@@ -154,7 +161,7 @@ ALBEF = (
         "SNLI-VE", "multimodal", "fine-tuning", "fine-tune",
         (Figure("accuracy", "dev.accuracy", splits=("val", "dev")),
          Figure("accuracy", "test.accuracy", splits=("test",))),
-        "SNLI-VE", "snli_ve", *ENTAILMENT,
+        "SNLI-VE", "visual_entailment", *ENTAILMENT,
     ),
     PaperTask(
         "RefCOCO+", "multimodal", "fine-tuning", "weakly supervised",

@@ -22,7 +22,7 @@ from trivium import __version__
 from trivium.bundle import Bundle
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import features as encoding
-from trivium.evaluate import outcomes, results, retrieval
+from trivium.evaluate import outcomes, pairs, results
 from trivium.evaluate.classification import Measured, classification
 from trivium.evaluate.datasets import Missing, find, layouts
 from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
@@ -33,9 +33,9 @@ from trivium.evaluate.paper_tasks import Figure, PaperTask
 from trivium.evaluate.published import Place
 from trivium.evaluate.results import Result, Results
 from trivium.manifest import write_whole
-from trivium.models.encoded import EncodesImage, EncodesText
+from trivium.models.encoded import EncodesImage, EncodesText, Matches
 
-VERSIONS = {"classification": 2, "retrieval": 1}  # of the protocols: a change of what they measure is another number
+VERSIONS = {"classification": 2, "retrieval": 2}  # of the protocols: a change of what they measure is another number
 
 State = Literal["measured", "kept", "read", "missing", "not applicable", "not fine-tuned", "damaged", "failed"]
 HAS_FIGURES: tuple[State, ...] = ("measured", "kept", "read")
@@ -54,12 +54,17 @@ class TaskRun:
 
     def figure(self, figure: Figure) -> Result | None:
         """Our own value of one of its figures, as a share."""
-        return self.results.get(self._name(figure.result), self.on_another_split(figure))
+        return self._own(figure) or self.on_another_split(figure)
 
     def on_another_split(self, figure: Figure) -> Result | None:
         """Ours, where it is taken on another split than the published one; else None."""
-        there = self._name(figure.result) in self.results
-        return None if there or not figure.instead else self.results.get(self._name(figure.instead))
+        if self._own(figure) is not None or not figure.instead:
+            return None
+        return self.results.get(self._name(figure.instead))
+
+    def _own(self, figure: Figure) -> Result | None:
+        first = self.results.get(self._name(figure.first)) if figure.first else None
+        return first or self.results.get(self._name(figure.result))
 
     def metric(self, figure: Figure) -> str:
         """What the figure is called, and where ours is of another split, that."""
@@ -168,7 +173,7 @@ def _one(
     if isinstance(data, DataSet):
         measured = classification(data, encoder, cache / "features", bundle, tell)
     else:
-        measured = zero_shot_retrieval(data, encoder, cache / "features", tell)
+        measured = zero_shot_retrieval(data, encoder, cache / "features", tell, task.shortlist)
     if rows is not None:
         measured.notes.insert(
             0, f"at most {rows:,} pictures of each split, drawn with a fixed seed: not the papers' figures"
@@ -231,8 +236,11 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
     return TaskRun(task, "not fine-tuned", missing=Missing(task.expected, task.owners))
 
 
-def zero_shot_retrieval(data: Captioned, encoder: ModelEncoder, store: Path, say: Callable[[str], None]) -> Measured:
-    """Recalls by cosine, five captions to a picture: TR finds the text for a picture, IR the picture for a text."""
+def zero_shot_retrieval(
+    data: Captioned, encoder: ModelEncoder, store: Path, say: Callable[[str], None], shortlist: int
+) -> Measured:
+    """Recalls, five captions to a picture: TR finds the text for a picture, IR the picture for a text; by cosine, and
+    re-ranked where the model matches."""
     found = Measured(notes=[f"{data.splits}: {len(data):,} pictures", *data.notes])
     images = features(encoder, data.pictures, store, say)
     found.is_final = images.is_final
@@ -246,15 +254,16 @@ def zero_shot_retrieval(data: Captioned, encoder: ModelEncoder, store: Path, say
     captions = [(row, text) for row in images.rows_N.tolist() for text in data.captions[row]]
     say(f"{len(captions):,} captions")
     texts_BD = encoding.of_texts(encoder.bundle, [text for _, text in captions])
-    image_labels, text_labels = torch.from_numpy(images.rows_N), torch.tensor([row for row, _ in captions])
-    names = [data.pictures.name(row) for row in images.rows_N.tolist()]
-    caption_names = [f"{data.pictures.name(row)}, {number}" for row in images.rows_N.tolist()
-                     for number in range(1, len(data.captions[row]) + 1)]  # fmt: skip
-    images_BD = images.readings["projected"]
-    ranks = retrieval.ranks_by_cosine(images_BD, texts_BD, image_labels, text_labels)
-    found.results |= retrieval.summary(ranks, "zero_shot.tr", names)
-    ranks = retrieval.ranks_by_cosine(texts_BD, images_BD, text_labels, image_labels)
-    found.results |= retrieval.summary(ranks, "zero_shot.ir", caption_names)
+    rows = images.rows_N.tolist()
+    shown = pairs.Captioned(
+        images.readings["projected"], texts_BD, torch.from_numpy(images.rows_N),
+        torch.tensor([row for row, _ in captions]), [data.pictures.name(row) for row in rows],
+        [f"{data.pictures.name(row)}, {n}" for row in rows for n in range(1, len(data.captions[row]) + 1)],
+        [text for _, text in captions], lambda number: data.pictures.read(rows[number]),
+    )  # fmt: skip
+    if isinstance(encoder.bundle.model, Matches):
+        say(f"re-ranking the {shortlist} candidates in front")
+    found.results |= pairs.measure(encoder.bundle, shown, "zero_shot.tr", "zero_shot.ir", shortlist).results
     return found
 
 

@@ -38,6 +38,7 @@ CASES: dict[str, Make] = {
     "dVAE": dvae.case,
     "fine-tuning, BERT": finetune.case,
     "ALBEF": albef.case,
+    "retrieval, FLAVA": flava.retrieval_case,
 }
 
 WORLDS = (1, 2, 4)

@@ -144,7 +144,13 @@ class Albef(nn.Module):
         return Encoded(states, mask_BT, nn.Identity(), self.text_projection)
 
     def fuse(self, image: Encoded, text: Encoded, rows: Tensor | int | None = None) -> Encoded:
-        """Texts read with their pictures, row by row. Positions of the result are the text's, its class token first."""
+        """Texts read with their pictures, row by row. Positions of the result are the text's, its class token first.
+
+        A picture that stands alone is read by every text: its keys and values are computed once.
+        """
+        if len(image.states) == 1 < len(text.states):
+            memories = [replace(memory, times=len(text.states)) for memory in self.fusion.read(image.tokens)]
+            return self._fused(self.fusion(text.states, text.mask, rows, memories), text.mask)
         return self._fused(self.fusion(text.states, text.mask, rows, image.tokens), text.mask)
 
     def fuse_pairs(

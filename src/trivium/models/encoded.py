@@ -74,6 +74,11 @@ class Encoded:
         mask, pooled_at_B = (None if t is None else t.expand(rows, *t.shape[1:]) for t in (self.mask, self.pooled_at_B))
         return Encoded(self.states.expand(rows, -1, -1), mask, self._norm, self._projection, pooled_at_B)
 
+    def taken(self, rows_R: Tensor) -> Encoded:
+        """Those rows, int64 [R], in this order."""
+        mask, pooled_at = (None if t is None else t.index_select(0, rows_R) for t in (self.mask, self.pooled_at_B))
+        return Encoded(self.states.index_select(0, rows_R), mask, self._norm, self._projection, pooled_at)
+
     def split(self, rows: int) -> list[Encoded]:
         """Parts of so many rows, the last one may have fewer. Norm and projection are computed for each."""
         marks = (self.mask, self.pooled_at_B)
@@ -114,7 +119,10 @@ class EncodesText(Protocol):
 @runtime_checkable
 class Fuses(Protocol):
     def fuse(self, image: Encoded, text: Encoded, rows: Any = None) -> Encoded:
-        """Pictures and texts read together, row by row; rows: the positions that are needed, None = all."""
+        """Pictures and texts read together, row by row; a picture that stands alone is read with every text.
+
+        rows: the positions that are needed, None = all.
+        """
         ...
 
 

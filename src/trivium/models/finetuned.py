@@ -37,7 +37,7 @@ class HeadConfig:
     width: int  # of what it reads
     num_outputs: int
     hidden: int | None = None  # width of its inner layer; None: a linear map alone
-    activation: Literal["tanh", "gelu"] = "tanh"
+    activation: Literal["tanh", "gelu", "relu"] = "tanh"
     dropout: float = 0.1
     center: float = 0.0  # a number is output x scale + center
     scale: float = 1.0

@@ -228,10 +228,12 @@ class Flava(nn.Module):
         return Encoded(states, mask_BT, self.text.norm, self.text_projection)
 
     def fuse(self, image: Encoded, text: Encoded, rows: Tensor | int | None = None) -> Encoded:
-        """Image and text states through the multimodal encoder.
+        """Image and text states through the multimodal encoder, row by row; a picture that stands alone is read with
+        every text.
 
         Positions of the result: 0 its class token, 1 the image's class token, 2.. the patches, the last T the text.
         """
+        image = image.repeated(len(text.states))
         B, N, _ = image.states.shape
         mask_BL = None
         if text.mask is not None and not self.config.pads_visible:

@@ -10,7 +10,10 @@ from torch.nn import functional as F
 
 
 def right_class(logits_BK: Tensor, label_B: Tensor) -> Tensor:
-    """Sum of cross-entropies. Divide by the rows of the global batch, as the others."""
+    """Sum of cross-entropies. Divide by the rows of the global batch, as the others.
+
+    label_B: int64; or shares of the classes, [B, K].
+    """
     return F.cross_entropy(logits_BK, label_B, reduction="sum")
 
 

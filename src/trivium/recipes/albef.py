@@ -158,7 +158,7 @@ class PreparedAlbef(PreparedPairs):
         method = changed.run.method
         assert isinstance(method, AlbefMethod)
         method.num_steps = changed.recipe.train.steps
-        _check_pools(changed.recipe)
+        check_pools(changed.recipe.rows_at_once, changed.recipe.objectives.pool)
         return changed
 
 
@@ -195,7 +195,10 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     notes += towers.start(model)
     size = recipe.data.image_size or config.image_size
     transform = replace(ImageTransform() if start is None else start.transform, size=size)
-    queue, epoch_steps = _queue(recipe, len(sources.pairs), notes), math.ceil(len(sources.pairs) / data.batch)
+    queue, epoch_steps = (
+        queue_rows(recipe.objectives.queue, len(sources.pairs), notes),
+        math.ceil(len(sources.pairs) / data.batch),
+    )
     objectives = recipe.objectives
     method = AlbefMethod(
         model, Pixels(transform.mean, transform.std), recipe.distillation, recipe.train.steps, epoch_steps, queue,
@@ -256,18 +259,17 @@ def _with_vocabulary(
     return config
 
 
-def _queue(recipe: AlbefRecipe, num_pairs: int, notes: list[str]) -> int:
+def queue_rows(asked: int | None, num_pairs: int, notes: list[str]) -> int:
     """Rows of each queue. notes: gets a sentence where a row is likely to meet itself in it."""
     most = num_pairs // SHARE_IN_QUEUE
-    queue = recipe.objectives.queue
-    if queue is None:
+    if asked is None:
         return min(PUBLISHED_QUEUE, most)
-    if queue > most:
+    if asked > most:
         notes.append(
-            f"a queue of {queue:,} is more than a quarter of the {num_pairs:,} pairs: rows meet themselves in it, and"
+            f"a queue of {asked:,} is more than a quarter of the {num_pairs:,} pairs: rows meet themselves in it, and"
             f" are left out of their own loss or taken for false; --objectives.queue {most} is enough"
         )
-    return queue
+    return asked
 
 
 def _check(config: AlbefConfig, recipe: AlbefRecipe) -> None:
@@ -278,12 +280,11 @@ def _check(config: AlbefConfig, recipe: AlbefRecipe) -> None:
             f"a width of {config.width} cannot be shared by {config.num_heads} heads: choose --model.num-heads so that"
             " it divides --model.width"
         )
-    _check_pools(recipe)
+    check_pools(recipe.rows_at_once, recipe.objectives.pool)
 
 
-def _check_pools(recipe: AlbefRecipe) -> None:
+def check_pools(rows: int, pool: int) -> None:
     """Raises TriviumError where a micro-batch would cut a pool in two: negatives would come from fewer pairs there."""
-    rows, pool = recipe.rows_at_once, recipe.objectives.pool
     if rows > pool and rows % pool:
         raise TriviumError(
             f"micro-batches of {rows} pairs cut pools of {pool} in two: choose --train.micro-batch as a multiple of"

@@ -6,8 +6,6 @@ model folder, with head and labels, is RUN/model.
 
 from __future__ import annotations
 
-import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -28,23 +26,22 @@ from trivium.evaluate import tasks as figures_of
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.tasks import Predictions
 from trivium.load import load, open_own
-from trivium.manifest import verify_manifest, written_beside
 from trivium.methods.finetune import FineTuning
 from trivium.methods.flava import Pixels
+from trivium.methods.momentum import SoftTargets
 from trivium.models.encoded import EncodesImage, EncodesText, Fuses
 from trivium.models.finetuned import FineTuned, HeadConfig, Reads, read, tells_segments_apart
 from trivium.recipes import limits
+from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
 from trivium.recipes.data import absolute
 from trivium.recipes.predict import predict
 from trivium.recipes.prepared import Losses, Prepared
+from trivium.recipes.retrieval import RETRIEVAL, RetrievalRecipe
 from trivium.recipes.tasks import TASKS, Head, Task, TaskData
-from trivium.train import checkpoint
 from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
-from trivium.train.optim import Optim, warmup_steps
+from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Stream
-from trivium.train.run_folder import RunFolder
-from trivium.train.selection import Selection
 from trivium.train.trainer import Run, Train
 
 EPOCHS = 10.0  # of a task without published updates
@@ -58,6 +55,7 @@ class FinetuneRecipe:
     head: Head = field(default_factory=Head)
     data: TaskData = field(default_factory=TaskData)
     optim: Optim = field(default_factory=Optim)
+    distillation: SoftTargets = field(default_factory=SoftTargets)  # alpha 0: none
     train: Train = field(default_factory=Train)
     init: str | None = None  # the model: a run folder, a model folder or a foreign checkpoint
     dropout: float | None = None  # of the model while it is trained; None: as its checkpoint says
@@ -81,14 +79,16 @@ class FinetuneRecipe:
         return _prepare(self, name, arguments, resume_from)
 
 
-def finetune(task: str) -> FinetuneRecipe:
+def finetune(task: str) -> FinetuneRecipe | RetrievalRecipe:
     """Fine-tune a trained model for one task, with the published settings where there are any."""
+    if task in RETRIEVAL:
+        return RETRIEVAL[task]
     if task not in TASKS:
-        raise TriviumError(f"there is no task {task}: use one of {', '.join(TASKS)}")
+        raise TriviumError(f"there is no task {task}: use one of {', '.join((*TASKS, *RETRIEVAL))}")
     of = TASKS[task]
-    steps, epochs, patience = (of.steps, None, None) if of.steps else (1000, EPOCHS, 3)
+    steps, epochs, patience = (of.steps or 1000, of.epochs, None) if of.steps or of.epochs else (1000, EPOCHS, 3)
     train = Train(steps=steps, patience=patience, monitor_every=0)
-    return FinetuneRecipe(task, of.head, of.data, of.optim, train, dropout=of.dropout, epochs=epochs)
+    return FinetuneRecipe(task, of.head, of.data, of.optim, of.distillation, train, dropout=of.dropout, epochs=epochs)
 
 
 @dataclass
@@ -106,22 +106,19 @@ class PreparedTask(Prepared):
     def measures(self, recipe: FinetuneRecipe) -> Callable[[Method], dict[str, Any]]:
         return _measures(self.task, self.splits, self.collate, recipe)
 
+    def with_train(self, **changes: Any) -> PreparedTask:
+        """Schedules may be shares of the run: a run of another length has others."""
+        changed = super().with_train(**changes)
+        method = changed.run.method
+        assert isinstance(method, FineTuning)
+        if method.teacher is not None:
+            method.teacher.num_steps = changed.recipe.train.steps
+        return changed
+
     def settle(self, out: Path) -> str | None:
         """Put the weights of the best checkpoint into the method, and its model folder at RUN/model."""
-        assert self.run.select is not None
-        folder = RunFolder(out)
-        selection = Selection.of_log(folder.metrics, self.run.select)
         self.folder = out
-        if selection.best_step is None:
-            return "no evaluation gave a number to choose a checkpoint by: the last one is taken"
-        best = checkpoint.folder_of(folder.checkpoints, selection.best_step)
-        verify_manifest(best)
-        checkpoint.restore(best, self.run.method, None)
-        if (out / "model").is_dir():
-            shutil.rmtree(out / "model")
-        with written_beside(out / "model") as beside:
-            shutil.copytree(best / "model", beside, dirs_exist_ok=True)
-        return f"the checkpoint of step {selection.best_step} is kept: {selection}"
+        return keep_best(self.run, out)
 
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         method = self.run.method
@@ -213,11 +210,14 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         notes.append(_take_head(head, config, splits, start))
     if resume_from is None and start.image_tokenizer is not None:
         notes.append("left out is the image tokenizer of the model: fine-tuning has no use for it")
-    method = FineTuning(FineTuned(model, head, config), Pixels(transform.mean, transform.std))
+    recipe = with_steps(recipe, len(splits.train))
+    method = FineTuning(
+        FineTuned(model, head, config), Pixels(transform.mean, transform.std), recipe.distillation, recipe.train.steps,
+        steps_per_epoch(len(splits.train), recipe.data.batch),
+    )  # fmt: skip
     max_length = min(recipe.data.max_length or 10**9, _positions(model))
     collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length))
 
-    recipe = _with_steps(recipe, len(splits.train))
     select = recipe.select_on or f"{next(iter(_labelled(splits)))}.{task.reported}"
     if select not in (known := [f"{split}.{metric}" for split in _labelled(splits) for metric in task.metrics]):
         raise TriviumError(f"--select-on {select}: no such figure is measured: use one of {', '.join(known)}")
@@ -332,19 +332,6 @@ def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundl
         state |= {f"decoder.{part}": state[f"decoder.{part}"][order] for part in ("weight", "bias")}
     head.load_state_dict(state)
     return f"the head starts as it was trained for {there.task}, its labels matched by name"
-
-
-def _with_steps(recipe: FinetuneRecipe, num_rows: int) -> FinetuneRecipe:
-    """Epochs as steps, and one evaluation an epoch where nothing else is said; written down as the run's own values."""
-    per_epoch = max(1, math.ceil(num_rows / recipe.data.batch))
-    steps = recipe.train.steps if recipe.epochs is None else math.ceil(recipe.epochs * per_epoch)
-    if warmup_steps(recipe.optim, steps) >= steps:
-        raise TriviumError(
-            f"a warm-up of {recipe.optim.warmup:g} steps leaves nothing of a run of {steps}: give --optim.warmup a"
-            " share, such as 0.06"
-        )
-    train = replace(recipe.train, steps=steps, evaluate_every=recipe.train.evaluate_every or min(per_epoch, steps))
-    return replace(recipe, train=train, epochs=None)
 
 
 def _rows_at_once(recipe: FinetuneRecipe) -> int:

@@ -48,7 +48,7 @@ RULES: dict[str, Rule] = {
     "objectives.itc": NOT_NEGATIVE,
     "objectives.pool": (lambda value: value >= 2, "a whole number of 2 or more: one pair alone has no false one"),
     "objectives.queue": NOT_NEGATIVE,
-    **dict.fromkeys(("distillation.itc", "distillation.mlm"), SHARE),
+    **dict.fromkeys(("distillation.itc", "distillation.mlm", "distillation.alpha"), SHARE),
     "distillation.ramp": NOT_NEGATIVE,
     "distillation.reach": POSITIVE,
     "data.batch": SOME,
@@ -97,6 +97,7 @@ RULES: dict[str, Rule] = {
     "dropout": (lambda value: 0 <= value < 1, "0 or more and below 1"),
     "head.dropout": (lambda value: 0 <= value < 1, "0 or more and below 1"),
     "epochs": POSITIVE,
+    "shortlist": NOT_NEGATIVE,
     "init_std": POSITIVE,
     "validate": NOT_NEGATIVE,
 }

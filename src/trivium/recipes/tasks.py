@@ -4,6 +4,7 @@
 |---|---|
 | fairseq's RoBERTa recipe for GLUE, which FLAVA took over without a sweep (FLAVA, appendix B.2) | the eight of GLUE |
 | FLAVA, appendix B.2 | vqav2, snli_ve, hateful_memes |
+| ALBEF, section 4 and its public code | visual_entailment (SNLI-VE again) |
 | our own choice | classification and regression of one's own tables |
 
 The papers leave open: the head on a text (here RoBERTa's own), the inside of the two-layer head on a fused pair (here
@@ -24,6 +25,7 @@ from trivium.data.image_text_tasks import read_hateful_memes, read_snli_ve
 from trivium.data.labelled import Columns, Splits, read_tables
 from trivium.data.vqa import read_vqa
 from trivium.errors import TriviumError
+from trivium.methods.momentum import SoftTargets
 from trivium.models.finetuned import Gives
 from trivium.recipes.data import absolute
 from trivium.train.optim import Optim
@@ -34,7 +36,7 @@ class Head:
     """What stands on top of the model."""
 
     hidden: int | Literal["width", "none"] = "width"  # of the inner layer; "width": as wide as what it reads
-    activation: Literal["tanh", "gelu"] = "tanh"
+    activation: Literal["tanh", "gelu", "relu"] = "tanh"
     dropout: float = 0.1
     fusion: Literal["auto", "fused", "concatenated"] = "auto"  # of picture and text; auto: fused where the model can
 
@@ -85,7 +87,9 @@ class Task:
     head: Head = field(default_factory=Head)
     data: TaskData = field(default_factory=TaskData)
     optim: Optim = field(default_factory=Optim)
+    distillation: SoftTargets = field(default_factory=SoftTargets)
     steps: int | None = None  # as published; None: the recipe counts epochs
+    epochs: float | None = None  # as published; None without `steps`: as many as the recipe has, with patience
     dropout: float | None = 0.1  # of the model; None: as its checkpoint says
 
 
@@ -175,6 +179,19 @@ def _own(name: str, title: str, kind: Kind, gives: Gives = "class", data: TaskDa
     )
 
 
+# The random distortions of the public code are left to crops and flips.
+_VISUAL_ENTAILMENT = Task(
+    "visual_entailment", "SNLI-VE", "pairs", "class",
+    lambda data: read_snli_ve(_root(data, "--data.root DIR, the folder of SNLI-VE")), ("accuracy",), "accuracy",
+    head=Head(activation="relu", dropout=0.0),
+    data=TaskData(batch=256, image_size=384, crop_scale=(0.5, 1.0), flip=0.5),
+    optim=Optim(lr=2e-5, betas=(0.9, 0.999), weight_decay=0.02, no_decay=("*bias", "*norm*"), warmup=100, final=0.05,
+                clip="none"),
+    distillation=SoftTargets(alpha=0.4, ramp=0.0),
+    epochs=5,
+    dropout=None,
+)  # fmt: skip
+
 _LISTED = (
     # lr, batch, updates and warm-up of fairseq's table for RoBERTa-base
     _glue("cola", "CoLA", 1e-5, 16, 5_336, 320, ("matthews",)),
@@ -190,6 +207,7 @@ _LISTED = (
     _of_pairs(
         "hateful_memes", "Hateful Memes", 1e-5, 24_000, lambda root, _: read_hateful_memes(root), ("auroc", "accuracy")
     ),
+    _VISUAL_ENTAILMENT,
     _own("image_classification", "image classification", "images", data=TaskData(crop_scale=(0.5, 1.0), flip=0.5)),
     _own("text_classification", "text classification", "text"),
     _own("text_regression", "text regression", "text", "number"),
