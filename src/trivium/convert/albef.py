@@ -5,14 +5,17 @@ ve, vqa, nlvr), each with the parts that it happens to have.
     text_encoder.      a BERT of 12 layers, the last six with          text.  fusion.  mlm_head.
                        cross-attention; under bert. where it has a
                        head of masked words
-    text_decoder.      the BERT that writes answers (vqa)              decoder.
+    text_decoder.      the BERT that writes answers (vqa)              head.
+    cls_head.          the classifier of ve and nlvr                   head.
+    ta_head.           that of text assignment, before nlvr            head.
     temp               a number without a dimension                    temperature, [1]
     image_queue        [D, Q]                                          image_queue, [Q, D]
     ..._m.             the momentum copy of a part                     teacher.
 
 What differs beside names: queries, keys and values stand apart there; the last matrix of a head of masked words is the
 word embeddings under another name, and its bias stands there twice; with two pictures (nlvr) the layers of fusion stand
-in pairs, whose keys and values of cross-attention are one tensor under two names.
+in pairs, whose keys and values of cross-attention are one tensor under two names; here the first of each pair is the
+fusion's and the second the head's.
 
 A layout is told by the names of its tensors, the sizes by their shapes; the number of heads, which no shape shows, is
 width / 64, as in every released file, unless a config.json beside says it.
@@ -36,7 +39,8 @@ from trivium.convert.vit import HEAD_WIDTH, timm_places
 from trivium.convert.weights import State, listed
 from trivium.errors import TriviumError
 from trivium.models.albef import Albef, AlbefConfig
-from trivium.models.bert import Bert, BertConfig
+from trivium.models.albef_heads import AnswerDecoder, TwoPictures
+from trivium.models.bert import BertConfig
 
 _IGNORED = re.compile(r"(^|\.)position_ids$")
 _LAYER = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.")
@@ -44,7 +48,7 @@ _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.(.*)")
 # Parts that not every file has: how the names of their tensors begin, theirs and ours.
 _PARTS = {
     "vision_proj.": "image_projection.", "text_proj.": "text_projection.", "itm_head.": "itm_head.",
-    "text_encoder.cls.": "mlm_head.", "text_decoder.": "decoder.", "cls_head.": "head.", "ta_head.": "assignment_head.",
+    "text_encoder.cls.": "mlm_head.", "text_decoder.": "head.", "cls_head.": "head.", "ta_head.": "head.decoder.",
 }  # fmt: skip
 _SINGLES = {
     "temp": Place("temperature", ("temp",), shape=()),
@@ -86,8 +90,8 @@ ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")  # as the outputs
 
 
 def from_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[AlbefConfig, State, Layout]:
-    """An official file -> ours: names of an Albef; beside them "teacher.", "decoder.", "head.", "assignment_head." and
-    the queues, where the file has them.
+    """An official file -> ours: names of an Albef; beside them "teacher.", "head." and the queues, where the file has
+    them.
 
     Args:
         config: the config.json beside it; {} without.
@@ -186,7 +190,7 @@ def config_of(state: Mapping[str, Tensor], layout: Layout, config: Mapping[str, 
         mlp_width=inner.shape[0],
         image_layers=1 + max(images),
         text_layers=len(layers) - len(fusing),
-        fusion_layers=len(fusing),
+        fusion_layers=len(fusing) // (2 if layout.two_pictures else 1),
         image_size=math.isqrt(positions.shape[1] - 1) * patch_size,
         patch_size=patch_size,
         vocab_size=words.shape[0],
@@ -209,7 +213,7 @@ def places(config: AlbefConfig, layout: Layout) -> Iterator[Place]:
             yield from _text_places(config, layout, ours, f"text_encoder{momentum}.", has_head)
         if f"text_decoder{momentum}." in layout.parts:
             for place in _bert_places(decoder(config), f"text_decoder{momentum}."):
-                yield replace(place, ours=f"{ours}decoder.{place.ours}")
+                yield replace(place, ours=f"{ours}head.{place.ours}")
         if f"cls_head{momentum}." in layout.parts:
             yield from pair(f"{ours}head.inner", f"cls_head{momentum}.0")
             yield from pair(f"{ours}head.decoder", f"cls_head{momentum}.2")
@@ -220,16 +224,18 @@ def places(config: AlbefConfig, layout: Layout) -> Iterator[Place]:
 
 
 def decoder(config: AlbefConfig) -> BertConfig:
-    """The BERT that writes answers: the layers of fusion, and a head of masked words."""
+    """The BERT that writes answers: the layers of fusion, and a head of masked words. Of the second blocks of two
+    pictures it has the shape."""
     return replace(
         config.text_tower, num_layers=config.fusion_layers, memory_width=config.width, mlm_head=True,
     )  # fmt: skip
 
 
 def _text_places(config: AlbefConfig, layout: Layout, ours: str, theirs: str, has_head: bool) -> Iterator[Place]:
+    fused_layers = config.fusion_layers * (2 if layout.two_pictures else 1)
     whole = replace(
         config.text_tower,
-        num_layers=config.text_layers + config.fusion_layers,
+        num_layers=config.text_layers + fused_layers,
         memory_width=config.width,
         mlm_head=has_head,
     )
@@ -240,9 +246,12 @@ def _text_places(config: AlbefConfig, layout: Layout, ours: str, theirs: str, ha
             fused = number - config.text_layers
             if fused < 0 and rest.startswith("cross_attention"):
                 continue
-            if layout.two_pictures and fused % 2 and fused > 0 and rest.startswith("cross_attention.key_value"):
+            is_second = layout.two_pictures and fused >= 0 and fused % 2 == 1
+            if is_second and rest.startswith("cross_attention.key_value"):
                 continue  # its twin's
-            name = f"text.encoder.blocks.{number}.{rest}" if fused < 0 else f"fusion.blocks.{fused}.{rest}"
+            pair_or_layer = fused // 2 if layout.two_pictures else fused
+            blocks = "text.encoder.blocks" if fused < 0 else "head.seconds" if is_second else "fusion.blocks"
+            name = f"{blocks}.{number if fused < 0 else pair_or_layer}.{rest}"
         elif not name.startswith("mlm_head."):
             name = f"text.{name}"
         there = place.theirs if layout.under_bert else tuple(t.replace(".bert.", ".") for t in place.theirs)
@@ -303,9 +312,11 @@ def _twins(state: State, config: AlbefConfig) -> State:
 def _shapes(config: AlbefConfig, layout: Layout, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Of everything in ours that a file may hold; of heads and queues, whose sizes are free, as the file has them."""
     with torch.device("meta"):
-        model, writer = Albef(config).state_dict(), Bert(decoder(config)).state_dict()
+        model, writer = Albef(config).state_dict(), AnswerDecoder(decoder(config)).state_dict()
+        judge = TwoPictures(decoder(config), None, 1)
     found = {name: tuple(tensor.shape) for name, tensor in model.items()}
-    found |= {f"decoder.{name}": tuple(tensor.shape) for name, tensor in writer.items()}
+    found |= {f"head.{name}": tuple(tensor.shape) for name, tensor in writer.items()}
+    found |= {f"head.seconds.{name}": tuple(tensor.shape) for name, tensor in judge.seconds.state_dict().items()}
     found |= {f"teacher.{name}": shape for name, shape in list(found.items())}
     for place in places(config, layout):
         if place.ours not in found:
