@@ -17,11 +17,10 @@ from torch.nn import functional as F
 from transformers.models.bert.modeling_bert import BertLayer
 
 from tests.parity.test_albef_published import assert_equal, key_biases
-from trivium.convert.albef import decoder
 from trivium.convert.bert import to_hf
 from trivium.invariance.albef import TINY, make_batch, random_albef
 from trivium.models.albef import Albef
-from trivium.models.albef_heads import AnswerDecoder, TwoPictures
+from trivium.models.albef_heads import AnswerDecoder, TwoPictures, decoder_config
 from trivium.models.encoded import Encoded
 from trivium.objectives.tasks import written_answers
 
@@ -39,7 +38,7 @@ def drawn(module: nn.Module, seed: int = 7) -> Any:
 
 
 def writer() -> AnswerDecoder:
-    return drawn(AnswerDecoder(decoder(TINY)))
+    return drawn(AnswerDecoder(decoder_config(TINY)))
 
 
 def their_writer(ours: AnswerDecoder) -> Any:
@@ -83,7 +82,7 @@ def test_a_weighted_answer_costs_what_it_costs_in_the_public_code() -> None:
     """model_vqa.py: the sum of cross-entropies of an answer times its weight, over the number of questions; and with a
     teacher alpha of it what its soft labels cost."""
     ours, fused = writer(), question(3)
-    teacher = drawn(AnswerDecoder(decoder(TINY)), seed=8)
+    teacher = drawn(AnswerDecoder(decoder_config(TINY)), seed=8)
     theirs, their_teacher = their_writer(ours), their_writer(teacher)
     ids_RT, row_R = answers(5), torch.tensor([0, 0, 1, 2, 2])
     weight_R, alpha = torch.tensor([0.7, 0.3, 1.0, 0.5, 0.5], dtype=torch.float64), 0.4
@@ -116,7 +115,7 @@ def test_a_weighted_answer_costs_what_it_costs_in_the_public_code() -> None:
         return (weight_R * ((1 - alpha) * hard + alpha * distilled)).sum() / 3
 
     mine, yours = loss_of_ours(states), loss_of_theirs(their_states := fused.states.clone().requires_grad_())
-    assert float(mine) == pytest.approx(float(yours), rel=1e-9)
+    assert float(mine.detach()) == pytest.approx(float(yours.detach()), rel=1e-9)
     mine.backward(), yours.backward()
     assert states.grad is not None and their_states.grad is not None
     grads = to_hf({n: p.grad for n, p in ours.named_parameters() if p.grad is not None}, ours.config)
@@ -169,7 +168,7 @@ def test_ranking_a_list_is_reading_every_answer_to_its_end(
 
 def test_writing_freely_finds_the_likeliest_of_all_there_are() -> None:
     """Three words and [SEP]: every answer of up to three words, by brute force. A beam for each finds the best."""
-    config = replace(decoder(TINY), vocab_size=5)
+    config = replace(decoder_config(TINY), vocab_size=5)
     ours, fused = drawn(AnswerDecoder(config)).eval(), question(2)
     with torch.no_grad():
         for parameter in ours.parameters():
@@ -227,7 +226,7 @@ def test_a_statement_on_two_pictures_is_judged_as_in_the_public_code() -> None:
     from trivium.convert.albef import Layout, to_official
 
     model, batch = random_albef(), make_batch(5)
-    head = drawn(TwoPictures(decoder(TINY), TINY.width, 2))
+    head = drawn(TwoPictures(decoder_config(TINY), TINY.width, 2))
     theirs = TheirPairs(model).double()
     layout = Layout(frozenset({"text_encoder.", "cls_head."}), under_bert=False, two_pictures=True)
 
@@ -244,8 +243,7 @@ def test_a_statement_on_two_pictures_is_judged_as_in_the_public_code() -> None:
     images = torch.randn(2, 5, 17, TINY.width, generator=draw, dtype=torch.float64)
     mine, yours = images.clone().requires_grad_(), images.clone().requires_grad_()
     text, label_B = batch.texts[0], torch.tensor([0, 1, 1, 0, 1])
-    left, right = (Encoded(each, None, nn.Identity(), None) for each in mine)
-    logits = head.judge(model.fusion, model.encode_text(text.ids_BT, text.mask_BT), left, right)
+    logits = head.judge(model.fusion, model.encode_text(text.ids_BT, text.mask_BT), mine.flatten(0, 1))
     expected = theirs(text.ids_BT, text.mask_BT, (yours[0], yours[1]))
     assert torch.allclose(logits, expected, rtol=0, atol=1e-11)
     F.cross_entropy(logits, label_B).backward()

@@ -39,7 +39,7 @@ from trivium.convert.vit import HEAD_WIDTH, timm_places
 from trivium.convert.weights import State, listed
 from trivium.errors import TriviumError
 from trivium.models.albef import Albef, AlbefConfig
-from trivium.models.albef_heads import AnswerDecoder, TwoPictures
+from trivium.models.albef_heads import AnswerDecoder, TwoPictures, decoder_config
 from trivium.models.bert import BertConfig
 
 _IGNORED = re.compile(r"(^|\.)position_ids$")
@@ -212,7 +212,7 @@ def places(config: AlbefConfig, layout: Layout) -> Iterator[Place]:
             has_head = f"text_encoder{momentum}.cls." in layout.parts
             yield from _text_places(config, layout, ours, f"text_encoder{momentum}.", has_head)
         if f"text_decoder{momentum}." in layout.parts:
-            for place in _bert_places(decoder(config), f"text_decoder{momentum}."):
+            for place in _bert_places(decoder_config(config), f"text_decoder{momentum}."):
                 yield replace(place, ours=f"{ours}head.{place.ours}")
         if f"cls_head{momentum}." in layout.parts:
             yield from pair(f"{ours}head.inner", f"cls_head{momentum}.0")
@@ -221,14 +221,6 @@ def places(config: AlbefConfig, layout: Layout) -> Iterator[Place]:
             if f"{theirs}{momentum}." in layout.parts:
                 yield from pair(f"{ours}{_PARTS[f'{theirs}.'].rstrip('.')}", f"{theirs}{momentum}")
     yield from (place for name, place in _SINGLES.items() if name in layout.parts)
-
-
-def decoder(config: AlbefConfig) -> BertConfig:
-    """The BERT that writes answers: the layers of fusion, and a head of masked words. Of the second blocks of two
-    pictures it has the shape."""
-    return replace(
-        config.text_tower, num_layers=config.fusion_layers, memory_width=config.width, mlm_head=True,
-    )  # fmt: skip
 
 
 def _text_places(config: AlbefConfig, layout: Layout, ours: str, theirs: str, has_head: bool) -> Iterator[Place]:
@@ -312,8 +304,8 @@ def _twins(state: State, config: AlbefConfig) -> State:
 def _shapes(config: AlbefConfig, layout: Layout, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Of everything in ours that a file may hold; of heads and queues, whose sizes are free, as the file has them."""
     with torch.device("meta"):
-        model, writer = Albef(config).state_dict(), AnswerDecoder(decoder(config)).state_dict()
-        judge = TwoPictures(decoder(config), None, 1)
+        model, writer = Albef(config).state_dict(), AnswerDecoder(decoder_config(config)).state_dict()
+        judge = TwoPictures(decoder_config(config), None, 1)
     found = {name: tuple(tensor.shape) for name, tensor in model.items()}
     found |= {f"head.{name}": tuple(tensor.shape) for name, tensor in writer.items()}
     found |= {f"head.seconds.{name}": tuple(tensor.shape) for name, tensor in judge.seconds.state_dict().items()}

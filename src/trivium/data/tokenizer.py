@@ -192,17 +192,26 @@ class Tokenizer:
         of punctuation, a hyphen or slash parts words; [CLS] in front and no [SEP] at the end. Its file says all that.
         """
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        steps = [
-            normalizers.Lowercase(),
-            normalizers.Replace(tokenizers.Regex(r"""[,.'!?"()*#:;~]"""), ""),
-            normalizers.Replace(tokenizers.Regex("[-/]"), " "),
-            normalizers.Replace("<person>", "person"),
-        ]
-        copy.normalizer = normalizers.Sequence([*steps, *([copy.normalizer] if copy.normalizer else [])])
+        copy.normalizer = normalizers.Sequence([*_caption_steps(), *([copy.normalizer] if copy.normalizer else [])])
         first = self._tokenizer.id_to_token(self.cls_id)
         copy.post_processor = processors.TemplateProcessing(
             single=f"{first} $A", pair=f"{first} $A $B", special_tokens=[(first, self.cls_id)]
         )
+        return Tokenizer(copy, self._origin)
+
+    def for_answers(self) -> Tokenizer:
+        """The same vocabulary as ALBEF writes answers with (the public code): marks stay, and [SEP] ends each. Where
+        texts are not read `for_captions`, answers are encoded as they are."""
+        if self._closes:
+            return self
+        state = json.loads(self._tokenizer.to_str())
+        added = json.loads(normalizers.Sequence(_caption_steps()).__getstate__())["normalizers"]
+        steps = (state["normalizer"] or {}).get("normalizers", [])
+        if steps[: len(added)] == added:
+            state["normalizer"] = {"type": "Sequence", "normalizers": steps[len(added) :]}
+        copy = tokenizers.Tokenizer.from_str(json.dumps(state))
+        first, last = (self._tokenizer.id_to_token(number) for number in (self.cls_id, self.sep_id))
+        copy.post_processor = processors.BertProcessing((last, self.sep_id), (first, self.cls_id))
         return Tokenizer(copy, self._origin)
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
@@ -369,6 +378,16 @@ def _is_open(processor: object) -> bool:
     parts = json.loads(processor.__getstate__())["single"]
     names = [next(iter(part.values()))["id"] for part in parts]
     return names == [BERT_SPECIALS[2], "A"]
+
+
+def _caption_steps() -> list[normalizers.Normalizer]:
+    """What the public code of ALBEF does to a caption (see `for_captions`)."""
+    return [
+        normalizers.Lowercase(),
+        normalizers.Replace(tokenizers.Regex(r"""[,.'!?"()*#:;~]"""), ""),
+        normalizers.Replace(tokenizers.Regex("[-/]"), " "),
+        normalizers.Replace("<person>", "person"),
+    ]
 
 
 def _joined(first: str, second: str) -> bool:

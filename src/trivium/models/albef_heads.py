@@ -11,7 +11,7 @@ one, which reads the second picture. Easy to get wrong:
 * the two blocks of a pair share the keys and values of cross-attention and nothing else.
 
 B questions, S positions of their states, K answers in a list, C of them in question, R rows (answers to some question),
-T tokens of an answer, Q positions of one pass, M predictions, V vocabulary, D width, N image tokens.
+T tokens of an answer, Q positions of one pass, M predictions, V vocabulary, D width, N image tokens, P pictures.
 """
 
 from __future__ import annotations
@@ -25,12 +25,19 @@ from torch import Tensor, nn
 from trivium.layers.attention import KeyValue, Memory
 from trivium.layers.heads import TaskHead
 from trivium.layers.transformer import PostNormBlock, PostNormEncoder
-from trivium.models.albef import Albef
+from trivium.models.albef import Albef, AlbefConfig
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.encoded import Encoded
 
 ROWS_AT_ONCE = 2048  # answers that one pass reads
 LOGITS_AT_ONCE = 1 << 25  # that are held at once, 128 MiB in float32
+
+
+def decoder_config(config: AlbefConfig) -> BertConfig:
+    """The shape of the writer: the blocks of fusion, and a head of masked words. The second blocks have it too."""
+    return replace(
+        config.text_tower, num_layers=config.fusion_layers, memory_width=config.width, mlm_head=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -193,18 +200,29 @@ class TwoPictures(TaskHead):
             state = first.state_dict()
             second.load_state_dict({name: state[name] for name in second.state_dict()})
 
-    def judge(self, fusion: PostNormEncoder, text: Encoded, left: Encoded, right: Encoded) -> Tensor:
-        """Outputs [B, K]. fusion: the model's own."""
+    def judge(
+        self, fusion: PostNormEncoder, text: Encoded, tokens_PND: Tensor, order_P: Tensor | None = None
+    ) -> Tensor:
+        """Outputs [B, K].
+
+        Args:
+            fusion: the model's own.
+            tokens_PND: of the pictures after their norm: all the first ones, then all the second; or such as are read
+                several times, whose keys and values are computed once.
+            order_P: int64 [2 B], which of them are the first and then the second ones; None: as they stand.
+        """
         x_BTD, mask_BT, B = text.states, text.mask, len(text.states)
-        both_PND = torch.cat([left.tokens, right.tokens])
         for number, (first, second) in enumerate(zip(fusion.blocks, self.seconds, strict=True), start=1):
-            memory = first.cross_attention.read(both_PND)  # type: ignore[union-attr, operator]
-            one, other = (
-                Memory(key, value)
-                for key, value in zip(memory.key_BHSE.split(B), memory.value_BHSE.split(B), strict=True)
+            memory = first.cross_attention.read(tokens_PND)  # type: ignore[union-attr, operator]
+            key_PHSE, value_PHSE = (
+                part if order_P is None else part.index_select(0, order_P)
+                for part in (memory.key_BHSE, memory.value_BHSE)
             )
-            x_BTD = first(x_BTD, mask_BT, None, one)
-            x_BTD = second(x_BTD, mask_BT, 1 if number == len(self.seconds) else None, other)
+            left, right = (
+                Memory(key, value) for key, value in zip(key_PHSE.split(B), value_PHSE.split(B), strict=True)
+            )
+            x_BTD = first(x_BTD, mask_BT, None, left)
+            x_BTD = second(x_BTD, mask_BT, 1 if number == len(self.seconds) else None, right)
         return self(x_BTD[:, 0])
 
 

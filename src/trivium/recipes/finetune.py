@@ -18,18 +18,23 @@ from trivium.bundle import Bundle
 from trivium.data.glue import GLUE
 from trivium.data.labelled import LabelledRows, Splits, is_labelled
 from trivium.data.mixture import StreamMixture
-from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
+from trivium.data.task_collate import ANSWER_TOKENS, TaskCollate, TaskImage, TaskText
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import tasks as figures_of
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.tasks import Predictions
 from trivium.load import load, open_own
+from trivium.methods.answers import Answering
 from trivium.methods.finetune import FineTuning
 from trivium.methods.flava import Pixels
 from trivium.methods.momentum import SoftTargets
+from trivium.methods.text_assignment import TextAssignment
+from trivium.models.albef import Albef
+from trivium.models.albef_heads import AnswerDecoder, TwoPictures, decoder_config
+from trivium.models.bert import BertConfig
 from trivium.models.encoded import EncodesImage, EncodesText, Fuses
-from trivium.models.finetuned import FineTuned, HeadConfig, Reads, read, tells_segments_apart
+from trivium.models.finetuned import FineTuned, Gives, HeadConfig, Reads, read, tells_segments_apart
 from trivium.recipes import limits
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
 from trivium.recipes.data import absolute
@@ -162,7 +167,7 @@ class PreparedTask(Prepared):
             files = GLUE[self.task.name]
             told = None if files.labels is None else list(files.labels)
             figures_of.write_glue_submission(predictions, folder / f"{files.folder}-{split}.tsv", told)
-        if self.task.gives == "answers":
+        if self.task.gives == "answers" and all(row.key.isdecimal() for row in predictions.rows):
             figures_of.write_vqa_submission(predictions, folder / f"{split}.json")
 
 
@@ -182,21 +187,28 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     splits = replace(splits, train=splits.train.capped(recipe.data.rows)).checked()
     transform = replace(start.transform, size=recipe.data.image_size or start.transform.size)
     model = _with_dropout(start.model, recipe.dropout)
-    config = _head_config(recipe.head, task, splits, reads, _width(model, reads, transform.size))
+    config = _head_config(recipe.head, task, splits, reads, model, transform.size)
     head = config.build()
     initialise(head, recipe.train.seed)
     notes = list(splits.notes)
+    if isinstance(head, AnswerDecoder | TwoPictures) and isinstance(model, Albef):
+        head.start(model)
     if resume_from is None and start.head is not None:
         notes.append(_take_head(head, config, splits, start))
     if resume_from is None and start.image_tokenizer is not None:
         notes.append("left out is the image tokenizer of the model: fine-tuning has no use for it")
     recipe = with_steps(recipe, len(splits.train))
-    method = FineTuning(
-        FineTuned(model, head, config), Pixels(transform.mean, transform.std), recipe.distillation, recipe.train.steps,
-        steps_per_epoch(len(splits.train), recipe.data.batch),
-    )  # fmt: skip
     max_length = min(recipe.data.max_length or 10**9, _positions(model))
-    collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length))
+    collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length), config.gives)
+    notes += _cut(splits, collate)
+    answers_KT = None
+    if collate.writes is not None:
+        answers_KT, _ = collate.writes.pad(collate.writes.encode(splits.labels, ANSWER_TOKENS))
+    made = Answering if config.gives == "text" else TextAssignment if task.name == "text_assignment" else FineTuning
+    method = made(
+        FineTuned(model, head, config, answers_KT), Pixels(transform.mean, transform.std), recipe.distillation,
+        recipe.train.steps, steps_per_epoch(len(splits.train), recipe.data.batch),
+    )  # fmt: skip
 
     select = recipe.select_on or f"{next(iter(_labelled(splits)))}.{task.reported}"
     if select not in (known := [f"{split}.{metric}" for split in _labelled(splits) for metric in task.metrics]):
@@ -232,16 +244,22 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate)
 
 
-def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, width: int) -> HeadConfig:
+def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, model: nn.Module, side: int) -> HeadConfig:
+    blocks = None
+    if reads in ("states", "two_pictures"):
+        assert isinstance(model, Albef)
+        blocks, width = decoder_config(model.config), model.config.width
+    else:
+        width = _width(model, reads, side, task.num_pictures)
     hidden = {"width": width, "none": None}[head.hidden] if isinstance(head.hidden, str) else head.hidden
     num_outputs = 1 if task.gives == "number" else len(splits.labels)
     return HeadConfig(
-        task.name, reads, task.gives, width, num_outputs, hidden, head.activation, head.dropout, splits.center,
-        splits.scale,
+        task.name, reads, "text" if reads == "states" else task.gives, width, num_outputs, hidden, head.activation,
+        head.dropout, splits.center, splits.scale, blocks, head.ranked,
     )  # fmt: skip
 
 
-def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle) -> TaskCollate:
+def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle, gives: Gives) -> TaskCollate:
     """Raises TriviumError where the model came without a tokenizer."""
     data, texts, images = recipe.data, None, None
     if task.reads != "images":
@@ -252,9 +270,37 @@ def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle) 
         size, filter = start.transform.size, start.transform.filter
         plain = data.crop_scale == (1.0, 1.0) and not data.flip
         views = None if plain else Views(size, filter, crop_scale=data.crop_scale, flip=data.flip)
-        images = TaskImage(start.transform, views)
+        images = TaskImage(start.transform, views, data.blank_pictures)
     by_length = data.sort_by_length and texts is not None
-    return TaskCollate(texts, images, max(1, len(splits.labels)), splits.center, splits.scale, by_length)
+    writes = texts.tokenizer.for_answers() if texts is not None and gives == "text" else None
+    return TaskCollate(texts, images, max(1, len(splits.labels)), splits.center, splits.scale, by_length, writes)
+
+
+def _cut(splits: Splits, collate: TaskCollate) -> list[str]:
+    """A sentence for each split whose texts beside pictures, or answers, are longer than what is read of them."""
+    if collate.texts is None or collate.images is None:
+        return []
+    found = []
+    for name, rows in {"train": splits.train, **splits.held_out}.items():
+        good = list(rows.good())
+        limit, longer = collate.texts.max_length, []
+        lengths = collate.texts.tokenizer.encode([row.text or "" for row in good], limit + 1)
+        longer = [row for row, ids in zip(good, lengths, strict=True) if len(ids) > limit]
+        if longer:
+            found.append(
+                f"{name}: {len(longer):,} texts have more than {limit} tokens and are cut there; the first:"
+                f" {longer[0].file} ({longer[0].where})"
+            )
+        if collate.writes is not None:
+            answers = [(row, answer) for row in good for answer in set(row.truths)]
+            lengths = collate.writes.encode([answer for _, answer in answers], ANSWER_TOKENS + 1)
+            long = [row for (row, _), ids in zip(answers, lengths, strict=True) if len(ids) > ANSWER_TOKENS]
+            if long:
+                found.append(
+                    f"{name}: {len(long):,} answers have more than {ANSWER_TOKENS} tokens and are cut there; the first:"
+                    f" {long[0].file} ({long[0].where})"
+                )
+    return found
 
 
 def _reads(task: Task, head: Head, start: Bundle) -> Reads:
@@ -271,6 +317,17 @@ def _reads(task: Task, head: Head, start: Bundle) -> Reads:
     if head.fusion == "fused" and not isinstance(model, Fuses):
         raise TriviumError(
             f"a model of the family {family} does not read a picture and a text together: leave out --head.fusion"
+        )
+    if task.gives == "answers" and head.answers == "written" and not isinstance(model, Albef):
+        raise TriviumError(f"a model of the family {family} writes no answers: leave out --head.answers")
+    if isinstance(model, Albef) and head.fusion != "concatenated":
+        if task.gives == "answers" and head.answers != "scored":
+            return "states"
+        if task.num_pictures == 2:
+            return "two_pictures"
+    if task.name == "text_assignment":
+        raise TriviumError(
+            f"{task.title} prepares ALBEF for two pictures, and {family} is fine-tuned for them as it is"
         )
     return "fused" if head.fusion != "concatenated" and isinstance(model, Fuses) else "concatenated"
 
@@ -291,9 +348,9 @@ def _positions(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _width(model: nn.Module, reads: Reads, side: int) -> int:
+def _width(model: nn.Module, reads: Reads, side: int, num_pictures: int) -> int:
     """Of what the head reads: found by reading one empty sample."""
-    pixels = torch.zeros(1, 3, side, side) if reads != "text" else None
+    pixels = torch.zeros(num_pictures, 3, side, side) if reads != "text" else None
     ids = torch.zeros(1, 1, dtype=torch.int64) if reads != "image" else None
     return read(model.eval(), reads, pixels, ids, None, None).shape[1]
 
@@ -303,6 +360,12 @@ def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundl
     there, old = start.head_config, start.head
     assert there is not None and old is not None
     names = tuple(start.labels or ())
+    if isinstance(head, AnswerDecoder) and isinstance(old, AnswerDecoder) and _shape(old) == _shape(head):
+        head.load_state_dict(old.state_dict())
+        return f"the writer of answers starts as it was trained for {there.task}"
+    if isinstance(head, TwoPictures) and isinstance(old, TwoPictures) and sorted(names) != sorted(splits.labels):
+        head.seconds.load_state_dict(old.seconds.state_dict())
+        return f"the second blocks start as they were trained for {there.task}, and a new classifier is drawn"
     alike = replace(there, task="", dropout=0.0) == replace(config, task="", dropout=0.0)
     if not alike or sorted(names) != sorted(splits.labels):
         return f"the head that the model has was trained for {there.task} and does not fit: a new one is drawn"
@@ -312,6 +375,10 @@ def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundl
         state |= {f"decoder.{part}": state[f"decoder.{part}"][order] for part in ("weight", "bias")}
     head.load_state_dict(state)
     return f"the head starts as it was trained for {there.task}, its labels matched by name"
+
+
+def _shape(head: AnswerDecoder) -> BertConfig:
+    return replace(head.config, dropout=0.0)
 
 
 def _rows_at_once(recipe: FinetuneRecipe) -> int:
