@@ -88,16 +88,14 @@ def test_a_weighted_answer_costs_what_it_costs_in_the_public_code() -> None:
     weight_R, alpha = torch.tensor([0.7, 0.3, 1.0, 0.5, 0.5], dtype=torch.float64), 0.4
     states = fused.states.clone().requires_grad_()
 
+    def words(model: AnswerDecoder, memory: Tensor) -> Tensor:
+        read = model.read(Encoded(memory, fused.mask, nn.Identity(), None)).of_rows(row_R)
+        return model.predict_words(model.states(ids_RT[:, :-1], read)[0])
+
     def loss_of_ours(memory: Tensor) -> Tensor:
         asked_RQ = ids_RT[:, 1:]
         real_RQ = asked_RQ != PAD
-        logits_MV, soft_MV = (
-            model.predict_words(
-                model.states(ids_RT[:, :-1], model.read(Encoded(memory, fused.mask, nn.Identity(), None)).of_rows(row_R))
-                [0][real_RQ]
-            )
-            for model in (ours, teacher)
-        )  # fmt: skip
+        logits_MV, soft_MV = (words(model, memory)[real_RQ] for model in (ours, teacher))
         weight_M = weight_R[:, None].expand_as(real_RQ)[real_RQ]
         hard = written_answers(logits_MV, asked_RQ[real_RQ], weight_M)
         soft = written_answers(logits_MV, soft_MV.softmax(-1).detach(), weight_M)

@@ -41,6 +41,7 @@ from trivium.errors import TriviumError
 from trivium.models.albef import Albef, AlbefConfig
 from trivium.models.albef_heads import AnswerDecoder, TwoPictures, decoder_config
 from trivium.models.bert import BertConfig
+from trivium.models.finetuned import HeadConfig
 
 _IGNORED = re.compile(r"(^|\.)position_ids$")
 _LAYER = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.")
@@ -68,6 +69,12 @@ class Layout:
     under_bert: bool  # text_encoder.bert.encoder... instead of text_encoder.encoder...
     two_pictures: bool  # layers of fusion in pairs, of which the second has no keys and values of its own
 
+    @property
+    def head(self) -> str:
+        """How the names of its head begin, "" without one; of two pictures, marked."""
+        found = next((part for part in ("text_decoder.", "ta_head.", "cls_head.") if part in self.parts), "")
+        return f"pairs {found}" if self.two_pictures and found == "cls_head." else found
+
 
 _COPIED = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")  # what has a momentum copy in pretraining
 PRETRAINED = Layout(  # but for the queues
@@ -81,12 +88,20 @@ RETRIEVAL = Layout(  # mscoco, flickr30k: without the head of masked words, and 
     under_bert=False,
     two_pictures=False,
 )
-ENTAILMENT = Layout(  # ve
-    frozenset({f"{part}{momentum}." for part in (*_COPIED[:2], "cls_head") for momentum in ("", "_m")}),
+_TUNED = frozenset({"visual_encoder.", "visual_encoder_m.", "text_encoder.", "text_encoder_m."})
+ENTAILMENT = Layout(_TUNED | {"cls_head.", "cls_head_m."}, under_bert=False, two_pictures=False)  # ve
+ANSWERS = Layout(_TUNED | {"text_decoder.", "text_decoder_m."}, under_bert=False, two_pictures=False)  # vqa
+TWO_PICTURES = replace(ENTAILMENT, two_pictures=True)  # nlvr
+ASSIGNMENT = Layout(  # pretrain_model_nlvr
+    frozenset({"visual_encoder.", "text_encoder.", "vision_proj.", "text_proj.", "temp", "ta_head."}),
     under_bert=False,
-    two_pictures=False,
+    two_pictures=True,
 )
-ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")  # as the outputs of ve are numbered
+LABELS = {  # of a head (see Layout), as its outputs are numbered
+    "cls_head.": ("contradiction", "neutral", "entailment"),
+    "pairs cls_head.": ("False", "True"),
+    "ta_head.": ("first", "second", "neither"),
+}
 
 
 def from_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[AlbefConfig, State, Layout]:
@@ -147,14 +162,50 @@ def state_as(layout: Layout, model: Albef, head: Mapping[str, Tensor] | None = N
     return to_official({n: t for n, t in state.items() if n in named}, model.config, layout)
 
 
-def in_official_order(head: Mapping[str, Tensor], labels: Sequence[str]) -> dict[str, Tensor]:
-    """A head of entailment whose outputs are numbered as in ve. Raises TriviumError for other labels."""
-    if sorted(labels) != sorted(ENTAILMENT_LABELS):
+def head_config(config: AlbefConfig, layout: Layout, state: Mapping[str, Tensor]) -> HeadConfig | None:
+    """Of the head of a fine-tuned file, as its own task has it (recipes/tasks.py); of a writer the list of its answers
+    lies elsewhere. None of a file without one. Raises TriviumError for labels whose names nobody knows."""
+    if not layout.head:
+        return None
+    width, blocks = config.width, decoder_config(config)
+    if layout.head == "text_decoder.":
+        return HeadConfig("vqa", "states", "text", width, 0, blocks=blocks)
+    num_labels, labels = len(state["head.decoder.weight"]), LABELS[layout.head]
+    if num_labels != len(labels):
         raise TriviumError(
-            f"ALBEF's files for labels hold {', '.join(ENTAILMENT_LABELS)}, and this head {', '.join(labels)}: write it"
-            " as trivium"
+            f"this ALBEF was fine-tuned for {num_labels} labels, whose names its file does not hold:"
+            f" {', '.join(labels)} are known"
         )
-    order = torch.tensor([list(labels).index(label) for label in ENTAILMENT_LABELS])
+    if layout.head == "cls_head.":
+        return HeadConfig("visual_entailment", "fused", "class", width, num_labels, width, "relu", dropout=0.0)
+    task, hidden = ("nlvr2", width) if layout.head == "pairs cls_head." else ("text_assignment", None)
+    return HeadConfig(
+        task, "two_pictures", "class", width, num_labels, hidden, "relu", 0.0, blocks=blocks, num_pictures=2
+    )
+
+
+def layout_for(head: HeadConfig) -> Layout | None:
+    """That of the files which hold such a head; None where there are none."""
+    if head.gives == "text":
+        return ANSWERS
+    if (head.gives, head.activation) != ("class", "relu"):
+        return None
+    if head.reads == "two_pictures":
+        return ASSIGNMENT if head.hidden is None else TWO_PICTURES if head.hidden == head.width else None
+    return ENTAILMENT if (head.reads, head.hidden) == ("fused", head.width) else None
+
+
+def in_official_order(head: Mapping[str, Tensor], labels: Sequence[str], layout: Layout) -> dict[str, Tensor]:
+    """A head whose outputs are numbered as in the file of a layout. Raises TriviumError for other labels."""
+    official = LABELS.get(layout.head)
+    if official is None:
+        return dict(head)
+    if sorted(labels) != sorted(official):
+        raise TriviumError(
+            f"ALBEF's files of this kind hold {', '.join(official)}, and this head {', '.join(labels)}: write it as"
+            " trivium"
+        )
+    order = torch.tensor([list(labels).index(label) for label in official])
     return {name: t[order] if name.startswith("decoder.") else t for name, t in head.items()}
 
 

@@ -1,5 +1,5 @@
-"""Questions on pictures: one's own tables (`read_questions`), and VQAv2 (Goyal et al. 2017) in its official layout, below
-one folder:
+"""Questions on pictures: one's own tables (`read_questions`), and VQAv2 (Goyal et al. 2017) in its official layout,
+below one folder:
 
     v2_OpenEnded_mscoco_{train2014,val2014,test2015,test-dev2015}_questions.json
     v2_mscoco_{train2014,val2014}_annotations.json
@@ -39,8 +39,8 @@ def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
         return _read_albef(root, min_questions)
     if not os.path.isfile(_questions(root, "train2014")):
         raise TriviumError(
-            f"{root} holds neither {os.path.basename(_questions(root, 'train2014'))} nor vqa_train.json: give the folder"
-            " with the questions, annotations and pictures of VQAv2 as visualqa.org publishes them, or ALBEF's files"
+            f"{root} holds neither {os.path.basename(_questions(root, 'train2014'))} nor vqa_train.json: give the"
+            " folder with the questions, annotations and pictures of VQAv2 as visualqa.org publishes them, or ALBEF's"
         )
     counts: Counter[str] = Counter()
     for split in ("train2014", "val2014"):

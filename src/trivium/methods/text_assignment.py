@@ -1,8 +1,8 @@
 """Text assignment: which of two pictures does a text belong to, or neither (ALBEF, section 5)?
 
-What a model for two pictures learns before NLVR2, from pairs. For each text a like picture of the batch is drawn, by the
-likeness of the class tokens of both; with it the text's own stands first (class 0) or second (class 1), or another like
-one does, and the text belongs to neither (class 2). Each of the three a third of the time.
+What a model for two pictures learns before NLVR2, from pairs. For each text a like picture of the batch is drawn, by
+the likeness of the class tokens of both; with it the text's own stands first (class 0) or second (class 1), or another
+like one does, and the text belongs to neither (class 2). Each of the three a third of the time.
 
 B rows of a batch, K of them that are kept.
 """
@@ -52,8 +52,8 @@ class TextAssignment(FineTuning):
         }
 
     def _drawn(self, batch: Batch, image_BD: Tensor, key: Key) -> tuple[Tensor, Tensor, Tensor]:
-        """Which picture stands left, which right, and the class, int64 [B] each: functions of the seed, the step, the row
-        and the likenesses."""
+        """Which picture stands left, which right, and the class, int64 [B] each: functions of the seed, the step, the
+        row and the likenesses."""
         allowed_BB = self._to(self._allowed(batch))
         with torch.autocast(image_BD.device.type, enabled=False):
             logits_BB = image_BD @ image_BD.T / TEMPERATURE

@@ -2,12 +2,12 @@
 section 5).
 
 Answers are *written*: a BERT of as many blocks as the fusion has reads the fused states of picture and question, and
-writes from left to right. A statement on two pictures is read with both: behind each block of the fusion stands a second
-one, which reads the second picture. Easy to get wrong:
+writes from left to right. A statement on two pictures is read with both: behind each block of the fusion stands a
+second one, which reads the second picture. Easy to get wrong:
 
 * the writer never sees the picture: what it knows of it comes through the question's fused states;
-* an answer is [CLS], its words and [SEP], which is written too; it is as likely as all of these in turn. The public code
-  counts the first word twice where it ranks;
+* an answer is [CLS], its words and [SEP], which is written too; it is as likely as all of these in turn. The public
+  code counts the first word twice where it ranks;
 * the two blocks of a pair share the keys and values of cross-attention and nothing else.
 
 B questions, S positions of their states, K answers in a list, C of them in question, R rows (answers to some question),
@@ -66,8 +66,8 @@ class AnswerDecoder(Bert):
 
     @torch.no_grad()
     def start(self, model: Albef) -> None:
-        """As ALBEF does (section 5): words from its text, blocks and their cross-attention from its fusion, and its head
-        of masked words."""
+        """As ALBEF does (section 5): words from its text, blocks and their cross-attention from its fusion, and its
+        head of masked words."""
         self.embeddings.load_state_dict(model.text.embeddings.state_dict())
         self.encoder.load_state_dict(model.fusion.state_dict())
         assert self.mlm_head is not None
@@ -98,8 +98,8 @@ class AnswerDecoder(Bert):
 
     @torch.no_grad()
     def rank(self, fused: Encoded, answers_KT: Tensor, k: int, count_first_twice: bool = False) -> Tensor:
-        """Log-likelihood [B, K] of the k answers of a list that begin most likely (section 5; k = 128 as published), -inf
-        of the others.
+        """Log-likelihood [B, K] of the k answers of a list that begin most likely (section 5; k = 128 as published),
+        -inf of the others.
 
         The list is asked once by its first words; what [CLS] is in each block is computed once for all answers of a
         question, and so are the question's keys and values. Exact: with k = K every answer is read to its end.
@@ -143,8 +143,8 @@ class AnswerDecoder(Bert):
 
     @torch.no_grad()
     def write(self, fused: Encoded, start: int, end: int, num: int, max_length: int) -> tuple[Tensor, Tensor]:
-        """The `num` likeliest answers that a search along as many beams finds, of whatever words: ids [B, num, L] without
-        [CLS], filled up with `end`; and their log-likelihoods [B, num], best first.
+        """The `num` likeliest answers that a search along as many beams finds, of whatever words: ids [B, num, L]
+        without [CLS], filled up with `end`; and their log-likelihoods [B, num], best first.
 
         Args:
             start, end: the ids of [CLS] and [SEP].

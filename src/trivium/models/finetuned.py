@@ -52,6 +52,7 @@ class HeadConfig:
     center: float = 0.0  # a number is output x scale + center
     scale: float = 1.0
     blocks: BertConfig | None = None  # of a head that has some of its own
+    num_pictures: int = 1
     ranked: int = 128  # answers of a list that a writer reads to their end: those that begin most likely
 
     def __post_init__(self) -> None:
@@ -99,8 +100,8 @@ class FineTuned(nn.Module):
         mask_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits or numbers [B, K]; of a writer the log-likelihood of each answer of the list, -inf of those that it does
-        not read. Pixels are normalised."""
+        """Logits or numbers [B, K]; of a writer the log-likelihood of each answer of the list, -inf of those that it
+        does not read. Pixels are normalised."""
         if isinstance(self.head, AnswerDecoder):
             assert self.answers_KT is not None, "a writer ranks a list of answers"
             return self.head.rank(self.fused(pixels_PCHW, ids_BT, mask_BT), self.answers_KT, self.config.ranked)

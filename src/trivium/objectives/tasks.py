@@ -31,8 +31,8 @@ def soft_answers(logits_BK: Tensor, answers_BK: Tensor) -> Tensor:
 
 
 def written_answers(logits_MV: Tensor, word_M: Tensor, weight_M: Tensor) -> Tensor:
-    """Sum over words of cross-entropies, each times the weight of its answer (ALBEF, section 5): an answer costs what its
-    words cost together.
+    """Sum over words of cross-entropies, each times the weight of its answer (ALBEF, section 5): an answer costs what
+    its words cost together.
 
     word_M: int64; or shares of the vocabulary, [M, V].
     """

@@ -255,7 +255,7 @@ def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, model: nn
     num_outputs = 1 if task.gives == "number" else len(splits.labels)
     return HeadConfig(
         task.name, reads, "text" if reads == "states" else task.gives, width, num_outputs, hidden, head.activation,
-        head.dropout, splits.center, splits.scale, blocks, head.ranked,
+        head.dropout, splits.center, splits.scale, blocks, task.num_pictures, head.ranked,
     )  # fmt: skip
 
 
