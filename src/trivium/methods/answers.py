@@ -40,8 +40,9 @@ class Answering(FineTuning):
         loss = written_answers(logits_MV, answers.word_M, answers.weight_M)
         if self.teacher is not None and self.training and self.teacher.alpha:
             with torch.no_grad():
-                soft_MV = self._written(self.teacher.copy, inputs, answers).float().softmax(-1)
-            soft = written_answers(logits_MV, soft_MV.to(logits_MV.dtype), answers.weight_M)
+                soft_MV = self._written(self.teacher.copy, inputs, answers)
+                soft_MV = soft_MV.softmax(-1, dtype=torch.promote_types(soft_MV.dtype, torch.float32))
+            soft = written_answers(logits_MV, soft_MV, answers.weight_M)
             loss = torch.lerp(loss, soft, self.teacher.alpha)
         return {self.model.config.task: loss}
 

@@ -27,7 +27,12 @@ POOL = 64  # rows among which pictures are drawn
 
 
 class TextAssignment(FineTuning):
-    """Of a model whose head judges two pictures. A row with fewer than two other pictures in its pool is left out."""
+    """Of a model whose head judges two pictures. A row with fewer than two other pictures in its pool is left out.
+
+    A micro-batch is a whole number of pools, or within one.
+    """
+
+    pool = POOL
 
     def counts(self, batch: Batch) -> Sums:
         return {self.model.config.task: self._kept(batch).sum()}
@@ -68,7 +73,7 @@ class TextAssignment(FineTuning):
 
     def _allowed(self, batch: Batch) -> Tensor:
         """Which pictures may stand beside a text that they do not belong to: of its pool, and not its own."""
-        same_B, pool_B = batch.images[0].same_B, (batch.rows_B - batch.rows_B[0]) // POOL
+        same_B, pool_B = batch.images[0].same_B, (batch.rows_B - batch.rows_B[0]) // self.pool
         return (same_B[:, None] != same_B) & (pool_B[:, None] == pool_B)
 
     def _kept(self, batch: Batch) -> Tensor:

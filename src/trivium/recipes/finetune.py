@@ -29,7 +29,7 @@ from trivium.methods.answers import Answering
 from trivium.methods.finetune import FineTuning
 from trivium.methods.flava import Pixels
 from trivium.methods.momentum import SoftTargets
-from trivium.methods.text_assignment import TextAssignment
+from trivium.methods.text_assignment import POOL, TextAssignment
 from trivium.models.albef import Albef
 from trivium.models.albef_heads import AnswerDecoder, TwoPictures, decoder_config
 from trivium.models.bert import BertConfig
@@ -198,6 +198,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     if resume_from is None and start.image_tokenizer is not None:
         notes.append("left out is the image tokenizer of the model: fine-tuning has no use for it")
     recipe = with_steps(recipe, len(splits.train))
+    _check_pools(recipe)
     max_length = min(recipe.data.max_length or 10**9, _positions(model))
     collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length), config.gives)
     notes += _cut(splits, collate)
@@ -242,6 +243,16 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         select=f"figures.{select}",
     )
     return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate)
+
+
+def _check_pools(recipe: FinetuneRecipe) -> None:
+    """Raises TriviumError where a micro-batch would cut a pool in two: pictures would come from fewer rows there."""
+    rows = _rows_at_once(recipe)
+    if recipe.task == "text_assignment" and rows > POOL and rows % POOL:
+        raise TriviumError(
+            f"micro-batches of {rows} pairs cut pools of {POOL} in two: choose --train.micro-batch as a multiple of"
+            f" {POOL}, or at most {POOL}"
+        )
 
 
 def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, model: nn.Module, side: int) -> HeadConfig:
