@@ -81,7 +81,7 @@ def test_answers_are_written_ranked_and_asked_for(
     assert isinstance(bundle.head, AnswerDecoder) and bundle.labels == ["dark blue", "red"]
     answers = bundle.ask(data / "0.png", "What colour is it?")
     assert [answer.text for answer in answers] == ["red", "dark blue"]
-    assert sum(answer.probability for answer in answers) == pytest.approx(1) and answers[0].probability > 0.9
+    assert sum(answer.probability for answer in answers) == pytest.approx(1) and answers[0].probability > 0.7
     many = bundle.answer([data / "0.png", data / "1.png"], ["what colour is it?"] * 2)
     assert many.argmax(1).tolist() == [1, 0]
     assert float(many[0, 1]) == pytest.approx(answers[0].probability, abs=1e-5)
@@ -153,8 +153,7 @@ def statements(folder: Path) -> Path:
     return folder
 
 
-NLVR2 = ("--data.image-size", 32, "--data.flip", 0, "--data.crop-scale", 1, 1, "--optim.warmup", 0.1,
-         "--train.patience", "null")  # fmt: skip
+NLVR2 = ("--data.image-size", 32, "--data.flip", 0, "--data.crop-scale", 1, 1, "--train.patience", "null")
 
 
 @pytest.mark.parametrize("family", ["albef", "flava"])
@@ -180,21 +179,20 @@ def test_a_statement_on_two_pictures_is_learned_and_asked(
 def test_text_assignment_prepares_for_two_pictures(
     albef: Path, flava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = [
-        {"image": f"{n}.png", "caption": [f"this is {c}", "it"]} for n, c in enumerate(["red", "blue", "green"] * 4)
-    ]
-    for pair in pairs:
-        Image.new("RGB", (32, 32), pair["caption"][0].split()[-1]).save(tmp_path / str(pair["image"]))
+    colours = ["red", "blue", "green"]
+    for colour in colours:
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{colour}.png")
+    pairs = [{"image": f"{colour}.png", "caption": [f"this is {colour}", "it"]} for colour in colours * 4]
     table = tmp_path / "pairs.json"
-    table.write_text(json.dumps([*pairs, {"image": "0.png"}]))
+    table.write_text(json.dumps([*pairs, {"image": "red.png"}]))
     out = tmp_path / "assigned"
     words = ("--data", table, "--data.dev", table, "--data.image-size", 32, "--data.flip", 0, "--train.bad-rate", 1,
              "--train.patience", "null")  # fmt: skip
-    found = finetune("text_assignment", albef, out, *words, optim__lr=0.01, train__steps=60, train__evaluate_every=30,
+    found = finetune("text_assignment", albef, out, *words, optim__lr=0.01, train__steps=150, train__evaluate_every=50,
                      data__batch=12)  # fmt: skip
-    # Pictures of one colour are alike: what stands beside the text's own may be one of them.
-    assert found["text assignment"] > 0.5
+    assert found["text assignment"] > 0.6
     told = capsys.readouterr()
+    assert "never learned" not in told.err
     assert "pairs.json (entry 12)" in told.err and 'has no "caption|captions|text|title"' in told.err
     assert trivium.load(out).labels == ["first", "second", "neither"]  # type: ignore[operator]
     nlvr2 = finetune("nlvr2", out / "model", tmp_path / "run", "--data", statements(tmp_path / "nlvr2"), *NLVR2)

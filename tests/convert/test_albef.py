@@ -85,7 +85,8 @@ def official(kind: str) -> dict[str, Tensor]:
         if kind in ("pretrained", "retrieval", "refcoco"):
             shapes |= pair(f"vision_proj{suffix}", JOINT, WIDTH) | pair(f"text_proj{suffix}", JOINT, WIDTH)
         if kind == "assignment":
-            shapes |= pair("vision_proj", JOINT, WIDTH) | pair("ta_head", 3, WIDTH) | {"temp": ()}
+            shapes |= pair("vision_proj", JOINT, WIDTH) | pair("text_proj", JOINT, WIDTH)
+            shapes |= pair("ta_head", 3, WIDTH) | {"temp": ()}
         if kind in ("ve", "nlvr"):
             classes = 3 if kind == "ve" else 2
             shapes |= pair(f"cls_head{suffix}.0", WIDTH, WIDTH) | pair(f"cls_head{suffix}.2", classes, WIDTH)

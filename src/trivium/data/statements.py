@@ -111,10 +111,14 @@ def read_assignments(train: Sequence[str], dev: Sequence[str], held_out_share: f
     pictures = sorted({each.image for each in held if isinstance(each, Row) and each.image})
     if len(pictures) < 3:
         raise TriviumError(f"{len(pictures)} held-out pictures are too few to assign a text among: give three at least")
+    labelled = [
+        replace(each, label=number % len(ASSIGNED)) if isinstance(each, Row) else each
+        for number, each in enumerate(rows)
+    ]
     place_of = {picture: place for place, picture in enumerate(pictures)}
     assigned = [_assigned(each, pictures, place_of) if isinstance(each, Row) else each for each in held]
     return Splits(
-        LabelledRows([replace(each, label=0) if isinstance(each, Row) else each for each in rows], "pairs"),
+        LabelledRows(labelled, "pairs"),
         {"dev": LabelledRows(assigned, "pairs")},
         ASSIGNED,
         notes=notes,
