@@ -20,6 +20,8 @@ from trivium.bundle import Bundle
 from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
+from trivium.evaluate import results, suite
+from trivium.evaluate.paper_tasks import SUITES
 from trivium.invariance.albef import TINY, random_albef
 from trivium.models.albef_heads import AnswerDecoder, TwoPictures
 
@@ -167,6 +169,10 @@ def test_a_statement_on_two_pictures_is_learned_and_asked(
     )
     assert found["NLVR2.dev.accuracy"] == found["NLVR2"] == 1.0
     bundle = trivium.load(out)  # type: ignore[operator]
+    task = next(task for task in SUITES["albef"] if task.name == "NLVR2")
+    measured = results.read(out / "results.json")
+    [suited] = suite.run([task], bundle, None, tmp_path, fine_tuned=measured).tasks
+    assert suited.state == "read" and suited.figure(task.figures[0]) == measured["NLVR2.dev.accuracy"]
     assert isinstance(bundle.head, TwoPictures) == (family == "albef")
     red, blue = (data / f"dev/dev-{pair}-0-img0.png" for pair in (0, 3))
     assert bundle.ask(red, "both are red", second_picture=red)[0].text == "True"

@@ -154,7 +154,7 @@ def test_ranking_a_list_is_reading_every_answer_to_its_end(
     assert len(set(ids_KT[:, 1].tolist())) < 12  # some begin alike
     with torch.no_grad():
         expected = ranked_as_published(theirs, fused, ids_KT, k, first_twice)
-        found = ours.rank(fused, ids_KT, k, first_twice)
+        found = ours.rank(fused, ids_KT, k, first_word_twice=first_twice)
     if k == 12:
         assert torch.allclose(found, expected, rtol=0, atol=1e-11)
     else:  # of answers that begin alike either may be among the k

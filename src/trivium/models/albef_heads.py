@@ -97,7 +97,7 @@ class AnswerDecoder(Bert):
         return x_RQD, kept
 
     @torch.no_grad()
-    def rank(self, fused: Encoded, answers_KT: Tensor, k: int, count_first_twice: bool = False) -> Tensor:
+    def rank(self, fused: Encoded, answers_KT: Tensor, k: int, first_word_twice: bool = False) -> Tensor:
         """Log-likelihood [B, K] of the k answers of a list that begin most likely (section 5; k = 128 as published),
         -inf of the others.
 
@@ -105,13 +105,13 @@ class AnswerDecoder(Bert):
         question, and so are the question's keys and values. Exact: with k = K every answer is read to its end.
 
         Args:
-            count_first_twice: add the first word once more, as the public code does.
+            first_word_twice: count it twice, as the public code does.
         """
         k = min(k, len(answers_KT))
         parts = fused.split(max(1, ROWS_AT_ONCE // k))
-        return torch.cat([self._rank(part, answers_KT, k, count_first_twice) for part in parts])
+        return torch.cat([self._rank(part, answers_KT, k, first_word_twice) for part in parts])
 
-    def _rank(self, fused: Encoded, answers_KT: Tensor, k: int, count_first_twice: bool) -> Tensor:
+    def _rank(self, fused: Encoded, answers_KT: Tensor, k: int, first_word_twice: bool) -> Tensor:
         B, question = len(fused.states), self.read(fused)
         start_BD, kept = self.states(answers_KT[:1, :1].expand(B, 1), question)
         first_BK = _log_softmax(self.predict_words(start_BD[:, 0]))[:, answers_KT[:, 1]]
@@ -120,7 +120,7 @@ class AnswerDecoder(Bert):
         # Each question's shortest answers first: a column is no longer than its longest, and few are long.
         length_BC, order_BC = length_BC.sort(dim=1, stable=True)
         chosen_BC = chosen_BC.gather(1, order_BC)
-        total_BC = first_BK.gather(1, chosen_BC) * (2 if count_first_twice else 1)
+        total_BC = first_BK.gather(1, chosen_BC) * (2 if first_word_twice else 1)
         longest_C = length_BC.amax(0).tolist()
         for longest in sorted({length for length in longest_C if length > 2}):
             begin, C = longest_C.index(longest), longest_C.count(longest)

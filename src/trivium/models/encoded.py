@@ -128,7 +128,7 @@ class Fuses(Protocol):
 
 @runtime_checkable
 class Answers(Protocol):
-    def rank(self, fused: Encoded, answers_KT: Tensor, k: int) -> Tensor:
+    def rank(self, fused: Encoded, answers_KT: Tensor, k: int, first_word_twice: bool = False) -> Tensor:
         """Log-likelihood [B, K] of the k likeliest answers of a list, given as tokens; -inf of the others."""
         ...
 

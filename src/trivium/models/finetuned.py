@@ -54,6 +54,7 @@ class HeadConfig:
     blocks: BertConfig | None = None  # of a head that has some of its own
     num_pictures: int = 1
     ranked: int = 128  # answers of a list that a writer reads to their end: those that begin most likely
+    first_word_twice: bool = False  # a writer ranks as the public code does, which counts an answer's first word twice
 
     def __post_init__(self) -> None:
         if isinstance(self.blocks, Mapping):  # as a file has it
@@ -104,7 +105,8 @@ class FineTuned(nn.Module):
         does not read. Pixels are normalised."""
         if isinstance(self.head, AnswerDecoder):
             assert self.answers_KT is not None, "a writer ranks a list of answers"
-            return self.head.rank(self.fused(pixels_PCHW, ids_BT, mask_BT), self.answers_KT, self.config.ranked)
+            fused, config = self.fused(pixels_PCHW, ids_BT, mask_BT), self.config
+            return self.head.rank(fused, self.answers_KT, config.ranked, config.first_word_twice)
         if isinstance(self.head, TwoPictures):
             assert isinstance(self.backbone, Albef) and pixels_PCHW is not None and ids_BT is not None
             tokens_PND = self.backbone.encode_image(pixels_PCHW).tokens

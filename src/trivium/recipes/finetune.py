@@ -267,6 +267,7 @@ def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, model: nn
     return HeadConfig(
         task.name, reads, "text" if reads == "states" else task.gives, width, num_outputs, hidden, head.activation,
         head.dropout, splits.center, splits.scale, blocks, task.num_pictures, head.ranked,
+        head.first_word_twice,
     )  # fmt: skip
 
 
