@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--pretraining-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=1500, help="of each fine-tuning")
     parser.add_argument("--scenes", type=int, default=6000, help="of training; a fifth as many are held out")
-    parser.add_argument("--rows", type=int, help="training questions; None: all")
+    parser.add_argument("--questions", type=int, help="at most so many of each table, for a first try in a new OUT")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
     init = given.init or run(
@@ -69,8 +69,9 @@ def main() -> None:
         if part == "nlvr2":
             found[part] = statements(given.out, given.scenes, tuned)
         else:
-            folder = easy_vqa(given.easy_vqa, given.out) if part == "easy-vqa" else daquar(given.root, given.out)
-            tables = {"data.train": folder / "train.csv", "data.test": folder / "test.csv", "data.rows": given.rows}
+            read, where = (easy_vqa, given.easy_vqa) if part == "easy-vqa" else (daquar, given.root)
+            folder = read(where, given.out, given.questions)
+            tables = {"data.train": folder / "train.csv", "data.test": folder / "test.csv"}
             found[part] = questions(part, folder, tables, tuned)
         print(part, {name: per_cent(result) for name, result in found[part].items()}, flush=True)
     command = "python benchmarks/albef_vqa.py --easy-vqa WHEEL --data.root DATA --out RUNS"
@@ -83,7 +84,7 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------ questions
 
 
-def easy_vqa(wheel: Path | None, out: Path) -> Path:
+def easy_vqa(wheel: Path | None, out: Path, most: int | None) -> Path:
     """Pictures and tables of easy-VQA below OUT/data, as its wheel has them."""
     folder = out / "data" / "easy-vqa"
     if (folder / "test.csv").is_file():
@@ -91,8 +92,8 @@ def easy_vqa(wheel: Path | None, out: Path) -> Path:
     if wheel is None:
         raise SystemExit("give --easy-vqa the wheel: pip download --no-deps easy-vqa")
     with zipfile.ZipFile(wheel) as archive:
-        for split in ("train", "test"):
-            rows = json.loads(archive.read(f"easy_vqa/data/{split}/questions.json"))
+        for split in ("train", "test"):  # "test" last: where it is, all is
+            rows = json.loads(archive.read(f"easy_vqa/data/{split}/questions.json"))[:most]
             (folder / split).mkdir(parents=True, exist_ok=True)
             for number in sorted({row[2] for row in rows}):
                 picture = archive.read(f"easy_vqa/data/{split}/images/{number}.png")
@@ -101,7 +102,7 @@ def easy_vqa(wheel: Path | None, out: Path) -> Path:
     return folder
 
 
-def daquar(root: Path | None, out: Path) -> Path:
+def daquar(root: Path | None, out: Path, most: int | None) -> Path:
     """Pictures and tables of DAQUAR below OUT/data: its questions with one answer."""
     folder = out / "data" / "daquar"
     if (folder / "test.csv").is_file():
@@ -119,7 +120,7 @@ def daquar(root: Path | None, out: Path) -> Path:
             answer = entry["answer"][0].replace("_", " ")
             rows["test" if is_held_out else "train"].append((f"pictures/{entry['file']}", entry["question"], answer))
     for split, several in rows.items():
-        _table(folder / f"{split}.csv", several)
+        _table(folder / f"{split}.csv", several[:most])
     return folder
 
 
