@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trivium.data.tokenizer import Tokenizer
+from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
 from trivium.data.transforms import ImageTransform, normalize
 from trivium.errors import TriviumError
 from trivium.manifest import write_manifest, written_beside
@@ -250,8 +250,8 @@ class Bundle:
                 "this model ranks a list of answers, and has none: set bundle.labels, put answer_list.json beside its"
                 " file, or let it write freely"
             )
-        tokenizer = self.tokenizer.for_answers()
-        return tokenizer.pad(tokenizer.encode(self.labels, self.model.config.max_length))[0]  # type: ignore[union-attr, arg-type]
+        tokenizer, positions = self.tokenizer.for_answers(), self.model.config.max_length  # type: ignore[union-attr]
+        return tokenizer.pad(tokenizer.encode(self.labels, min(ANSWER_TOKENS, int(positions))))[0]
 
     def _stacked(self, pictures: Pictures) -> Tensor:
         if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):

@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trivium.data.labelled import LabelledRows
 from trivium.data.order import Draws
-from trivium.data.tokenizer import Tokenizer
+from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
 from trivium.errors import BadSample
 from trivium.train.protocol import Batch, Images, Sample, Texts
-
-ANSWER_TOKENS = 32  # of an answer at most, [CLS] and [SEP] among them
 
 
 class PreparedTask(NamedTuple):
@@ -93,6 +92,7 @@ class TaskCollate:
     scale: float = 1.0
     sort_by_length: bool = True  # inside a global batch, for less padding
     writes: Tokenizer | None = None  # answers are given as texts, in this vocabulary
+    answer_length: int = ANSWER_TOKENS  # tokens of an answer, special ones among them; longer ones are cut
     train: bool = True
     false_pairs: float = field(default=0.0, init=False)
 
@@ -142,12 +142,37 @@ class TaskCollate:
             return {"answers": answers_BK}
         return {}
 
+    def encoded_answers(self, answers: Sequence[str]) -> Tensor:
+        """int64 [R, T], [CLS] to [SEP] and pads. Of a collate that `writes`."""
+        assert self.writes is not None
+        return self.writes.pad(self.writes.encode(answers, self.answer_length))[0]
+
+    def cut(self, rows: LabelledRows) -> list[str]:
+        """A sentence on texts beside pictures, and one on answers, that are longer than what is read of them."""
+        if self.texts is None or self.images is None:
+            return []
+        good = list(rows.good())
+        kinds = [("texts", self.texts.tokenizer, self.texts.max_length, [(row, row.text or "") for row in good])]
+        if self.writes is not None:
+            answers = [(row, answer) for row in good for answer in sorted(set(row.truths))]
+            kinds.append(("answers", self.writes, self.answer_length, answers))
+        found = []
+        for kind, tokenizer, limit, texts in kinds:
+            lengths = map(len, tokenizer.encode([text for _, text in texts], limit + 1))
+            longer = [row for (row, _), length in zip(texts, lengths, strict=True) if length > limit]
+            if longer:
+                found.append(
+                    f"{len(longer):,} {kind} have more than {limit} tokens and are cut there; the first:"
+                    f" {longer[0].file} ({longer[0].where})"
+                )
+        return found
+
     def _written(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         assert self.writes is not None
         given = [list(sample.get("written", {}).items()) for sample in samples]
         if not all(given):
             return {}
-        ids_RT, _ = self.writes.pad(self.writes.encode([text for each in given for text, _ in each], ANSWER_TOKENS))
+        ids_RT = self.encoded_answers([text for each in given for text, _ in each])
         most = max(map(len, given))
         ids_BAT = torch.full((len(samples), most, ids_RT.shape[1]), self.writes.pad_id)
         weight_BA = torch.zeros(len(samples), most)

@@ -39,6 +39,7 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = (
     rf"""{re.escape(CLIP_START)}|{re.escape(CLIP_END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"""
 )
+ANSWER_TOKENS = 32  # of an answer that is written (see `for_answers`), [CLS] and [SEP] among them
 CLIP_MERGES = 49152 - 256 - 2  # of the published file, which holds more lines
 # The names under which each role is usually found: BERT's; SentencePiece's and RoBERTa's; CLIP's, which has no pad of
 # its own: whatever stands after the end token, no token before it sees.

@@ -18,7 +18,8 @@ from trivium.bundle import Bundle
 from trivium.data.glue import GLUE
 from trivium.data.labelled import LabelledRows, Splits, is_labelled
 from trivium.data.mixture import StreamMixture
-from trivium.data.task_collate import ANSWER_TOKENS, TaskCollate, TaskImage, TaskText
+from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
+from trivium.data.tokenizer import ANSWER_TOKENS
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import tasks as figures_of
@@ -201,10 +202,9 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     _check_pools(recipe)
     max_length = min(recipe.data.max_length or 10**9, _positions(model))
     collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length), config.gives)
-    notes += _cut(splits, collate)
-    answers_KT = None
-    if collate.writes is not None:
-        answers_KT, _ = collate.writes.pad(collate.writes.encode(splits.labels, ANSWER_TOKENS))
+    for split, rows in {"train": splits.train, **splits.held_out}.items():
+        notes += [f"{split}: {sentence}" for sentence in collate.cut(rows)]
+    answers_KT = None if collate.writes is None else collate.encoded_answers(splits.labels)
     made = Answering if config.gives == "text" else TextAssignment if task.name == "text_assignment" else FineTuning
     method = made(
         FineTuned(model, head, config, answers_KT), Pixels(transform.mean, transform.std), recipe.distillation,
@@ -285,34 +285,10 @@ def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle, 
         images = TaskImage(start.transform, views, data.blank_pictures)
     by_length = data.sort_by_length and texts is not None
     writes = texts.tokenizer.for_answers() if texts is not None and gives == "text" else None
-    return TaskCollate(texts, images, max(1, len(splits.labels)), splits.center, splits.scale, by_length, writes)
-
-
-def _cut(splits: Splits, collate: TaskCollate) -> list[str]:
-    """A sentence for each split whose texts beside pictures, or answers, are longer than what is read of them."""
-    if collate.texts is None or collate.images is None:
-        return []
-    found = []
-    for name, rows in {"train": splits.train, **splits.held_out}.items():
-        good = list(rows.good())
-        limit, longer = collate.texts.max_length, []
-        lengths = collate.texts.tokenizer.encode([row.text or "" for row in good], limit + 1)
-        longer = [row for row, ids in zip(good, lengths, strict=True) if len(ids) > limit]
-        if longer:
-            found.append(
-                f"{name}: {len(longer):,} texts have more than {limit} tokens and are cut there; the first:"
-                f" {longer[0].file} ({longer[0].where})"
-            )
-        if collate.writes is not None:
-            answers = [(row, answer) for row in good for answer in set(row.truths)]
-            lengths = collate.writes.encode([answer for _, answer in answers], ANSWER_TOKENS + 1)
-            long = [row for (row, _), ids in zip(answers, lengths, strict=True) if len(ids) > ANSWER_TOKENS]
-            if long:
-                found.append(
-                    f"{name}: {len(long):,} answers have more than {ANSWER_TOKENS} tokens and are cut there; the first:"
-                    f" {long[0].file} ({long[0].where})"
-                )
-    return found
+    return TaskCollate(
+        texts, images, max(1, len(splits.labels)), splits.center, splits.scale, by_length, writes,
+        min(ANSWER_TOKENS, _positions(start.model)),
+    )  # fmt: skip
 
 
 def _reads(task: Task, head: Head, start: Bundle) -> Reads:
@@ -372,13 +348,15 @@ def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundl
     there, old = start.head_config, start.head
     assert there is not None and old is not None
     names = tuple(start.labels or ())
-    if isinstance(head, AnswerDecoder) and isinstance(old, AnswerDecoder) and _shape(old) == _shape(head):
+    alike_blocks = there.reads == config.reads and _shape(there) == _shape(config)
+    if isinstance(head, AnswerDecoder) and alike_blocks:
         head.load_state_dict(old.state_dict())
         return f"the writer of answers starts as it was trained for {there.task}"
-    if isinstance(head, TwoPictures) and isinstance(old, TwoPictures) and sorted(names) != sorted(splits.labels):
+    if isinstance(head, TwoPictures) and alike_blocks and sorted(names) != sorted(splits.labels):
+        assert isinstance(old, TwoPictures)
         head.seconds.load_state_dict(old.seconds.state_dict())
         return f"the second blocks start as they were trained for {there.task}, and a new classifier is drawn"
-    alike = replace(there, task="", dropout=0.0) == replace(config, task="", dropout=0.0)
+    alike = _bare(there) == _bare(config)
     if not alike or sorted(names) != sorted(splits.labels):
         return f"the head that the model has was trained for {there.task} and does not fit: a new one is drawn"
     state = old.state_dict()
@@ -389,8 +367,14 @@ def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundl
     return f"the head starts as it was trained for {there.task}, its labels matched by name"
 
 
-def _shape(head: AnswerDecoder) -> BertConfig:
-    return replace(head.config, dropout=0.0)
+def _bare(head: HeadConfig) -> HeadConfig:
+    """What must agree for the weights to fit."""
+    return replace(head, task="", dropout=0.0, blocks=_shape(head))
+
+
+def _shape(head: HeadConfig) -> BertConfig | None:
+    """Of its blocks."""
+    return None if head.blocks is None else replace(head.blocks, dropout=0.0)
 
 
 def _rows_at_once(recipe: FinetuneRecipe) -> int:
