@@ -229,8 +229,7 @@ class Bundle:
         tokenizer, head = self.tokenizer, self.head
         assert isinstance(head, Answers)
         fused = self.fuse(self.encode_image([picture]), self.encode_text([question]))
-        if tokenizer is None:
-            raise TriviumError("this checkpoint came without a tokenizer, so that no answer can be written in words")
+        assert tokenizer is not None  # or there were no question
         start, end = tokenizer.cls_id, tokenizer.sep_id
         with _evaluating(self.model):
             ids_BCL, log_BC = head.write(fused, start, end, k, ANSWER_WORDS)
