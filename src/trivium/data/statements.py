@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from trivium.data.labelled import LabelledRows, Row, Splits
 from trivium.data.records import Record, json_elements, json_lines, records
@@ -33,13 +34,13 @@ def read_nlvr2(root: str) -> Splits:
     of_albef = {name: os.path.join(root, f"nlvr_{file}.json") for name, file in OF_ALBEF.items()}
     if os.path.isfile(files["train"]):
         read = {
-            name: _rows(json_lines(path), lambda record, name=name: _official(root, OFFICIAL[name], record))
+            name: _rows(json_lines(path), partial(_official, root, OFFICIAL[name]))
             for name, path in files.items()
             if os.path.isfile(path)
         }
     elif os.path.isfile(of_albef["train"]):
         read = {
-            name: _rows(json_elements(path), lambda record: _of_albef(root, record))
+            name: _rows(json_elements(path), partial(_of_albef, root))
             for name, path in of_albef.items()
             if os.path.isfile(path)
         }

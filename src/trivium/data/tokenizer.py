@@ -211,8 +211,8 @@ class Tokenizer:
         if steps[: len(added)] == added:
             state["normalizer"] = {"type": "Sequence", "normalizers": steps[len(added) :]}
         copy = tokenizers.Tokenizer.from_str(json.dumps(state))
-        first, last = (self._tokenizer.id_to_token(number) for number in (self.cls_id, self.sep_id))
-        copy.post_processor = processors.BertProcessing((last, self.sep_id), (first, self.cls_id))
+        ends = (self.specials["sep"], self.sep_id), (self.specials["cls"], self.cls_id)
+        copy.post_processor = processors.BertProcessing(*ends)
         return Tokenizer(copy, self._origin)
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:

@@ -174,10 +174,9 @@ def _read_albef(root: str, min_questions: int) -> Splits:
     if os.path.isfile(listed := os.path.join(root, "answer_list.json")):
         labels = _answer_list(listed)
     else:
-        rows = [row for name in ("train", "dev") for row in found[name] if isinstance(row, Row) and row.truths]
-        labels = _common(
-            root, Counter(Counter(map(normalized, r.truths)).most_common(1)[0][0] for r in rows), min_questions
-        )
+        given = [row for name in ("train", "dev") for row in found[name] if isinstance(row, Row) and row.truths]
+        counts = Counter(Counter(map(normalized, row.truths)).most_common(1)[0][0] for row in given)
+        labels = _common(root, counts, min_questions)
         notes.append(f"{root} holds no answer_list.json: {len(labels):,} answers are common enough to be ranked")
     number_of: dict[str, int] = {}
     for number, label in enumerate(labels):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trivium.methods.finetune import FineTuning
+from trivium.models.albef_heads import AnswerDecoder
 from trivium.models.finetuned import FineTuned
 from trivium.objectives.tasks import written_answers
 from trivium.train.protocol import Batch, Key, Rows, Sums
@@ -39,8 +40,10 @@ class Answering(FineTuning):
         logits_MV = self._written(self.model, inputs, answers)
         loss = written_answers(logits_MV, answers.word_M, answers.weight_M)
         if self.teacher is not None and self.training and self.teacher.alpha:
+            copy = self.teacher.copy
+            assert isinstance(copy, FineTuned)
             with torch.no_grad():
-                soft_MV = self._written(self.teacher.copy, inputs, answers)
+                soft_MV = self._written(copy, inputs, answers)
                 soft_MV = soft_MV.softmax(-1, dtype=torch.promote_types(soft_MV.dtype, torch.float32))
             soft = written_answers(logits_MV, soft_MV, answers.weight_M)
             loss = torch.lerp(loss, soft, self.teacher.alpha)
@@ -52,7 +55,8 @@ class Answering(FineTuning):
         given_BA = weight_BA > 0
         ids_RT = ids_BAT[given_BA]
         asked_RT = ids_RT[:, 1:]
-        real_RT = asked_RT != self.model.head.config.pad_id  # type: ignore[union-attr]
+        assert isinstance(self.model.head, AnswerDecoder)
+        real_RT = asked_RT != self.model.head.config.pad_id
         weight_RT = weight_BA[given_BA][:, None].expand_as(real_RT)
         found = (
             ids_RT[:, :-1], given_BA.nonzero()[:, 0], real_RT.flatten().nonzero()[:, 0], asked_RT[real_RT],

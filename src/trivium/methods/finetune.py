@@ -8,6 +8,7 @@ B rows, K outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from trivium.models.finetuned import FineTuned
 from trivium.objectives.tasks import number, right_class, soft_answers, written_answers
 from trivium.train.protocol import Batch, Key, Method, Rows, Sums
 
-OBJECTIVES = {  # by what the head gives: the target that it needs, the loss, and outputs [B, K] as such a target
+OBJECTIVES: dict[
+    str, tuple[str, Callable[..., Tensor], Callable[[Tensor], Tensor]]
+] = {  # by what the head gives: the target that it needs, the loss, and outputs [B, K] as such a target
     "class": ("label", right_class, lambda outputs_BK: outputs_BK.softmax(-1)),
     "number": ("value", number, lambda outputs_B1: outputs_B1[:, 0]),
     "answers": ("answers", soft_answers, torch.sigmoid),
