@@ -20,9 +20,9 @@ from trivium.models.finetuned import FineTuned
 from trivium.objectives.tasks import number, right_class, soft_answers, written_answers
 from trivium.train.protocol import Batch, Key, Method, Rows, Sums
 
-OBJECTIVES: dict[
-    str, tuple[str, Callable[..., Tensor], Callable[[Tensor], Tensor]]
-] = {  # by what the head gives: the target that it needs, the loss, and outputs [B, K] as such a target
+Objective = Callable[..., Tensor]
+# By what the head gives: the target that it needs, the loss, and outputs [B, K] as such a target.
+OBJECTIVES: dict[str, tuple[str, Objective, Callable[[Tensor], Tensor]]] = {
     "class": ("label", right_class, lambda outputs_BK: outputs_BK.softmax(-1)),
     "number": ("value", number, lambda outputs_B1: outputs_B1[:, 0]),
     "answers": ("answers", soft_answers, torch.sigmoid),
