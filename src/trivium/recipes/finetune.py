@@ -204,7 +204,15 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length), config.gives)
     for split, rows in {"train": splits.train, **splits.held_out}.items():
         notes += [f"{split}: {sentence}" for sentence in collate.cut(rows)]
-    answers_KT = None if collate.writes is None else collate.encoded_answers(splits.labels)
+    answers_KT = None
+    if collate.writes is not None:
+        answers_KT = collate.encoded_answers(splits.labels)
+        unknown = (answers_KT == collate.writes.unk_id).any(1)
+        if unknown.any():
+            notes.append(
+                f"{int(unknown.sum()):,} of {len(unknown):,} answers hold what the vocabulary has no word piece for, and"
+                f' cannot be written; the first: "{splits.labels[int(unknown.int().argmax())]}"'
+            )
     made = Answering if config.gives == "text" else TextAssignment if task.name == "text_assignment" else FineTuning
     method = made(
         FineTuned(model, head, config, answers_KT), Pixels(transform.mean, transform.std), recipe.distillation,
