@@ -210,8 +210,8 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         unknown = (answers_KT == collate.writes.unk_id).any(1)
         if unknown.any():
             notes.append(
-                f"{int(unknown.sum()):,} of {len(unknown):,} answers hold what the vocabulary has no word piece for, and"
-                f' cannot be written; the first: "{splits.labels[int(unknown.int().argmax())]}"'
+                f"{int(unknown.sum()):,} of {len(unknown):,} answers hold what the vocabulary has no word piece for,"
+                f' and cannot be written; the first: "{splits.labels[int(unknown.int().argmax())]}"'
             )
     made = Answering if config.gives == "text" else TextAssignment if task.name == "text_assignment" else FineTuning
     method = made(
