@@ -10,23 +10,24 @@ B batch, C channels, H height, W width, T text tokens.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trivium.data.tokenizer import Tokenizer
+from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
 from trivium.data.transforms import ImageTransform, normalize
 from trivium.errors import TriviumError
 from trivium.manifest import write_manifest, written_beside
-from trivium.models.encoded import Encoded, EncodesImage, EncodesText, Fuses, Matches
+from trivium.models.encoded import Answers, Encoded, EncodesImage, EncodesText, Fuses, Matches
 from trivium.models.finetuned import FineTuned, HeadConfig, tells_segments_apart
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.tensor_files import SHARD_BYTES, save_tensors
@@ -35,6 +36,14 @@ Picture = str | Path | bytes | Image.Image | np.ndarray
 Pictures = Picture | Sequence[Picture] | Tensor
 Strings = str | Sequence[str]
 Ability = TypeVar("Ability")
+
+
+ANSWER_WORDS = 16  # word pieces that are written at most, [SEP] among them
+
+
+class Answer(NamedTuple):
+    text: str
+    probability: float  # of a model that scores its answers apart, how right it is
 
 
 @dataclass
@@ -130,22 +139,31 @@ class Bundle:
         texts: Strings | None = None,
         second_texts: Strings | None = None,
         batch: int = 32,
+        second_pictures: Pictures | None = None,
     ) -> Tensor:
         """What a fine-tuned model answers, row by row: a probability of each of `labels` [B, K], how right each answer
         is [B, K], or a number [B, 1].
 
-        Args: those that its task reads; second_texts: of a task of two texts.
+        Args: those that its task reads; second_texts, second_pictures: of a task of two.
         """
         if self.head is None or self.head_config is None:
             raise TriviumError("this model has no head for a task: fine-tune it first, with trivium finetune")
-        whole = FineTuned(self.model, self.head, self.head_config)
-        pixels = ids = mask = segments = None
+        whole = FineTuned(self.model, self.head, self.head_config, self._list())
+        whole.to(self.device)
+        pixels = second = ids = mask = segments = None
         if self.head_config.reads != "text":
             if pictures is None:
                 raise TriviumError(f"the task {self.head_config.task} reads pictures: give them")
-            if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
-                pictures = [pictures]
-            pixels = torch.stack([self._pixels(one, pictures) for one in pictures])
+            pixels = self._stacked(pictures)
+            if self.head_config.num_pictures == 2 and second_pictures is None:
+                raise TriviumError(f"the task {self.head_config.task} reads two pictures at once: give the second ones")
+            if second_pictures is not None:
+                second = self._stacked(second_pictures)
+                if self.head_config.num_pictures != 2 or len(second) != len(pixels):
+                    raise TriviumError(
+                        f"{len(pixels)} pictures and {len(second)} second ones do not pair up, or the task"
+                        f" {self.head_config.task} reads one at a time"
+                    )
         if self.head_config.reads != "image":
             if texts is None or self.tokenizer is None:
                 raise TriviumError(f"the task {self.head_config.task} reads texts: give them, and a tokenizer")
@@ -158,11 +176,86 @@ class Bundle:
                 None if t is None else t[first : first + batch].to(self.device) for t in (pixels, ids, mask, segments)
             ]
             if parts[0] is not None:
+                if second is not None:
+                    parts[0] = torch.cat([parts[0], second[first : first + batch].to(self.device)])
                 dtype = next(self.model.parameters()).dtype
                 parts[0] = normalize(parts[0], self.transform.mean, self.transform.std, dtype)
             with _evaluating(whole):
                 answers.append(whole.answers(whole(*parts)))
         return torch.cat(answers)
+
+    def ask(
+        self,
+        picture: Picture,
+        question: str,
+        k: int = 5,
+        *,
+        second_picture: Picture | None = None,
+        answers: Sequence[str] | None = None,
+        freely: bool = False,
+    ) -> list[Answer]:
+        """The k likeliest answers to a question on a picture, or on two; best first.
+
+        A model that writes its answers ranks those of `labels`, and probabilities are shares among the ones it reads to
+        their end; without a list it writes what it finds. One that scores its labels gives what `answer` does.
+
+        Args:
+            answers: a list of one's own, of a model that writes.
+            freely: write, though there is a list: probabilities are those of each answer among all texts.
+        """
+        if self.head is None or self.head_config is None:
+            raise TriviumError("this model has no head for a task: fine-tune it first, with trivium finetune")
+        if not question.strip():
+            raise TriviumError("the question is empty")
+        if k < 1:
+            raise TriviumError(f"{k} answers are asked for: it must be 1 at least")
+        if self.head_config.gives == "number" or self.head_config.reads in ("text", "image"):
+            raise TriviumError(f"the task {self.head_config.task} asks nothing about a picture in words: see `answer`")
+        writes = isinstance(self.head, Answers)
+        if not writes and (answers is not None or freely):
+            raise TriviumError("this model chooses among its labels and writes nothing: leave out a list of its own")
+        if freely or (writes and answers is None and not self.labels):
+            return self._written(picture, question, k)
+        asked = self if answers is None else replace(self, labels=list(answers))
+        second = None if second_picture is None else [second_picture]
+        found_K = asked.answer([picture], [question], second_pictures=second)[0]
+        labels = asked.labels
+        if not labels or len(labels) != len(found_K):
+            raise TriviumError("the names of this model's labels are not known: put its labels.json into its folder")
+        best = found_K.topk(min(k, int((found_K > 0).sum()), len(labels)))
+        return [Answer(labels[n], p) for p, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+    def _written(self, picture: Picture, question: str, k: int) -> list[Answer]:
+        tokenizer, head = self.tokenizer, self.head
+        assert isinstance(head, Answers)
+        fused = self.fuse(self.encode_image([picture]), self.encode_text([question]))
+        assert tokenizer is not None  # or there were no question
+        start, end = tokenizer.cls_id, tokenizer.sep_id
+        with _evaluating(self.model):
+            ids_BCL, log_BC = head.write(fused, start, end, k, ANSWER_WORDS)
+        found: list[Answer] = []
+        for ids, log in zip(ids_BCL[0].tolist(), log_BC[0].tolist(), strict=True):
+            text = tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+            if text not in [answer.text for answer in found]:
+                found.append(Answer(text, math.exp(log)))
+        return found
+
+    def _list(self) -> Tensor | None:
+        """The answers that a writer ranks, as tokens."""
+        if not isinstance(self.head, Answers):
+            return None
+        if not self.labels or self.tokenizer is None:
+            raise TriviumError(
+                "this model ranks a list of answers, and has none: set bundle.labels, put answer_list.json beside its"
+                " file, or let it write freely"
+            )
+        tokenizer, positions = self.tokenizer.for_answers(), self.model.config.max_length  # type: ignore[union-attr]
+        return tokenizer.pad(tokenizer.encode(self.labels, min(ANSWER_TOKENS, int(positions))))[0]
+
+    def _stacked(self, pictures: Pictures) -> Tensor:
+        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
+            pictures = [pictures]
+        return torch.stack([self._pixels(one, pictures) for one in pictures])
 
     def _task_texts(self, texts: Strings, second_texts: Strings | None) -> tuple[Tensor, Tensor, Tensor | None]:
         assert self.tokenizer is not None

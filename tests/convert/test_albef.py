@@ -21,6 +21,7 @@ from trivium.data.tokenizer import BERT_SPECIALS
 from trivium.errors import TriviumError
 from trivium.invariance.albef import random_albef
 from trivium.models.albef import Albef, AlbefConfig
+from trivium.models.finetuned import HeadConfig
 
 WIDTH, MLP, VOCABULARY, POSITIONS, JOINT, QUEUE, PATCH, GRID = 128, 96, 40, 12, 16, 6, 4, 3
 IMAGE_LAYERS, TEXT_LAYERS, FUSION_LAYERS = 2, 2, 2
@@ -84,7 +85,8 @@ def official(kind: str) -> dict[str, Tensor]:
         if kind in ("pretrained", "retrieval", "refcoco"):
             shapes |= pair(f"vision_proj{suffix}", JOINT, WIDTH) | pair(f"text_proj{suffix}", JOINT, WIDTH)
         if kind == "assignment":
-            shapes |= pair("vision_proj", JOINT, WIDTH) | pair("ta_head", 3, WIDTH) | {"temp": ()}
+            shapes |= pair("vision_proj", JOINT, WIDTH) | pair("text_proj", JOINT, WIDTH)
+            shapes |= pair("ta_head", 3, WIDTH) | {"temp": ()}
         if kind in ("ve", "nlvr"):
             classes = 3 if kind == "ve" else 2
             shapes |= pair(f"cls_head{suffix}.0", WIDTH, WIDTH) | pair(f"cls_head{suffix}.2", classes, WIDTH)
@@ -123,7 +125,8 @@ KINDS = ("pretrained", "retrieval", "refcoco", "ve", "vqa", "nlvr", "assignment"
 def test_every_official_file_comes_back_bit_for_bit(kind: str) -> None:
     theirs = official(kind)
     config, ours, layout = albef.from_official(theirs, {})
-    assert (config.num_heads, config.image_size, config.text_layers) == (2, GRID * PATCH, TEXT_LAYERS)
+    assert (config.num_heads, config.image_size) == (2, GRID * PATCH)
+    assert (config.text_layers, config.fusion_layers) == (TEXT_LAYERS, FUSION_LAYERS)
     assert layout.two_pictures == (kind in ("nlvr", "assignment"))
     back = albef.to_official(ours, config, layout)
     assert back.keys() == theirs.keys()
@@ -215,11 +218,79 @@ def test_a_file_that_does_not_fit_is_one_sentence() -> None:
                              "embeddings.token_type_embeddings.weight": torch.ones(1)}, {})  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "what"), [("vqa", "answers"), ("nlvr", "two pictures")])
-def test_other_fine_tuned_files_are_not_opened_yet(kind: str, what: str, tmp_path: Path) -> None:
-    torch.save(official(kind), tmp_path / f"{kind}.pth")
-    with pytest.raises(TriviumError, match=f"fine-tuned for {what}"):
-        read_foreign(tmp_path / f"{kind}.pth")
+@pytest.mark.parametrize(
+    ("kind", "task", "labels"),
+    [
+        ("ve", "visual_entailment", ["contradiction", "neutral", "entailment"]),
+        ("vqa", "vqa", ["a", "b"]),
+        ("nlvr", "nlvr2", ["False", "True"]),
+        ("assignment", "text_assignment", ["first", "second", "neither"]),
+    ],
+)
+def test_fine_tuned_files_are_opened_with_their_heads_and_written_again(
+    kind: str, task: str, labels: list[str], tmp_path: Path
+) -> None:
+    theirs = official(kind)
+    torch.save({"model": theirs}, tmp_path / f"{kind}.pth")
+    if kind == "vqa":
+        (tmp_path / "answer_list.json").write_text(json.dumps(labels))
+    with pytest.warns(UserWarning, match="drawn at random"):
+        bundle = trivium.load(tmp_path / f"{kind}.pth")  # type: ignore[operator]
+    assert bundle.head is not None and bundle.head_config is not None
+    assert (bundle.head_config.task, bundle.labels) == (task, labels)
+    assert bundle.model.config.fusion_layers == FUSION_LAYERS
+    bundle.save(tmp_path / "model")
+    again = trivium.load(tmp_path / "model")  # type: ignore[operator]
+    assert again.head_config == bundle.head_config
+    layout = albef.layout_for(bundle.head_config)
+    assert layout is not None
+
+    def written() -> dict[str, Tensor]:
+        head = albef.in_official_order(again.head.state_dict(), again.labels, layout)
+        return albef.state_as(layout, again.model, head)
+
+    back = written()
+    assert back.keys() == theirs.keys()
+    copied = {name for name in theirs if "_m." in name}  # ours writes the student there, the file had a teacher
+    for name in theirs.keys() - copied:
+        # The heads that the file lacks are drawn, and no part of it.
+        assert torch.equal(back[name], theirs[name]), name
+    assert all(torch.equal(back[name], back[name.replace("_m.", ".", 1)]) for name in copied)
+    turned = list(reversed(labels))
+    if kind != "vqa":
+        again.labels = turned
+        for part in ("weight", "bias"):
+            tensor = again.head.get_parameter(f"decoder.{part}")
+            tensor.data = tensor.data.flip(0)
+        other = written()
+        assert all(torch.equal(other[name], back[name]) for name in back)
+
+
+def test_other_heads_have_no_place_in_an_official_file() -> None:
+    own = HeadConfig("mine", "fused", "class", 32, 3, 32, "relu")
+    assert albef.layout_for(own) == albef.ENTAILMENT
+    for changes in ({"activation": "gelu"}, {"gives": "answers"}, {"hidden": 16}, {"reads": "concatenated"}):
+        assert albef.layout_for(replace(own, **changes)) is None
+
+
+@pytest.mark.parametrize("kind", ["vqa", "nlvr"])
+def test_a_converted_model_answers_as_the_file_does(kind: str, tmp_path: Path) -> None:
+    torch.save({"model": official(kind)}, tmp_path / "file.pth")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+                                                  + [f"w{n}" for n in range(35)]) + "\n")  # fmt: skip
+    (tmp_path / "answer_list.json").write_text('["w1", "w2 w3"]')
+    assert run("convert", tmp_path / "file.pth", "--to", "albef", "--out", tmp_path / "again") == 0
+    (tmp_path / "again" / "vocab.txt").write_bytes((tmp_path / "vocab.txt").read_bytes())
+    (tmp_path / "again" / "answer_list.json").write_bytes((tmp_path / "answer_list.json").read_bytes())
+    pixels = torch.randint(0, 256, (2, 3, GRID * PATCH, GRID * PATCH), dtype=torch.uint8)
+    second = {"second_pictures": pixels.flip(0)} if kind == "nlvr" else {}
+    with pytest.warns(UserWarning, match="drawn at random"):
+        found = [
+            trivium.load(path).answer(pixels, ["w5 w6", "w7"], **second)  # type: ignore[operator]
+            for path in (tmp_path / "file.pth", tmp_path / "again")
+        ]
+    assert torch.equal(found[0], found[1])
+    assert torch.allclose(found[0].sum(1), torch.ones(2))
 
 
 def test_a_file_for_entailment_answers_with_its_own_labels_and_comes_back(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ from trivium.evaluate.paper_tasks import SUITES
 from trivium.evaluate.results import Result
 from trivium.evaluate.suite import SuiteRun, TaskRun
 from trivium.evaluate.suite_report import SuiteReport
-from trivium.recipes.tasks import TASKS as TUNED
 from trivium.models.encoded import Matches
+from trivium.recipes.tasks import TASKS as TUNED
 
 TASKS = {task.name: task for task in SUITES["flava35"]}
 

@@ -35,6 +35,7 @@ VERBS = {
     "evaluate": Verb("trivium.cli.evaluate:evaluate", "measure a model and write a report"),
     "ablate": Verb("trivium.cli.ablate:ablate", "what each part of FLAVA buys: the paper's ablation on your pairs"),
     "compare": Verb("trivium.cli.compare:compare", "lay two runs side by side: settings, curves, results"),
+    "ask": Verb("trivium.cli.ask:ask", "answer a question about a picture"),
     "embed": Verb("trivium.cli.embed:embed", "write the embeddings of a folder of pictures to a Parquet file"),
     "search": Verb("trivium.cli.search:search", "find pictures by a text or by another picture"),
     "data codes": Verb("trivium.cli.data:codes", "cache the image tokenizer's codes of every picture of a run"),

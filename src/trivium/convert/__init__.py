@@ -201,37 +201,20 @@ def _write_bert(model: Bert, image_tokenizer: DVae | None) -> tuple[State, dict[
 
 def _read_albef(state: State, config: Mapping[str, Any]) -> Foreign:
     ours, tensors, layout = albef.from_official(state, config)
-    if layout.two_pictures or "text_decoder." in layout.parts:
-        what = "two pictures" if layout.two_pictures else "answers"
-        raise TriviumError(
-            f"this ALBEF was fine-tuned for {what}, which is not supported: take a pretrained one or one for retrieval"
-        )
     model, drawn = albef.build(ours, tensors)
-    head, head_config = _entailment_head(tensors) if "cls_head." in layout.parts else (None, None)
-    held = model.state_dict().keys() | {f"head.{name}" for name in (head.state_dict() if head else {})}
-    beside = sorted({name.partition(".")[0] for name in tensors.keys() - held})
+    of_head = {name: tensor.float() for name, tensor in tensors.items() if name.startswith("head.")}
+    head, head_config, labels = None, albef.head_config(ours, layout, tensors), albef.LABELS.get(layout.head)
+    if head_config is not None:
+        head = head_config.build().eval()
+        head.load_state_dict({name.removeprefix("head."): tensor for name, tensor in of_head.items()})
+    beside = sorted({n.partition(".")[0] for n in tensors.keys() - model.state_dict().keys() - of_head.keys()})
     said = [f"left out, since the model has no place for it: {', '.join(beside)}"] if beside else []
     if drawn:
         said.append(f"not in the file and therefore drawn at random (seed 0): {', '.join(drawn)}")
     return Foreign(
         "albef", model, None, said, ours.max_length, {"size": ours.image_size}, captions=True, head=head,
-        head_config=head_config, labels=list(albef.ENTAILMENT_LABELS) if head else None,
+        head_config=head_config, labels=None if labels is None else list(labels),
     )  # fmt: skip
-
-
-def _entailment_head(tensors: Mapping[str, Tensor]) -> tuple[nn.Module, HeadConfig]:
-    """ALBEF's classifier of the fused class token, as its own task has it (recipes/tasks.py)."""
-    state = {name.removeprefix("head."): t.float() for name, t in tensors.items() if name.startswith("head.")}
-    num_labels, width = state["decoder.weight"].shape
-    if num_labels != len(albef.ENTAILMENT_LABELS):
-        raise TriviumError(
-            f"this ALBEF was fine-tuned for {num_labels} labels, whose names its file does not hold:"
-            f" {', '.join(albef.ENTAILMENT_LABELS)} are known"
-        )
-    config = HeadConfig("visual_entailment", "fused", "class", width, num_labels, width, "relu", dropout=0.0)
-    head = config.build()
-    head.load_state_dict(state)
-    return head.eval(), config
 
 
 def _write_albef(model: Albef, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
@@ -245,11 +228,12 @@ def _write_albef_retrieval(model: Albef, image_tokenizer: DVae | None) -> tuple[
 def _write_albef_head(
     model: Albef, head: nn.Module, config: HeadConfig, labels: Sequence[str]
 ) -> tuple[State, dict[str, Any]] | None:
-    """As ve, where the head is of its kind; None where it is another."""
-    if (config.reads, config.gives, config.hidden, config.activation) != ("fused", "class", config.width, "relu"):
+    """As the file of its task, where the head is of the kind that it has; None where it is another."""
+    layout = albef.layout_for(config)
+    if layout is None:
         return None
-    ordered = albef.in_official_order(head.state_dict(), labels)
-    return albef.state_as(albef.ENTAILMENT, model, ordered), {"num_attention_heads": model.config.num_heads}
+    ordered = albef.in_official_order(head.state_dict(), labels, layout)
+    return albef.state_as(layout, model, ordered), {"num_attention_heads": model.config.num_heads}
 
 
 _OPEN_CLIP = ("open_clip_config.json", "config.json")  # the second is Hugging Face's

@@ -40,6 +40,7 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = (
     rf"""{re.escape(CLIP_START)}|{re.escape(CLIP_END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"""
 )
+ANSWER_TOKENS = 32  # of an answer that is written (see `for_answers`), [CLS] and [SEP] among them
 CLIP_MERGES = 49152 - 256 - 2  # of the published file, which holds more lines
 # The names under which each role is usually found: BERT's; SentencePiece's and RoBERTa's; CLIP's, which has no pad of
 # its own: whatever stands after the end token, no token before it sees.
@@ -193,17 +194,26 @@ class Tokenizer:
         of punctuation, a hyphen or slash parts words; [CLS] in front and no [SEP] at the end. Its file says all that.
         """
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        steps = [
-            normalizers.Lowercase(),
-            normalizers.Replace(tokenizers.Regex(r"""[,.'!?"()*#:;~]"""), ""),
-            normalizers.Replace(tokenizers.Regex("[-/]"), " "),
-            normalizers.Replace("<person>", "person"),
-        ]
-        copy.normalizer = normalizers.Sequence([*steps, *([copy.normalizer] if copy.normalizer else [])])
+        copy.normalizer = normalizers.Sequence([*_caption_steps(), *([copy.normalizer] if copy.normalizer else [])])
         first = self._tokenizer.id_to_token(self.cls_id)
         copy.post_processor = processors.TemplateProcessing(
             single=f"{first} $A", pair=f"{first} $A $B", special_tokens=[(first, self.cls_id)]
         )
+        return Tokenizer(copy, self._origin)
+
+    def for_answers(self) -> Tokenizer:
+        """The same vocabulary as ALBEF writes answers with (the public code): marks stay, and [SEP] ends each. Where
+        texts are not read `for_captions`, answers are encoded as they are."""
+        if self._closes:
+            return self
+        state = json.loads(self._tokenizer.to_str())
+        added = json.loads(normalizers.Sequence(_caption_steps()).__getstate__())["normalizers"]
+        steps = (state["normalizer"] or {}).get("normalizers", [])
+        if steps[: len(added)] == added:
+            state["normalizer"] = {"type": "Sequence", "normalizers": steps[len(added) :]}
+        copy = tokenizers.Tokenizer.from_str(json.dumps(state))
+        ends = (self.specials["sep"], self.sep_id), (self.specials["cls"], self.cls_id)
+        copy.post_processor = processors.BertProcessing(*ends)
         return Tokenizer(copy, self._origin)
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
@@ -371,6 +381,16 @@ def _is_open(processor: object) -> bool:
     parts = json.loads(processor.__getstate__())["single"]
     names = [next(iter(part.values()))["id"] for part in parts]
     return names == [BERT_SPECIALS[2], "A"]
+
+
+def _caption_steps() -> list[normalizers.Normalizer]:
+    """What the public code of ALBEF does to a caption (see `for_captions`)."""
+    return [
+        normalizers.Lowercase(),
+        normalizers.Replace(tokenizers.Regex(r"""[,.'!?"()*#:;~]"""), ""),
+        normalizers.Replace(tokenizers.Regex("[-/]"), " "),
+        normalizers.Replace("<person>", "person"),
+    ]
 
 
 def _joined(first: str, second: str) -> bool:

@@ -155,7 +155,8 @@ ALBEF = (
     PaperTask(
         "NLVR2", "multimodal", "fine-tuning", "fine-tune",
         (Figure("accuracy", "dev.accuracy", splits=_DEV), Figure("accuracy", "test-P.accuracy", splits=("test-P",))),
-        expected="nlvr2/data/{train,dev,test1}.json, nlvr2/images/", owners="https://lil.nlp.cornell.edu/nlvr/",
+        "NLVR2", "nlvr2", "data/{train,dev,test1}.json, images/train/, dev/, test1/",
+        "https://lil.nlp.cornell.edu/nlvr/",
     ),
     PaperTask(
         "SNLI-VE", "multimodal", "fine-tuning", "fine-tune",

@@ -61,6 +61,9 @@ class _WithPlainBackward(torch.autograd.Function):
         return grad_query_BHQE, grad_key_BHLE, grad_value_BHLE, None
 
 
+KeyValue = tuple[Tensor, Tensor]  # [B, H, L, E] each
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values (in that order)."""
 
@@ -94,6 +97,25 @@ class SelfAttention(nn.Module):
                 mask = take_rows(mask.expand(B, -1, -1), rows)
         attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
+
+    def after(self, x_BQD: Tensor, before: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """Causal attention of positions that come after others, whose keys and values were kept.
+
+        Args:
+            before: of the L positions in front, [B, H, L, E] each; None: there are none.
+
+        Returns:
+            the output [B, Q, D], and keys and values of all L + Q positions.
+        """
+        B, Q, D = x_BQD.shape
+        H, E = self.num_heads, D // self.num_heads
+        query, key, value = self.qkv(x_BQD).view(B, Q, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
+        if before is not None:
+            key, value = (torch.cat([old, new], dim=2) for old, new in zip(before, (key, value), strict=True))
+        L = key.shape[2]
+        mask = None if Q == 1 else torch.ones(1, Q, L, dtype=torch.bool, device=x_BQD.device).tril(L - Q)
+        attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)
+        return self.out(attended.transpose(1, 2).flatten(2)), (key, value)
 
     def maps(self, x_BLD: Tensor) -> Tensor:
         """What `forward` weighs the values with, [B, H, L, L]: softmax(Q K^T / sqrt(E)), the plain way, for whoever
@@ -143,7 +165,8 @@ class CrossAttention(nn.Module):
 
         Args:
             memory: [B, S, W], then R is B; or what `read` made of it.
-            mask: bool [B, S] or [B, Q, S], True = may be attended; where each memory is read once.
+            mask: bool [B, S], True = may be attended, or [B, Q, S] where each memory is read once. None where memories
+                are read in an order of their own.
         """
         if isinstance(memory, Tensor):
             memory = self.read(memory)
@@ -153,18 +176,18 @@ class CrossAttention(nn.Module):
         if memory.times == 1 and memory.others_O is None:
             attended = attend(query, memory.key_BHSE, memory.value_BHSE, mask, dropout)
         else:
-            assert mask is None, "a memory that is read several times takes no mask"
-            attended = _attend_several(query, memory, dropout)
+            assert mask is None or (mask.ndim == 2 and memory.others_O is None), "no mask of such a reading is built"
+            attended = _attend_several(query, memory, mask, dropout)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-def _attend_several(query_RHQE: Tensor, memory: Memory, dropout: float) -> Tensor:
+def _attend_several(query_RHQE: Tensor, memory: Memory, mask_BS: Tensor | None, dropout: float) -> Tensor:
     """Whoever reads a memory asks it at once: its keys and values are gone through once, and never copied but for
     `others_O`."""
     key, value, times = memory.key_BHSE, memory.value_BHSE, memory.times
     B, Q = len(key), query_RHQE.shape[2]
     asked = query_RHQE[: times * B].unflatten(0, (times, B)).permute(1, 2, 0, 3, 4).flatten(2, 3)
-    answered = attend(asked, key, value, None, dropout)
+    answered = attend(asked, key, value, mask_BS, dropout)
     attended = answered.unflatten(2, (times, Q)).permute(2, 0, 1, 3, 4).flatten(0, 1)
     if memory.others_O is None:
         return attended

@@ -8,6 +8,7 @@ B rows, K outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ from torch import Tensor
 from trivium.methods.flava import Pixels
 from trivium.methods.momentum import SoftTargets, Teacher
 from trivium.models.finetuned import FineTuned
-from trivium.objectives.tasks import number, right_class, soft_answers
+from trivium.objectives.tasks import number, right_class, soft_answers, written_answers
 from trivium.train.protocol import Batch, Key, Method, Rows, Sums
 
-OBJECTIVES = {  # by what the head gives: the target that it needs, the loss, and outputs [B, K] as such a target
+Objective = Callable[..., Tensor]
+# By what the head gives: the target that it needs, the loss, and outputs [B, K] as such a target.
+OBJECTIVES: dict[str, tuple[str, Objective, Callable[[Tensor], Tensor]]] = {
     "class": ("label", right_class, lambda outputs_BK: outputs_BK.softmax(-1)),
     "number": ("value", number, lambda outputs_B1: outputs_B1[:, 0]),
     "answers": ("answers", soft_answers, torch.sigmoid),
+    "text": ("answer_ids", written_answers, lambda logits_MV: logits_MV.softmax(-1)),  # see methods/answers.py
 }
 
 
@@ -88,16 +92,17 @@ class FineTuning(Method):
         return self._outputs(self.model, self._inputs(batch))
 
     def _inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        pixels_BCHW = ids_BT = mask_BT = segments_BT = None
+        pixels_PCHW = ids_BT = mask_BT = segments_BT = None
         if batch.images:
-            pixels_BCHW = (self._to(batch.images[0].pixels_BCHW) - self.mean) / self.std
+            pixels_PCHW = torch.cat([self._to(images.pixels_BCHW) for images in batch.images])
+            pixels_PCHW = (pixels_PCHW - self.mean) / self.std
         if batch.texts:
             text = batch.texts[0]
             ids_BT = self._to(text.ids_BT)
             # Attention without a mask is the faster one.
             mask_BT = None if bool(text.mask_BT.all()) else self._to(text.mask_BT)
             segments_BT = None if text.segments_BT is None else self._to(text.segments_BT)
-        return pixels_BCHW, ids_BT, mask_BT, segments_BT
+        return pixels_PCHW, ids_BT, mask_BT, segments_BT
 
     @staticmethod
     def _outputs(model: FineTuned, inputs: tuple[Tensor | None, ...]) -> Tensor:

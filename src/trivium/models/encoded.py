@@ -127,6 +127,17 @@ class Fuses(Protocol):
 
 
 @runtime_checkable
+class Answers(Protocol):
+    def rank(self, fused: Encoded, answers_KT: Tensor, k: int, first_word_twice: bool = False) -> Tensor:
+        """Log-likelihood [B, K] of the k likeliest answers of a list, given as tokens; -inf of the others."""
+        ...
+
+    def write(self, fused: Encoded, start: int, end: int, num: int, max_length: int) -> tuple[Tensor, Tensor]:
+        """The `num` likeliest answers in any words, ids [B, num, L], and their log-likelihoods [B, num]."""
+        ...
+
+
+@runtime_checkable
 class Matches(Fuses, Protocol):
     def match(self, fused: Encoded) -> Tensor:
         """Logits [B, 2] of "do not belong together" (0) and "belong together" (1)."""

@@ -51,6 +51,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("distillation.itc", "distillation.mlm", "distillation.alpha"), SHARE),
     "distillation.ramp": NOT_NEGATIVE,
     "distillation.reach": POSITIVE,
+    "head.ranked": SOME,
     "data.batch": SOME,
     "data.image_size": (lambda value: value is None or value >= 1, "a number of pixels of 1 or more"),
     "data.max_length": (lambda value: value >= 3, "3 tokens or more: [CLS], [SEP] and a word between them"),

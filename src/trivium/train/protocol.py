@@ -115,6 +115,7 @@ class Sample(TypedDict, total=False):
     """What a source yields: undecoded, untokenized. Absent keys are absent, not None."""
 
     image: bytes  # an encoded picture
+    second_image: bytes  # of a task that reads two pictures
     text: str
     texts: list[str]  # several captions of one picture: one is chosen by place
     same_image: int  # equal number = same picture or concept
@@ -123,6 +124,7 @@ class Sample(TypedDict, total=False):
     second_text: str  # of a task that reads two texts
     value: float  # what a regression is to give
     answers: dict[int, float]  # class -> how far it is right, from 0 to 1
+    written: dict[str, float]  # answers as people wrote them -> the weight of each
     name: str  # how to name this sample in a message: file, line, member
 
 
