@@ -22,6 +22,7 @@ from trivium.layers.embeddings import BertEmbeddings, PatchEmbedding, interpolat
 from trivium.layers.heads import MaskedHead, MatchingHead
 from trivium.layers.transformer import PreNormEncoder
 from trivium.models.encoded import Encoded
+from trivium.models.grounding import Gaze
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -248,3 +249,9 @@ class Flava(nn.Module):
     def predict_words(self, rows: Tensor) -> Tensor:
         """Logits [..., V] of text states [..., D] after the final norm."""
         return self.mlm_head(rows)
+
+    def gaze(self, num_patches: int, block: int | None = None) -> Gaze:
+        """Self-attention of a block of the multimodal encoder, from 0; None: the middle one."""
+        blocks: Any = self.multimodal.encoder.blocks
+        chosen = blocks[(len(blocks) - 1) // 2 if block is None else block]
+        return Gaze(chosen.attention, slice(2 + num_patches, None), slice(2, 2 + num_patches))
