@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tests.flava_batches import TINY as FLAVA_TINY
 from tests.flava_batches import random_flava
 from trivium.invariance import albef
-from trivium.models.encoded import Encoded
+from trivium.layers import attention
 from trivium.models.grounding import Compares, Grounds, picture_heat, word_heat
 
 TINY = replace(albef.TINY, fusion_layers=3)
@@ -41,34 +41,26 @@ def published_words(peer: PublishedAlbef, pixels: Tensor, ids: Tensor, mask: Ten
     return (maps * slopes).mean(1)
 
 
-def published_picture(peer: PublishedAlbef, pixels: Tensor, ids: Tensor, mask: Tensor, block: int) -> Tensor:
-    """The same of the picture's tower (itc), by finite work: attention written out from the layer's own projections."""
-    layer = peer.visual_encoder.layers[block] if hasattr(peer.visual_encoder, "layers") else None
-    layer = layer or peer.visual_encoder.encoder.layer[block]
-    kept: dict[str, Tensor] = {}
-    original = F.scaled_dot_product_attention
+def published_picture(
+    peer: PublishedAlbef, pixels: Tensor, ids: Tensor, mask: Tensor, block: int, patched: pytest.MonkeyPatch
+) -> Tensor:
+    """The same of the picture's tower (itc); its attention written out, since in float64 it is the fused one there."""
+    kept: list[Tensor] = []
 
-    def plain(query: Tensor, key: Tensor, value: Tensor, **more: object) -> Tensor:
-        if counted["calls"] == block:
-            kept["map"] = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1)
-            kept["map"].retain_grad()
-            counted["calls"] += 1
-            return kept["map"] @ value
-        counted["calls"] += 1
-        return original(query, key, value)
+    def plain(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+        kept.append((query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1))
+        kept[-1].retain_grad()
+        return kept[-1] @ value
 
-    counted = {"calls": 0}
-    torch.nn.functional.scaled_dot_product_attention = plain  # type: ignore[assignment]
-    try:
+    with patched.context() as context:
+        context.setattr(F, "scaled_dot_product_attention", plain)
         image = peer.image_states(pixels)
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = original
     image_feat = F.normalize(peer.vision_proj(image[:, 0]), dim=-1)
     text_feat = F.normalize(peer.text_proj(peer.text_encoder.read(ids, mask)[:, 0]), dim=-1)
     (image_feat * text_feat).sum().backward()
-    slope = kept["map"].grad
+    slope = kept[block].grad
     assert slope is not None
-    return (kept["map"] * slope.clamp(min=0)).mean(1)[:, 0, 1:].detach()
+    return (kept[block] * slope.clamp(min=0)).mean(1)[:, 0, 1:].detach()
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -90,12 +82,15 @@ def test_words_look_where_the_public_code_says(block: int) -> None:
 
 
 @pytest.mark.parametrize("block", [0, 1, None])
-def test_the_pictures_tower_looks_where_the_public_code_says(block: int | None) -> None:
+def test_the_pictures_tower_looks_where_the_public_code_says(
+    block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = albef.random_albef(TINY)
     pixels, ids, mask = inputs()
     mine = picture_heat(model, pixels, model.encode_text(ids, mask).projected, block)
     peer = published_from(albef.albef_method(model)).eval()
-    theirs = published_picture(peer, pixels, ids, mask, TINY.image_layers - 1 if block is None else block)
+    number = TINY.image_layers - 1 if block is None else block
+    theirs = published_picture(peer, pixels, ids, mask, number, monkeypatch)
     assert float((mine - theirs).abs().max()) <= 1e-9 * float(theirs.abs().max())
 
 
@@ -121,65 +116,36 @@ def test_rows_of_a_batch_do_not_see_each_other_and_a_pad_is_cold() -> None:
         assert float(whole[row, length:].abs().sum()) == 0
 
 
-def test_flava_grounds_through_its_multimodal_encoder() -> None:
-    """The slope of a patch's weight is what the score gains by it: moving attention there raises the score."""
+def test_flava_grounds_through_its_multimodal_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slope is what the score gains where one head moves a little more of a token's attention to a patch."""
+    torch.manual_seed(0)
     model = random_flava(FLAVA_TINY).double().eval()
     assert isinstance(model, Grounds) and not isinstance(model, Compares)
-    config = model.config
-    pixels = torch.randn(2, 3, config.image_size, config.image_size, dtype=torch.float64)
-    ids = torch.randint(5, config.vocab_size, (2, 6))
-    image, text = model.encode_image(pixels), model.encode_text(ids)
-    heat = word_heat(model, image, text)
-    assert heat.shape == (2, 6, config.grid**2)
-    gaze = model.gaze(config.grid**2)
-    with gaze.attention.watched() as seen, torch.no_grad():
-        before = model.match(model.fuse(image, text))[:, 1]
-    assert torch.allclose(before, model.match(model.fuse(image, text))[:, 1])
-    patch, token = 2, 3
-    step = 1e-5
-    moved = [_score_with(model, image, text, seen[0], token, patch, amount) for amount in (step, -step)]
-    slope = (moved[0] - moved[1]) / (2 * step)
-    P = config.grid**2
-    weights = seen[0][:, 0, gaze.text, gaze.patches][:, token, patch]
-    gain = torch.relu(slope) * weights
-    rest = _heat_of_other_heads(model, image, text, token, patch)
-    assert torch.allclose(heat[:, token, patch], (gain + rest) / config.num_heads, rtol=1e-4, atol=1e-12)
-    assert P == heat.shape[2]
+    P, token, patch, step = model.config.grid**2, 3, 2, 1e-5
+    pixels = torch.randn(2, 3, model.config.image_size, model.config.image_size, dtype=torch.float64)
+    image, text = model.encode_image(pixels), model.encode_text(torch.randint(5, model.config.vocab_size, (2, 6)))
+    heat_BTP = word_heat(model, image, text)
+    assert heat_BTP.shape == (2, 6, P)
+    gaze = model.gaze(P)
 
+    def score(weights: Tensor | None) -> Tensor:
+        with monkeypatch.context() as patched, gaze.attention.watched() as seen, torch.no_grad():
+            if weights is not None:
+                patched.setattr(attention, "attention_weights", lambda *_: weights)
+            found = model.match(model.fuse(image, text))[:, 1]
+        kept.append(seen[0])
+        return found
 
-def _score_with(
-    model: object, image: Encoded, text: Encoded, weights: Tensor, token: int, patch: int, amount: float
-) -> Tensor:
-    """The score where the first head of the block gives one patch more of one token's attention."""
-    changed = weights.clone()
-    P = image.states.shape[1] - 1
-    changed[:, 0, 2 + P + token, 2 + patch] += amount
-    return _score_under(model, image, text, changed)
-
-
-def _score_under(model: object, image: Encoded, text: Encoded, weights: Tensor) -> Tensor:
-    from trivium.layers import attention
-
-    original, gaze = attention.attention_weights, model.gaze(image.states.shape[1] - 1)  # type: ignore[attr-defined]
-    attention.attention_weights = lambda *_: weights  # type: ignore[assignment]
-    try:
-        with gaze.attention.watched(), torch.no_grad():
-            return model.match(model.fuse(image, text))[:, 1]  # type: ignore[attr-defined]
-    finally:
-        attention.attention_weights = original
-
-
-def _heat_of_other_heads(model: object, image: Encoded, text: Encoded, token: int, patch: int) -> Tensor:
-    P = image.states.shape[1] - 1
-    gaze = model.gaze(P)  # type: ignore[attr-defined]
-    with gaze.attention.watched() as seen, torch.no_grad():
-        model.fuse(image, text)  # type: ignore[attr-defined]
-    step, total = 1e-5, torch.zeros(len(image.states), dtype=torch.float64)
-    for head in range(1, seen[0].shape[1]):
-        scores = []
-        for amount in (step, -step):
-            changed = seen[0].clone()
-            changed[:, head, 2 + P + token, 2 + patch] += amount
-            scores.append(_score_under(model, image, text, changed))
-        total += torch.relu((scores[0] - scores[1]) / (2 * step)) * seen[0][:, head, 2 + P + token, 2 + patch]
-    return total
+    kept: list[Tensor] = []
+    assert torch.allclose(score(None), model.match(model.fuse(image, text))[:, 1])
+    [weights_BHLL] = kept
+    expected = torch.zeros(2, dtype=torch.float64)
+    for head in range(model.config.num_heads):
+        place = (slice(None), head, 2 + P + token, 2 + patch)
+        more, less = weights_BHLL.clone(), weights_BHLL.clone()
+        more[place] += step
+        less[place] -= step
+        slope_B = (score(more) - score(less)) / (2 * step)
+        expected += slope_B.relu() * weights_BHLL[place] / model.config.num_heads
+    assert float(expected.max()) > 0
+    assert torch.allclose(heat_BTP[:, token, patch], expected, rtol=1e-5, atol=1e-14)
