@@ -3,10 +3,10 @@
     python benchmarks/albef_grounding.py --minutes 15 --out runs/grounding
     python benchmarks/albef_grounding.py --sheet SHEETS --model RUN --data.root DATA    # heat maps to look at
 
-Scenes have exact boxes, so pointing is measured on new scenes of the drawings that it saw: the hottest pixel lies inside
-the box of what is meant. Beside it a point at random (the share of the picture that the box takes), the middle of the
-picture, the same model with random weights, and the choice among the boxes of all objects of the scene. Each block whose
-words attend patches is measured; "itc" is the picture's own tower.
+Scenes have exact boxes, so pointing is measured on new scenes of the drawings that it saw: the hottest pixel lies
+inside the box of what is meant. Beside it a point at random (the share of the picture that the box takes), the middle
+of the picture, the same model with random weights, and the choice among the boxes of all objects of the scene. Each
+block whose words attend patches is measured; "itc" is the picture's own tower.
 
 The second form writes heat maps of photographs of Flickr8k's dev split with their captions into SHEETS. Those are for
 research and are not part of this repository.

@@ -87,9 +87,7 @@ def oracle(monkeypatch: pytest.MonkeyPatch, data: Referring, right: bool) -> Non
     """A model that looks at what is meant, or at the corner farthest from it."""
     means = {(each.image, each.text): each for each in data.good("val")}
 
-    def heats(
-        bundle: Bundle, expressions: list[Expression], *_: object
-    ) -> list[tuple[Expression, torch.Tensor]]:
+    def heats(bundle: Bundle, expressions: list[Expression], *_: object) -> list[tuple[Expression, torch.Tensor]]:
         found = []
         for each in expressions:
             left, top, width, height = means[each.image, each.text].box

@@ -1,13 +1,13 @@
 """Referring expressions, each with the box of what it means: RefCOCO, RefCOCO+ and RefCOCOg (Yu et al. 2016) as their
 owners (github.com/lichengunc/refer) lay them out, as ALBEF's annotation files name them, and as scenes are written.
 
-    ROOT/refcoco+/refs(unc).p            expressions: a pickle, read as plain data; or refs(unc).json with the same list
-    ROOT/refcoco+/instances.json         sizes of pictures and boxes of objects, as COCO has them
-    ROOT/refcoco+/dets.json              boxes that a detector proposes, by picture: {"581857": [[x, y, w, h, ...], ...]}
-    ROOT/refcoco+_{train,val,test}.json  ALBEF's lists of {"image", "text", "ref_id"}; where one lies there, its texts count
-    ROOT/images/mscoco/images/train2014/COCO_train2014_000000581857.jpg     or ROOT/train2014/...
+    refcoco+/refs(unc).p            expressions: a pickle, read as plain data; or refs(unc).json with the same list
+    refcoco+/instances.json         sizes of pictures and boxes of objects, as COCO has them
+    refcoco+/dets.json              boxes that a detector proposes, by picture: {"581857": [[x, y, w, h, ...], ...]}
+    refcoco+_{train,val,test}.json  ALBEF's lists of {"image", "text", "ref_id"}; where one is, its texts count
+    images/mscoco/images/train2014/COCO_train2014_000000581857.jpg, or train2014/...
 
-Scenes have a ROOT for each half below one folder, train/ and val/, and that folder is as good. Boxes are (left, top,
+all below one folder. Scenes have such a folder for each half, train/ and val/; the one above them is as good. Boxes are (left, top,
 width, height) in pixels of the picture.
 """
 
@@ -102,10 +102,10 @@ class ExpressionRows(RowSource):
         return os.path.abspath(self.row(row).image)
 
 
-def find_referring(root: str | Path) -> Referring | None:
-    """The first of NAMES that lies below a folder, all its splits. None where there is none. Raises TriviumError."""
+def find_referring(root: str | Path, names: Sequence[str] = NAMES) -> Referring | None:
+    """The first of these that lies below a folder, all its splits. None where there is none. Raises TriviumError."""
     halves = [base for base in (Path(root), Path(root) / "train", Path(root) / "val") if base.is_dir()]
-    for name in NAMES:
+    for name in names:
         folders = [_Folder(base, name) for base in halves]
         folders = [folder for folder in folders if folder.references is not None]
         if folders:
@@ -200,7 +200,11 @@ class _Folder:
             first = next(iter(self.broken.values()))
             self.notes.append(f"{len(self.broken):,} annotated boxes cannot be used; the first: {first}")
         return {
-            picture: (entry, np.array(boxes.get(picture, []), dtype=np.float64).reshape(-1, 4), numbers.get(picture, {}))
+            picture: (
+                entry,
+                np.array(boxes.get(picture, []), dtype=np.float64).reshape(-1, 4),
+                numbers.get(picture, {}),
+            )
             for picture, entry in images.items()
         }
 
@@ -286,7 +290,9 @@ class _Folder:
             key = f"{reference}/{record.entry}"
             yield (
                 split,
-                Expression(record.file, record.entry, key, text, image, same.image_id, same.size, same.box, same.number),
+                Expression(
+                    record.file, record.entry, key, text, image, same.image_id, same.size, same.box, same.number
+                ),
             )
         except BadSample as bad:
             yield ("train" if part == "train" else "val" if part == "val" else "testA"), bad

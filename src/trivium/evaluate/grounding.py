@@ -28,7 +28,6 @@ from trivium.bundle import Bundle
 from trivium.data.referring import SPLITS, Box, Expression, Referring
 from trivium.errors import TriviumError
 from trivium.evaluate.results import Results, mean_of
-from trivium.models.encoded import Encoded
 
 HIT = 0.5  # overlap from which on a box is right
 POWER = 0.5  # of the area, that the heat inside a box is divided by
@@ -89,14 +88,16 @@ def run(
     bundle: Bundle,
     data: Referring,
     *,
+    splits: Sequence[str] = SPLITS,
     block: int | None = None,
     by: By = "match",
     rows: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Grounded:
-    """Every split that is measured, under its name.
+    """Every split that is there, under its name.
 
     Args:
+        splits: which ones are measured.
         block: whose attention is looked at; None: the family's own choice.
         by: "match", heat of words for the matching head; "cosine", of the picture's tower for the cosine.
         rows: at most so many expressions of each split, evenly spread.
@@ -108,14 +109,14 @@ def run(
         raise TriviumError("this model sees only the middle of a picture, so a box at its edge cannot be found: "
                            "grounding takes one that sees all of it")  # fmt: skip
     found = Grounded(notes=list(data.notes))
-    splits = [split for split in SPLITS if split in data.splits]
-    if not splits:
-        raise TriviumError(f"{data.name} holds no split to measure on: there is none of {', '.join(SPLITS)}")
+    there = [split for split in splits if split in data.splits]
+    if not there:
+        raise TriviumError(f"{data.name} holds no split to measure on: there is none of {', '.join(splits)}")
     if data.proposed is None:
         found.notes.append(
             f"no boxes are proposed ({data.name}/dets.json is not there), so there is no accuracy as published"
         )
-    for split in splits:
+    for split in there:
         expressions, bad = data.good(split), data.bad(split)
         if rows is not None and rows < len(expressions):
             expressions = [expressions[n] for n in np.arange(rows) * len(expressions) // rows]
@@ -197,10 +198,10 @@ def _heats(
         counts = [len(of_picture[path]) for path in dict.fromkeys(each.image for each in asked)]
         texts = [each.text for each in asked]
         if by == "cosine":
-            pixels_BCHW = torch.cat([one[None].expand(n, -1, -1, -1) for one, n in zip(pictures, counts, strict=True)])
-            maps = bundle.ground_by_cosine(pixels_BCHW, texts, block)
+            shown = [one for one, n in zip(pictures, counts, strict=True) for _ in range(n)]
+            maps = bundle.ground_by_cosine(torch.stack(shown), texts, block)
         else:
-            each_once = bundle.encode_image(torch.stack(pictures)).split(1)
-            images = Encoded.joined([one for one, n in zip(each_once, counts, strict=True) for _ in range(n)])
+            shows_R = torch.arange(len(pictures)).repeat_interleave(torch.tensor(counts)).to(bundle.device)
+            images = bundle.encode_image(torch.stack(pictures)).taken(shows_R)
             maps = [heat.text_nn for heat in bundle.ground(images, texts, block)]
         yield from zip(asked, maps, strict=True)

@@ -1,7 +1,7 @@
 """Heat maps over a picture, one for each word of a text and one for the whole, side by side in one image.
 
-Each map is stretched to its own range, as published (ALBEF's notebook): what is shown is where a word is looked for, not
-how strongly. H height, W width of a picture, n patches along a side.
+Each map is stretched to its own range, as published (ALBEF's notebook): what is shown is where a word is looked for,
+not how strongly. H height, W width of a picture, n patches along a side.
 """
 
 from __future__ import annotations

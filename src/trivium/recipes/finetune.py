@@ -39,6 +39,7 @@ from trivium.models.finetuned import FineTuned, Gives, HeadConfig, Reads, read, 
 from trivium.recipes import limits
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
 from trivium.recipes.data import absolute
+from trivium.recipes.grounding import GROUNDING, GroundingRecipe
 from trivium.recipes.predict import predict
 from trivium.recipes.prepared import Losses, Prepared
 from trivium.recipes.retrieval import RETRIEVAL, RetrievalRecipe
@@ -84,12 +85,14 @@ class FinetuneRecipe:
         return _prepare(self, name, arguments, resume_from)
 
 
-def finetune(task: str) -> FinetuneRecipe | RetrievalRecipe:
+def finetune(task: str) -> FinetuneRecipe | RetrievalRecipe | GroundingRecipe:
     """Fine-tune a trained model for one task, with the published settings where there are any."""
     if task in RETRIEVAL:
         return RETRIEVAL[task]
+    if task in GROUNDING:
+        return GROUNDING[task]
     if task not in TASKS:
-        raise TriviumError(f"there is no task {task}: use one of {', '.join((*TASKS, *RETRIEVAL))}")
+        raise TriviumError(f"there is no task {task}: use one of {', '.join((*TASKS, *RETRIEVAL, *GROUNDING))}")
     of = TASKS[task]
     steps, epochs, patience = (of.steps or 1000, of.epochs, None) if of.steps or of.epochs else (1000, EPOCHS, 3)
     train = Train(steps=steps, patience=patience, monitor_every=0)
