@@ -7,8 +7,8 @@ owners (github.com/lichengunc/refer) lay them out, as ALBEF's annotation files n
     refcoco+_{train,val,test}.json  ALBEF's lists of {"image", "text", "ref_id"}; where one is, its texts count
     images/mscoco/images/train2014/COCO_train2014_000000581857.jpg, or train2014/...
 
-all below one folder. Scenes have such a folder for each half, train/ and val/; the one above them is as good. Boxes are (left, top,
-width, height) in pixels of the picture.
+all below one folder. Scenes have such a folder for each half, train/ and val/; the one above them is as good. Boxes are
+(left, top, width, height) in pixels of the picture.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Compares(EncodesImage, Protocol):
 
 
 def word_heat(model: Grounds, image: Encoded, text: Encoded, block: int | None = None) -> Tensor:
-    """How far each patch, as each token sees it, speaks for the pair: [B, T, P], not negative, 0 where a text is padded.
+    """How far each patch, as each token sees it, speaks for the pair: [B, T, P], not negative, 0 at pads.
 
     The mean over tokens is the heat of the whole text. `image` and `text` as the model encodes them, row by row; no
     weight of the model gets a gradient.
