@@ -14,7 +14,6 @@ from PIL import Image
 import trivium
 from tests.cli.test_finetune import figures
 from tests.cli.test_finetune_retrieval import QUICK, saved
-from tests.data.drawn import drawn_picture
 from tests.recipes.shop import lines_of
 from tests.recipes.shop import trivium as run
 from trivium.data.scene_files import write_scenes
@@ -31,8 +30,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
+    """Square, so that a tile of the wall is one."""
     path = tmp_path / "picture.png"
-    path.write_bytes(drawn_picture(3))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)).resize((90, 90)).save(path)
     return path
 
 
@@ -155,7 +155,7 @@ def test_expressions_of_one_picture_are_answers_to_each_other(
     from trivium.recipes.finetune import finetune
     from trivium.train import config
 
-    changes = {"init": str(models["albef"]), "data.root": str(scenes), "data.image_size": "32"}
+    changes = {"init": str(models["albef"]), "data.root": str(scenes), "data.image_size": 32}
     settings = config.Config("finetune", {"task": "grounding"})
     recipe = config.set_leaves(finetune("grounding"), changes)
     prepared = recipe.prepare(settings.recipe, settings.arguments)
