@@ -29,6 +29,7 @@ from trivium.bundle import Bundle
 from trivium.cli import main as trivium
 from trivium.data.referring import Referring, read_referring
 from trivium.data.scene_files import write_scenes
+from trivium.data.scene_formats import FIRST_ID, FORMATS
 from trivium.data.scene_language import captions
 from trivium.data.scenes import Scenes
 from trivium.evaluate import grounding
@@ -49,18 +50,18 @@ def make_data(folder: Path, train: int, val: int) -> tuple[list[Path], Referring
     said: dict[str, list[str]] = {}
     for each in data.good("train"):
         said.setdefault(each.image, []).append(each.text)
-    scenes = Scenes("train", train, seed=1)
+    scenes, pictures = Scenes("train", train, seed=1), FORMATS["refcoco"].picture
     described = {
-        image: captions(scenes.scene(index), scenes.draws(index))
-        for index, image in enumerate(sorted({each.image for each in data.good("train")}))
-        if len(said) == train
+        str(folder / "refcoco" / pictures("train", FIRST_ID["train"] + index)): captions(
+            scenes.scene(index), scenes.draws(index)
+        )
+        for index in range(train)
     }
     paths = []
     for name, texts in (("expressions", said), ("captions", described)):
-        if texts:
-            paths.append(folder / f"{name}.json")
-            rows = [{"image": str(Path(image).absolute()), "caption": each} for image, each in texts.items()]
-            paths[-1].write_text(json.dumps(rows))
+        paths.append(folder / f"{name}.json")
+        rows = [{"image": str(Path(image).absolute()), "caption": each} for image, each in texts.items()]
+        paths[-1].write_text(json.dumps(rows))
     return paths, data
 
 
@@ -85,7 +86,8 @@ def measure(bundle: Bundle, data: Referring, rows: int) -> dict[str, dict[str, o
     model = bundle.model
     assert isinstance(model, Albef)
     found = {}
-    cases = [(f"itm, block {n}", bundle, n, "match") for n in range(model.config.fusion_layers)]
+    blocks = model.config.fusion_layers - 1  # in the last one words are cold
+    cases = [(f"itm, block {n}", bundle, n, "match") for n in range(blocks)]
     cases += [("itc, last block", bundle, None, "cosine"), ("random weights", untrained(bundle), None, "match")]
     for name, which, block, by in cases:
         results = grounding.run(which, data, block=block, by=by, rows=rows).results  # type: ignore[arg-type]

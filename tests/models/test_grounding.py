@@ -94,13 +94,22 @@ def test_the_pictures_tower_looks_where_the_public_code_says(
     assert float((mine - theirs).abs().max()) <= 1e-9 * float(theirs.abs().max())
 
 
-def test_by_default_it_is_the_third_block_as_published() -> None:
+def test_by_default_it_is_the_middle_block_of_six_the_third_as_published() -> None:
+    for layers, middle in ((6, 2), (3, 1), (2, 0), (1, 0)):
+        six = albef.random_albef(replace(TINY, fusion_layers=layers))
+        assert six.gaze(PATCHES).attention is six.fusion.blocks[middle].cross_attention
     model = albef.random_albef(TINY)
-    assert model.gaze(PATCHES).attention is model.fusion.blocks[2].cross_attention
-    two = albef.random_albef(replace(TINY, fusion_layers=2))
-    assert two.gaze(PATCHES).attention is two.fusion.blocks[1].cross_attention
     with pytest.raises(IndexError):
         model.gaze(PATCHES, 3)
+
+
+def test_in_the_last_block_the_first_token_alone_is_warm() -> None:
+    model = albef.random_albef(TINY)
+    pixels, ids, mask = inputs()
+    image, text = model.encode_image(pixels), model.encode_text(ids, mask)
+    last, middle = word_heat(model, image, text, 2), word_heat(model, image, text)
+    assert float(last[:, 0].max()) > 0 and float(last[:, 1:].max()) == 0
+    assert float(middle[:, 1:].max()) > 0
 
 
 def test_rows_of_a_batch_do_not_see_each_other_and_a_pad_is_cold() -> None:

@@ -24,8 +24,8 @@ def ground(
         path: the model: a run folder, a model folder, or weights of another library.
         image: the picture.
         text: what is looked for, such as "a red mug on a table".
-        block: whose attention is shown, of the blocks that fuse picture and text, from 0; by default ALBEF's third,
-            as published, and FLAVA's middle one.
+        block: whose attention is shown, of the blocks that fuse picture and text, from 0; by default the middle one,
+            of ALBEF's six the third, as published. In the last one only the whole text is looked for.
         out: the image to write, .png or .jpg.
     """
     if not image.is_file():

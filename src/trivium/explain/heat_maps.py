@@ -67,7 +67,10 @@ def _stretched(heat: np.ndarray) -> np.ndarray:
 
 def tiles(picture_HWC: np.ndarray, heat: Heat) -> list[tuple[np.ndarray, str]]:
     """The picture, the whole text, each word: (pixels, what stands below)."""
-    of_words = [(overlay(picture_HWC, map_nn), word) for map_nn, word in zip(heat.words_Wnn, heat.words, strict=True)]
+    of_words = [
+        (overlay(picture_HWC, map_nn), word if bool(map_nn.any()) else f"{word}: nowhere")
+        for map_nn, word in zip(heat.words_Wnn, heat.words, strict=True)
+    ]
     return [(picture_HWC, ""), (overlay(picture_HWC, heat.text_nn), "the whole text"), *of_words]
 
 

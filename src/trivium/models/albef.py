@@ -205,9 +205,9 @@ class Albef(nn.Module):
         return self.itm_head(fused.pooled)
 
     def gaze(self, num_patches: int, block: int | None = None) -> Gaze:
-        """Cross-attention of a block of fusion, from 0; None: the third, with which the paper grounds (section 5.5)."""
+        """Cross-attention of a block of fusion, from 0; None: the middle one, of six the third, as published."""
         blocks: Any = self.fusion.blocks
-        chosen = blocks[min(2, len(blocks) - 1) if block is None else block]
+        chosen = blocks[(len(blocks) - 1) // 2 if block is None else block]
         return Gaze(chosen.cross_attention, slice(None), slice(1, 1 + num_patches))
 
     def image_attention(self, block: int | None = None) -> Attention:

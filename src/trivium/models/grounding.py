@@ -6,7 +6,8 @@ Selvaraju et al. 2017):
     heat = mean over heads of A * relu(dS / dA)
 
 Easy to get wrong: A is what the softmax gives, before any dropout; the class token of the picture is no patch; dS / dA
-of a row asks for the score of that row alone, so scores of a batch are summed.
+of a row asks for the score of that row alone, so scores of a batch are summed. In the last block the score reads the
+first token alone: there all words are cold.
 
 B batch, H heads, Q queries, L keys, T text tokens, P patches, D width, C channels.
 """
