@@ -228,6 +228,12 @@ class Flava(nn.Module):
         states = self.text(ids_BT, mask_BT, segments_BT, rows)
         return Encoded(states, mask_BT, self.text.norm, self.text_projection)
 
+    def gaze(self, num_patches: int, block: int | None = None) -> Gaze:
+        """Self-attention of a block of the multimodal encoder, from 0; None: the middle one."""
+        blocks: Any = self.multimodal.encoder.blocks
+        chosen = blocks[(len(blocks) - 1) // 2 if block is None else block]
+        return Gaze(chosen.attention, slice(2 + num_patches, None), slice(2, 2 + num_patches))
+
     def fuse(self, image: Encoded, text: Encoded, rows: Tensor | int | None = None) -> Encoded:
         """Image and text states through the multimodal encoder, row by row; a picture that stands alone is read with
         every text.
@@ -249,9 +255,3 @@ class Flava(nn.Module):
     def predict_words(self, rows: Tensor) -> Tensor:
         """Logits [..., V] of text states [..., D] after the final norm."""
         return self.mlm_head(rows)
-
-    def gaze(self, num_patches: int, block: int | None = None) -> Gaze:
-        """Self-attention of a block of the multimodal encoder, from 0; None: the middle one."""
-        blocks: Any = self.multimodal.encoder.blocks
-        chosen = blocks[(len(blocks) - 1) // 2 if block is None else block]
-        return Gaze(chosen.attention, slice(2 + num_patches, None), slice(2, 2 + num_patches))
