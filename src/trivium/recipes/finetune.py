@@ -18,6 +18,7 @@ from trivium.bundle import Bundle
 from trivium.data.glue import GLUE
 from trivium.data.labelled import LabelledRows, Splits, is_labelled
 from trivium.data.mixture import StreamMixture
+from trivium.data.random_augment import RandomAugment
 from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
 from trivium.data.tokenizer import ANSWER_TOKENS
 from trivium.data.views import Views
@@ -291,9 +292,10 @@ def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle, 
         texts = TaskText(start.tokenizer, start.max_length, tells_segments_apart(start.model))
     if task.reads != "text":
         size, filter = start.transform.size, start.transform.filter
-        plain = data.crop_scale == (1.0, 1.0) and not data.flip
+        plain = data.crop_scale == (1.0, 1.0) and not data.flip and not data.random_changes
         views = None if plain else Views(size, filter, crop_scale=data.crop_scale, flip=data.flip)
-        images = TaskImage(start.transform, views, data.blank_pictures)
+        changes = RandomAugment(data.random_changes) if data.random_changes else None
+        images = TaskImage(start.transform, views, data.blank_pictures, changes)
     by_length = data.sort_by_length and texts is not None
     writes = texts.tokenizer.for_answers() if texts is not None and gives == "text" else None
     return TaskCollate(

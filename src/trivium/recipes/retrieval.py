@@ -7,9 +7,8 @@
 | CLIP | the contrastive loss within the batch |
 
 The settings are those of ALBEF's section 4.1, whose public code leaves captions uncut in training, where here they are
-cut as in the evaluation. It also distorts pictures (two of ten operations at random), which is left to crops and flips
-here. The checkpoint that finds best on the dev pictures is the one that counts (mean of R@1, 5 and 10, both ways;
-re-ranked, where the model matches).
+cut as in the evaluation; of one's own data pictures are cropped and mirrored alone. The checkpoint that finds best on
+the dev pictures is the one that counts (mean of R@1, 5 and 10, both ways; re-ranked, where the model matches).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any, Literal
 from trivium.bundle import Bundle
 from trivium.data.collate import ImageInput, PairCollate, TextInput
 from trivium.data.mixture import StreamMixture
+from trivium.data.random_augment import RandomAugment
 from trivium.data.sources import open_source
 from trivium.data.views import Views
 from trivium.errors import TriviumError
@@ -72,6 +72,7 @@ class RetrievalData:
     image_size: int | None = 384  # side of the pictures in pixels; None: the model's own
     crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the area that a random crop shows
     flip: float = 0.5  # probability of a mirrored picture
+    random_changes: int = 2  # of shape and light, drawn for each picture (data/random_augment.py); 0: none
     sort_by_length: bool = False  # captions inside a batch, so that micro-batches are padded less
     cache_megabytes: int = 256  # of decoded pictures, in each worker
 
@@ -142,7 +143,7 @@ def _recipe(epochs: float, shortlist: int, data: RetrievalData | None = None) ->
 
 
 RETRIEVAL = {
-    "retrieval": _recipe(10, SHORTLIST, RetrievalData(image_size=None)),  # of one's own
+    "retrieval": _recipe(10, SHORTLIST, RetrievalData(image_size=None, random_changes=0)),  # of one's own
     "retrieval_flickr30k": _recipe(10, 128),
     "retrieval_coco": _recipe(5, 256),
 }
@@ -265,7 +266,8 @@ def _prepare(
         image_tokenizer=None, false_pairs=FALSE_SHARE if trains_matching(recipe, model) else start.false_pairs,
     )  # fmt: skip
     views = Views(size, transform.filter, crop_scale=data.crop_scale, flip=data.flip)
-    image = ImageInput(views, patch, cache_bytes=data.cache_megabytes << 20, masked=False)
+    changes = RandomAugment(data.random_changes) if data.random_changes else None
+    image = ImageInput(views, patch, changes=changes, cache_bytes=data.cache_megabytes << 20, masked=False)
     text = TextInput(start.tokenizer, max_length, probability=None)
     collate = PairCollate(image, text, sort_by_length=data.sort_by_length)
 
