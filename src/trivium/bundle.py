@@ -29,6 +29,7 @@ from trivium.errors import TriviumError
 from trivium.manifest import write_manifest, written_beside
 from trivium.models.encoded import Answers, Encoded, EncodesImage, EncodesText, Fuses, Matches
 from trivium.models.finetuned import FineTuned, HeadConfig, tells_segments_apart
+from trivium.models.grounding import Compares, Grounds, picture_heat, word_heat
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.tensor_files import SHARD_BYTES, save_tensors
 
@@ -44,6 +45,15 @@ ANSWER_WORDS = 16  # word pieces that are written at most, [SEP] among them
 class Answer(NamedTuple):
     text: str
     probability: float  # of a model that scores its answers apart, how right it is
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Where in a picture a text is looked for. Not negative; of n x n patches, from the top left."""
+
+    words: tuple[str, ...]  # as the model reads them
+    words_Wnn: Tensor  # float32 on CPU: of each word, the mean over its tokens
+    text_nn: Tensor  # of the whole text: the mean over all its tokens, the first and the last among them
 
 
 @dataclass
@@ -132,6 +142,67 @@ class Bundle:
         fused = self.fuse(image, text)
         with _evaluating(self.model):
             return model.match(fused).float().softmax(-1)[:, 1]
+
+    def ground(
+        self,
+        pictures: Pictures | Encoded,
+        texts: Strings,
+        block: int | None = None,
+        batch: int = 16,
+    ) -> list[Heat]:
+        """Where in its picture each text is looked for, word by word: Grad-CAM of the matching head through the
+        attention from words to patches (models/grounding.py). A single picture is paired with every text.
+
+        Args:
+            block: of those in which words attend patches, counted from 0; None: the family's own choice.
+        """
+        model = self._able(Grounds, "has no attention from words to patches that a matching head judges")  # type: ignore[type-abstract]
+        image = pictures if isinstance(pictures, Encoded) else self.encode_image(pictures)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        text = self.encode_text(texts)
+        if len(image.states) not in (1, len(texts)):
+            raise TriviumError(f"{len(image.states)} pictures and {len(texts)} texts do not pair up: give as many")
+        parts = zip(image.repeated(len(texts)).split(batch), text.split(batch), strict=True)
+        try:
+            with _evaluating(self.model):
+                heat_BTP = torch.cat([word_heat(model, *part, block).float().cpu() for part in parts])
+        except IndexError:
+            raise TriviumError(f"there is no block {block} in which words attend patches: count from 0") from None
+        side = math.isqrt(heat_BTP.shape[2])
+        if side**2 != heat_BTP.shape[2]:
+            raise TriviumError("heat maps are of square pictures: give files, or tensors of equal sides")
+        assert self.tokenizer is not None, "who encodes text has one"
+        found = []
+        for row, (text_of_row, heat_TP) in enumerate(zip(texts, heat_BTP, strict=True)):
+            length = heat_TP.shape[0] if text.mask is None else int(text.mask[row].sum())
+            heat_Tnn = heat_TP[:length].view(length, side, side)
+            words = self.tokenizer.words(text_of_row, self.max_length)
+            maps = [heat_Tnn[first:end].mean(0) for _, first, end in words]
+            by_word_Wnn = torch.stack(maps) if maps else heat_Tnn[:0]
+            found.append(Heat(tuple(word for word, _, _ in words), by_word_Wnn, heat_Tnn.mean(0)))
+        return found
+
+    def ground_by_cosine(
+        self, pictures: Pictures, texts: Strings, block: int | None = None, batch: int = 16
+    ) -> list[Tensor]:
+        """Where the picture's own tower looks for each text, [n, n], row by row: the same of its class token's
+        attention, for the cosine with the text (ALBEF's rows "itc")."""
+        model = self._able(Compares, "has no picture's tower whose attention can be watched")  # type: ignore[type-abstract]
+        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
+            pictures = [pictures]
+        pixels = torch.stack([self._pixels(one, pictures) for one in pictures])
+        text_BD = self.encode_text(texts).projected
+        if len(pixels) != len(text_BD):
+            raise TriviumError(f"{len(pixels)} pictures and {len(text_BD)} texts do not pair up: give as many")
+        dtype, side, found = next(self.model.parameters()).dtype, pixels.shape[-1] // self._patch, []
+        try:
+            with _evaluating(self.model):
+                for part, text in zip(pixels.split(batch), text_BD.split(batch), strict=True):
+                    part = normalize(part.to(self.device), self.transform.mean, self.transform.std, dtype)
+                    found += list(picture_heat(model, part, text, block).float().cpu().unflatten(1, (-1, side)))
+        except IndexError:
+            raise TriviumError(f"the picture's tower has no block {block}: count from 0") from None
+        return found
 
     def answer(
         self,
@@ -312,13 +383,19 @@ class Bundle:
                 save_tensors(self.image_tokenizer.state_dict(), beside / "image_tokenizer.safetensors")
             write_manifest(beside)
 
+    @property
+    def _patch(self) -> int:
+        """Pixels on a side."""
+        patch: int = self.model.config.patch_size  # type: ignore[union-attr, assignment]
+        return patch
+
     def _pixels(self, picture: Picture | Tensor, given: Any) -> Tensor:
         """uint8 or float [3, H, W] of one picture."""
         if isinstance(given, Tensor):
             assert isinstance(picture, Tensor)
             if given.ndim != 4 or given.shape[1] != 3:
                 raise TriviumError(f"a tensor of pictures is [B, 3, H, W], this one {list(given.shape)}")
-            patch: int = self.model.config.patch_size  # type: ignore[union-attr, assignment]
+            patch = self._patch
             if given.shape[2] % patch or given.shape[3] % patch:
                 raise TriviumError(
                     f"pictures of {given.shape[2]} x {given.shape[3]} pixels cannot be cut into patches of {patch}:"

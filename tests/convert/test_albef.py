@@ -22,6 +22,7 @@ from trivium.errors import TriviumError
 from trivium.invariance.albef import random_albef
 from trivium.models.albef import Albef, AlbefConfig
 from trivium.models.finetuned import HeadConfig
+from trivium.models.grounding import word_heat
 
 WIDTH, MLP, VOCABULARY, POSITIONS, JOINT, QUEUE, PATCH, GRID = 128, 96, 40, 12, 16, 6, 4, 3
 IMAGE_LAYERS, TEXT_LAYERS, FUSION_LAYERS = 2, 2, 2
@@ -340,6 +341,21 @@ def test_labels_in_another_order_are_written_in_the_official_one(tmp_path: Path)
 def official_weights(path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = torch.load(path, weights_only=True)["model"]
     return found
+
+
+def test_a_model_for_grounding_is_written_as_refcoco_is_and_looks_the_same(tmp_path: Path) -> None:
+    """Flat, without momentum copy and queues; every part that grounding needs comes back bit for bit."""
+    theirs = official("refcoco")
+    torch.save(theirs, tmp_path / "refcoco.pth")
+    assert run("convert", tmp_path / "refcoco.pth", "--to", "albef-grounding", "--out", tmp_path / "back") == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in back)
+    models = [read_foreign(path).model.double() for path in (tmp_path / "refcoco.pth", tmp_path / "back")]  # type: ignore[union-attr]
+    pixels = torch.randn(2, 3, GRID * PATCH, GRID * PATCH, dtype=torch.float64)
+    ids = torch.tensor([[1, 7, 9], [1, 8, 5]])
+    first, second = (word_heat(m, m.encode_image(pixels), m.encode_text(ids)) for m in models)  # type: ignore[operator, arg-type]
+    assert first.shape == (2, 3, GRID**2) and torch.equal(first, second)
 
 
 def test_a_model_for_retrieval_is_written_as_mscoco_is(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextColl
 from trivium.data.loader import read
 from trivium.data.masking import mask_tokens
 from trivium.data.order import Draws
+from trivium.data.random_augment import RandomAugment
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import crop_and_resize
 from trivium.data.views import View, Views
@@ -85,6 +86,24 @@ def test_evaluation_neither_crops_nor_flips() -> None:
     collate = pair_collate(train=False)
     first, elsewhere = batch_of(collate, [1, 2, 3]), batch_of(collate, [1, 2, 3], first_place=50)
     assert torch.equal(first.images[0].pixels_BCHW, elsewhere.images[0].pixels_BCHW)
+
+
+def test_random_changes_come_after_the_crop_in_training_alone_and_from_the_place() -> None:
+    plain = ImageInput(VIEWS, patch=4, masked=False)
+    changing = replace(plain, changes=RandomAugment())
+
+    def pictures(images: ImageInput, train: bool, first_place: int = 0) -> torch.Tensor:
+        collate = PairCollate(images, TextInput(TOKENIZER, 32), train=train)
+        return batch_of(collate, list(range(12)), first_place).images[0].pixels_BCHW
+
+    before, after = pictures(plain, train=True), pictures(changing, train=True)
+    assert torch.equal(after, pictures(changing, train=True))
+    assert torch.equal(pictures(changing, train=False), pictures(plain, train=False))
+    for place in range(12):
+        view = before[place].permute(1, 2, 0).numpy()
+        changed = RandomAugment()(Draws(0, "pairs", place).generator("changes"), view)
+        assert np.array_equal(after[place].permute(1, 2, 0).numpy(), changed)
+    assert not torch.equal(before, after)
 
 
 def test_the_decoded_cache_changes_nothing() -> None:

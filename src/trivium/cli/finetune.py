@@ -38,7 +38,7 @@ def finetune(
 
     Args:
         task: cola, sst2, mrpc, stsb, qqp, mnli, qnli or rte (GLUE), vqav2, snli_ve, hateful_memes,
-            visual_entailment, vqa, nlvr2, retrieval_flickr30k, retrieval_coco; or of your own tables
+            visual_entailment, vqa, nlvr2, retrieval_flickr30k, retrieval_coco, grounding; or of your own tables
             image_classification, text_classification, text_regression, image_text_classification, question_answering,
             retrieval, text_assignment. With --resume the run folder.
         init: the model: a run, a model folder, or a foreign checkpoint such as a BERT of Hugging Face.

@@ -225,6 +225,10 @@ def _write_albef_retrieval(model: Albef, image_tokenizer: DVae | None) -> tuple[
     return albef.state_as(albef.RETRIEVAL, model), {"num_attention_heads": model.config.num_heads}
 
 
+def _write_albef_grounding(model: Albef, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return albef.state_as(albef.GROUNDING, model), {"num_attention_heads": model.config.num_heads}
+
+
 def _write_albef_head(
     model: Albef, head: nn.Module, config: HeadConfig, labels: Sequence[str]
 ) -> tuple[State, dict[str, Any]] | None:
@@ -241,6 +245,7 @@ _OPEN_CLIP = ("open_clip_config.json", "config.json")  # the second is Hugging F
 ADAPTERS = {
     "albef": Adapter("albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef, write_head=_write_albef_head),
     "albef-retrieval": Adapter("albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef_retrieval),
+    "albef-grounding": Adapter("albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef_grounding),
     "torchmultimodal-flava": Adapter(
         "flava",
         r"(model\.)?(image|text|mm)_encoder\.(encoder|embeddings)\..*",

@@ -88,6 +88,9 @@ RETRIEVAL = Layout(  # mscoco, flickr30k: without the head of masked words, and 
     under_bert=False,
     two_pictures=False,
 )
+GROUNDING = Layout(  # refcoco: without momentum copy too, and without the wrapper that the others have
+    frozenset({f"{part}." for part in _COPIED} | {"itm_head.", "temp"}), under_bert=False, two_pictures=False
+)
 _TUNED = frozenset({"visual_encoder.", "visual_encoder_m.", "text_encoder.", "text_encoder_m."})
 ENTAILMENT = Layout(_TUNED | {"cls_head.", "cls_head_m."}, under_bert=False, two_pictures=False)  # ve
 ANSWERS = Layout(_TUNED | {"text_decoder.", "text_decoder_m."}, under_bert=False, two_pictures=False)  # vqa

@@ -22,6 +22,7 @@ from trivium.data.codes import CodeCache, picture_digest
 from trivium.data.decoded import Decoded
 from trivium.data.masking import block_mask, mask_tokens
 from trivium.data.order import Draws
+from trivium.data.random_augment import RandomAugment
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import color_jitter
 from trivium.data.views import WHOLE, Views
@@ -51,6 +52,7 @@ class ImageInput:
     patch: int  # pixels on a side
     codes: CodeCache | None = None  # then the crops are the cache's own
     color_jitter: float = 0.0  # strength of random changes of colour, in training alone (see transforms.py)
+    changes: RandomAugment | None = None  # of shape and light, in training alone; then codes would not fit
     cache_bytes: int = 0  # memory of each worker for decoded pictures; changes the speed alone
     masked: bool = True  # False: no block mask, for a family that predicts no patches
     _decoded: Decoded = field(init=False, repr=False)
@@ -62,6 +64,7 @@ class ImageInput:
                 " choose a size that is a multiple of the patch"
             )
         self._decoded = Decoded(self.cache_bytes)
+        assert self.changes is None or not (self.masked or self.codes), "codes belong to patches at their own place"
         num_patches = (self.views.size // self.patch) ** 2
         if self.codes is not None and self.codes.num_codes_per_view != num_patches:
             raise TriviumError(
@@ -93,6 +96,9 @@ class ImageInput:
         pixels_CHW = self.views.for_model(picture_HWC, view)
         if train and self.color_jitter:
             pixels_HWC = color_jitter(draws.generator("color"), pixels_CHW.transpose(1, 2, 0), self.color_jitter)
+            pixels_CHW = np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
+        if train and self.changes is not None:
+            pixels_HWC = self.changes(draws.generator("changes"), pixels_CHW.transpose(1, 2, 0))
             pixels_CHW = np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
         return PreparedImage(pixels_CHW, codebook_CHW, mask_N, codes_N, sample["same_image"])
 

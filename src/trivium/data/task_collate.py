@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trivium.data.labelled import LabelledRows
 from trivium.data.order import Draws
+from trivium.data.random_augment import RandomAugment
 from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
@@ -54,6 +55,7 @@ class TaskImage:
     transform: ImageTransform
     views: Views | None = None
     blank: bool = False
+    changes: RandomAugment | None = None  # of the random view
 
     def prepare(self, sample: Sample, draws: Draws, train: bool) -> Tensor:
         """Raises BadSample, DecodeError."""
@@ -73,7 +75,11 @@ class TaskImage:
         picture_HWC = self.views.decode(picture)
         height, width, _ = picture_HWC.shape
         view = self.views.draw(draws.generator(name), height, width)
-        return torch.from_numpy(self.views.for_model(picture_HWC, view))
+        pixels_CHW = self.views.for_model(picture_HWC, view)
+        if self.changes is not None:
+            pixels_HWC = self.changes(draws.generator(f"{name} changes"), pixels_CHW.transpose(1, 2, 0))
+            pixels_CHW = np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
+        return torch.from_numpy(pixels_CHW)
 
 
 @dataclass

@@ -224,6 +224,19 @@ class Tokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[cls, *encoding.ids[: max_length - 1 - len(end)], *end] for encoding in encodings]
 
+    def words(self, text: str, max_length: int) -> list[tuple[str, int, int]]:
+        """Each word of a text as it is read, with the place of its first token in `encode` and that after its last."""
+        [ids] = self.encode([text], max_length)
+        room = len(ids) - 1 - (1 if self._closes else 0)
+        word_ids = self._tokenizer.encode(text, add_special_tokens=False).word_ids[:room]
+        found: list[tuple[str, int, int]] = []
+        for place, word in enumerate(word_ids, start=1):
+            if found and word == word_ids[place - 2] and word is not None:
+                found[-1] = (found[-1][0], found[-1][1], place + 1)
+            else:
+                found.append(("", place, place + 1))
+        return [(self.decode(ids[first:end]), first, end) for _, first, end in found]
+
     def encode_pair(self, first: str, second: str, max_length: int) -> tuple[list[int], list[int]]:
         """Ids of two texts as [CLS] first [SEP] second [SEP], at most `max_length` of them, and the segment of each
         (0 up to the first [SEP], then 1). Too long a pair is cut word piece by word piece at its longer text."""

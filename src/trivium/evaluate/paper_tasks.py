@@ -1,7 +1,7 @@
 """The tasks that the papers report, by suite: FLAVA's 35 (22 vision, 8 language, 5 multimodal), ALBEF's and UniT's.
 
-A task says which of its figures stand in which published table, and where ours come from: vision data sets and
-zero-shot retrieval are measured by the suite itself, what takes fine-tuning is read from the results of
+A task says which of its figures stand in which published table, and where ours come from: vision data sets, zero-shot
+retrieval and grounding are measured by the suite itself, what takes fine-tuning is read from the results of
 `trivium finetune`.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal
 from trivium.evaluate.datasets import captions, layouts
 
 Domain = Literal["language", "vision", "multimodal"]
-Kind = Literal["classification", "retrieval", "fine-tuning"]
+Kind = Literal["classification", "retrieval", "grounding", "fine-tuning"]
 DOMAINS: tuple[Domain, ...] = ("language", "vision", "multimodal")
 GLUE_OWNERS = "https://gluebenchmark.com/tasks"
 
@@ -165,9 +165,10 @@ ALBEF = (
         "SNLI-VE", "visual_entailment", *ENTAILMENT,
     ),
     PaperTask(
-        "RefCOCO+", "multimodal", "fine-tuning", "weakly supervised",
+        "RefCOCO+", "multimodal", "grounding", "weakly supervised",
         tuple(Figure("accuracy at IoU 0.5", f"{name}.accuracy", splits=(name,)) for name in ("val", "testA", "testB")),
-        expected="refcoco+/{refs(unc).p,instances.json}, train2014/*.jpg", owners="https://github.com/lichengunc/refer",
+        verb="grounding", expected="refcoco+/{refs(unc).p,instances.json,dets.json}, train2014/*.jpg",
+        owners="https://github.com/lichengunc/refer; dets.json: https://github.com/salesforce/ALBEF",
     ),
 )  # fmt: skip
 

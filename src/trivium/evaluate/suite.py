@@ -20,9 +20,10 @@ import torch
 
 from trivium import __version__
 from trivium.bundle import Bundle
+from trivium.data.referring import Referring, find_referring
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import features as encoding
-from trivium.evaluate import outcomes, pairs, results
+from trivium.evaluate import grounding, outcomes, pairs, results
 from trivium.evaluate.classification import Measured, classification
 from trivium.evaluate.datasets import Missing, find, layouts
 from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
@@ -34,8 +35,12 @@ from trivium.evaluate.published import Place
 from trivium.evaluate.results import Result, Results
 from trivium.manifest import write_whole
 from trivium.models.encoded import EncodesImage, EncodesText, Matches
+from trivium.models.grounding import Grounds
 
-VERSIONS = {"classification": 2, "retrieval": 2}  # of the protocols: a change of what they measure is another number
+# Of the protocols: a change of what they measure is another number.
+VERSIONS = {"classification": 2, "retrieval": 2, "grounding": 1}
+
+AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training expressions (trivium finetune grounding)"
 
 State = Literal["measured", "kept", "read", "missing", "not applicable", "not fine-tuned", "damaged", "failed"]
 HAS_FIGURES: tuple[State, ...] = ("measured", "kept", "read")
@@ -154,13 +159,15 @@ def _one(
         return TaskRun(task, "not applicable", notes=[cannot])
     if task.kind == "fine-tuning":
         return _fine_tuned(task, fine_tuned)
+    if task.kind == "grounding" and (read := _fine_tuned(task, fine_tuned)).state == "read":
+        return read
     assert encoder is not None, "who reads no pictures was turned away"
     data = _data(task, root)
     if isinstance(data, Missing):
         return TaskRun(task, "missing", missing=data)
-    if rows is not None:
+    if rows is not None and not isinstance(data, Referring):
         data = with_rows(data, rows) if isinstance(data, DataSet) else data.first(rows)
-    depends = f"{VERSIONS[task.kind]} {encoder.hash} {_identity(data)}"
+    depends = f"{VERSIONS[task.kind]} {encoder.hash} {_identity(data)} {rows if isinstance(data, Referring) else ''}"
     folder = cache / "tasks" / f"{_slug(task.name)}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     kept = _kept(task, folder)
     if kept is not None:
@@ -172,11 +179,15 @@ def _one(
 
     if isinstance(data, DataSet):
         measured = classification(data, encoder, cache / "features", bundle, tell)
+    elif isinstance(data, Referring):
+        grounded = grounding.run(bundle, data, rows=rows, say=tell)
+        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS])
     else:
         measured = zero_shot_retrieval(data, encoder, cache / "features", tell, task.shortlist)
     if rows is not None:
+        what = "expressions" if isinstance(data, Referring) else "pictures"
         measured.notes.insert(
-            0, f"at most {rows:,} pictures of each split, drawn with a fixed seed: not the papers' figures"
+            0, f"at most {rows:,} {what} of each split, drawn with a fixed seed: not the papers' figures"
         )
     found = TaskRun(
         task, "measured", {f"{task.prefix}.{name}": result for name, result in measured.results.items()}, measured.notes
@@ -193,16 +204,22 @@ def lacks(task: PaperTask, bundle: Bundle) -> str | None:
         return f"{name} reads no pictures"
     if task.domain in ("language", "multimodal") and not isinstance(model, EncodesText):
         return f"{name} reads no texts"
-    if task.kind == "retrieval" and bundle.tokenizer is None:
+    if task.kind == "grounding" and not isinstance(model, Grounds):
+        return f"{name} has no attention from words to patches that a matching head judges"
+    if task.kind in ("retrieval", "grounding") and bundle.tokenizer is None:
         return "this checkpoint came without a tokenizer"
     return None
 
 
-def _data(task: PaperTask, root: Path | None) -> DataSet | Captioned | Missing:
+def _data(task: PaperTask, root: Path | None) -> DataSet | Captioned | Referring | Missing:
     if task.kind == "classification":
         layout = layouts.BY_NAME[task.name]
         return Missing(layout.expected, layout.owners) if root is None else find(layout, root)
-    found = None if root is None else find_captions(CAPTIONED[task.name], root)
+    found: Captioned | Referring | None = None
+    if task.kind == "grounding":
+        found = None if root is None else find_referring(root, [task.name.lower()])
+    elif root is not None:
+        found = find_captions(CAPTIONED[task.name], root)
     return Missing(task.expected, task.owners) if found is None else found
 
 
@@ -270,7 +287,9 @@ def zero_shot_retrieval(
 # ------------------------------------------------------------------------------------------- what is kept
 
 
-def _identity(data: DataSet | Captioned) -> str:
+def _identity(data: DataSet | Captioned | Referring) -> str:
+    if isinstance(data, Referring):
+        return "\n".join(map(stamp_of, data.tables))
     if isinstance(data, Captioned):
         return f"{identity(data.pictures)} {data.captions!r}"
     splits = [f"{identity(split.pictures)} {split.labels_N.tobytes().hex()}" for split in data.every]

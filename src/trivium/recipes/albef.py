@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from trivium.bundle import Bundle
 from trivium.data.mixture import StreamMixture
+from trivium.data.random_augment import RandomAugment
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
@@ -53,6 +54,7 @@ class Pairs(PairData):
     vocabulary: str = "bert"
     mask_probability: float = 0.15  # of a token to be masked in training; held-out text is always measured at 0.15
     whole_words: bool = False  # mask whole words instead of word pieces
+    random_changes: int = 2  # of shape and light, drawn for each picture (data/random_augment.py); 0: none
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def albef(size: str = "tiny") -> AlbefRecipe:
         return AlbefRecipe(
             model,
             distillation=Distillation(ramp=0.2, reach=0.1),  # a teacher that keeps up leaves its queue behind
-            data=Pairs(batch=128, max_length=32, crop_scale=(0.9, 1.0), flip=0.0, vocabulary="learned"),
+            data=Pairs(
+                batch=128, max_length=32, crop_scale=(0.9, 1.0), flip=0.0, vocabulary="learned", random_changes=0
+            ),
             optim=Optim(lr=1.5e-3, weight_decay=0.1, warmup=0.08),
             train=Train(steps=2000, save_every=500),
             init_std=0.09,
@@ -208,9 +212,11 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     bundle = Bundle("albef", model, tokenizer, transform, max_length=data.max_length, false_pairs=FALSE_SHARE)
     views = Views(size, crop_scale=data.crop_scale, flip=data.flip, scaled_decode=data.scaled_decode)
 
+    changes = RandomAugment(data.random_changes) if data.random_changes else None
+
     def streams(train: bool) -> list[Stream]:
         share = data.mask_probability if train else HELD_OUT_MASKED
-        return make_pairs(data, sources, views, config.patch_size, tokenizer, train, share, data.whole_words)
+        return make_pairs(data, sources, views, config.patch_size, tokenizer, train, share, data.whole_words, changes)
 
     def mixture_of(train: Train) -> StreamMixture:
         rows = replace(recipe, train=train).rows_at_once

@@ -19,6 +19,7 @@ from trivium.data import leakage
 from trivium.data.glue import GLUE
 from trivium.data.labelled import LabelledRows, Splits, is_labelled
 from trivium.data.mixture import StreamMixture
+from trivium.data.random_augment import RandomAugment
 from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
 from trivium.data.tokenizer import ANSWER_TOKENS
 from trivium.data.views import Views
@@ -40,6 +41,7 @@ from trivium.models.finetuned import FineTuned, Gives, HeadConfig, Reads, read, 
 from trivium.recipes import limits
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
 from trivium.recipes.data import absolute
+from trivium.recipes.grounding import GROUNDING, GroundingRecipe
 from trivium.recipes.predict import predict
 from trivium.recipes.prepared import Losses, Prepared
 from trivium.recipes.retrieval import RETRIEVAL, RetrievalRecipe
@@ -85,12 +87,14 @@ class FinetuneRecipe:
         return _prepare(self, name, arguments, resume_from)
 
 
-def finetune(task: str) -> FinetuneRecipe | RetrievalRecipe:
+def finetune(task: str) -> FinetuneRecipe | RetrievalRecipe | GroundingRecipe:
     """Fine-tune a trained model for one task, with the published settings where there are any."""
     if task in RETRIEVAL:
         return RETRIEVAL[task]
+    if task in GROUNDING:
+        return GROUNDING[task]
     if task not in TASKS:
-        raise TriviumError(f"there is no task {task}: use one of {', '.join((*TASKS, *RETRIEVAL))}")
+        raise TriviumError(f"there is no task {task}: use one of {', '.join((*TASKS, *RETRIEVAL, *GROUNDING))}")
     of = TASKS[task]
     steps, epochs, patience = (of.steps or 1000, of.epochs, None) if of.steps or of.epochs else (1000, EPOCHS, 3)
     train = Train(steps=steps, patience=patience, monitor_every=0)
@@ -308,9 +312,10 @@ def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle, 
         texts = TaskText(start.tokenizer, start.max_length, tells_segments_apart(start.model))
     if task.reads != "text":
         size, filter = start.transform.size, start.transform.filter
-        plain = data.crop_scale == (1.0, 1.0) and not data.flip
+        plain = data.crop_scale == (1.0, 1.0) and not data.flip and not data.random_changes
         views = None if plain else Views(size, filter, crop_scale=data.crop_scale, flip=data.flip)
-        images = TaskImage(start.transform, views, data.blank_pictures)
+        changes = RandomAugment(data.random_changes) if data.random_changes else None
+        images = TaskImage(start.transform, views, data.blank_pictures, changes)
     by_length = data.sort_by_length and texts is not None
     writes = texts.tokenizer.for_answers() if texts is not None and gives == "text" else None
     return TaskCollate(

@@ -59,6 +59,8 @@ RULES: dict[str, Rule] = {
     "data.mask_probability": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "data.crop_scale": SHARES,
     "data.flip": SHARE,
+    "data.random_changes": NOT_NEGATIVE,
+    "block": NOT_NEGATIVE,
     "data.color_jitter": NOT_NEGATIVE,
     "data.cache_megabytes": NOT_NEGATIVE,
     # Of DINO.

@@ -7,9 +7,8 @@
 | CLIP | the contrastive loss within the batch |
 
 The settings are those of ALBEF's section 4.1, whose public code leaves captions uncut in training, where here they are
-cut as in the evaluation. It also distorts pictures (two of ten operations at random), which is left to crops and flips
-here. The checkpoint that finds best on the dev pictures is the one that counts (mean of R@1, 5 and 10, both ways;
-re-ranked, where the model matches).
+cut as in the evaluation; of one's own data pictures are cropped and mirrored alone. The checkpoint that finds best on
+the dev pictures is the one that counts (mean of R@1, 5 and 10, both ways; re-ranked, where the model matches).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any, Literal
 from trivium.bundle import Bundle
 from trivium.data.collate import ImageInput, PairCollate, TextInput
 from trivium.data.mixture import StreamMixture
+from trivium.data.random_augment import RandomAugment
 from trivium.data.sources import open_source
 from trivium.data.views import Views
 from trivium.errors import TriviumError
@@ -72,6 +72,7 @@ class RetrievalData:
     image_size: int | None = 384  # side of the pictures in pixels; None: the model's own
     crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the area that a random crop shows
     flip: float = 0.5  # probability of a mirrored picture
+    random_changes: int = 2  # of shape and light, drawn for each picture (data/random_augment.py); 0: none
     sort_by_length: bool = False  # captions inside a batch, so that micro-batches are padded less
     cache_megabytes: int = 256  # of decoded pictures, in each worker
 
@@ -129,20 +130,20 @@ class RetrievalRecipe:
         return _prepare(self, name, arguments, resume_from)
 
 
-_PUBLISHED = Optim(  # the warm-up of the public code starts at the full rate, so it is none
+PUBLISHED = Optim(  # the warm-up of the public code starts at the full rate, so it is none
     lr=1e-5, betas=(0.9, 0.999), weight_decay=0.02, no_decay=("*bias", "*norm*"), warmup=0, final=0.1, clip="none",
 )  # fmt: skip
 
 
 def _recipe(epochs: float, shortlist: int, data: RetrievalData | None = None) -> RetrievalRecipe:
     return RetrievalRecipe(
-        data=data or RetrievalData(), optim=_PUBLISHED, train=Train(monitor_every=0), epochs=epochs,
+        data=data or RetrievalData(), optim=PUBLISHED, train=Train(monitor_every=0), epochs=epochs,
         shortlist=shortlist,
     )  # fmt: skip
 
 
 RETRIEVAL = {
-    "retrieval": _recipe(10, SHORTLIST, RetrievalData(image_size=None)),  # of one's own
+    "retrieval": _recipe(10, SHORTLIST, RetrievalData(image_size=None, random_changes=0)),  # of one's own
     "retrieval_flickr30k": _recipe(10, 128),
     "retrieval_coco": _recipe(5, 256),
 }
@@ -165,7 +166,7 @@ class PreparedRetrieval(Prepared):
         changed = super().with_train(**changes)
         if isinstance(changed.run.method, AlbefMethod):
             changed.run.method.num_steps = changed.recipe.train.steps
-        _check_pools(changed.recipe)
+        pools_fit(changed.recipe)
         return changed
 
     def settle(self, out: Path) -> str | None:
@@ -253,19 +254,20 @@ def _prepare(
             f" --data.image-size {max(patch, round(size / patch) * patch)}"
         )
     recipe = with_steps(recipe, len(train))
-    _check_pools(recipe)
+    pools_fit(recipe)
     notes = noticed(Sources(train, None, None, sources["dev"], None, None))
     if resume_from is None and start.head is not None:
         notes.append("left out is the head that the model has: retrieval has no use for it")
     transform = replace(start.transform, size=size)
-    method = _method(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
+    method = method_of(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
     max_length = min(data.max_length, model.config.max_length)
     bundle = replace(
         start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
-        image_tokenizer=None, false_pairs=FALSE_SHARE if _trains_matching(recipe, model) else start.false_pairs,
+        image_tokenizer=None, false_pairs=FALSE_SHARE if trains_matching(recipe, model) else start.false_pairs,
     )  # fmt: skip
     views = Views(size, transform.filter, crop_scale=data.crop_scale, flip=data.flip)
-    image = ImageInput(views, patch, cache_bytes=data.cache_megabytes << 20, masked=False)
+    changes = RandomAugment(data.random_changes) if data.random_changes else None
+    image = ImageInput(views, patch, changes=changes, cache_bytes=data.cache_megabytes << 20, masked=False)
     text = TextInput(start.tokenizer, max_length, probability=None)
     collate = PairCollate(image, text, sort_by_length=data.sort_by_length)
 
@@ -288,16 +290,15 @@ def _prepare(
     return PreparedRetrieval(recipe, run, bundle, mixture_of, name, arguments, notes, title, sources)
 
 
-def _trains_matching(recipe: RetrievalRecipe, model: Albef | Flava | Clip) -> bool:
+def trains_matching(recipe: Any, model: Albef | Flava | Clip) -> bool:
     return isinstance(model, Matches) and recipe.objectives.itm > 0
 
 
-def _method(
-    model: Albef | Flava | Clip, pixels: Pixels, recipe: RetrievalRecipe, num_pairs: int, notes: list[str]
-) -> Method:
-    """notes: gets a sentence for each setting that the family has no use for."""
+def method_of(model: Albef | Flava | Clip, pixels: Pixels, recipe: Any, num_pairs: int, notes: list[str]) -> Method:
+    """What trains a model on pairs. recipe: of retrieval or grounding; notes: gets a sentence for each setting that the
+    family has no use for."""
     objectives, soft = recipe.objectives, recipe.distillation
-    if not objectives.contrastive and not _trains_matching(recipe, model):
+    if not objectives.contrastive and not trains_matching(recipe, model):
         raise TriviumError(
             "every loss has weight 0, so nothing would be trained: set one, such as --objectives.contrastive 1"
         )
@@ -331,7 +332,8 @@ def _select(recipe: RetrievalRecipe, model: Albef | Flava | Clip) -> str:
     return select
 
 
-def _check_pools(recipe: RetrievalRecipe) -> None:
+def pools_fit(recipe: Any) -> None:
+    """Raises TriviumError where a micro-batch would cut a pool of ITM in two. recipe: of retrieval or grounding."""
     if recipe.objectives.itm:
         check_pools(recipe.rows_at_once, recipe.objectives.pool)
 

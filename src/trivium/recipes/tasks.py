@@ -65,6 +65,7 @@ class TaskData:
     image_size: int | None = None  # side of the pictures in pixels; None: the model's own
     crop_scale: tuple[float, float] = (1.0, 1.0)  # share of the area that a random crop shows
     flip: float = 0.0  # probability of a mirrored picture
+    random_changes: int = 0  # of shape and light, drawn for each picture (data/random_augment.py); 0: none
     blank_pictures: bool = False  # a grey one for each: what the text alone tells, a baseline
     sort_by_length: bool = True  # texts inside a batch, so that micro-batches are padded less
 
@@ -150,7 +151,7 @@ def _of_pairs(
     )  # fmt: skip
 
 
-_ALBEF_DATA = TaskData(batch=256, max_length=25, image_size=384, crop_scale=(0.5, 1.0), flip=0.5)
+_ALBEF_DATA = TaskData(batch=256, max_length=25, image_size=384, crop_scale=(0.5, 1.0), flip=0.5, random_changes=2)
 
 
 def _as_albef(
@@ -166,8 +167,7 @@ def _as_albef(
     distillation: SoftTargets | None = None,
     num_pictures: int = 1,
 ) -> Task:
-    """A task of a text and pictures with ALBEF's settings, but for the random distortions of the public code, which are
-    left to crops and flips."""
+    """A task of a text and pictures with ALBEF's settings."""
     return Task(
         name, title, "pairs", gives, open, ("accuracy",), "accuracy",
         head=Head(activation="relu", dropout=0.0),

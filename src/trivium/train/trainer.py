@@ -26,6 +26,7 @@ from trivium.train.checkpoint import Saving
 from trivium.train.compilation import compile_blocks
 from trivium.train.config import Config
 from trivium.train.logs import Log
+from trivium.train.memory import keep_freed
 from trivium.train.mishaps import Replaced, StopSignals, lost_processes_told, not_finite
 from trivium.train.monitors import Monitors
 from trivium.train.optim import Optim
@@ -338,6 +339,8 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
     device = precision.choose_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if device.type == "cpu":
+        keep_freed()
     run.method.to(_home(run, device))
     optimizer = optim.build(run.method, run.optim)
     distributed.first_process_does(lambda: (run_folder.reopen if resume else run_folder.create)(out, run.config))
