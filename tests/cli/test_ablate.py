@@ -16,7 +16,7 @@ STAGES = ("text", "dino", "mim")
 
 def words(shop: Path) -> list[str]:
     given = {name: value for name, value in TINY.items() if name not in ("train.steps", "data.schedule")}
-    given |= {"data.batch": 8, "train.save-every": 2, "model.vocab-size": 300}
+    given |= {"data.batch": 8, "train.save-every": 2, "train.keep-last": 2, "model.vocab-size": 300}
     given |= {f"{stage}.batch": 8 for stage in STAGES}
     given |= {"dino.crops.global-size": 32, "dino.crops.local-size": 16, "dino.crops.num-local": 2}
     given |= {"dino.head-width": 16, "dino.bottleneck-width": 8, "dino.num-prototypes": 16}
@@ -49,16 +49,19 @@ def test_a_column_is_a_run_of_its_own_and_the_table_says_what_is_missing(
     capsys.readouterr()
     assert trivium("ablate", "--out", ablated, "--table") == 0  # states nothing anew, trains nothing
     assert "missing: no run of FLAVA-MM is finished" in capsys.readouterr().out
-    assert trivium("evaluate", ablated / "mlm-seed0") == 0
 
 
-def test_what_is_done_is_not_repeated_and_what_was_killed_goes_on(ablated: Path) -> None:
+def test_what_is_done_is_not_repeated_and_what_was_killed_goes_on(
+    ablated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = ablated / "mlm-seed0"
     whole = digests(checkpoint(run, 4))
     before = json.loads((run / "results.json").read_text())["results"]
     (run / "results.json").unlink()
     shutil.rmtree(checkpoint(run, 4))  # killed after step 2
+    capsys.readouterr()
     assert trivium("ablate", "--out", ablated, "--columns", "mlm", "--seeds", 0, 3) == 0
+    assert "resuming after step 2 of 4" in capsys.readouterr().out
     assert digests(checkpoint(run, 4)) == whole
     after = json.loads((run / "results.json").read_text())["results"]
     assert {n: r for n, r in after.items() if "seconds" not in n} == {
@@ -68,6 +71,17 @@ def test_what_is_done_is_not_repeated_and_what_was_killed_goes_on(ablated: Path)
     assert trivium("ablate", "--out", ablated, "--columns", "mlm", "--seeds", 0, 3) == 0
     assert (run / "results.json").stat().st_mtime_ns == written
     assert json.loads((ablated / "table.json").read_text())["columns"]["mlm"]["seeds"] == "0, 3"
+
+
+def test_a_run_that_was_evaluated_otherwise_is_measured_again_and_not_trained(
+    ablated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ablated / "mlm-seed0"
+    assert trivium("evaluate", run) == 0
+    assert "updates" not in json.loads((run / "results.json").read_text())["results"]
+    assert trivium("ablate", "--out", ablated, "--columns", "mlm", "--seeds", 0) == 0
+    assert "resuming after step 4 of 4" in capsys.readouterr().out
+    assert "updates" in json.loads((run / "results.json").read_text())["results"]
 
 
 def test_a_run_that_another_process_has_taken_is_left_to_it(ablated: Path, capsys: pytest.CaptureFixture[str]) -> None:

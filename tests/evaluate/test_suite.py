@@ -383,8 +383,9 @@ def test_vqa_is_shown_on_dev_where_the_answers_of_the_papers_split_are_not_publi
 
 
 def test_a_suite_asks_for_figures_under_the_names_that_fine_tuning_gives_them() -> None:
-    splits = {"vqav2": ["dev", "test", "test_dev", "val2017"], "snli_ve": ["dev", "test"]}
-    for each in {task for tasks in SUITES.values() for task in tasks if task.verb}:
+    splits = {"vqav2": ["dev", "test", "test_dev", "val2017"], "nlvr2": ["dev", "test-P"]}
+    splits |= dict.fromkeys(("snli_ve", "visual_entailment"), ["dev", "test"])
+    for each in {task for tasks in SUITES.values() for task in tasks if task.verb in TUNED}:
         task = TUNED[each.verb]
         assert each.prefix == task.title
         names = splits.get(each.verb) or (GLUE[each.verb].dev if each.verb in GLUE else ("dev_seen", "dev_unseen"))
