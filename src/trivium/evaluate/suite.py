@@ -238,8 +238,8 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
                 how = "picture and text vector side by side" if title != task.prefix else "the model's own states"
                 found.notes.append(f"fine-tuned: the head reads {how}")
             found.notes += [
-                f"ours is {figure.instead}, since {' or '.join(figure.splits)}, on which the papers' numbers rest, was"
-                " not measured here"
+                f"ours is {figure.instead}, since {figure.splits[-1]}, on which the papers' numbers rest, was not"
+                " measured here"
                 for figure in task.figures
                 if found.on_another_split(figure) is not None
             ]

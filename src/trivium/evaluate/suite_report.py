@@ -217,8 +217,8 @@ def _beyond(each: TaskRun) -> dict[str, Any]:
     reported = named.pop(each.task.prefix, None)  # what fine-tuning reports: the task's own title
     figures = list(named.items())
     if reported is not None and reported not in named.values():  # a mean of several, of MNLI say
-        figures.insert(0, ("mean", reported))
-    return {"run": each, "figures": figures or [("reported", reported)]}
+        figures.insert(0, ("mean" if figures else "reported", reported))
+    return {"run": each, "figures": figures}
 
 
 def _chart_data(run: SuiteRun, published: Sequence[Column]) -> tuple[str, int]:
