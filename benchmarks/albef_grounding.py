@@ -85,8 +85,9 @@ def measure(bundle: Bundle, data: Referring, rows: int) -> dict[str, dict[str, o
     """A line for each block, and for random weights at the block that is looked at by default."""
     model = bundle.model
     assert isinstance(model, Albef)
-    found = {}
+    found: dict[str, dict[str, object]] = {}
     blocks = model.config.fusion_layers - 1  # in the last one words are cold
+    cases: list[tuple[str, Bundle, int | None, str]]
     cases = [(f"itm, block {n}", bundle, n, "match") for n in range(blocks)]
     cases += [("itc, last block", bundle, None, "cosine"), ("random weights", untrained(bundle), None, "match")]
     for name, which, block, by in cases:

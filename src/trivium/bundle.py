@@ -320,7 +320,7 @@ class Bundle:
                 "this model ranks a list of answers, and has none: set bundle.labels, put answer_list.json beside its"
                 " file, or let it write freely"
             )
-        tokenizer, positions = self.tokenizer.for_answers(), self.model.config.max_length  # type: ignore[union-attr]
+        tokenizer, positions = self.tokenizer.for_answers(), self.model.config.max_length
         return tokenizer.pad(tokenizer.encode(self.labels, min(ANSWER_TOKENS, int(positions))))[0]
 
     def _stacked(self, pictures: Pictures) -> Tensor:

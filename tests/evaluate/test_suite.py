@@ -384,7 +384,7 @@ def test_vqa_is_shown_on_dev_where_the_answers_of_the_papers_split_are_not_publi
 
 def test_a_suite_asks_for_figures_under_the_names_that_fine_tuning_gives_them() -> None:
     splits = {"vqav2": ["dev", "test", "test_dev", "val2017"], "nlvr2": ["dev", "test-P"]}
-    splits |= dict.fromkeys(("snli_ve", "visual_entailment"), ["dev", "test"])
+    splits |= {verb: ["dev", "test"] for verb in ("snli_ve", "visual_entailment")}
     for each in {task for tasks in SUITES.values() for task in tasks if task.verb in TUNED}:
         task = TUNED[each.verb]
         assert each.prefix == task.title

@@ -216,12 +216,14 @@ class _Folder:
             try:
                 split, expressions = self._reference(record)
             except BadSample as bad:
-                split = record.fields.get("split") if isinstance(record.fields, dict) else None
-                found.setdefault(split if isinstance(split, str) else "train", []).append(bad)
+                said = record.fields.get("split") if isinstance(record.fields, dict) else None
+                found.setdefault(said if isinstance(said, str) else "train", []).append(bad)
                 continue
             found.setdefault(split, []).extend(expressions)
-            if expressions:
-                means[record.integer("ref_id")] = split, expressions[0]
+            for expression in expressions:
+                if isinstance(expression, Expression):
+                    means[record.integer("ref_id")] = split, expression
+                    break
         for part in ("train", "val", "test"):
             path = self.base / f"{self.name}_{part}.json"
             if path.is_file():

@@ -161,13 +161,14 @@ def _prepare(
         raise TriviumError(
             "there is no model to fine-tune: name one with --init (a run, a model folder or a checkpoint)"
         )
-    if recipe.data.root is None:
+    settings = recipe.data
+    if settings.root is None:
         raise TriviumError(
             "no referring expressions are given: name the folder that holds refcoco+/refs(unc).p, or scenes in that"
             " form, with --data.root"
         )
     start = load(recipe.init) if resume_from is None else open_own(resume_from)
-    model, settings = start.model, recipe.data
+    model = start.model
     if not isinstance(model, Albef | Flava):
         raise TriviumError(
             "grounding looks at the attention from words to patches, and a model of the family"
