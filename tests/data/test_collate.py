@@ -9,6 +9,7 @@ import pytest
 import torch
 from drawn import DrawnSource, caption, drawn_picture, tokenizer
 
+from trivium.data import collate as collate_module
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextCollate, TextInput
 from trivium.data.loader import read
 from trivium.data.masking import mask_tokens
@@ -154,6 +155,16 @@ def test_a_rotated_caption_of_the_same_concept_still_matches() -> None:
     assert batch.targets["matched"].tolist() == [True, False, True]
     assert batch.images[0].same_B.tolist() == [1, 2, 5]
     assert batch.texts[0].same_B.tolist() == [1, 3, 5]
+
+
+def test_texts_that_are_kept_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [1, 2, 3, 1, 2, 3, 4, 4]
+    for room, least, most in ((0, 0, 0), (60, 1, 3), (10**6, 4, 8)):
+        monkeypatch.setattr(collate_module, "KEPT_CHARACTERS", room)
+        kept = pair_collate()
+        for first_place in (0, 8, 16):
+            assert same(batch_of(pair_collate(), rows, first_place), batch_of(kept, rows, first_place))
+        assert least <= len(kept.texts._tokenized) <= most
 
 
 def test_streams_of_one_kind() -> None:

@@ -29,6 +29,8 @@ from trivium.data.views import WHOLE, Views
 from trivium.errors import BadSample, TriviumError
 from trivium.train.protocol import Batch, Images, Sample, Texts
 
+KEPT_CHARACTERS = 1 << 21  # of texts whose ids a worker keeps: 40,000 captions, some 15 MB
+
 
 class PreparedImage(NamedTuple):
     pixels_CHW: np.ndarray  # uint8
@@ -119,6 +121,30 @@ class ImageInput:
         return tuple(images), targets
 
 
+class Tokenized:
+    """Ids of texts, kept like decoded pictures until KEPT_CHARACTERS of text are: to tokenize a caption again takes
+    longer than all else that is done to it."""
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._free_characters = KEPT_CHARACTERS
+        self._ids: dict[str, list[int]] = {}
+
+    def __len__(self) -> int:
+        """Texts that are kept."""
+        return len(self._ids)
+
+    def get(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, not to be written to."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        found = dict(zip(new, self._tokenizer.encode(new, self._max_length), strict=True)) if new else {}
+        for text, ids in found.items():
+            if self._free_characters >= len(text):
+                self._ids[text] = ids
+                self._free_characters -= len(text)
+        return [found[text] if text in found else self._ids[text] for text in texts]
+
+
 @dataclass
 class TextInput:
     """The text of a sample: its tokens and its token mask."""
@@ -127,6 +153,10 @@ class TextInput:
     max_length: int  # tokens, [CLS] and [SEP] among them; longer texts are cut
     probability: float | None = 0.15  # of a token to be selected; None: no mask, for a family that predicts no words
     whole_words: bool = False  # select all pieces of a word or none
+    _tokenized: Tokenized = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._tokenized = Tokenized(self.tokenizer, self.max_length)
 
     def prepare(self, sample: Sample, draws: Draws) -> PreparedText:
         """Raises BadSample."""
@@ -139,8 +169,8 @@ class TextInput:
     def batch(self, prepared: Sequence[PreparedText]) -> tuple[Texts, dict[str, Tensor]]:
         """The texts of a Batch, unmasked, padded to its longest; targets ``masked_ids`` and ``selected`` [B, T].
 
-        They are tokenized and masked all at once, which takes a fifth of the time that one after the other does."""
-        sequences = self.tokenizer.encode([text.text for text in prepared], self.max_length)
+        They are masked all at once, and those that were not met before are tokenized at once."""
+        sequences = self._tokenized.get([text.text for text in prepared])
         ids_BT, mask_BT = self.tokenizer.pad(sequences)
         texts = Texts(ids_BT, mask_BT, torch.tensor([text.same for text in prepared], dtype=torch.int64))
         if self.probability is None:

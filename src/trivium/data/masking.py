@@ -67,7 +67,7 @@ def block_mask(
         else:
             break
     packed = np.frombuffer(mask.to_bytes(-(-num_patches // 8), "little"), dtype=np.uint8)
-    return np.unpackbits(packed, count=num_patches, bitorder="little").astype(bool)
+    return np.unpackbits(packed, count=num_patches, bitorder="little").view(bool)
 
 
 @functools.lru_cache(maxsize=16)
