@@ -117,6 +117,10 @@ class Sample(TypedDict, total=False):
     second_text: str  # of a task that reads two texts
     value: float  # what a regression is to give
     answers: dict[int, float]  # class -> how far it is right, from 0 to 1
+    size: tuple[int, int]  # (height, width) that boxes refer to
+    boxes: np.ndarray  # float32 [n, 4], (left, top, right, bottom) in pixels
+    classes: np.ndarray  # int64 [n], of each box
+    attributes: np.ndarray  # int64 [n, places], of each box; -1 where there is none
     name: str  # how to name this sample in a message: file, line, member
 
 
