@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trivium.data.decode import decode
 from trivium.data.order import Draws
-from trivium.data.task_collate import padded, same_numbers
+from trivium.data.task_collate import stacked
 from trivium.data.transforms import ImageTransform, resize, shortest_size
 from trivium.errors import BadSample
 from trivium.train.protocol import Batch, Sample
@@ -132,9 +132,7 @@ class DetectionCollate:
         number: int,
         bad: Sequence[str],
     ) -> Batch:
-        images = padded(
-            [each.pixels_CHW for each in prepared], same_numbers([p.sample for p in prepared], "same_image")
-        )
+        images = stacked([each.pixels_CHW for each in prepared], [each.sample for each in prepared])
         columns = {
             "box": torch.from_numpy(np.concatenate([each.boxes_M4 for each in prepared])).float(),
             "box_class": torch.from_numpy(np.concatenate([each.sample["classes"][each.kept_M] for each in prepared])),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trivium.data.order import Draws
 from trivium.data.tokenizer import Tokenizer
-from trivium.data.transforms import ImageTransform
+from trivium.data.transforms import ImageTransform, padded
 from trivium.data.views import Views
 from trivium.errors import BadSample
 from trivium.train.protocol import Batch, Images, Sample, Texts
@@ -98,14 +98,10 @@ class TaskCollate:
         texts: tuple[Texts, ...] = ()
         if self.images is not None:
             pixels = [each.pixels_CHW for each in prepared if each.pixels_CHW is not None]
-            images = (padded(pixels, same_numbers(samples, "same_image")),)
+            images = (stacked(pixels, samples),)
         if self.texts is not None:
             ids_BT, mask_BT, segments_BT = self.texts.tokenizer.pad_task([each.text for each in prepared if each.text])
-            texts = (
-                Texts(
-                    ids_BT, mask_BT, same_numbers(samples, "same_text"), segments_BT if self.texts.segments else None
-                ),
-            )
+            texts = (Texts(ids_BT, mask_BT, _same(samples, "same_text"), segments_BT if self.texts.segments else None),)
         return Batch(stream, rows_B, places_B, images, texts, self._targets(samples), number, tuple(bad))
 
     def _targets(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -123,17 +119,11 @@ class TaskCollate:
         return {}
 
 
-def padded(pixels: Sequence[Tensor], same_B: Tensor) -> Images:
-    """Pictures [C, H, W] of any sizes as one tensor, zeros below and to the right of the smaller ones."""
-    sizes_B2 = torch.tensor([picture.shape[1:] for picture in pixels])
-    if len({picture.shape for picture in pixels}) == 1:
-        return Images(torch.stack(list(pixels)), same_B)
-    height, width = sizes_B2.amax(0).tolist()
-    pixels_BCHW = torch.zeros(len(pixels), 3, height, width, dtype=torch.uint8)
-    for row, picture in enumerate(pixels):
-        pixels_BCHW[row, :, : picture.shape[1], : picture.shape[2]] = picture
-    return Images(pixels_BCHW, same_B, sizes_B2)
+def stacked(pixels: Sequence[Tensor], samples: Sequence[Sample]) -> Images:
+    """Pictures [C, H, W] of any sizes, the smaller ones padded, with the numbers of their samples."""
+    pixels_BCHW, sizes_B2 = padded(pixels)
+    return Images(pixels_BCHW, _same(samples, "same_image"), sizes_B2)
 
 
-def same_numbers(samples: Sequence[Sample], name: str) -> Tensor:
+def _same(samples: Sequence[Sample], name: str) -> Tensor:
     return torch.tensor([sample[name] for sample in samples], dtype=torch.int64)  # type: ignore[literal-required]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, NamedTuple, get_args
 
@@ -151,6 +152,19 @@ def solarised(image_HWC: np.ndarray) -> np.ndarray:
     return np.where(image_HWC >= 128, 255 - image_HWC, image_HWC)
 
 
+def padded(pixels: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Pictures [C, H, W] of any sizes as one tensor, zeros below and to the right of the smaller ones; and (height,
+    width) of each, int64 [B, 2], where any differ."""
+    if len({picture.shape for picture in pixels}) == 1:
+        return torch.stack(list(pixels)), None
+    sizes_B2 = torch.tensor([picture.shape[1:] for picture in pixels])
+    height, width = sizes_B2.amax(0).tolist()
+    pixels_BCHW = pixels[0].new_zeros(len(pixels), len(pixels[0]), height, width)
+    for row, picture in enumerate(pixels):
+        pixels_BCHW[row, :, : picture.shape[1], : picture.shape[2]] = picture
+    return pixels_BCHW, sizes_B2
+
+
 def normalize(
     pixels_BCHW: Tensor, mean: Triple = CLIP_MEAN, std: Triple = CLIP_STD, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -194,9 +208,7 @@ class ImageTransform:
     def __call__(self, picture: bytes | np.ndarray | Image.Image) -> Tensor:
         """uint8 [3, size, size] of an encoded picture, uint8 [H, W, 3] or a Pillow picture; with "shortest" [3, H, W].
         Raises DecodeError."""
-        if isinstance(picture, Image.Image):
-            picture = rgb(picture)
-        image_HWC = decode(picture) if isinstance(picture, bytes) else picture
+        image_HWC = self.decoded(picture)
         height, width, _ = image_HWC.shape
         if self.crop == "center":
             short = min(height, width)
@@ -210,6 +222,12 @@ class ImageTransform:
             if (height, width) != new:
                 image_HWC = resize(image_HWC, new, filter=self.filter)
         return torch.from_numpy(np.array(image_HWC.transpose(2, 0, 1), order="C"))
+
+    def decoded(self, picture: bytes | np.ndarray | Image.Image) -> np.ndarray:
+        """The whole of it, uint8 [H, W, 3]. Raises DecodeError."""
+        if isinstance(picture, Image.Image):
+            return rgb(picture)
+        return decode(picture) if isinstance(picture, bytes) else picture
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
