@@ -53,6 +53,7 @@ class Convolution(nn.Module):
         self, channels: int, out_channels: int, side: int, norm: Norm, eps: float, stride: int = 1, dilation: int = 1
     ) -> None:
         super().__init__()
+        self.looks_around = side > 1
         padding = dilation * (side // 2)
         self.conv = nn.Conv2d(channels, out_channels, side, stride, padding, dilation, bias=False)
         if norm == "frozen":
@@ -66,7 +67,7 @@ class Convolution(nn.Module):
         if isinstance(norm, FrozenBatchNorm):
             scale, shift = norm.scale_and_shift()
             weight = conv.weight * scale.view(-1, 1, 1, 1)
-            return F.conv2d(x_BCHW, weight, shift, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
+            return F.conv2d(x_BCHW, weight, shift, conv.stride, conv.padding, conv.dilation)
         x_BCHW = conv(x_BCHW)
         return norm(x_BCHW) if out_mask is None else group_norm(x_BCHW, out_mask, norm)
 
@@ -120,14 +121,14 @@ class Block(nn.Module):
     def forward(self, x_BCHW: Tensor, mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
         """mask, out_mask: bool [B, 1, H, W] of input and output, True = no padding."""
         added = x_BCHW if self.shortcut is None else self.shortcut(x_BCHW, out_mask)
-        for number, convolution in enumerate(self.convolutions):
-            side, stride = convolution.conv.kernel_size[0], convolution.conv.stride[0]  # type: ignore[union-attr]
-            if side > 1:
-                x_BCHW = without_padding(x_BCHW, mask)
-            mask = mask if stride == 1 else out_mask
-            x_BCHW = convolution(x_BCHW, mask)
-            if number < len(self.convolutions) - 1:
+        convolutions: Iterable[Any] = self.convolutions
+        for number, convolution in enumerate(convolutions):
+            if number > 0:
                 x_BCHW = F.relu(x_BCHW, inplace=True)
+            if convolution.looks_around:
+                x_BCHW = without_padding(x_BCHW, mask)
+            mask = mask if convolution.conv.stride[0] == 1 else out_mask
+            x_BCHW = convolution(x_BCHW, mask)
         return F.relu(x_BCHW + added, inplace=True)
 
 

@@ -72,7 +72,7 @@ PUBLISHED_TASKS = (
 
 @dataclass(frozen=True)
 class UnitConfig:
-    """The published model of eight tasks by default: 200,917,308 parameters (BERT's pooler, which nothing reads, is left out)."""
+    """The published model of eight tasks by default: 200,917,308 parameters, without BERT's unused pooler."""
 
     tasks: tuple[UnitTask, ...] = PUBLISHED_TASKS
     decoder: Literal["shared", "separate"] = "shared"  # one for all tasks, or one for each
@@ -320,7 +320,7 @@ class Unit(nn.Module):
         self.decoders = nn.ModuleDict({name: Decoder(config) for name in names})
         self.queries = nn.ModuleDict({task.name: nn.Embedding(task.num_queries, width) for task in config.tasks})
         self.heads = nn.ModuleDict({
-            task.name: DetectionHead(config, task)
+            task.name: DetectionHead(width, task.num_labels, task.num_attributes, config.attribute_width)
             if task.kind == "detection"
             else MaskedHead(width, task.num_labels, config.text_eps)
             for task in config.tasks
@@ -393,19 +393,20 @@ class Unit(nn.Module):
         """What the queries of a task found, after the final norm: [L, B, Q, D] of detection ([1, B, Q, D] with `last`),
         [1, B, 1, D] of labels, whose head reads no more. `image` and `text`: those that it reads, encoded for it."""
         reader = self.task(task)
-        sides = [side for side, kind in ((image, "text"), (text, "image")) if reader.reads != kind]
-        read = [side for side in sides if side is not None and side.places is not None]
-        assert len(read) == len(sides), f"the task {task} reads {reader.reads}: encode it"
-        if reader.reads != "image" and reader.text == "class" and read[-1].states.shape[1] > 1:
-            read[-1] = Encoded(read[-1].states[:, :1], None, nn.Identity(), None, places=read[-1].places[:, :1])
-        memory_BSD = torch.cat([side.states for side in read], dim=1)
-        placed_BSD = memory_BSD + torch.cat([side.places for side in read], dim=1)
+        sides = [side for side, other in ((image, "text"), (text, "image")) if reader.reads != other]
+        assert all(side is not None and side.places is not None for side in sides), f"{task} reads {reader.reads}"
+        read: list[Any] = [(side.states, side.places, side.mask) for side in sides if side is not None]
+        if reader.reads != "image" and reader.text == "class":
+            read[-1] = (read[-1][0][:, :1], read[-1][1][:, :1], None)
+        memory_BSD = torch.cat([states for states, _, _ in read], dim=1)
+        placed_BSD = memory_BSD + torch.cat([places for _, places, _ in read], dim=1)
         mask_BS = None
-        if any(side.mask is not None for side in read):
-            whole = torch.ones_like(memory_BSD[..., 0], dtype=torch.bool).split([x.states.shape[1] for x in read], 1)
-            masks = (every if side.mask is None else side.mask for every, side in zip(whole, read, strict=True))
-            mask_BS = torch.cat(list(masks), dim=1)
-        query_QD = self.queries[task].weight
+        if any(mask is not None for _, _, mask in read):
+            every = [states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask
+                     for states, _, mask in read]  # fmt: skip
+            mask_BS = torch.cat(every, dim=1)
+        queries: Any = self.queries[task]
+        query_QD = queries.weight
         labels = reader.kind == "labels"
         if labels and memory_BSD.shape[1] == 1 and not (self.training and self.config.dropout):
             query_QD = query_QD[:1]  # the others would find the same

@@ -38,10 +38,11 @@ class DetectionHead(nn.Module):
         x = hidden_LBQD
         for layer in self.boxes[:-1]:
             x = F.relu(layer(x))
-        # From here on in float32: a share in bfloat16 has steps of two pixels in five hundred.
-        boxes_LBQ4 = self.boxes[-1](x)
-        boxes_LBQ4 = boxes_LBQ4.float() if boxes_LBQ4.dtype == torch.bfloat16 else boxes_LBQ4
-        return Detections(self.classes(hidden_LBQD), boxes_LBQ4.sigmoid(), hidden_LBQD)
+        last = self.boxes[-1]
+        # Outside of autocast: in bfloat16 a share of 0.5 has steps of a pixel in five hundred.
+        with torch.autocast(x.device.type, enabled=False):
+            boxes_LBQ4 = last(x.to(last.weight.dtype)).sigmoid()  # type: ignore[arg-type]
+        return Detections(self.classes(hidden_LBQD), boxes_LBQ4, hidden_LBQD)
 
 
 class AttributeHead(nn.Module):
