@@ -42,6 +42,7 @@ from trivium.models.finetuned import HeadConfig
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.patch_codebook import PatchCodebook
+from trivium.models.unit import Unit, UnitConfig
 from trivium.models.vit import ViT, ViTConfig
 from trivium.tensor_files import save_tensors
 
@@ -52,6 +53,7 @@ FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "dino": (DinoConfig, Dino),
     "bert": (BertConfig, Bert),
     "albef": (AlbefConfig, Albef),
+    "unit": (UnitConfig, Unit),
 }
 
 # ------------------------------------------------------------------------------------------------------- opening

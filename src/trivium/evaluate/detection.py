@@ -1,4 +1,4 @@
-"""Detection as COCO measures it (Lin et al. 2014): average precision of boxes over IoU 0.50 to 0.95, 100 boxes a picture.
+"""Detection as COCO measures it (Lin et al. 2014): average precision of boxes over IoU 0.50 to 0.95, 100 a picture.
 
 Everything that a model finds is submitted, ranked by its score: no threshold, no suppression of overlaps (DETR, section
 4). The counting is faster-coco-eval's, which agrees with pycocotools. Crowds count neither way.
