@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor

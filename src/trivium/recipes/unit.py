@@ -27,6 +27,7 @@ from trivium.errors import TriviumError
 from trivium.evaluate import detection
 from trivium.evaluate import tasks as figures_of
 from trivium.evaluate.embedded import Evaluation
+from trivium.evaluate.results import Result
 from trivium.evaluate.tasks import Predictions
 from trivium.load import load, open_own
 from trivium.methods.pixels import Pixels
@@ -162,6 +163,8 @@ class PreparedUnit(Prepared):
                 found.not_applicable += [f"a row of {name} that cannot be read: {bad}" for bad in predictions.bad]
                 if predictions.is_labelled:
                     figures_of.tell(found, task.title, name, task.of.metrics, predictions)
+                    guesses = {f"{n}.majority": Result(found.chance[n]) for n in found.results if n in found.chance}
+                    found.results |= guesses
                 else:
                     found.not_applicable.append(f"{task.title}, {name}: it has no labels")
         return found, {}
