@@ -1,4 +1,4 @@
-"""UniT on real input: boxes, attributes, questions and statements on scenes, SST-2, easy-VQA and DAQUAR, learned at once.
+"""UniT on real input: boxes, attributes, questions and statements on scenes, SST-2, easy-VQA, DAQUAR, all at once.
 
     python benchmarks/unit_scenes.py --data $TRIVIUM_DATA --easy-vqa easy_vqa-1.0-py3-none-any.whl --out runs/unit-scenes
 

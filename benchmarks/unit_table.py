@@ -29,7 +29,7 @@ from trivium.manifest import write_whole
 from trivium.recipes.unit import UnitRecipe, unit
 
 TASKS = {  # ours -> its figure in results.json, and the row of the paper's table
-    "vg": ("Visual Genome detection.val.ap50", "COCO detection"),
+    "vg": ("VG detection.val.ap50", "COCO detection"),
     "vqav2": ("VQAv2.dev.accuracy", "VQAv2"),
     "snli_ve": ("SNLI-VE.dev.accuracy", "SNLI-VE"),
     "sst2": ("SST-2.dev.accuracy", "SST-2"),

@@ -35,6 +35,8 @@ class Layout:
     """Where a data set keeps its annotations and pictures below its folder; {half} is train or val."""
 
     title: str
+    figure: str  # how tables of papers call it
+    validation: str  # and its validation half
     annotations: tuple[str, ...]  # the first that is there counts
     pictures: tuple[str, ...]
     has_attributes: bool
@@ -48,6 +50,8 @@ class Layout:
 LAYOUTS = {
     "coco": Layout(
         "COCO",
+        "COCO detection",
+        "val2017",
         ("annotations/instances_{half}2017.json", "instances_{half}2017.json"),
         ("{half}2017",),
         False,
@@ -55,6 +59,8 @@ LAYOUTS = {
     ),
     "vg": Layout(
         "Visual Genome",
+        "VG detection",
+        "val",
         ("annotations/instances_{half}_split_by_coco_2017.json", "instances_{half}_split_by_coco_2017.json"),
         ("images", "VG_100K", "VG_100K_2"),
         True,
@@ -177,7 +183,7 @@ def corners(boxes_M4: np.ndarray, picture: Picture) -> np.ndarray:
 
 
 def read_detection(name: str, root: str) -> Detection:
-    """COCO ("coco") or Visual Genome ("vg") below `root`: train, and "val" where it is there.
+    """COCO ("coco") or Visual Genome ("vg") below `root`: train, and the validation half where it is there.
 
     Raises TriviumError with file and entry for what cannot be meant: a number that is none, a class or a picture that
     the file does not list, no box at all. What is left out of training or cut to its picture is said in `notes`.
@@ -192,7 +198,7 @@ def read_detection(name: str, root: str) -> Detection:
     train, classes, attributes, notes = _read(layout, root, "train", file)
     held_out = {}
     if (other := layout.file(root, "val")) is not None:
-        held_out["val"], *names, more = _read(layout, root, "val", other)
+        held_out[layout.validation], *names, more = _read(layout, root, "val", other)
         if names[0] != classes or (names[1] and names[1] != attributes):
             raise TriviumError(f"{other} lists other categories than {file}: take both from one release")
         notes += more

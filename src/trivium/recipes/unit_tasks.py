@@ -98,7 +98,7 @@ class Opened:
 
     @property
     def title(self) -> str:
-        return f"{LAYOUTS[self.kind].title} detection" if self.of is None else self.of.title
+        return LAYOUTS[self.kind].figure if self.of is None else self.of.title
 
     @property
     def kind(self) -> str:
