@@ -1,6 +1,6 @@
 """UniT on real input: boxes, attributes, questions and statements on scenes, SST-2, easy-VQA, DAQUAR, all at once.
 
-    python benchmarks/unit_scenes.py --data $TRIVIUM_DATA --easy-vqa easy_vqa-1.0-py3-none-any.whl --out runs/unit-scenes
+    python benchmarks/unit_scenes.py --data $TRIVIUM_DATA --easy-vqa EASY_VQA.whl --out runs/unit-scenes
 
 --data holds glue/SST-2 and daquar. Scenes are written into --out first (see trivium data scenes); then a tiny UniT is
 trained for --minutes and measured on what it held out: scenes of the drawings it was trained on, of concepts it never

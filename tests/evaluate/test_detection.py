@@ -20,8 +20,6 @@ from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
 from trivium.evaluate.detection import FIGURES, as_coco, as_entries, attributes_right, drawn, measure, wall
 
-THEIR_PLACES = FIGURES  # both print COCO's twelve numbers in one order
-
 
 def objects(
     boxes: list[list[float]], labels: list[int], scores: list[float], attributes: list[int] | None = None
@@ -73,7 +71,10 @@ def test_it_agrees_with_pycocotools(scenes: Path, tmp_path: Path) -> None:
         theirs.evaluate()
         theirs.accumulate()
         theirs.summarize()
-    for name, place in THEIR_PLACES.items():
+    for name, place in FIGURES.items():
+        if theirs.stats[place] < 0:  # no scene has an object as large as that
+            assert name not in ours
+            continue
         assert ours[name].value == pytest.approx(theirs.stats[place], abs=1e-9), name
     assert 0.05 < ours["ap"].value < ours["ap50"].value < 0.95
 

@@ -135,8 +135,9 @@ def attributes_right(rows: DetectionRows, found: dict[int, Objects]) -> np.ndarr
         for box, attributes, usable in zip(true_M4, rows.attributes_MA[here], rows.usable_M[here], strict=True):
             if usable and (attributes >= 0).any():
                 overlap_Q = intersection_over_union(box, boxes_Q4)
-                best = int(overlap_Q.argmax())
-                right.append(bool(overlap_Q[best] >= MATCH and named_Q[best] in attributes[attributes >= 0]))
+                best = int(overlap_Q.argmax()) if len(overlap_Q) else 0
+                covered = len(overlap_Q) > 0 and overlap_Q[best] >= MATCH
+                right.append(bool(covered and named_Q[best] in attributes[attributes >= 0]))
     return np.array(right)
 
 
