@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from trivium.data.loader import evaluation_batches
 from trivium.train import step as train_step
 from trivium.train.budget import memory_dial_named
-from trivium.train.protocol import Batch, Key, Method
+from trivium.train.protocol import Batch, Key, Method, Stream
 
 Validation = dict[str, list[Batch]]  # stream -> held-out batches
+
+
+def of_streams(streams: Iterable[Stream], batch: int, samples: int, notes: list[str]) -> Validation:
+    """Up to `samples` held-out samples of each stream, in batches; 0: none. notes: gets a sentence for each bad one."""
+    held_out = {
+        stream.name: list(evaluation_batches(stream.source, stream.collate, batch, samples, stream.name))
+        for stream in streams
+        if samples
+    }
+    notes += [f"validation: {bad}" for batches in held_out.values() for batch in batches for bad in batch.bad]
+    return held_out
 
 
 def losses(method: Method, validation: Validation, seed: int, micro_batch: int) -> dict[str, float]:

@@ -108,6 +108,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows_B)
 
+    def pin_memory(self) -> Batch:
+        """The same with its pictures where a GPU copies them from while it computes; called by torch's DataLoader."""
+        return replace(
+            self, images=tuple(replace(each, pixels_BCHW=each.pixels_BCHW.pin_memory()) for each in self.images)
+        )
+
     def part(self, first: int, stop: int, number: int) -> Batch:
         """Some of its rows as a micro-batch of their own, padded as the whole: pads may be seen."""
         rows = slice(first, stop)
