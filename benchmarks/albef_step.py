@@ -31,10 +31,13 @@ from published_albef import Inputs, published_from
 from step_pair import StepPair
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.vit.modeling_vit import ViTLayer
 
 from trivium.layers import attention
 from trivium.methods import albef as method_module
 from trivium.methods.albef import AlbefMethod, Distillation
+from trivium.methods.albef_flops import useful_flops
 from trivium.methods.pixels import Pixels
 from trivium.models.albef import Albef, AlbefConfig, Negatives
 from trivium.models.encoded import Encoded
@@ -43,6 +46,8 @@ from trivium.train.initial import initialise
 from trivium.train.protocol import Batch, Images, Key, Texts
 
 TOKENS, QUEUE = 25, 65_536
+ROWS = {"pairs": 128}  # of a step at size base on a GPU of 80 GB; halved where too many
+COMPARED = ("equal",)  # inputs on which the losses of both sides are compared
 
 
 def make_batch(config: AlbefConfig, rows: int) -> Batch:
@@ -67,24 +72,44 @@ def make_batch(config: AlbefConfig, rows: int) -> Batch:
 class Pair(StepPair):
     """The two with the same weights, teacher and queues."""
 
-    def __init__(self, size: str, queue: int, autocast: Callable[[], AbstractContextManager]) -> None:
+    def __init__(
+        self,
+        size: str,
+        autocast: Callable[[], AbstractContextManager],
+        device: torch.device,
+        queue: int = QUEUE,
+    ) -> None:
         model = Albef(AlbefConfig.of_size(size, dropout=0.0))
         initialise(model, 0)
         pixels = Pixels((0.5,) * 3, (0.25,) * 3)
         method = AlbefMethod(model, pixels, Distillation(ramp=0.0), 1, 1, queue, duplicates="ignore")
-        super().__init__(method, published_from(method), autocast, torch.device("cpu"))
+        super().__init__(method, published_from(method), autocast, device)
         self.peer_autocast: Callable[[], AbstractContextManager] | None = None  # None: as ours
+
+    def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The transformer blocks of both, student's and teacher's, for compilation one by one."""
+        theirs = [module for module in self.peer.modules() if isinstance(module, ViTLayer | BertLayer)]
+        return [*self.method.model.blocks(), *self.method.teacher.blocks()], theirs
+
+    def case(self, modality: str, rows: int, inputs: str) -> tuple[Batch, dict[str, Any]]:
+        """A batch for both sides, who take the same inputs."""
+        batch = make_batch(self.method.model.config, rows)
+        return batch, self.inputs(batch)
+
+    def flops(self, batch: Batch) -> float:
+        return useful_flops(self.method, batch)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The batch as the peer takes it, and the draws of ours."""
         text, targets, key = batch.texts[0], batch.targets, Key(0, batch.stream, 0)
-        return {
+        inputs = {
             "pixels_BCHW": self.method.pixels(batch.images[0].pixels_BCHW), "ids_BT": text.ids_BT,
             "mask_BT": text.mask_BT, "masked_ids_BT": targets["masked_ids"],
             "labels_BT": text.ids_BT.masked_fill(~targets["selected"], -100),
             "image_draw_B": key.uniform("negative image", batch.rows_B),
             "text_draw_B": key.uniform("negative text", batch.rows_B),
         }  # fmt: skip
+        return {name: value.to(self.method.mean.device) for name, value in inputs.items()}
 
     def peer_losses(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The average of weights moves in training alone: losses are compared without."""
@@ -212,7 +237,7 @@ def main() -> None:
     device = torch.device("cpu")
     kind = precision.choose("auto", device)
     queue = QUEUE if arguments.size == "base" else 64 * arguments.batch
-    pair = Pair(arguments.size, queue, lambda: precision.autocast(device, kind))
+    pair = Pair(arguments.size, lambda: precision.autocast(device, kind), device, queue)
     batch = make_batch(pair.method.model.config, arguments.batch)
     inputs, results = pair.inputs(batch), {}
     print("losses", flush=True)

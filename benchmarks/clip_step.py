@@ -27,14 +27,16 @@ import side_by_side
 import torch
 from flava_pair import LENGTHS, PADDED, every_row, patches_by_convolution, three_projections
 from step_pair import StepPair
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig as PeerConfig
 from transformers import CLIPModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from trivium.convert.clip import config_to_hf, to_hf
 from trivium.layers import activations, attention, embeddings, transformer
 from trivium.methods.clip import ClipMethod
+from trivium.methods.clip_flops import useful_flops
 from trivium.methods.pixels import Pixels
 from trivium.models.clip import Clip, ClipConfig
 from trivium.train import precision
@@ -42,6 +44,8 @@ from trivium.train.initial import initialise
 from trivium.train.protocol import Batch, Images, Texts
 
 LADDER_BATCH = 4  # of the ladder, which times 14 cases
+ROWS = {"pairs": 256}  # of a step at size base on a GPU of 80 GB; halved where too many
+COMPARED = ("equal", "as_used")  # inputs on which the losses of both sides are compared
 
 
 def make_batch(config: ClipConfig, rows: int, length: int | None) -> Batch:
@@ -70,6 +74,19 @@ class Pair(StepPair):
         peer = CLIPModel(PeerConfig.from_dict(config_to_hf(config)))
         peer.load_state_dict(to_hf(model.state_dict(), config))
         super().__init__(ClipMethod(model, Pixels((0.5,) * 3, (0.25,) * 3)), peer, autocast, device)
+
+    def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The transformer blocks of both, for compilation one by one."""
+        return self.method.model.blocks(), [m for m in self.peer.modules() if isinstance(m, CLIPEncoderLayer)]
+
+    def case(self, modality: str, rows: int, inputs: str) -> tuple[Batch, dict[str, Tensor]]:
+        """A batch for both sides. inputs: "as_used", the peer's texts padded to 77 tokens; "equal", for both."""
+        config = self.method.model.config
+        theirs = make_batch(config, rows, PADDED)
+        return theirs if inputs == "equal" else make_batch(config, rows, None), self.inputs(theirs)
+
+    def flops(self, batch: Batch) -> float:
+        return useful_flops(self.method, batch)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The same batch as CLIPModel takes it."""

@@ -33,7 +33,8 @@ from trivium.train.protocol import Batch, Images, Texts
 
 MODALITIES = ("multimodal", "image", "text")
 PADDED = 77  # tokens
-ROWS = {"multimodal": 192, "image": 256, "text": 48}  # of a step at size base on a GPU of 80 GB; halved where too many
+ROWS = {"multimodal": 128, "image": 128, "text": 48}  # of a step at size base on a GPU of 80 GB; halved where too many
+COMPARED = ("equal",)  # inputs on which the losses of both sides are compared
 LENGTHS = (9, 12, 13, 15, 16, 17, 20, 26)  # tokens of eight captions: 16 on average, as 12 words have (FLAVA Table 2)
 
 
@@ -109,7 +110,8 @@ class Pair(StepPair):
         initialise(model, 0)
         codebook_state, codebook_config = codebook_to_hf(tokenizer)
         peer_config = config_to_hf(config, codebook_config)
-        peer = FlavaForPreTraining(PeerConfig.from_dict(peer_config))
+        with device:  # where its own initial weights are drawn in no time
+            peer = FlavaForPreTraining(PeerConfig.from_dict(peer_config))
         state = to_hf(model.state_dict(), config)
         state |= {f"image_codebook.{name}": tensor for name, tensor in codebook_state.items()}
         peer.load_state_dict(state, strict=False)

@@ -1,59 +1,112 @@
 """Training steps on a GPU: against the peer, against the speed of a matrix product, and without each trick.
 
-    PYTHONPATH=src python benchmarks/gpu.py              # base size, under 10 minutes; needs torch and transformers
-    PYTHONPATH=src python benchmarks/gpu.py --size tiny  # a minute, on a CPU too: to see that it runs
+    PYTHONPATH=src python benchmarks/gpu.py              # base size, under 5 minutes; needs torch and transformers
+    PYTHONPATH=src python benchmarks/gpu.py --size tiny  # two minutes, on a CPU too: to see that it runs
+    ... --rows 'flava/*/compiled' clip                   # only rows whose name begins so or fits
+    ... --profile flava/multimodal/as_used/compiled      # where our step of that row spends its time
 
 Same weights, batches, optimizer and precision (bf16 autocast) on both sides, whose losses agree to 1e-5 in float32, or
 nothing is timed. Inputs: `as_used` and `equal`, see flava_step.py; text alone is running text of full length. Both
-sides are timed in turns, eager and compiled: ours and the peer block by block, and last the peer as a whole.
+sides are timed in turns: eager; compiled, ours and the peer block by block; ours alone with more rows than the peer has
+room for; and last the peer compiled as a whole.
 
-MFU is useful FLOPs (trivium/methods/flava_flops.py: the same for both sides) a second over those of the fastest matrix
+MFU is useful FLOPs (trivium/methods/flops.py: the same for both sides) a second over those of the fastest matrix
 product measured here. Memory is the peak of a forward and backward above weights, gradients and optimizer state. The
 ladder takes one trick away at a time: its factor is the time without it over the time with all.
 
-Each section has its time. What does not fit, or fails, is named as not measured; results are written after each.
+Rows go from the most to the least wanted, each in its time. What does not fit, or fails, is named as not measured;
+results are written after each.
 """
 
 from __future__ import annotations
 
+import time
+
+STARTED = time.monotonic()  # what is imported below takes its share of the minutes
+
+# ruff: noqa: E402
 import argparse
 import gc
 import signal
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, Literal, TypeVar
 from unittest import mock
 
+import albef_step
+import clip_step
 import flava_pair
 import side_by_side
 import torch
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trivium.train import precision
 from trivium.train.budget import is_out_of_memory
 from trivium.train.compilation import compile_blocks
 from trivium.train.step import Context
 
-# CLIP and ALBEF join by a line: a module with Pair, ROWS (of each modality's step) and WITHOUT (the ladder).
-FAMILIES: dict[str, ModuleType] = {"flava": flava_pair}
+# A family joins by a line here and its rows below: a module with Pair, ROWS (of each modality's step) and COMPARED.
+FAMILIES: dict[str, ModuleType] = {"flava": flava_pair, "clip": clip_step, "albef": albef_step}
 
 VARIANTS: dict[str, Context] = {
     "eager": lambda: torch.compiler.set_stance("force_eager"),
     "compiled": nullcontext,
+    "ours alone": nullcontext,  # compiled
     "peer as a whole": nullcontext,
 }
-TURNS, STEPS = (3, 4) if torch.cuda.is_available() else (1, 2)  # turns of each side, and timed steps of a turn
+TURNS, STEPS = (3, 3) if torch.cuda.is_available() else (1, 2)  # turns of each side, and timed steps of a turn
 FEW_ROWS = 4  # where there is no GPU to fill, and for comparing losses
-FLOORS = {"ratio": 2.5, "mfu": 0.40}  # of the first modality as used, on an H100 or H200
+FLOORS = {"ratio": 2.5, "mfu": 0.40}  # of the first row's inputs, on an H100 or H200
+LADDER = "ladder"  # stands in a row's name where a variant does
 
 T = TypeVar("T")
 Kind = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One section of the benchmark: a line of the table, or a ladder."""
+
+    family: str
+    modality: str
+    inputs: str
+    variant: str
+    seconds: float  # at most
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}/{self.modality}/{self.inputs}/{self.variant}"
+
+    def is_asked_for(self, patterns: list[str]) -> bool:
+        return not patterns or any(fnmatchcase(self.name, each) or self.name.startswith(each) for each in patterns)
+
+
+PLAN = (
+    Row("flava", "multimodal", "as_used", "eager", 40),
+    Row("flava", "multimodal", "as_used", "compiled", 130),
+    Row("flava", "image", "as_used", "eager", 25),
+    Row("flava", "text", "as_used", "eager", 25),
+    Row("flava", "multimodal", "equal", LADDER, 30),
+    Row("clip", "pairs", "as_used", "eager", 25),
+    Row("albef", "pairs", "equal", "eager", 30),
+    Row("flava", "image", "as_used", "compiled", 45),
+    Row("flava", "text", "as_used", "compiled", 60),
+    Row("clip", "pairs", "as_used", "compiled", 70),
+    Row("albef", "pairs", "equal", "compiled", 90),
+    Row("flava", "multimodal", "as_used", "ours alone", 60),
+    Row("flava", "multimodal", "equal", "eager", 25),
+    Row("flava", "multimodal", "equal", "compiled", 60),
+    Row("flava", "image", "equal", LADDER, 30),
+    Row("flava", "multimodal", "as_used", "peer as a whole", 240),
+)
 
 
 class TimeIsUp(BaseException):
@@ -63,8 +116,8 @@ class TimeIsUp(BaseException):
 class Report:
     """What was measured. Sections follow each other, each in its own time, and what they found is written at once."""
 
-    def __init__(self, minutes: float, write: Callable[[Report], None]) -> None:
-        self.ends = time.monotonic() + 60 * minutes
+    def __init__(self, minutes: float, write: Callable[[Report], None], started: float | None = None) -> None:
+        self.ends = (time.monotonic() if started is None else started) + 60 * minutes
         self._write = write
         self.matmul: dict[str, float] = {}  # shape -> FLOP/s
         self.rows: dict[str, dict[str, Any]] = {}  # family/modality/inputs/variant -> figures
@@ -79,6 +132,7 @@ class Report:
         """Whether it was measured to its end; if not, what it found before stands in the report all the same."""
         seconds = min(seconds, self.ends - time.monotonic())
         print(f"{name} (at most {max(0.0, seconds):.0f} s)", flush=True)
+        began = time.monotonic()
         try:
             if seconds <= 0:
                 raise TimeIsUp("no time was left")
@@ -90,6 +144,8 @@ class Report:
             self.not_measured[name] = sentence(error)
         if name in self.not_measured:
             print(f"  not measured: {self.not_measured[name]}", flush=True)
+        else:
+            print(f"  took {time.monotonic() - began:.1f} s", flush=True)
         free_memory()
         self._write(self)
         return name not in self.not_measured
@@ -133,14 +189,14 @@ def with_fewer_rows(rows: int, measure: Callable[[int], T]) -> T:
         rows //= 2
 
 
-def in_turns(steps: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+def in_turns(steps: dict[str, Callable[[], object]], turns: int = TURNS, timed: int = STEPS) -> dict[str, list[float]]:
     """Seconds of timed steps of each; in every turn one more goes before, which allocates."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(TURNS):
+    for _ in range(turns):
         for name, step in steps.items():
             free_memory()  # what the other side keeps cached is too much beside this one
             side_by_side.seconds(step)
-            times[name] += [side_by_side.seconds(step) for _ in range(STEPS)]
+            times[name] += [side_by_side.seconds(step) for _ in range(timed)]
     return times
 
 
@@ -148,11 +204,12 @@ def in_turns(steps: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
 
 
 def matrix_products(report: Report, device: torch.device, dtype: torch.dtype) -> None:
-    """Squares, and the first feed-forward product of a step at base size. Drawn numbers: zeros would need less power,
-    and a GPU then runs faster."""
+    """Squares, and the products of a feed-forward at base size, forward and backward. Drawn numbers: zeros would need
+    less power, and a GPU then runs faster."""
     shapes = [(side, side, side) for side in ((4096, 8192, 16384) if device.type == "cuda" else (256, 512))]
     if device.type == "cuda":
-        shapes.append((192 * 197, 768, 3072))
+        tokens = 256 * 197
+        shapes += [(tokens, 768, 3072), (tokens, 3072, 768), (3072, tokens, 768)]
     for m, k, n in shapes:
         left = torch.randn(m, k, device=device, dtype=dtype)
         right = torch.randn(k, n, device=device, dtype=dtype)
@@ -168,70 +225,156 @@ def matrix_products(report: Report, device: torch.device, dtype: torch.dtype) ->
     print("  " + ", ".join(f"{name}: {rate / 1e12:.4g} TFLOP/s" for name, rate in report.matmul.items()), flush=True)
 
 
-def same_losses(pair: Any, family: ModuleType) -> None:
-    for modality in family.ROWS:
-        for inputs in ("equal", "online"):
-            pair.same_losses(*pair.case(modality, FEW_ROWS, inputs))
+class Bench:
+    """The pairs of all families, made when first asked for, and what is measured of them."""
+
+    def __init__(
+        self, report: Report, size: str, device: torch.device, kind: Kind, backend: str, dynamic: bool | None = None
+    ) -> None:
+        self.report, self.size, self.device, self.kind = report, size, device, kind
+        self.backend, self.dynamic = backend, dynamic
+        self.pairs: dict[str, Any] = {}
+
+    def pair(self, name: str) -> Any:
+        """Made, compared and set to be compiled; None where that failed before."""
+        if name not in self.pairs:
+            self.report.section(f"{name}: losses", 60, partial(self._prepare, name))
+            self.pairs.setdefault(name, None)
+        return self.pairs[name]
+
+    def _prepare(self, name: str) -> None:
+        family = FAMILIES[name]
+        pair = family.Pair(self.size, lambda: precision.autocast(self.device, self.kind), self.device)
+        for modality in family.ROWS:
+            for inputs in family.COMPARED:
+                pair.same_losses(*pair.case(modality, FEW_ROWS, inputs))
+        for side in pair.blocks():
+            compile_blocks(side, self.backend, self.dynamic)
+        self.pairs[name] = pair
+
+    def rows(self, row: Row) -> int:
+        if self.device.type != "cuda":
+            return FEW_ROWS
+        rows: int = FAMILIES[row.family].ROWS[row.modality]
+        rows *= 1 + (torch.cuda.get_device_properties(self.device).total_memory > 120e9)
+        return 2 * rows if row.variant == "ours alone" else rows
+
+    def measure(self, row: Row) -> None:
+        pair = self.pair(row.family)
+        if pair is None:
+            self.report.not_measured[row.name] = f"{row.family}: losses were not compared"
+        elif row.variant == LADDER:
+            fewer = max(1, self.rows(row) // 2)  # a step without a trick may need more memory
+            self.report.section(row.name, row.seconds, lambda: self.climb(row, pair, fewer))
+        else:
+            self.report.section(row.name, row.seconds, lambda: self.compare(row, pair))
+
+    def compare(self, row: Row, pair: Any) -> None:
+        """One line of the table."""
+        if row.variant == "peer as a whole":
+            pair.peer.compile(backend=self.backend)
+        found = with_fewer_rows(self.rows(row), lambda rows: figures(pair, rows, row))
+        for side in ("ours", "peer"):
+            if side in found and self.report.ceiling is not None:
+                found[f"{side}_mfu"] = found["flops"] / found[side] / self.report.ceiling
+        self.report.rows[row.name] = found
+        print("  " + line(row.name, found), flush=True)
+
+    def climb(self, row: Row, pair: Any, rows: int) -> None:
+        """The ladder: what an eager step takes without each trick, or with another kernel of attention."""
+
+        def factor(rows: int, without: Context, inputs: str) -> float:
+            step = partial(pair.step, pair.case(row.modality, rows, row.inputs)[0])
+            other = partial(pair.step, pair.case(row.modality, rows, inputs)[0])
+
+            def step_without() -> None:
+                with without():
+                    other()
+
+            with VARIANTS["eager"]():
+                times = in_turns({"with": step, "without": step_without}, turns=min(2, TURNS))
+            return statistics.median(times["without"]) / statistics.median(times["with"])
+
+        tricks: dict[str, tuple[Context, str]] = dict(FAMILIES[row.family].WITHOUT)
+        tricks["products in bfloat16"] = (lambda: mock.patch.object(pair, "autocast", nullcontext), row.inputs)
+        if self.device.type == "cuda":
+            for kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+                tricks[f"the choice of attention, {kernel.name} first"] = (partial(attention_by, kernel), row.inputs)
+        rungs = self.report.ladder.setdefault(f"{row.family}/{row.modality}", {})
+        for trick, (without, inputs) in tricks.items():
+            rungs[trick] = with_fewer_rows(rows, partial(factor, without=without, inputs=inputs))
+            print(f"  {trick}: {rungs[trick]:.3f}", flush=True)
 
 
-def compare(report: Report, name: str, pair: Any, rows: int, modality: str, inputs: str, variant: str) -> None:
-    """One row of the table, under family/modality/inputs/variant."""
-    row = with_fewer_rows(rows, lambda rows: figures(pair, rows, modality, inputs, variant))
-    for side in ("ours", "peer"):
-        if side in row and report.ceiling is not None:
-            row[f"{side}_mfu"] = row["flops"] / row[side] / report.ceiling
-    report.rows[f"{name}/{modality}/{inputs}/{variant}"] = row
-    print("  " + line(f"{name}/{modality}/{inputs}/{variant}", row), flush=True)
+def attention_by(kernel: SDPBackend) -> Any:
+    """This kernel where it can (flash takes no mask), else the others."""
+    return sdpa_kernel([kernel, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
-def figures(pair: Any, rows: int, modality: str, inputs: str, variant: str) -> dict[str, Any]:
-    ours, theirs = pair.case(modality, rows, inputs)
+def figures(pair: Any, rows: int, row: Row) -> dict[str, Any]:
+    ours, theirs = pair.case(row.modality, rows, row.inputs)
+    if torch.cuda.is_available():
+        ours = ours.pin_memory()  # as the loader does
     cases = {"ours": ours, "peer": theirs}
     steps: dict[str, Callable[[], object]] = {"ours": partial(pair.step, ours), "peer": partial(pair.peer_step, theirs)}
-    row: dict[str, Any] = {"rows": rows, "flops": pair.flops(ours)}
-    with VARIANTS[variant]():
+    if row.variant == "ours alone":
+        del steps["peer"]
+    found: dict[str, Any] = {"rows": rows, "flops": pair.flops(ours)}
+    with VARIANTS[row.variant]():
         for side in tuple(steps):
             try:
-                row[f"{side}_first_step"] = side_by_side.seconds(steps[side])  # with what is compiled
+                found[f"{side}_first_step"] = side_by_side.seconds(steps[side])  # with what is compiled
                 steps[side]()  # shapes that differ from it are compiled now
             except Exception as error:
                 if is_out_of_memory(error) or side == "ours":
                     raise
                 del steps[side]
-                row["peer_failed"] = sentence(error)
+                found["peer_failed"] = sentence(error)
         graphs = counters["stats"]["unique_graphs"]
         times = in_turns(steps)
-        row["compiled_while_timed"] = counters["stats"]["unique_graphs"] - graphs
+        found["compiled_while_timed"] = counters["stats"]["unique_graphs"] - graphs
         memory = {side: pair.memory(cases[side]) for side in steps}
     if "peer" in times:
-        return row | side_by_side.row(times["ours"], times["peer"], (memory["ours"], memory["peer"]))
+        return found | side_by_side.row(times["ours"], times["peer"], (memory["ours"], memory["peer"]))
     alone = {"ours": statistics.median(times["ours"]), "ours_min": min(times["ours"]), "rounds": len(times["ours"])}
-    return row | alone | {"ours_bytes": memory["ours"]}
+    return found | alone | {"ours_bytes": memory["ours"]}
 
 
-def climb(report: Report, name: str, pair: Any, family: ModuleType, rows: int, modality: str) -> None:
-    """The ladder: what the eager step takes without each trick, and the compiled one without compiling."""
-    eager = VARIANTS["eager"]
+# ------------------------------------------------------------------------------------------------------ the profile
 
-    def factor(rows: int, usual: Context, without: Context, inputs: str) -> float:
-        step = partial(pair.step, pair.case(modality, rows, "equal")[0])
-        other = partial(pair.step, pair.case(modality, rows, inputs)[0])
 
-        def step_without() -> None:
-            with without():
-                other()
-
-        with usual():
-            times = in_turns({"with": step, "without": step_without})
-        return statistics.median(times["without"]) / statistics.median(times["with"])
-
-    tricks = {trick: (eager, without, inputs) for trick, (without, inputs) in family.WITHOUT.items()}
-    tricks["products in bfloat16"] = (eager, lambda: mock.patch.object(pair, "autocast", nullcontext), "equal")
-    tricks["blocks compiled"] = (VARIANTS["compiled"], eager, "equal")
-    rungs = report.ladder.setdefault(f"{name}/{modality}", {})
-    for trick, (usual, without, inputs) in tricks.items():
-        rungs[trick] = with_fewer_rows(rows, partial(factor, usual=usual, without=without, inputs=inputs))
-        print(f"  {trick}: {rungs[trick]:.3f}", flush=True)
+def profile(bench: Bench, row: Row) -> None:
+    """Where our step of a row spends the device's time: kernels by their share, and how long the device waits."""
+    pair = bench.pair(row.family)
+    if pair is None:
+        sys.exit("the losses of both sides could not be compared")
+    ours = pair.case(row.modality, bench.rows(row), row.inputs)[0]
+    if bench.device.type == "cuda":
+        ours = ours.pin_memory()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if bench.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with VARIANTS[row.variant]():
+        for _ in range(3):
+            pair.step(ours)
+        wall = min(side_by_side.seconds(partial(pair.step, ours)) for _ in range(3))
+        with torch.profiler.profile(activities=activities) as trace:
+            side_by_side.seconds(partial(pair.step, ours))
+    on_gpu = bench.device.type == "cuda"
+    events = [
+        (event.key, event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
+        for event in trace.key_averages()
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == on_gpu and not event.is_user_annotation
+    ]
+    busy = sum(microseconds for _, microseconds, _ in events) / 1e6
+    share = pair.flops(ours) / wall / bench.report.ceiling if bench.report.ceiling else 0.0
+    print(f"{row.name}: {len(ours)} rows, {1e3 * wall:.1f} ms a step, MFU {share:.1%}, kernels {1e3 * busy:.1f} ms")
+    for key, microseconds, count in sorted(events, key=lambda event: -event[1])[:45]:
+        print(f"{microseconds / 1e3:>9.2f} ms {microseconds / 1e6 / busy:>6.1%} {count:>6}  {key[:150]}")
+    if on_gpu:
+        waits = [event for event in trace.key_averages() if "ynchronize" in event.key or "Memcpy" in event.key]
+        for event in waits:
+            print(f"{event.key}: {event.count} times, {event.self_cpu_time_total / 1e3:.2f} ms of the host")
 
 
 # -------------------------------------------------------------------------------------------------------- the table
@@ -248,7 +391,7 @@ def line(name: str, row: dict[str, Any]) -> str:
         *(figure("ours_mfu", 100), figure("peer_mfu", 100)),
         *(figure("ours_bytes", 1e-6 / rows), figure("peer_bytes", 1e-6 / rows)),
     ]
-    return f"{name:<42}" + "".join(f"{cell:>10}" for cell in cells)
+    return f"{name:<46}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 HEADINGS = ("rows", "ours ms", "peer ms", "ratio", "ours /s", "TFLOP/s", "MFU %", "peer %", "MB/row", "peer MB")
@@ -262,7 +405,7 @@ def print_table(report: Report, device: torch.device, kind: str) -> None:
         print("THE DEVICE IS A CPU: none of these figures says anything about a GPU")
     if report.ceiling is not None:
         print(f"fastest matrix product: {report.ceiling / 1e12:.4g} TFLOP/s")
-    print(f"{'':<42}" + "".join(f"{heading:>10}" for heading in HEADINGS))
+    print(f"{'':<46}" + "".join(f"{heading:>10}" for heading in HEADINGS))
     for name, row in report.rows.items():
         print(line(name, row))
         if "peer_failed" in row:
@@ -272,8 +415,7 @@ def print_table(report: Report, device: torch.device, kind: str) -> None:
         for trick, factor in rungs.items():
             print(f"  {trick:<50}{factor:>8.3f}")
     if on_gpu:
-        for name, family in FAMILIES.items():
-            print_floors(report, f"{name}/{next(iter(family.ROWS))}/as_used/")
+        print_floors(report, PLAN[0].name.removesuffix(PLAN[0].variant))
     for name, why in report.not_measured.items():
         print(f"not measured to its end: {name}: {why}")
 
@@ -291,70 +433,51 @@ def print_floors(report: Report, prefix: str) -> None:
 # --------------------------------------------------------------------------------------------------------- the run
 
 
-def measure_family(report: Report, name: str, size: str, device: torch.device, kind: Kind, backend: str) -> None:
-    family = FAMILIES[name]
-    made: list[Any] = []
-
-    def prepare() -> None:
-        made.append(family.Pair(size, lambda: precision.autocast(device, kind), device))
-        same_losses(made[0], family)
-
-    modalities = list(family.ROWS)
-    rows = {modality: family.ROWS[modality] if device.type == "cuda" else FEW_ROWS for modality in modalities}
-    if not report.section(f"{name}: losses", 60, prepare):
-        return
-    (pair,) = made
-    for side in pair.blocks():
-        compile_blocks(side, backend)
-
-    def one(modality: str, inputs: str, variant: str, seconds: float) -> None:
-        title = f"{name}: {modality}, {inputs}, {variant}"
-        report.section(title, seconds, lambda: compare(report, name, pair, rows[modality], modality, inputs, variant))
-
-    for number, modality in enumerate(modalities):
-        one(modality, "as_used", "eager", 45)
-        one(modality, "as_used", "compiled", 70 if number else 130)
-    one(modalities[0], "equal", "eager", 40)
-    one(modalities[0], "equal", "compiled", 60)
-    for modality in modalities[:2]:  # half the rows: a step without a trick may need more memory
-        fewer = max(1, rows[modality] // 2)
-        title = f"{name}: ladder, {modality}"
-        report.section(title, 60, partial(climb, report, name, pair, family, fewer, modality))
-    pair.peer.compile(backend=backend)
-    one(modalities[0], "as_used", "peer as a whole", 240)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="base", choices=("tiny", "base"))
-    parser.add_argument("--minutes", type=float, default=9.0, help="of all sections together")
+    parser.add_argument("--minutes", type=float, default=4.7, help="of all sections together, imports included")
+    parser.add_argument("--rows", nargs="*", default=[], help="which, by pattern or beginning of their names")
+    parser.add_argument("--static", action="store_true", help="compile each size anew, instead of for all sizes")
+    parser.add_argument("--profile", help="name of a row; nothing else is measured")
     parser.add_argument("--out", type=Path, help="folder of gpu.json; without it base on a GPU alone is kept")
     arguments = parser.parse_args()
     device = precision.choose_device("auto")
     kind: Kind = "bf16" if device.type == "cuda" else precision.choose("auto", device)
     backend = "eager" if arguments.size == "tiny" else "inductor"  # generating code takes minutes, tracing seconds
     command = f"python benchmarks/gpu.py --size {arguments.size} --minutes {arguments.minutes:g}"
+    plan = [row for row in PLAN if row.is_asked_for(arguments.rows)]
+    if not plan:
+        parser.error(f"no such row; there are {', '.join(row.name for row in PLAN)}")
 
     def write(report: Report) -> None:
-        if arguments.out is None and (arguments.size != "base" or device.type != "cuda"):
+        if arguments.profile or (arguments.out is None and (arguments.size != "base" or device.type != "cuda")):
             return
         side_by_side.write(
             "gpu",
             report.rows,
-            command=command,
+            command=" ".join([command, *(["--rows", *arguments.rows] if arguments.rows else [])]),
             folder=arguments.out or side_by_side.RESULTS,
             ladder=report.ladder,
             matmul=report.matmul,
             not_measured=report.not_measured,
             precision=kind,
             compiler=backend,
+            sizes="one by one" if arguments.static else "varying",
         )
 
-    report = Report(arguments.minutes, write)
+    report = Report(arguments.minutes, write, STARTED)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     report.section("matrix products", 30, lambda: matrix_products(report, device, dtype))
-    for name in FAMILIES:
-        measure_family(report, name, arguments.size, device, kind, backend)
+    bench = Bench(report, arguments.size, device, kind, backend, False if arguments.static else None)
+    if arguments.profile:
+        named = [row for row in PLAN if row.name == arguments.profile]
+        if not named:
+            parser.error(f"no row {arguments.profile}; there are {', '.join(row.name for row in PLAN)}")
+        profile(bench, named[0])
+        return
+    for row in plan:
+        bench.measure(row)
     print_table(report, device, kind)
     if not report.rows:
         sys.exit("nothing was measured")

@@ -1,6 +1,7 @@
 """A method of ours and a peer's model as one pair: same weights, same batches, a step of each.
 
-What is the same whatever the family; flava_pair.py and clip_step.py say what a batch is and what the peer computes.
+What is the same whatever the family; flava_pair.py, clip_step.py and albef_step.py say what a batch is and what the
+peer computes.
 """
 
 from __future__ import annotations

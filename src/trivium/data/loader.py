@@ -170,6 +170,7 @@ def micro_batches(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_stopping_to_the_trainer,
         generator=torch.Generator(),  # else it would draw from torch's global one
     )

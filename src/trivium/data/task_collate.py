@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trivium.data.order import Draws
 from trivium.data.tokenizer import Tokenizer
-from trivium.data.transforms import ImageTransform
+from trivium.data.transforms import ImageTransform, padded
 from trivium.data.views import Views
 from trivium.errors import BadSample
 from trivium.train.protocol import Batch, Images, Sample, Texts
@@ -97,8 +97,8 @@ class TaskCollate:
         images: tuple[Images, ...] = ()
         texts: tuple[Texts, ...] = ()
         if self.images is not None:
-            pixels_BCHW = torch.stack([each.pixels_CHW for each in prepared if each.pixels_CHW is not None])
-            images = (Images(pixels_BCHW, _same(samples, "same_image")),)
+            pixels = [each.pixels_CHW for each in prepared if each.pixels_CHW is not None]
+            images = (stacked(pixels, samples),)
         if self.texts is not None:
             ids_BT, mask_BT, segments_BT = self.texts.tokenizer.pad_task([each.text for each in prepared if each.text])
             texts = (Texts(ids_BT, mask_BT, _same(samples, "same_text"), segments_BT if self.texts.segments else None),)
@@ -117,6 +117,12 @@ class TaskCollate:
                     answers_BK[row, answer] = score
             return {"answers": answers_BK}
         return {}
+
+
+def stacked(pixels: Sequence[Tensor], samples: Sequence[Sample]) -> Images:
+    """Pictures [C, H, W] of any sizes, the smaller ones padded, with the numbers of their samples."""
+    pixels_BCHW, sizes_B2 = padded(pixels)
+    return Images(pixels_BCHW, _same(samples, "same_image"), sizes_B2)
 
 
 def _same(samples: Sequence[Sample], name: str) -> Tensor:

@@ -101,8 +101,9 @@ class PostNormBlock(nn.Module):
 
 
 def activation_then(hidden: Tensor, linear: nn.Linear, activation: str) -> Tensor:
-    """linear(activation(hidden)), where it is worth it without keeping the activation for the backward pass."""
-    if linear.out_features < RECOMPUTE_FROM:
+    """linear(activation(hidden)), where it is worth it without keeping the activation for the backward pass. A compiler
+    finds by itself what is cheaper to compute again."""
+    if linear.out_features < RECOMPUTE_FROM or torch.compiler.is_compiling():
         return linear(ACTIVATIONS[activation].forward(hidden))
     out: Tensor = _ActivationThenLinear.apply(hidden, linear.weight, linear.bias, activation)
     return out

@@ -1,12 +1,6 @@
-"""Useful floating-point operations of a FLAVA training step, by formula from the config and the real positions.
+"""Useful floating-point operations of a FLAVA training step: what counts stands in flops.py.
 
-Counted are the matrix products without which the losses and their gradients cannot be had; a multiply-add is two.
-Hence one figure for every implementation of the same step, and what one of them does beside it shows as time alone:
-
-* pads are no positions, and the last block works only where a loss reads it (keys and values stand everywhere);
-* the backward pass is two products for each of the forward's, but one for the patches, whose pixels want no gradient;
-* nothing counts that is done again (GradCache, checkpoints), nor what is no product (norms, GELU, softmax, optimizer);
-* the image tokenizer doesn't count: its codes can be cached (`trivium data codes`).
+The image tokenizer doesn't: its codes can be cached (`trivium data codes`).
 
 B rows, R rows of the masked pass, N patches, T text tokens, D width. Suffix B or R: one number for each row.
 """
@@ -17,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trivium.methods.flava import FlavaMethod
+from trivium.methods.flops import blocks, masked_head, num_patches, patches
 from trivium.models.flava import FlavaConfig
 from trivium.train.protocol import Batch
 
@@ -83,29 +78,20 @@ def _masked_pass(method: FlavaMethod, batch: Batch) -> float:
 
 def _image_tower(config: FlavaConfig, num_patches_B: Tensor, read_B: Tensor) -> float:
     """Forward and backward. read_B: positions of the last block that are read."""
-    patches = 2 * float(num_patches_B.sum()) * 3 * config.patch_size**2 * config.width
-    return 2 * patches + 3 * _encoder(config, config.image_layers, 1 + num_patches_B, read_B)
+    forward = _encoder(config, config.image_layers, 1 + num_patches_B, read_B)
+    return 2 * patches(num_patches_B, config.patch_size, config.width) + 3 * forward
 
 
 def _encoder(config: FlavaConfig, num_layers: int, length_B: Tensor, read_B: Tensor) -> float:
-    """Forward of a stack of pre-norm blocks over sequences of these lengths."""
-    D, M = config.width, config.mlp_width
-    length_B, read_B = length_B.double(), read_B.double()
-
-    def block(query_B: Tensor) -> float:
-        products_B = 2 * D * (2 * D * length_B + 2 * D * query_B + 2 * M * query_B)  # k, v; q, output; feed-forward
-        return float((products_B + 4 * D * query_B * length_B).sum())  # scores, and their mean of values
-
-    return (num_layers - 1) * block(length_B) + block(read_B)
+    return blocks(config.width, config.mlp_width, num_layers, length_B, read_B)
 
 
 def _masked_head(config: FlavaConfig, masked_B: Tensor, num_classes: int) -> float:
-    return 2 * float(masked_B.sum()) * config.width * (config.width + num_classes)
+    return masked_head(config.width, masked_B, num_classes)
 
 
 def _num_patches(config: FlavaConfig, batch: Batch) -> Tensor:
-    height, width = batch.images[0].pixels_BCHW.shape[2:]
-    return torch.tensor((height // config.patch_size) * (width // config.patch_size))
+    return num_patches(batch, config.patch_size)
 
 
 def _lengths(config: FlavaConfig, batch: Batch) -> Tensor:

@@ -34,4 +34,7 @@ class MethodOfPictures(Method):
         return (self._to(pixels_BCHW) - self.mean) / self.std
 
     def _to(self, tensor: Tensor) -> Tensor:
+        """On the device. From pinned memory, as else the copy may wait for what the device has still to do."""
+        if self.mean.is_cuda and not tensor.is_cuda:
+            tensor = tensor.pin_memory()
         return tensor.to(self.mean.device, non_blocking=True)

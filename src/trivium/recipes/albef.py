@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from trivium.bundle import Bundle
-from trivium.data.loader import evaluation_batches
 from trivium.data.mixture import StreamMixture
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
-from trivium.evaluate.embedded import Evaluation
 from trivium.load import load, open_own
 from trivium.methods.albef import FALSE_SHARE, LOSSES, AlbefMethod, Distillation, Duplicates
 from trivium.methods.pixels import Pixels
@@ -25,7 +22,6 @@ from trivium.recipes import limits, validation
 from trivium.recipes.albef_towers import Towers
 from trivium.recipes.data import (
     PairData,
-    Sources,
     absolute,
     check_shapes,
     make_pairs,
@@ -33,12 +29,11 @@ from trivium.recipes.data import (
     noticed,
     open_sources,
 )
-from trivium.recipes.prepared import Losses, Prepared, on_pairs
-from trivium.recipes.validation import Validation
+from trivium.recipes.prepared import PreparedPairs
 from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
-from trivium.train.protocol import Method, Stream
+from trivium.train.protocol import Stream
 from trivium.train.trainer import Run, Train
 
 PUBLISHED_QUEUE = 65_536
@@ -140,31 +135,12 @@ def albef(size: str = "tiny") -> AlbefRecipe:
 
 
 @dataclass
-class PreparedAlbef(Prepared):
+class PreparedAlbef(PreparedPairs):
     """ALBEF's run with its parts in memory."""
 
     recipe: AlbefRecipe  # with the vocabulary that was found
-    sources: Sources
-    validation: Validation
-
-    def measures(self, recipe: AlbefRecipe) -> Callable[[Method], dict[str, Any]]:
-        return validation.measures(self.validation, recipe.train.seed, recipe.rows_at_once)
-
-    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
-        assert self.bundle is not None
-        recipe = self.recipe
-        if final is None:
-            if self.validation:
-                say("validation losses")
-            final = validation.losses(self.run.method, self.validation, recipe.train.seed, recipe.rows_at_once)
-        chance = self.chance() if self.validation else {}
-        found = on_pairs(self.bundle, recipe.data, self.sources, say)
-        if not recipe.validate:
-            found.not_applicable.append("losses on held-out pairs: --validate is 0")
-        return found, {name: (final[name], chance[name]) for name in final}
 
     def chance(self) -> dict[str, float]:
-        """What each validation loss is for a guess from the labels' frequencies alone (see evaluate/losses.py)."""
         method, batches = self.run.method, self.validation["pairs"]
         assert isinstance(method, AlbefMethod)
         words = losses.labels_of([replace(batch, images=()) for batch in batches], lambda batch: batch.rows_B)["mlm"]
@@ -237,12 +213,7 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
         rows = replace(recipe, train=train).rows_at_once
         return StreamMixture([replace(s, micro_batch=rows) for s in streams(train=True)], seed, "ratio", train.workers)
 
-    held_out = {
-        stream.name: list(evaluation_batches(stream.source, stream.collate, data.batch, recipe.validate, stream.name))
-        for stream in streams(train=False)
-        if recipe.validate
-    }
-    notes += [f"validation: {bad}" for batches in held_out.values() for batch in batches for bad in batch.bad]
+    held_out = validation.of_streams(streams(train=False), data.batch, recipe.validate, notes)
     notes += noticed(sources)
     run = Run(
         method,

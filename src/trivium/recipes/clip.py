@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from trivium.bundle import Bundle
-from trivium.data.loader import evaluation_batches
 from trivium.data.mixture import StreamMixture
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
-from trivium.evaluate.embedded import Evaluation
 from trivium.load import load, open_own
 from trivium.methods.clip import ClipMethod, Scope
 from trivium.methods.pixels import Pixels
@@ -23,7 +20,6 @@ from trivium.models.clip import SIZES, Clip, ClipConfig
 from trivium.recipes import limits, validation
 from trivium.recipes.data import (
     PairData,
-    Sources,
     absolute,
     check_shapes,
     make_pairs,
@@ -31,12 +27,10 @@ from trivium.recipes.data import (
     noticed,
     open_sources,
 )
-from trivium.recipes.prepared import Losses, Prepared, on_pairs
-from trivium.recipes.validation import Validation
+from trivium.recipes.prepared import PreparedPairs
 from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
-from trivium.train.protocol import Method
 from trivium.train.trainer import Run, Train
 
 
@@ -116,33 +110,15 @@ def clip(size: str = "tiny") -> ClipRecipe:
 
 
 @dataclass
-class PreparedClip(Prepared):
+class PreparedClip(PreparedPairs):
     """CLIP's run with its parts in memory."""
 
     recipe: ClipRecipe  # with the vocabulary that was found
-    sources: Sources
-    validation: Validation
 
-    def measures(self, recipe: ClipRecipe) -> Callable[[Method], dict[str, Any]]:
-        return validation.measures(self.validation, recipe.train.seed, recipe.rows_at_once)
-
-    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
-        assert self.bundle is not None
-        recipe = self.recipe
-        if final is None:
-            if self.validation:
-                say("validation losses")
-            final = validation.losses(self.run.method, self.validation, recipe.train.seed, recipe.rows_at_once)
-        found = on_pairs(self.bundle, recipe.data, self.sources, say)
-        if not recipe.validate:
-            found.not_applicable.append("losses on held-out samples: --validate is 0")
-        return found, {name: (value, self.chance()) for name, value in final.items()}
-
-    def chance(self) -> float:
-        """What the validation loss is for equal scores (see evaluate/losses.py)."""
+    def chance(self) -> dict[str, float]:
         objectives = self.recipe.objectives
         columns = validation.columns(self.validation["pairs"], objectives.contrastive_scope, objectives.num_ranks)
-        return losses.contrastive_chance(columns, objectives.contrastive_form == "sigmoid")
+        return {"contrastive": losses.contrastive_chance(columns, objectives.contrastive_form == "sigmoid")}
 
 
 def _prepare(recipe: ClipRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> PreparedClip:
@@ -185,12 +161,8 @@ def _prepare(recipe: ClipRecipe, name: str, arguments: dict[str, Any], resume_fr
         rows = replace(recipe, train=train).rows_at_once
         return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, "ratio", train.workers)
 
-    held_out = {
-        s.name: list(evaluation_batches(s.source, s.collate, data.batch, recipe.validate, s.name))
-        for s in make_pairs(data, sources, views, config.patch_size, tokenizer, train=False)
-        if recipe.validate
-    }
-    notes += [f"validation: {bad}" for batches in held_out.values() for batch in batches for bad in batch.bad]
+    unseen = make_pairs(data, sources, views, config.patch_size, tokenizer, train=False)
+    held_out = validation.of_streams(unseen, data.batch, recipe.validate, notes)
     notes += noticed(sources)
     recipe = replace(recipe, model=config)
     run = Run(

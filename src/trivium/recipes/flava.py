@@ -11,7 +11,6 @@ import torch
 
 from trivium.bundle import Bundle
 from trivium.data.codes import CodeCache
-from trivium.data.loader import evaluation_batches
 from trivium.data.mixture import StreamMixture
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
@@ -38,15 +37,14 @@ from trivium.recipes.data import (
     noticed,
     open_sources,
 )
-from trivium.recipes.prepared import Losses, Prepared, on_drawings, on_pairs
+from trivium.recipes.prepared import PreparedPairs, on_drawings
 from trivium.recipes.priors import start_at_frequencies
 from trivium.recipes.towers import ImageTower, TextTower, read_text
-from trivium.recipes.validation import Validation
 from trivium.train.budget import memory_dial_named
 from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
-from trivium.train.protocol import Method, Source
+from trivium.train.protocol import Source
 from trivium.train.trainer import Run, Train
 
 HEADS = ("*_head.decoder.weight",)
@@ -156,31 +154,13 @@ def flava(size: str = "tiny") -> FlavaRecipe:
 
 
 @dataclass
-class PreparedFlava(Prepared):
+class PreparedFlava(PreparedPairs):
     """FLAVA's run with its parts in memory."""
 
     recipe: FlavaRecipe  # with the vocabulary and the codes that were found
-    sources: Sources
-    validation: Validation
 
-    def measures(self, recipe: FlavaRecipe) -> Callable[[Method], dict[str, Any]]:
-        return validation.measures(self.validation, recipe.train.seed, recipe.rows_at_once)
-
-    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
-        assert self.bundle is not None
-        recipe = self.recipe
-        if final is None:
-            if self.validation:
-                say("validation losses")
-            final = validation.losses(self.run.method, self.validation, recipe.train.seed, recipe.rows_at_once)
-        chance = self.chance() if self.validation else {}
-        if "pairs" in recipe.objectives.streams():
-            found = on_pairs(self.bundle, recipe.data, self.sources, say)
-        else:
-            found = self._one_tower(say)
-        if not recipe.validate:
-            found.not_applicable.append("losses on held-out samples: --validate is 0")
-        return found, {name: (final[name], chance[name]) for name in final}
+    def evaluation(self, say: Callable[[str], None]) -> Evaluation:
+        return super().evaluation(say) if "pairs" in self.recipe.objectives.streams() else self._one_tower(say)
 
     def _one_tower(self, say: Callable[[str], None]) -> Evaluation:
         """Of a run without pairs the image encoder alone can be measured on drawings, where it was trained."""
@@ -191,7 +171,6 @@ class PreparedFlava(Prepared):
         return on_drawings(Bundle("vit", vit_of(model), None, bundle.transform), say)
 
     def chance(self) -> dict[str, float]:
-        """What each validation loss is for a guess from the labels' frequencies alone (see evaluate/losses.py)."""
         method, config = self.run.method, self.recipe.model
         assert isinstance(method, FlavaMethod)
         rows = self.recipe.rows_at_once
@@ -276,12 +255,8 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         rows = replace(recipe, train=train).rows_at_once
         return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, data.schedule, train.workers)
 
-    held_out = {
-        s.name: list(evaluation_batches(s.source, s.collate, data.batch, recipe.validate, s.name))
-        for s in make_streams(data, sources, views, patch, tokenizer, codes, stream_names, train=False)
-        if recipe.validate
-    }
-    notes += [f"validation: {bad}" for batches in held_out.values() for batch in batches for bad in batch.bad]
+    unseen = make_streams(data, sources, views, patch, tokenizer, codes, stream_names, train=False)
+    held_out = validation.of_streams(unseen, data.batch, recipe.validate, notes)
     notes += noticed(sources)
     recipe = replace(recipe, model=model_config)
     run = Run(

@@ -12,7 +12,9 @@ from trivium.bundle import Bundle
 from trivium.data.mixture import StreamMixture
 from trivium.evaluate import embedded, pairs
 from trivium.evaluate.embedded import Evaluation
+from trivium.recipes import validation
 from trivium.recipes.data import PairData, Sources
+from trivium.recipes.validation import Validation
 from trivium.train.config import Config, leaves
 from trivium.train.protocol import Method
 from trivium.train.trainer import Run, Train
@@ -64,6 +66,41 @@ class Prepared(ABC):
             config=Config(self.name, self.arguments, leaves(recipe)),
         )
         return replace(self, recipe=recipe, run=run)
+
+
+@dataclass
+class PreparedPairs(Prepared):
+    """A run on pairs, and perhaps on pictures and texts alone, whose losses are measured on held-out samples.
+
+    `recipe` has `data`, `validate` and `rows_at_once` too.
+    """
+
+    sources: Sources
+    validation: Validation
+
+    @abstractmethod
+    def chance(self) -> dict[str, float]:
+        """What each validation loss is for a guess from the labels' frequencies alone (see evaluate/losses.py)."""
+
+    def measures(self, recipe: Any) -> Callable[[Method], dict[str, Any]]:
+        return validation.measures(self.validation, recipe.train.seed, recipe.rows_at_once)
+
+    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
+        recipe = self.recipe
+        if final is None:
+            if self.validation:
+                say("validation losses")
+            final = validation.losses(self.run.method, self.validation, recipe.train.seed, recipe.rows_at_once)
+        chance = self.chance() if self.validation else {}
+        found = self.evaluation(say)
+        if not recipe.validate:
+            found.not_applicable.append("losses on held-out samples: --validate is 0")
+        return found, {name: (final[name], chance[name]) for name in final}
+
+    def evaluation(self, say: Callable[[str], None]) -> Evaluation:
+        """What the model can do, beside its losses."""
+        assert self.bundle is not None
+        return on_pairs(self.bundle, self.recipe.data, self.sources, say)
 
 
 def on_pairs(bundle: Bundle, data: PairData, sources: Sources, say: Callable[[str], None]) -> Evaluation:

@@ -12,10 +12,14 @@ from torch import nn
 FORMS = 64
 
 
-def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
-    """Compile each block in place, when it is first called."""
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor", dynamic: bool | None = None) -> None:
+    """Compile each block in place, when it is first called.
+
+    Args:
+        dynamic: None: for sizes that vary once a second one is seen; False: for each anew, where there are few.
+    """
     import torch._dynamo.config as dynamo  # here, since it takes a second to load
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, FORMS)
     for block in blocks:
-        block.compile(backend=backend)
+        block.compile(backend=backend, dynamic=dynamic)

@@ -171,7 +171,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """Norm of each whole tensor, float64 [n]; of sharded ones every process holds a part."""
-    norms_of_parts = torch.stack([norm.double() for norm in torch._foreach_norm([own_part(each) for each in tensors])])
+    norms_of_parts = torch.stack(list(torch._foreach_norm([own_part(each) for each in tensors]))).double()
     sharded = [isinstance(tensor, DTensor) for tensor in tensors]
     if not any(sharded):
         return norms_of_parts
