@@ -41,6 +41,10 @@ MMF_NAMES = {  # of our tasks: the type and the data set that they are filed und
     "sst2": ("glue", "glue_sst2"),
     "qqp": ("glue", "glue_qqp"),
 }
+TRANSFORM = {  # of pictures at evaluation: the shorter side 800 pixels, the longer one at most 1333
+    "size": 800, "crop": "shortest", "longest": 1333, "filter": "bilinear",
+    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+}  # fmt: skip
 _IGNORED = re.compile(
     r"(^|\.)(position_ids|num_batches_tracked|empty_weight)$|^bert_model\.(module\.)?pooler\.|^classifiers\.\w+$"
 )
