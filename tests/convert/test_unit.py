@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_unit import PlainUnit
 from safetensors.torch import load_file
 from torch import Tensor
 
 import trivium
 from tests.parity.test_unit_plain import SMALL_TASKS, TINY, draw_weights
-from tests.unit_published import PlainUnit
 from trivium.cli import main
 from trivium.convert.places import give
 from trivium.convert.unit import config_beside, detr_places, from_detr, from_mmf, to_detr, to_mmf

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from published_unit import PlainUnit, set_losses
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.unit_published import PlainUnit, set_losses
 from trivium.convert.unit import build, config_beside, from_mmf, to_mmf
 from trivium.models.unit import PUBLISHED_TASKS, Unit, UnitConfig, UnitTask
 from trivium.objectives import detection

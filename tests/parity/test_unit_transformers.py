@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from published_unit import set_losses
 from torch import Tensor
 
 from tests.parity.test_unit_plain import draw_weights
-from tests.unit_published import set_losses
 from trivium.convert.places import Place, give
 from trivium.convert.unit import detr_places
 from trivium.models.unit import Unit, UnitConfig, UnitTask

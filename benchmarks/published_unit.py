@@ -20,6 +20,11 @@ from trivium.models.unit import UnitConfig, UnitTask
 
 
 class FrozenNorm(nn.Module):
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -27,9 +32,11 @@ class FrozenNorm(nn.Module):
             self.register_buffer(name, torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        view = (1, -1, 1, 1)
-        x = (x - self.running_mean.view(view)) / (self.running_var.view(view) + self.eps).sqrt()
-        return x * self.weight.view(view) + self.bias.view(view)
+        weight, bias, mean, var = (
+            buffer.view(1, -1, 1, 1) for buffer in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        scale = weight * (var + self.eps).rsqrt()
+        return x * scale + (bias - mean * scale)
 
 
 class Bottleneck(nn.Module):
@@ -225,7 +232,7 @@ class PlainUnit(nn.Module):
         features = base.input_proj(base.backbone[0].body(pixels))
         height, width = features.shape[2:]
         source = features.flatten(2).transpose(1, 2)
-        pos = sine(height, width, source.shape[2]).to(source)[None]
+        pos = sine(height, width, source.shape[2], base.input_proj.weight)[None]
         x, x_pos = source, pos
         if self.config.num_task_tokens:
             token = base.transformer.task_embeddings_enc.weight[task.number][None, None]
@@ -234,7 +241,7 @@ class PlainUnit(nn.Module):
             x = layer(x, x_pos)
         memory = x[:, 1:] if self.config.num_task_tokens else x
         memory = memory + source if self.config.residual else memory
-        nothing = torch.zeros(1, height * width, dtype=torch.bool)
+        nothing = torch.zeros(1, height * width, dtype=torch.bool, device=pixels.device)
         return base.transformer.enc2dec_proj(memory), base.transformer.pos_embed_proj(pos), nothing
 
     def text(self, task: UnitTask, ids: Tensor, mask: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,32 +277,39 @@ class PlainUnit(nn.Module):
         return head.attr_linear2(head.attr_linear1(torch.cat([hidden, head.cls_embed(classes)], -1))).relu()
 
 
-def sine(height: int, width: int, channels: int) -> Tensor:
-    """One channel of one place at a time."""
+def sine(height: int, width: int, channels: int, like: Tensor) -> Tensor:
+    """DETR's positions, [height * width, channels], with its cumulative sums."""
     half = channels // 2
-    table = torch.zeros(height, width, channels, dtype=torch.float64)
-    for y in range(height):
-        for x in range(width):
-            for axis, (place, side) in enumerate(((y, height), (x, width))):
-                angle = (place + 1) / (side + 1e-6) * 2 * math.pi
-                for n in range(half):
-                    scaled = angle / 10000 ** (2 * (n // 2) / half)
-                    table[y, x, axis * half + n] = math.cos(scaled) if n % 2 else math.sin(scaled)
-    return table.flatten(0, 1)
+    real = torch.ones(height, width, dtype=like.dtype, device=like.device)
+    frequency = 10000 ** (2 * (torch.arange(half, dtype=like.dtype, device=like.device) // 2) / half)
+    sides = []
+    for place, last in ((real.cumsum(0), height), (real.cumsum(1), width)):
+        angle = (place / (last + 1e-6) * 2 * math.pi)[:, :, None] / frequency
+        sides.append(torch.stack([angle[:, :, 0::2].sin(), angle[:, :, 1::2].cos()], dim=3).flatten(2))
+    return torch.cat(sides, dim=2).flatten(0, 1)
+
+
+class Recording(HungarianMatcher):
+    """Keeps what it matched."""
+
+    def __init__(self) -> None:
+        super().__init__(class_cost=1, bbox_cost=5, giou_cost=2)
+        self.found: list[list[tuple[Tensor, Tensor]]] = []
+
+    def forward(self, outputs: Any, targets: Any) -> Any:
+        self.found.append(super().forward(outputs, targets))
+        return self.found[-1]
 
 
 def set_losses(
     logits_LBQK: Tensor, boxes_LBQ4: Tensor, targets: list[dict[str, Tensor]], num_labels: int
 ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
     """transformers' losses of DETR, summed over layers, and its matchings, layer by layer and picture by picture."""
-    matcher = HungarianMatcher(class_cost=1, bbox_cost=5, giou_cost=2)
-    criterion = ImageLoss(matcher, num_labels, 0.1, ["labels", "boxes"]).to(logits_LBQK.dtype)
+    matcher = Recording()
+    criterion = ImageLoss(matcher, num_labels, 0.1, ["labels", "boxes"]).to(logits_LBQK)
     criterion.empty_weight[-1] = 0.1  # it was rounded to float32
     sums: dict[str, Tensor] = {}
-    matchings = []
     for logits, boxes in zip(logits_LBQK, boxes_LBQ4, strict=True):
-        output = {"logits": logits, "pred_boxes": boxes}
-        matchings.append(matcher(output, targets))
-        for name, value in criterion(output, targets).items():
-            sums[name] = sums.get(name, torch.zeros(())) + value
-    return sums, matchings
+        for name, value in criterion({"logits": logits, "pred_boxes": boxes}, targets).items():
+            sums[name] = sums.get(name, logits.new_zeros(())) + value
+    return sums, matcher.found
