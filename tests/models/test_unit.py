@@ -92,9 +92,7 @@ def test_of_a_text_whose_class_token_is_read_the_last_block_computes_no_more() -
     model = make()
     class_alone = model.encode_text(*words(), "mnli")
     assert class_alone.states.shape[1] == 1
-    number = model.task("mnli").number
-    whole_task = replace(GROUP, tasks=(UnitTask("mnli", "labels", "text", 3, number, text="all"),))
-    whole = Unit(whole_task).double()
+    whole = Unit(replace(GROUP, tasks=(replace(model.task("mnli"), text="all"),))).double()
     whole.load_state_dict({n: t for n, t in model.state_dict().items() if n in whole.state_dict()}, strict=False)
     every = whole.encode_text(*words(), "mnli")
     torch.testing.assert_close(class_alone.states, every.states[:, :1], rtol=0, atol=1e-12)

@@ -170,10 +170,6 @@ def run_both(
     }
 
 
-def is_key_bias(name: str) -> bool:
-    return name.endswith(("self.key.bias", "in_proj_bias"))
-
-
 def without_key_bias(name: str, grad: Tensor) -> Tensor:
     """A packed bias without its middle third: a key's bias moves all scores of a query alike."""
     third = len(grad) // 3
@@ -195,3 +191,19 @@ def test_tiny_agrees_in_float64(name: str, decoder: str) -> None:
             assert error <= 1e-9 * scale + 1e-15, f"{tensor}: differs by {error:.3g} of {scale:.3g}"
     used = sum(bool(grad.any()) for grad in found["gradients"][1].values())
     assert used > 60, "most parameters take part"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vg", "vqav2"])
+def test_base_agrees_in_float32(name: str) -> None:
+    config = replace(BASE, tasks=tuple(task for task in PUBLISHED_TASKS if task.name == name))
+    found = run_both(config, name, torch.float32, [(96, 130), (128, 80)], 0.02)
+    for tensor, expected in found["states"][1].items():
+        error = float((found["states"][0][tensor] - expected).abs().max())
+        assert error <= 1e-5 * max(1.0, float(expected.abs().max())), f"{tensor}: differs by {error:.3g}"
+    for tensor, expected in found["losses"][1].items():
+        assert float(found["losses"][0][tensor]) == pytest.approx(float(expected), rel=1e-5)
+    for tensor, expected in found["gradients"][1].items():
+        if not tensor.endswith("self.key.bias"):
+            a, b = without_key_bias(tensor, found["gradients"][0][tensor]), without_key_bias(tensor, expected)
+            assert float((a - b).norm()) <= 1e-4 * float(b.norm()), f"{tensor}: differs"
