@@ -34,6 +34,7 @@ class Foreign:
     max_length: int = 512  # tokens of a text
     transform: dict[str, Any] = field(default_factory=dict)  # of pictures, where no file beside the weights says it
     folder: Path = Path()  # where tokenizer and image settings may lie
+    labels_of: dict[str, list[str]] | None = None  # names of the classes of each task
     captions: bool = False  # whether texts are read as ALBEF reads captions (see Tokenizer.for_captions)
 
 
@@ -219,7 +220,10 @@ def _unit(config: UnitConfig, state: State, beside: Mapping[str, Any], said: lis
     if "dilated" not in beside:
         said = [*said, "no tensor shows whether the last stage is dilated (DC5): it is taken to be, as in all released"
                 ' UniTs; where it is not, put a config.json with {"dilated": false} beside the weights']  # fmt: skip
-    return Foreign("unit", unit.build(config, state), None, said, config.max_length, unit.TRANSFORM)
+    labels = unit.labels_of(config)
+    return Foreign(
+        "unit", unit.build(config, state), None, said, config.max_length, unit.TRANSFORM, labels_of=labels or None
+    )
 
 
 def _read_mmf(state: State, config: Mapping[str, Any]) -> Foreign:

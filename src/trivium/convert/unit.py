@@ -41,6 +41,23 @@ MMF_NAMES = {  # of our tasks: the type and the data set that they are filed und
     "sst2": ("glue", "glue_sst2"),
     "qqp": ("glue", "glue_qqp"),
 }
+_COCO = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, , stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, , backpack, umbrella, , ,
+handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+surfboard, tennis racket, bottle, , wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
+broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, , dining table, , , toilet, , tv,
+laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, , book, clock, vase,
+scissors, teddy bear, hair drier, toothbrush
+"""
+LABELS = {  # by number; "" where a data set has no such category
+    "coco": ["", *(name.strip() for name in _COCO.split(","))],
+    "snli_ve": ["entailment", "neutral", "contradiction"],
+    "qnli": ["entailment", "not_entailment"],
+    "mnli": ["entailment", "neutral", "contradiction"],
+    "sst2": ["negative", "positive"],
+    "qqp": ["not_duplicate", "duplicate"],
+}
 TRANSFORM = {  # of pictures at evaluation: the shorter side 800 pixels, the longer one at most 1333
     "size": 800, "crop": "shortest", "longest": 1333, "filter": "bilinear",
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
@@ -132,6 +149,13 @@ def build(config: UnitConfig, state: Mapping[str, Tensor]) -> Unit:
         model = Unit(config)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model
+
+
+def labels_of(config: UnitConfig) -> dict[str, list[str]]:
+    """The names of classes, of each task whose files do not leave them to a list of their own (answers of VQA, the
+    categories of Visual Genome)."""
+    sizes = {task.name: task.num_labels for task in config.tasks}
+    return {name: names for name, names in LABELS.items() if sizes.get(name) == len(names)}
 
 
 def config_beside(config: UnitConfig) -> dict[str, Any]:
