@@ -16,9 +16,11 @@ from trivium.data.scenes import Scenes
 from trivium.errors import TriviumError
 from trivium.load import load
 from trivium.models.unit import Unit
+from trivium.recipes import RECIPES
 from trivium.recipes.tasks import TASKS
 from trivium.recipes.unit import UnitRecipe, unit
 from trivium.recipes.unit_tasks import JointTask
+from trivium.train import config
 from trivium.train.config import leaves, set_leaves
 
 TINY = {
@@ -102,6 +104,14 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(trained: Path, 
     assert trivium("pretrain", out, "--resume") == 0
     mine, theirs = (folder / "checkpoints" / "step-00000008" / "model" for folder in (out, trained))
     assert digests(mine)["model.safetensors"] == digests(theirs)["model.safetensors"]
+
+
+def test_a_run_of_boxes_alone_has_no_text_encoder_and_can_be_resumed(detector: Path) -> None:
+    settings = config.load(detector)
+    folder = detector / "checkpoints" / "step-00000004" / "model"
+    prepared = config.build(settings, RECIPES).prepare(settings.recipe, settings.arguments, folder)
+    assert prepared.bundle.model.text is None and prepared.bundle.tokenizer is None
+    assert prepared.recipe.model.text_layers == 1 and load(folder).model.text is None
 
 
 def test_detection_that_was_trained_alone_starts_the_shared_decoder(detector: Path, data: Path) -> None:

@@ -206,7 +206,8 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     if tokenizer is None:
         tokenizer = make_tokenizer(recipe.data.vocabulary, tasks, recipe.model.vocab_size)
     config = _config(recipe, tasks, start, text, tokenizer)
-    recipe = replace(recipe, model=config)
+    # A text encoder that no task needs is left out of the model, not out of the recipe.
+    recipe = replace(recipe, model=replace(config, text_layers=config.text_layers or recipe.model.text_layers))
 
     model = Unit(config)
     _initialise(model, recipe.train.seed)
