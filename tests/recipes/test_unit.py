@@ -85,6 +85,14 @@ def test_a_run_measures_every_task_that_has_data(trained: Path) -> None:
     assert set(streams) <= set(NAMES) and len(set(streams)) > 2
 
 
+def test_a_run_is_measured_again_to_the_same_figures(trained: Path, tmp_path: Path) -> None:
+    assert trivium("evaluate", trained, "--out", tmp_path) == 0
+    mine, theirs = (json.loads((folder / "results.json").read_text())["results"] for folder in (tmp_path, trained))
+    assert {n: v for n, v in mine.items() if not n.startswith("seconds")} == {
+        n: v for n, v in theirs.items() if not n.startswith("seconds")
+    }
+
+
 def test_the_model_folder_knows_its_tasks_and_labels(trained: Path) -> None:
     bundle = load(trained)
     assert bundle.family == "unit" and isinstance(bundle.model, Unit)

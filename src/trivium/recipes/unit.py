@@ -214,7 +214,8 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     if text is not None:
         notes.append(_take_text(model, text, str(recipe.init_text)))
     if start is not None:
-        notes += _take(model, start, str(recipe.init)) if resume_from is None else []
+        taken = _take(model, start, str(recipe.init))
+        notes += taken if resume_from is None else []
     transform = recipe.data.transform
     targets: dict[str, Labels] = {
         task.name: "answers" if task.of.gives == "answers" else "label" for task in tasks if task.of is not None
