@@ -247,6 +247,7 @@ def bundle_of(foreign: Foreign) -> Bundle:
         transform=ImageTransform(**transform),
         image_tokenizer=foreign.image_tokenizer,
         max_length=foreign.max_length,
+        labels_of=foreign.labels_of,
     )
 
 

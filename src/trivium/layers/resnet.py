@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 Norm = Literal["frozen", "group"]
 CHANNELS_OF_A_GROUP = 8
+LAYOUT = torch.channels_last  # in memory: what convolutions are fastest with
 
 
 class FrozenBatchNorm(nn.Module):
@@ -168,7 +169,7 @@ class ResNet(nn.Module):
         if sizes_B2 is not None and bool((sizes_B2 == torch.tensor([height, width], device=sizes_B2.device)).all()):
             sizes_B2 = None
         reach = Reach(None if sizes_B2 is None else sizes_B2.to(pixels_BCHW.device), height, width)
-        x_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
+        x_BCHW = pixels_BCHW.contiguous(memory_format=LAYOUT)
         if reach.mask is not None:
             x_BCHW = x_BCHW.masked_fill(~reach.mask, 0.0)  # not by a product: anything may stand there
         reach = reach.halved()
