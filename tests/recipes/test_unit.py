@@ -16,9 +16,11 @@ from trivium.data.scenes import Scenes
 from trivium.errors import TriviumError
 from trivium.load import load
 from trivium.models.unit import Unit
+from trivium.recipes import RECIPES
 from trivium.recipes.tasks import TASKS
 from trivium.recipes.unit import UnitRecipe, unit
 from trivium.recipes.unit_tasks import JointTask
+from trivium.train import config
 from trivium.train.config import leaves, set_leaves
 
 TINY = {
@@ -83,6 +85,14 @@ def test_a_run_measures_every_task_that_has_data(trained: Path) -> None:
     assert set(streams) <= set(NAMES) and len(set(streams)) > 2
 
 
+def test_a_run_is_measured_again_to_the_same_figures(trained: Path, tmp_path: Path) -> None:
+    assert trivium("evaluate", trained, "--out", tmp_path) == 0
+    mine, theirs = (json.loads((folder / "results.json").read_text())["results"] for folder in (tmp_path, trained))
+    assert {n: v for n, v in mine.items() if not n.startswith("seconds")} == {
+        n: v for n, v in theirs.items() if not n.startswith("seconds")
+    }
+
+
 def test_the_model_folder_knows_its_tasks_and_labels(trained: Path) -> None:
     bundle = load(trained)
     assert bundle.family == "unit" and isinstance(bundle.model, Unit)
@@ -102,6 +112,14 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(trained: Path, 
     assert trivium("pretrain", out, "--resume") == 0
     mine, theirs = (folder / "checkpoints" / "step-00000008" / "model" for folder in (out, trained))
     assert digests(mine)["model.safetensors"] == digests(theirs)["model.safetensors"]
+
+
+def test_a_run_of_boxes_alone_has_no_text_encoder_and_can_be_resumed(detector: Path) -> None:
+    settings = config.load(detector)
+    folder = detector / "checkpoints" / "step-00000004" / "model"
+    prepared = config.build(settings, RECIPES).prepare(settings.recipe, settings.arguments, folder)
+    assert prepared.bundle.model.text is None and prepared.bundle.tokenizer is None
+    assert prepared.recipe.model.text_layers == 1 and load(folder).model.text is None
 
 
 def test_detection_that_was_trained_alone_starts_the_shared_decoder(detector: Path, data: Path) -> None:

@@ -47,13 +47,11 @@ def find(
         several, pictures = [], []
         for row in range(first, min(first + batch, len(rows))):
             try:
-                data = rows.picture(row)
-                decode(data)
+                pictures.append(decode(rows.picture(row)))
             except (BadSample, ValueError) as error:
                 bad.append(f"{rows.path(row)}: {error}")
                 continue
             several.append(row)
-            pictures.append(data)
         if pictures:
             found |= dict(zip(several, bundle.detect(pictures, task, batch), strict=True))
     if not found:

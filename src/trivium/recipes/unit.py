@@ -125,7 +125,8 @@ def _small(model: UnitConfig, tiny: bool) -> UnitRecipe:
         augmentation = Augmentation(shorts=shorts, before_crop=(256, 320, 384), crop_sides=(192, 320))
         data = JointData(short=320, longest=533, augmentation=augmentation)
         return UnitRecipe(model, data=data, optim=optim, train=Train(steps=50_000, micro_batch=16))
-    augmentation = Augmentation(shorts=(128,), crop=0.25, before_crop=(128, 144, 160), crop_sides=(96, 128))
+    # Without crops scenes keep one size and need no padding, which takes as long as half of a step.
+    augmentation = Augmentation(shorts=(128,), crop=0.0, before_crop=(128, 144, 160), crop_sides=(96, 128))
     tasks = {
         name: replace(task, num_queries=min(task.num_queries, 20), batch=32 if name in ("coco", "vg") else 64,
                       max_length=min(task.max_length, 48))
@@ -206,14 +207,16 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     if tokenizer is None:
         tokenizer = make_tokenizer(recipe.data.vocabulary, tasks, recipe.model.vocab_size)
     config = _config(recipe, tasks, start, text, tokenizer)
-    recipe = replace(recipe, model=config)
+    # A text encoder that no task needs is left out of the model, not out of the recipe.
+    recipe = replace(recipe, model=replace(config, text_layers=config.text_layers or recipe.model.text_layers))
 
     model = Unit(config)
     _initialise(model, recipe.train.seed)
     if text is not None:
         notes.append(_take_text(model, text, str(recipe.init_text)))
     if start is not None:
-        notes += _take(model, start, str(recipe.init)) if resume_from is None else []
+        taken = _take(model, start, str(recipe.init))
+        notes += taken if resume_from is None else []
     transform = recipe.data.transform
     targets: dict[str, Labels] = {
         task.name: "answers" if task.of.gives == "answers" else "label" for task in tasks if task.of is not None
