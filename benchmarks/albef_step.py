@@ -88,7 +88,7 @@ class Pair(StepPair):
 
     def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """The transformer blocks of both, student's and teacher's, for compilation one by one."""
-        theirs = [module for module in self.peer.modules() if isinstance(module, ViTLayer | BertLayer)]
+        theirs: list[nn.Module] = [part for part in self.peer.modules() if isinstance(part, ViTLayer | BertLayer)]
         return [*self.method.model.blocks(), *self.method.teacher.blocks()], theirs
 
     def case(self, modality: str, rows: int, inputs: str) -> tuple[Batch, dict[str, Any]]:

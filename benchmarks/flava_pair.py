@@ -136,6 +136,11 @@ class Pair(StepPair):
         theirs = ours if inputs == "equal" else make_batches(config, rows, padded, False)[modality]
         return ours, peer_inputs(theirs, self.method, modality)
 
+    def ready(self, kind: str) -> None:
+        """The image tokenizer in the precision that autocast gives the peer's."""
+        if kind == "bf16":
+            self.method.image_tokenizer.frozen(torch.bfloat16)
+
     def flops(self, batch: Batch) -> float:
         return useful_flops(self.method, batch)
 

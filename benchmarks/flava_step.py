@@ -78,6 +78,7 @@ def main() -> None:
         print(f"losses, {name}", flush=True)
         for modality in MODALITIES:
             pair.same_losses(batches[modality], peer_inputs(batches[modality], pair.method, modality))
+    pair.ready(kind)
     for name, ours, theirs in (("equal", real, real), ("online", online, online), ("as_used", real, online)):
         print(f"{name} ({kind})", flush=True)
         results[name] = compare(pair, ours, theirs)

@@ -73,6 +73,9 @@ class StepPair(ABC):
             assert abs(mine - other) <= 1e-5 * max(1.0, abs(other)), f"{name}: {mine} against the peer's {other}"
             print(f"  {name}: {mine:.6f} = {other:.6f}")
 
+    def ready(self, kind: str) -> None:  # noqa: B027
+        """Called once losses were compared: what has to be made ready to be timed in "bf16" or "fp32"."""
+
     def compare(self, name: str, batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """One case of a results file: times and memory of both."""
         times = side_by_side.interleaved(partial(self.step, batch), partial(self.peer_step, inputs))

@@ -83,10 +83,10 @@ def test_a_random_model_is_near_chance_and_pixels_are_where_they_were_measured(e
 
 def test_a_perfect_text_tower_is_seen_as_perfect(bundle: Bundle, evaluation: Evaluation) -> None:
     """Names that get the vectors of their own pictures are found every time, byte-equal pictures or not."""
-    noto = embedded._drawings(bundle, emoji(HELD_OUT_STYLE), embedded.concept_numbers(emoji(HELD_OUT_STYLE)))
+    noto = embedded.drawings(bundle, emoji(HELD_OUT_STYLE), embedded.concept_numbers(emoji(HELD_OUT_STYLE)))
     distinct = torch.nn.functional.one_hot(noto.concepts.unique(return_inverse=True)[1]).float()
     found = Evaluation()
-    embedded._retrieval(found, noto, distinct, distinct)
+    embedded.retrieve(found, noto, distinct, distinct)
     assert {result.value for name, result in found.results.items() if "_r" in name} == {1.0}
 
 
@@ -152,7 +152,7 @@ def test_a_model_without_matching_is_told_so(bundle: Bundle, evaluation: Evaluat
 
     found = Evaluation()
     noto = embedded.Drawings([], [], embedded.ImageFeatures(*[torch.zeros(0, 1)] * 3), torch.zeros(0))
-    embedded._matching(found, Bundle("towers", Towers(), None, bundle.transform), noto, noto, 0.5)
+    embedded.match(found, Bundle("towers", Towers(), None, bundle.transform), noto, noto, 0.5)
     assert found.not_applicable == ["image-text matching: Towers has no `match`"]
     assert not found.results
 

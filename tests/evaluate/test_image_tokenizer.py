@@ -61,6 +61,19 @@ def test_the_page_shows_pictures_above_what_their_codes_draw() -> None:
     assert used.image.startswith("data:image/svg+xml")
 
 
+def test_pictures_of_the_page_are_spread_over_all_and_few_are_kept() -> None:
+    shown = image_tokenizer._Shown()
+    for first in range(0, 1000, 10):
+        numbers = torch.arange(first, first + 10).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+        shown.add(numbers, -numbers)
+        assert len(shown.kept) <= 2 * image_tokenizer.SHOWN + 1
+    originals, drawn = shown.evenly()
+    numbers = originals[:, 0, 0, 0]
+    assert torch.equal(originals, -drawn) and len(numbers) == image_tokenizer.SHOWN
+    assert numbers[0] == 0 and numbers[-1] > 850
+    assert numbers.diff().min() > 0 and numbers.diff().max() <= 2 * 1000 / image_tokenizer.SHOWN
+
+
 def test_what_is_lost_is_the_mean_squared_error_of_all_pixels() -> None:
     """Two pictures, one kept and one 10 / 255 off: the mean is taken before the logarithm."""
     pictures = tiles(torch.tensor([[[0]], [[1]]]))

@@ -6,6 +6,7 @@ float64: values and gradients within 1e-10. B rows, N patches, T text tokens, V 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from tests.flava_batches import TINY, flava_method, gradients, make_batch, rando
 from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.flava import Flava
+from trivium.models.patch_codebook import PatchCodebook
 from trivium.train.protocol import Batch, Key, Rows
 from trivium.train.step import backward
 
@@ -203,11 +205,26 @@ def test_an_unknown_loss_name_is_refused() -> None:
         flava_method(random_flava(), weights={"clip": 1.0})
 
 
+def test_products_in_bfloat16_leave_the_codes_alone() -> None:
+    codebook = PatchCodebook.fit(torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8), 64, 8, iterations=1)
+    codebook.centres.mul_(0.02).add_(0.9)  # close to each other, as patches that are nearly white
+    method = FlavaMethod(Flava(TINY), codebook, Pixels((0.5,) * 3, (0.25,) * 3))
+    batch = make_batch("images", 4)
+    del batch.targets["codes"]
+    plain = method.codes(batch, torch.arange(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert method.codes(batch, torch.arange(4)).equal(plain)
+        assert not codebook.encode(batch.images[-1].pixels_BCHW / 255).equal(plain), "bfloat16 would have changed none"
+
+
 @pytest.mark.parametrize("weights", [{}, {"contrastive": 0.0}, {"mmm_image": 0.0, "itm": 0.0}])
 @pytest.mark.parametrize("stream", ["pairs", "images", "text"])
 @pytest.mark.parametrize("cached", [True, False], ids=["codes in the batch", "codes from the tokenizer"])
-def test_no_pass_reads_a_number_back_from_the_device(stream: str, weights: dict[str, float], cached: bool) -> None:
-    """On the meta device numbers do not exist: whatever would wait for a GPU raises here."""
+def test_no_pass_reads_a_number_back_from_the_device(
+    stream: str, weights: dict[str, float], cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device numbers do not exist: whatever would wait for a GPU raises here. Nor does autocast there."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     config = replace(TINY, image_size=32, patch_size=8)
     tokenizer = DVae(DVaeConfig(width=8, num_groups=2, num_codes=TINY.num_codes)).frozen()
     method = FlavaMethod(random_flava(config, dtype=torch.float32), tokenizer, Pixels((0.5,) * 3, (0.25,) * 3), weights)
@@ -219,8 +236,10 @@ def test_no_pass_reads_a_number_back_from_the_device(stream: str, weights: dict[
         del batch.targets["codes"]
     method.to("meta")
     counts = method.divisors(method.counts(batch))
-    rows, states = method.embed(batch)  # `couple` asks for autocast, which the meta device lacks
+    rows, states = method.embed(batch)
     sums = method.separate(batch, rows, states, counts, Key(0, stream, 0))
+    if rows.rows:
+        sums = sums | method.couple(rows, rows)
     parts = [*sums.values(), *[rows_BD.sum() for rows_BD in rows.rows.values()]]
     torch.stack(parts).sum().backward()
     assert all(value.is_meta for value in (*parts, *rows.marks.values()))

@@ -162,6 +162,10 @@ def test_a_run_starts_from_a_dino_or_a_vit(run: Path, pictures: Path, tmp_path: 
     method = from_vit.run.method
     assert torch.equal(method.model.backbone.positions, expected["backbone.positions"])
     assert method.model.backbone.mask_token is not None
+    assert len(from_vit.notes) == 1  # its shape was stated; the mask token is what iBOT asks for
+    other = recipe(init=tower, data__images=pictures, model__num_layers=5).prepare("dino", {})
+    assert other.notes[1] == f"the shape of the model is that of {tower}, whatever --size and --model say"
+    assert len(other.run.method.model.backbone.encoder.blocks) == 2
 
 
 def test_what_does_not_fit_is_said(pictures: Path, twenty: Path) -> None:

@@ -281,6 +281,32 @@ def test_a_stage_has_the_model_and_the_data_of_the_whole_and_its_own_schedule(tm
     assert joint.objectives == whole.objectives
 
 
+def test_a_cache_of_codes_is_refused_before_any_stage_where_the_stage_of_patches_crops_otherwise(
+    tmp_path: Path,
+) -> None:
+    whole = set_leaves(flava_stages("tiny"), {"data.codes": "c.safetensors", "image_by": ["mim"], "mim.flip": 0.5})
+    with pytest.raises(
+        TriviumError, match=r"set --mim\.crop-scale 0\.9 1\.0 --mim\.flip 0\.0, or leave out --data\.codes"
+    ):
+        whole.plan(tmp_path)
+    set_leaves(whole, {"mim.flip": 0.0}).plan(tmp_path)
+    set_leaves(whole, {"image_by": ["dino"]}).plan(tmp_path)
+
+
+def test_a_stage_complains_in_the_flags_that_it_is_given_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(sentence: str, *given: object) -> None:
+        assert trivium("pretrain", "flava-stages", "--out", tmp_path / "run", *given) == 2
+        assert sentence in capsys.readouterr().err
+
+    refused("--text.batch 0: this must be", "--text.batch", 0)
+    refused("--dino.crops.num-local -1: this must be", "--dino.crops.num-local", -1)
+    refused("--dino.head-width 0: this must be", "--dino.head-width", 0)
+    refused("--text.train.workers -1: this must be", "--text.train.workers", -1)
+    refused("--data.batch 0: this must be", "--data.batch", 0)
+    refused("raise --model.max-length", "--text.max-length", 99)
+    refused("lower --text.max-length", "--text.max-length", 99)
+
+
 @pytest.mark.parametrize(
     ("flags_given", "says"),
     [

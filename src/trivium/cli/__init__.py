@@ -33,6 +33,7 @@ VERBS = {
     "pretrain": Verb("trivium.cli.pretrain:pretrain", "train a recipe on your own pictures, texts and pairs"),
     "finetune": Verb("trivium.cli.finetune:finetune", "fine-tune a trained model for a task: GLUE, VQA, or your own"),
     "evaluate": Verb("trivium.cli.evaluate:evaluate", "measure a model and write a report"),
+    "ablate": Verb("trivium.cli.ablate:ablate", "what each part of FLAVA buys: the paper's ablation on your pairs"),
     "compare": Verb("trivium.cli.compare:compare", "lay two runs side by side: settings, curves, results"),
     "embed": Verb("trivium.cli.embed:embed", "write the embeddings of a folder of pictures to a Parquet file"),
     "search": Verb("trivium.cli.search:search", "find pictures by a text or by another picture"),

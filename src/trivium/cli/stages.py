@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +39,8 @@ def run_stages(tree: Stages, settings: Config, out: Path, resume: bool = False) 
             again = run_folder.to_resume(out)
             raise TriviumError(f"{out} holds a run already: continue it with `{again}`, or name another with --out")
         for stage in plan:
-            limits.check(configuration.leaves(stage.recipe))
+            with _in_own_flags(tree, stage.name):
+                limits.check(configuration.leaves(stage.recipe))
     left = remaining(plan, out)
     for stage in plan:
         folder = out / stage.name
@@ -49,7 +52,8 @@ def run_stages(tree: Stages, settings: Config, out: Path, resume: bool = False) 
         if (folder / "config.json").is_file():
             code = resume_run(str(folder), None, {}, begun)
         else:
-            prepared = stage.recipe.prepare(stage.recipe_name, settings.arguments)
+            with _in_own_flags(tree, stage.name):
+                prepared = stage.recipe.prepare(stage.recipe_name, settings.arguments)
             if not (out / "config.json").is_file():  # now that a mistake in the first stage would have been told
                 out.mkdir(parents=True, exist_ok=True)
                 configuration.save(replace(settings, values=configuration.leaves(tree)), out / "config.json")
@@ -61,3 +65,12 @@ def run_stages(tree: Stages, settings: Config, out: Path, resume: bool = False) 
             return code
     print(f"the trained FLAVA is the run {out / JOINT}")
     return 0
+
+
+@contextmanager
+def _in_own_flags(tree: Stages, stage: str) -> Iterator[None]:
+    """What the recipe of a stage complains of, in the flags of the whole."""
+    try:
+        yield
+    except TriviumError as error:
+        raise TriviumError(tree.in_own_flags(stage, str(error))) from None

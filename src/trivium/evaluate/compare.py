@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from trivium.errors import TriviumError
-from trivium.evaluate import charts, matching, outcomes, report, results
+from trivium.evaluate import charts, matching, metrics, outcomes, report, results
 from trivium.evaluate.outcomes import Outcomes
 from trivium.evaluate.report import LOSS_TITLES
 from trivium.evaluate.results import Result, Results, bootstrap
@@ -27,6 +27,7 @@ STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
     "mean": lambda values: float(values.mean()),
     "median": lambda values: float(np.median(values)),
     "auroc": lambda pairs: matching.auroc(pairs[:, 0], pairs[:, 1]),
+    "matthews": lambda answers: metrics.matthews(answers[:, 0], answers[:, 1]),
 }
 
 

@@ -104,13 +104,13 @@ def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = l
         with part("encoding the drawings"):
             concepts = concept_numbers(emoji(HELD_OUT_STYLE))
             held_out, gallery = queries_and_gallery(bundle)
-            validation = _drawings(bundle, _other_styles("val"), concepts)
+            validation = drawings(bundle, other_styles("val"), concepts)
         images_BD = held_out.of_model.projected
         if images_BD is not None and isinstance(bundle.model, EncodesText):
             with part("encoding the names"):
                 names_BD = features.of_texts(bundle, [record.name for record in held_out.records])
             with part("retrieval"):
-                _retrieval(found, held_out, images_BD, names_BD)
+                retrieve(found, held_out, images_BD, names_BD)
             with part("zero-shot classification"):
                 _zero_shot(found, bundle, held_out, images_BD)
             found.walls.append(text_wall(held_out.records, names_BD, images_BD, held_out.concepts))
@@ -125,7 +125,7 @@ def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = l
         with part("linear probe"):
             _probe(found, held_out, gallery, validation)
         with part("image-text matching"):
-            _matching(found, bundle, held_out, validation, false_share)
+            match(found, bundle, held_out, validation, false_share)
         with part("pictures for the report"):
             (asked_BD, shown_BD) = (next(iter(drawn.of_model.readings().values())) for drawn in (held_out, gallery))
             found.walls.append(
@@ -143,19 +143,22 @@ def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = l
 def queries_and_gallery(bundle: Bundle) -> tuple[Drawings, Drawings]:
     """The held-out style, and the train-split pictures of the others."""
     concepts = concept_numbers(emoji(HELD_OUT_STYLE))
-    return _drawings(bundle, emoji(HELD_OUT_STYLE), concepts), _drawings(bundle, _other_styles("train"), concepts)
+    return drawings(bundle, emoji(HELD_OUT_STYLE), concepts), drawings(bundle, other_styles("train"), concepts)
 
 
 def _unit(record: Emoji) -> str:
     return f"{record.style} {record.codepoints} {record.name}"
 
 
-def _other_styles(split: str) -> list[Emoji]:
+def other_styles(split: str) -> list[Emoji]:
+    """The records of a split in the styles that are trained on."""
     return [record for style in STYLES if style != HELD_OUT_STYLE for record in emoji(style, split)]
 
 
-def _drawings(bundle: Bundle, records: list[Emoji], concepts: dict[str, int]) -> Drawings:
-    """concepts: code points -> number; a record without one (Noto does not draw it) has -1, which no query has."""
+def drawings(bundle: Bundle, records: list[Emoji], concepts: dict[str, int]) -> Drawings:
+    """Records with what a model makes of their pictures.
+
+    concepts: code points -> number; a record without one (Noto does not draw it) has -1, which no query has."""
     pixels = [decode(record.image) for record in records]
     numbers = torch.tensor([concepts.get(record.codepoints, -1) for record in records])
     return Drawings(records, pixels, features.of_pictures(bundle, pixels), numbers)
@@ -164,7 +167,8 @@ def _drawings(bundle: Bundle, records: list[Emoji], concepts: dict[str, int]) ->
 # ----------------------------------------------------------------------------------------------- retrieval
 
 
-def _retrieval(found: Evaluation, noto: Drawings, images_BD: Tensor, names_BD: Tensor) -> None:
+def retrieve(found: Evaluation, noto: Drawings, images_BD: Tensor, names_BD: Tensor) -> None:
+    """Names and pictures of the held-out style, both ways. images_BD, names_BD: of its records, in a common space."""
     for protocol, split in (("style", "train"), ("concepts", "test")):
         queries = noto.split(split)
         for direction, asked_BD, candidates_BD in (
@@ -201,7 +205,7 @@ def _image_to_image(found: Evaluation, noto: Drawings, gallery: Drawings) -> Non
 # ------------------------------------------------------------------------------------------ classification
 
 
-def _labels(level: str, *sets: Sequence[Emoji]) -> tuple[list[str], list[Tensor]]:
+def labels_of(level: str, *sets: Sequence[Emoji]) -> tuple[list[str], list[Tensor]]:
     """Names of the classes (of the first set), and int64 labels of each set; -1 where a record has none of them."""
     names = sorted({getattr(record, level) for record in sets[0]} - {""})
     number = {name: index for index, name in enumerate(names)}
@@ -215,7 +219,7 @@ def _accuracy(found: Evaluation, name: str, predicted: Tensor, labels: Tensor, u
 
 def _zero_shot(found: Evaluation, bundle: Bundle, noto: Drawings, images_BD: Tensor) -> None:
     for level in ("group", "subgroup"):
-        names, (labels,) = _labels(level, noto.records)
+        names, (labels,) = labels_of(level, noto.records)
         classes_KD = zero_shot.class_vectors(names, lambda texts: features.of_texts(bundle, texts))
         known = labels >= 0
         predicted = zero_shot.predict(images_BD[known], classes_KD)
@@ -235,7 +239,7 @@ def votes(found: Evaluation, name: str, noto: Drawings, gallery: Drawings, queri
     everywhere = concept_numbers(emoji())
     own, theirs = (torch.tensor([everywhere[r.codepoints] for r in drawn.records]) for drawn in (noto, gallery))
     for level in ("group", "subgroup"):
-        _, (labels, gallery_labels) = _labels(level, noto.records, gallery.records)
+        _, (labels, gallery_labels) = labels_of(level, noto.records, gallery.records)
         known, usable = labels >= 0, gallery_labels >= 0
         shown, answers = rows_BD[usable], gallery_labels[usable]
         predicted = knn.predict(queries_BD[known], shown, answers)
@@ -248,7 +252,7 @@ def _probe(found: Evaluation, noto: Drawings, gallery: Drawings, validation: Dra
     sets = (noto, gallery, validation)
     queries, rows, checks = (getattr(drawn.of_model, PROBE_READING) for drawn in sets)
     for level in ("group", "subgroup"):
-        _, (labels, gallery_labels, check_labels) = _labels(level, *(drawn.records for drawn in sets))
+        _, (labels, gallery_labels, check_labels) = labels_of(level, *(drawn.records for drawn in sets))
         known, usable, checked = labels >= 0, gallery_labels >= 0, check_labels >= 0
         solver = linear_probe.Solver(rows[usable], gallery_labels[usable])
         probe = linear_probe.sweep(solver, checks[checked], check_labels[checked])
@@ -258,7 +262,8 @@ def _probe(found: Evaluation, noto: Drawings, gallery: Drawings, validation: Dra
 # ------------------------------------------------------------------------------------------------ matching
 
 
-def _matching(found: Evaluation, bundle: Bundle, noto: Drawings, validation: Drawings, false_share: float) -> None:
+def match(found: Evaluation, bundle: Bundle, noto: Drawings, validation: Drawings, false_share: float) -> None:
+    """Each val-split picture with its own name and with another's. validation: those of the other styles."""
     model = bundle.model
     if not isinstance(model, Matches):
         found.not_applicable.append(f"image-text matching: {type(model).__name__} has no `match`")

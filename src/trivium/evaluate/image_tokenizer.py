@@ -46,7 +46,9 @@ def run(tokenizer: ImageTokenizer, pictures: Iterable[Tensor], mean_CHW: Tensor)
     Raises:
         TriviumError: it has no decoder.
     """
-    errors, of_mean, codes, white, shown = [], [], [], [], []
+    errors, of_mean = [], []
+    counts_K, beyond_white_K = (torch.zeros(tokenizer.num_codes, dtype=torch.int64) for _ in range(2))
+    shown = _Shown()
     device = next(iter(tokenizer.state_dict().values())).device
     for pixels_BCHW in pictures:
         original_BCHW = pixels_BCHW.to(device) / 255
@@ -57,31 +59,28 @@ def run(tokenizer: ImageTokenizer, pictures: Iterable[Tensor], mean_CHW: Tensor)
             raise TriviumError("this image tokenizer has no decoder, so its codes cannot be shown as pictures")
         errors.append((decoded_BCHW.clamp(0, 1) - original_BCHW).square().mean((1, 2, 3)).double().cpu())
         of_mean.append((mean_CHW.to(device) - original_BCHW).square().mean((1, 2, 3)).double().cpu())
-        codes.append(codes_BN.cpu())
         painted_B1HW = (pixels_BCHW != WHITE).any(1, keepdim=True).float()
-        white.append(F.max_pool2d(painted_B1HW, tokenizer.stride).flatten(1) == 0)
-        shown.append((pixels_BCHW, (decoded_BCHW.clamp(0, 1) * 255).round().to(torch.uint8).cpu()))
+        painted_BN = F.max_pool2d(painted_B1HW, tokenizer.stride).flatten(1) > 0
+        codes_BN = codes_BN.cpu()
+        counts_K += codes_BN.flatten().bincount(minlength=tokenizer.num_codes)
+        beyond_white_K += codes_BN[painted_BN].bincount(minlength=tokenizer.num_codes)
+        shown.add(pixels_BCHW, (decoded_BCHW.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
     if not errors:
         raise TriviumError("there are no pictures to measure an image tokenizer on")
     found = Evaluation()
     found.results |= _fidelity(torch.cat(errors).numpy(), torch.cat(of_mean).numpy())
-    counts_K, beyond_white_K = (
-        torch.cat(codes)[chosen].bincount(minlength=tokenizer.num_codes)
-        for chosen in (torch.ones_like(torch.cat(white)), ~torch.cat(white))
-    )
     found.results |= _usage("", counts_K) | _usage("_beyond_white", beyond_white_K)
     found.headline = [
         f"Held-out pictures that went through their codes: {fidelity(found.results)}.",
         f"In them {usage(found.results)}.",
     ]
-    originals_BCHW, decoded_BCHW = (torch.cat(parts) for parts in zip(*shown, strict=True))
-    chosen = torch.arange(min(SHOWN, len(originals_BCHW))) * len(originals_BCHW) // min(SHOWN, len(originals_BCHW))
+    originals_BCHW, drawn_BCHW = shown.evenly()
     found.figures = [
         Figure(
             "What the codes keep",
             f"Above held-out pictures, below what is drawn from their codes: one of {tokenizer.num_codes:,} for every"
             f" {tokenizer.stride} x {tokenizer.stride} pixels. All pictures together: {fidelity(found.results)}.",
-            charts.png_uri(_two_rows(originals_BCHW[chosen], decoded_BCHW[chosen])),
+            charts.png_uri(_two_rows(originals_BCHW, drawn_BCHW)),
             "Held-out pictures in one row and their reconstructions in a second",
         ),
         Figure(
@@ -92,6 +91,29 @@ def run(tokenizer: ImageTokenizer, pictures: Iterable[Tensor], mean_CHW: Tensor)
         ),
     ]
     return found
+
+
+class _Shown:
+    """Pictures for the page, evenly spread over all that come by, however many: every so manyth is kept, and when they
+    are too many every second of those."""
+
+    def __init__(self) -> None:
+        self.every, self.seen = 1, 0
+        self.kept: list[tuple[int, Tensor, Tensor]] = []  # number, original and decoded, uint8 [3, H, W]
+
+    def add(self, originals_BCHW: Tensor, decoded_BCHW: Tensor) -> None:
+        for original_CHW, decoded_CHW in zip(originals_BCHW, decoded_BCHW, strict=True):
+            if self.seen % self.every == 0:
+                self.kept.append((self.seen, original_CHW.clone(), decoded_CHW.clone()))
+            self.seen += 1
+            if len(self.kept) > 2 * SHOWN:
+                self.every *= 2
+                self.kept = [each for each in self.kept if each[0] % self.every == 0]
+
+    def evenly(self) -> tuple[Tensor, Tensor]:
+        number = min(SHOWN, len(self.kept))
+        chosen = [self.kept[place * len(self.kept) // number] for place in range(number)]
+        return torch.stack([original for _, original, _ in chosen]), torch.stack([drawn for *_, drawn in chosen])
 
 
 def fidelity(results: Results) -> str:

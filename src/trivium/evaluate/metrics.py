@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from trivium.evaluate import matching
+from trivium.evaluate.outcomes import Outcomes
 from trivium.evaluate.results import Result, bootstrap, mean_of
 
 Metric = Callable[[np.ndarray, np.ndarray], float]  # answers [N] and truths [N] -> a number, the higher the better
@@ -87,5 +88,8 @@ def measured(name: str, answers_N: np.ndarray, truths_N: np.ndarray, units: Sequ
     if name == "accuracy":
         return mean_of((answers_N == truths_N).astype(float), units)
     metric = METRICS[name]
+    kept = None
+    if name == "matthews" and units is not None:
+        kept = Outcomes("matthews", tuple(units), np.stack([answers_N, truths_N], axis=1).astype(np.float32))
     low, high = bootstrap(lambda drawn: metric(answers_N[drawn], truths_N[drawn]), len(truths_N))
-    return Result(metric(answers_N, truths_N), low, high, len(truths_N))
+    return Result(metric(answers_N, truths_N), low, high, len(truths_N), outcomes=kept)

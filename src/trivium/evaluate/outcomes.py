@@ -3,10 +3,10 @@
 One row for each figure and unit (a query, a picture), in the columns
 
     figure      its name in results.json
-    statistic   how it comes from the values: "mean", "median" or "auroc"
+    statistic   how it comes from the values: "mean", "median", "auroc" or "matthews"
     unit        name of the query or picture, the same in every run
-    value       a hit (1 or 0), a rank; for "auroc" the score of the unit's true pair
-    other       for "auroc" the score of its false pair, else null
+    value       a hit (1 or 0), a rank; for "auroc" the score of the unit's true pair; for "matthews" the answer
+    other       for "auroc" the score of its false pair, for "matthews" the truth, else null
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from trivium.errors import TriviumError
 from trivium.manifest import file_beside
 
 NAME = "outcomes.parquet"
-Statistic = Literal["mean", "median", "auroc"]
+Statistic = Literal["mean", "median", "auroc", "matthews"]
+OF_TWO = ("auroc", "matthews")  # numbers of each unit
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Outcomes:
 
     statistic: Statistic
     units: tuple[str, ...]  # N names, each once
-    values: np.ndarray  # float32 [N]; [N, 2] for "auroc", the true pair first
+    values: np.ndarray  # float32 [N]; [N, 2] for OF_TWO: the true pair first, the answer first
 
     def __post_init__(self) -> None:
         assert len(set(self.units)) == len(self.units) == len(self.values), "each unit has one name and one outcome"
@@ -85,7 +86,7 @@ def read(path: Path) -> dict[str, Outcomes]:
             statistic = statistics[rows][0]
             if statistic not in get_args(Statistic):
                 raise ValueError(f"there is no statistic {statistic}")
-            kept = values[rows] if statistic == "auroc" else values[rows, 0]
+            kept = values[rows] if statistic in OF_TWO else values[rows, 0]
             found[figure] = Outcomes(statistic, tuple(units[rows].tolist()), kept)
         return found
     except (OSError, ValueError, KeyError, TypeError, AssertionError, pa.ArrowException) as error:

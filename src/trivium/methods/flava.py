@@ -178,9 +178,9 @@ class FlavaMethod(MethodOfPictures):
         return self._masked_pair(batch, states, gate_is_open=bool(counts["matched"] == 0))
 
     def _masked_image(self, batch: Batch) -> Sums:
+        pixels_BCHW = self.pixels(batch.images[0].pixels_BCHW)  # on their way while the indices are made
         masked_BN = batch.targets["image_mask"]
         index_BQ, positions = needed(F.pad(masked_BN, (1, 0)))  # the class token stands in front
-        pixels_BCHW = self.pixels(batch.images[0].pixels_BCHW)
         image = self.model.encode_image(pixels_BCHW, self._to(masked_BN), self._to(index_BQ))
         codes_M = self.codes(batch, torch.arange(len(batch))).flatten()[self._to(places(masked_BN))]
         logits_MV = self.model.mim_head(image.tokens.flatten(0, 1)[self._to(positions[0])])
@@ -270,5 +270,6 @@ class FlavaMethod(MethodOfPictures):
             return self._to(batch.targets["codes"][rows])
         assert self.image_tokenizer is not None, "neither codes in the batch nor an image tokenizer"
         pixels_RCHW = self._to(batch.images[-1].pixels_BCHW[rows])
-        with torch.no_grad():
+        # In the precision that it was frozen in: products in bfloat16 would take many a neighbour of the code.
+        with torch.no_grad(), torch.autocast(pixels_RCHW.device.type, enabled=False):
             return self.image_tokenizer.encode(pixels_RCHW.to(self.mean.dtype) / 255)

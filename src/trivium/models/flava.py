@@ -242,3 +242,7 @@ class Flava(nn.Module):
     def match(self, fused: Encoded) -> Tensor:
         """Logits [B, 2] of "do not belong together" (0) and "belong together" (1)."""
         return self.itm_head(fused.pooled)
+
+    def predict_words(self, rows: Tensor) -> Tensor:
+        """Logits [..., V] of text states [..., D] after the final norm."""
+        return self.mlm_head(rows)

@@ -86,6 +86,7 @@ class Data(PairData):
     whole_words: bool = False  # mask whole words instead of word pieces
     image_tokenizer: str = "patches"  # "patches": k-means on this data; or the path of a codebook's weights
     codes: str | None = None  # of the image tokenizer, cached by `trivium data codes`: training then never runs it
+    split_pairs: bool = False  # the streams of pictures and of text are those of the pairs, taken apart
 
     @property
     def is_embedded(self) -> bool:
@@ -119,6 +120,14 @@ class Sources:
 def open_sources(data: PairData) -> Sources:
     """Open what the recipe names. Raises TriviumError with the file and what to do."""
     streams = ("pairs", "images", "text") if isinstance(data, Data) else ("pairs",)
+    if isinstance(data, Data) and data.split_pairs:
+        if data.images or data.text:
+            raise TriviumError(
+                "--data.split-pairs takes pictures and text from the pairs: leave out --data.images and --data.text"
+            )
+        paired = open_sources(replace(data, split_pairs=False))
+        held_out = paired.validation_pairs
+        return Sources(paired.pairs, paired.pairs, paired.pairs, held_out, held_out, held_out)
     if data.is_embedded:
         if data.validation:
             flags = "--data.pairs, --data.images or --data.text" if isinstance(data, Data) else "--data.pairs"

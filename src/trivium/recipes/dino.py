@@ -190,13 +190,15 @@ def _prepare(recipe: DinoRecipe, name: str, arguments: dict[str, Any], resume_fr
     start, config = _open_start(recipe, resume_from)
     config = replace(config, mask_token=config.mask_token or recipe.objectives.ibot > 0)
     _check(recipe, config)
-    recipe = replace(recipe, model=config)
+    given, recipe = recipe.model, replace(recipe, model=config)
     source, seed = recipe.data.open(), recipe.train.seed
     model = Dino(config)
     initialise(model, seed, recipe.init_std)
     notes = []
     if start is not None and resume_from is None:
         notes.append(_start(model, start, str(recipe.init)))
+        if _tower_and_head(config) != _tower_and_head(given):
+            notes.append(f"the shape of the model is that of {recipe.init}, whatever --size and --model say")
     transform = ImageTransform(recipe.crops.global_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop="center")
     if start is not None:
         transform = replace(start.transform, size=recipe.crops.global_size)
@@ -245,6 +247,11 @@ def _open_start(recipe: DinoRecipe, resume_from: Path | None) -> tuple[Bundle | 
         tower = asdict(start.model.config) | {"drop_path": recipe.model.drop_path, "dropout": recipe.model.dropout}
         return start, replace(recipe.model, **tower)
     raise TriviumError(f"{recipe.init} holds a {start.family}, and DINO starts from a DINO or a ViT: give one of them")
+
+
+def _tower_and_head(config: DinoConfig) -> DinoConfig:
+    """Without what a start leaves to the recipe."""
+    return replace(config, drop_path=0.0, dropout=0.0, mask_token=False)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ what each of them is given; what is shared, the model's shape and the data, is s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -127,6 +128,13 @@ class Stages(FlavaRecipe):
             raise TriviumError(f"--image-by {' '.join(self.image_by)}: choose dino, mim, or dino mim, in this order")
         if not (self.data.is_embedded or self.data.images or self.data.pairs):
             raise TriviumError("there is no picture for the image encoder: give --data.images or --data.pairs")
+        if self.data.codes is not None and "mim" in self.image_by and self._crops() != self._crops(self.mim):
+            scale, flip = self._crops()
+            raise TriviumError(
+                "--data.codes holds the codes of one kind of crop, and the stage mim cuts pictures in another way than"
+                f" the joint stage: set --mim.crop-scale {' '.join(map(str, scale))} --mim.flip {flip}, or leave out"
+                " --data.codes"
+            )
         if self.init or self.init_text or self.init_image:
             raise TriviumError(
                 "the stages start their towers themselves: leave out --init, --init-text and --init-image, or train the"
@@ -150,6 +158,27 @@ class Stages(FlavaRecipe):
         joint = Stage(self.data.batch, self.optim, self.train).of(self)
         joint = replace(joint, init_text=str(out / "text"), init_image=before)
         return [*stages, Planned(JOINT, "flava", joint)]
+
+    def _crops(self, of: MimStage | None = None) -> tuple[tuple[float, float], float]:
+        """What decides which part of a picture is seen; of the joint stage by default."""
+        where = of or self.data
+        return tuple(where.crop_scale), where.flip  # type: ignore[return-value]
+
+    def in_own_flags(self, stage: str, sentence: str) -> str:
+        """A sentence about the recipe of a stage, with its flags as they are called here: --text.batch, where the
+        recipe alone has --data.batch."""
+        if stage == JOINT:
+            return sentence
+        own = {name.replace("_", "-") for name in _names(type(getattr(self, stage)))}
+
+        def renamed(flag: re.Match[str]) -> str:
+            parts = flag[1].split(".")
+            for first in (0, 1):  # --train.steps; --data.batch
+                if parts[first : first + 1] and parts[first] in own:
+                    return "--" + ".".join([stage, *parts[first:]])
+            return flag[0]
+
+        return re.sub(r"--([a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*)", renamed, sentence)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""`trivium ablate` as a user runs it: again, several at once, and after a kill."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.shop import TINY, checkpoint, data_of, digests, trivium
+
+STAGES = ("text", "dino", "mim")
+
+
+def words(shop: Path) -> list[str]:
+    given = {name: value for name, value in TINY.items() if name not in ("train.steps", "data.schedule")}
+    given |= {"data.batch": 8, "train.save-every": 2, "model.vocab-size": 300}
+    given |= {f"{stage}.batch": 8 for stage in STAGES}
+    given |= {"dino.crops.global-size": 32, "dino.crops.local-size": 16, "dino.crops.num-local": 2}
+    given |= {"dino.head-width": 16, "dino.bottleneck-width": 8, "dino.num-prototypes": 16}
+    return [*data_of(shop), *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+
+
+@pytest.fixture(scope="module")
+def ablated(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One column, one seed."""
+    out = tmp_path_factory.mktemp("ablation") / "out"
+    begun = trivium("ablate", "--out", out, "--steps", 4, "--columns", "mlm", "--seeds", 0, *words(shop))
+    assert begun == 0
+    return out
+
+
+def test_a_column_is_a_run_of_its_own_and_the_table_says_what_is_missing(
+    ablated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {path.name for path in ablated.iterdir()} == {
+        "config.json", "locks", "shared", "mlm-seed0", "report.html", "table.csv", "table.json",
+    }  # fmt: skip
+    results = json.loads((ablated / "mlm-seed0" / "results.json").read_text())["results"]
+    assert {name for name in results if not name.startswith("seconds")} == {
+        "updates", "updates.pairs", "names.group", "names.subgroup", "masked_words",
+    }  # fmt: skip
+    table = json.loads((ablated / "table.json").read_text())
+    assert list(table["columns"]) == ["mlm"]
+    assert table["figures"]["names.group"]["mlm"]["value"] == results["names.group"]["value"]
+    assert len(table["missing"]) == 9
+    capsys.readouterr()
+    assert trivium("ablate", "--out", ablated, "--table") == 0  # states nothing anew, trains nothing
+    assert "missing: no run of FLAVA-MM is finished" in capsys.readouterr().out
+    assert trivium("evaluate", ablated / "mlm-seed0") == 0
+
+
+def test_what_is_done_is_not_repeated_and_what_was_killed_goes_on(ablated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(ablated, out)
+    run = out / "mlm-seed0"
+    (run / "results.json").unlink()
+    shutil.rmtree(checkpoint(run, 4))  # killed after step 2
+    assert trivium("ablate", "--out", out, "--columns", "mlm", "--seeds", 0, 3) == 0
+    assert digests(checkpoint(run, 4)) == digests(checkpoint(ablated / "mlm-seed0", 4))
+    assert (out / "mlm-seed3" / "results.json").is_file()
+    first = (run / "results.json").stat().st_mtime_ns
+    assert trivium("ablate", "--out", out, "--columns", "mlm", "--seeds", 0, 3) == 0
+    assert (run / "results.json").stat().st_mtime_ns == first
+    assert json.loads((out / "table.json").read_text())["columns"]["mlm"]["seeds"] == "0, 3"
+
+
+def test_a_run_that_another_process_has_taken_is_left_to_it(ablated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    with (ablated / "locks" / "mlm-seed1").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert trivium("ablate", "--out", ablated, "--columns", "mlm", "--seeds", 0, 1) == 0
+    assert "the runs that are left are being done by others" in capsys.readouterr().err
+    assert not (ablated / "mlm-seed1").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--steps", 5], "was begun with train.steps = 4, not 5"),
+        (["--data.batch", 4], "was begun with data.batch = 8, not 4"),
+        (["--size", "small"], "holds another ablation or another run"),
+        (["--columns", "mnm"], "there is no column mnm"),
+        (["--train.minutes", 5], "--train.minutes is not for the ablation"),
+        (["--seeds", -1], "--seeds -1: a seed is 0 or more"),
+        (["--data.root", "nowhere"], "--data.root nowhere: there is no such folder"),
+    ],
+)
+def test_mistakes_are_told(ablated: Path, given: list, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert trivium("ablate", "--out", ablated, *given) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_no_run_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trivium("ablate", "--out", tmp_path / "out", "--table") == 2
+    assert "no run of the ablation is finished yet" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_columns_with_and_without_towers_end_in_one_table(shop: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    columns = ("mim", "contrastive_local", "contrastive", "flava", "clip")
+    held_out = ("--data.validation", shop / "goods.csv")
+    assert (
+        trivium("ablate", "--out", out, "--steps", 3, "--seeds", 0, "--columns", *columns, *words(shop), *held_out) == 0
+    )
+    config = json.loads((out / "flava-seed0" / "config.json").read_text())["values"]
+    assert config["init_text"] == str(out / "tower-text-seed0") and config["init_image"] == str(
+        out / "tower-dino-seed0"
+    )
+    table = json.loads((out / "table.json").read_text())
+    assert list(table["columns"]) == list(columns)
+    flava = table["columns"]["flava"]
+    assert (flava["updates on pairs"], flava["updates of its towers"]) == (3, 6)
+    assert flava["updates in all"] > 3
+    assert table["averages"]["language"].keys() == {"contrastive_local", "contrastive", "flava", "clip"}
+    assert table["figures"]["retrieval.pairs.text_to_image_r10"].keys() == {
+        "contrastive_local", "contrastive", "flava", "clip",
+    }  # fmt: skip
+    assert len(table["orderings"]) == 1
