@@ -111,8 +111,11 @@ def run_both(
     counts = detection.counts(there, 2, task.num_queries)
     my_losses = {name: value / counts[name] for name, value in sums.items()}
 
-    output = theirs(pixel_values=pixels, output_hidden_states=True)
-    hidden = theirs.model.decoder.layernorm(torch.stack(output.decoder_hidden_states[1:]))
+    of_layers: list[Tensor] = []
+    for layer in theirs.model.decoder.layers:
+        layer.register_forward_hook(lambda module, inputs, state: of_layers.append(state))
+    output = theirs(pixel_values=pixels)
+    hidden = theirs.model.decoder.layernorm(torch.stack(of_layers))
     logits, boxes = theirs.class_labels_classifier(hidden), theirs.bbox_predictor(hidden).sigmoid()
     torch.testing.assert_close(boxes[-1], output.pred_boxes)
     targets = [{"class_labels": there.label_M[row_M == n], "boxes": box_M4[row_M == n]} for n in range(2)]
