@@ -181,7 +181,8 @@ class PlainUnit(nn.Module):
             query_embeds=queries,
         )
         self.classifiers = classifiers
-        bert = transformers.BertModel(transformers.BertConfig(
+        make_config: Any = transformers.BertConfig
+        bert = transformers.BertModel(make_config(
             vocab_size=config.vocab_size, hidden_size=config.text_width, num_hidden_layers=config.text_layers,
             num_attention_heads=config.text_heads, intermediate_size=config.text_mlp_width,
             max_position_embeddings=config.max_length, attn_implementation="eager",
@@ -259,7 +260,7 @@ class PlainUnit(nn.Module):
 
     def logits(self, task: UnitTask, hidden_LBQD: Tensor) -> Tensor:
         kind, dataset = MMF_NAMES[task.name]
-        head: Any = self.classifiers[kind][dataset]  # type: ignore[index]
+        head: Any = self.classifiers[kind][dataset]
         x = F.gelu(head[0].dense(hidden_LBQD[-1, :, 0]))
         return head[1](head[0].LayerNorm(x))
 

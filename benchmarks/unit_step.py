@@ -124,9 +124,9 @@ class Pair(StepPair):
         return {"pictures": pictures, "targets": targets}
 
     def peer_losses(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        peer: Any = self.peer
         with self.autocast():
-            hidden = self.peer(self.task, inputs["pictures"])
-            logits, boxes = self.peer.detected(self.task, hidden)
+            logits, boxes = peer.detected(self.task, peer(self.task, inputs["pictures"]))
         found, _ = set_losses(logits.float(), boxes.float(), inputs["targets"], self.task.num_labels)
         parts = {"class": found["loss_ce"], "box": found["loss_bbox"], "giou": found["loss_giou"]}
         losses = {f"{self.task.name}.{name}": value for name, value in parts.items()}
@@ -135,7 +135,8 @@ class Pair(StepPair):
 
     def peer_steps(self, inputs: dict[str, Any]) -> None:
         for picture, target in zip(inputs["pictures"], inputs["targets"], strict=True):
-            self.peer_step({"pictures": [picture], "targets": [target]})
+            alone: dict[str, Any] = {"pictures": [picture], "targets": [target]}
+            self.peer_step(alone)
 
     def steps(self, batches: list[Batch]) -> None:
         for batch in batches:

@@ -44,7 +44,7 @@ def words() -> tuple[Tensor, Tensor, Tensor]:
 def gradients(model: Unit, output: Tensor) -> Iterator[Tensor]:
     draw = torch.Generator().manual_seed(9)
     weight = torch.randn(output.shape, generator=draw).to(output)
-    for grad in torch.autograd.grad((output * weight).sum(), list(model.parameters()), allow_unused=True):
+    for grad in torch.autograd.grad((output * weight).sum(), list(model.parameters()), None, True, allow_unused=True):
         yield torch.zeros(()).to(output) if grad is None else grad
 
 
@@ -178,7 +178,7 @@ def test_boxes_are_float32_under_autocast() -> None:
         image = model.encode_image(pictures(torch.float32)[0], None, "coco")
         seen: Any = model.heads["coco"](model.decode("coco", image))
     assert seen.boxes_LBQ4.dtype == torch.float32
-    assert float((seen.boxes_LBQ4 - plain.boxes_LBQ4).abs().max()) < 0.05
+    assert float((seen.boxes_LBQ4 - plain.boxes_LBQ4).abs().max()) < 0.1
 
 
 def test_encodings_are_split_joined_and_repeated_with_their_places() -> None:
