@@ -46,6 +46,7 @@ import flava_pair
 import side_by_side
 import torch
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trivium.train import precision
 from trivium.train.budget import is_out_of_memory
@@ -298,12 +299,17 @@ class Bench:
         tricks: dict[str, tuple[Context, str]] = dict(FAMILIES[row.family].WITHOUT)
         tricks["products in bfloat16"] = (lambda: mock.patch.object(pair, "autocast", nullcontext), row.inputs)
         if self.device.type == "cuda":
-            torch_s_choice = partial(mock.patch.object, precision, "_attention", lambda device: nullcontext())
-            tricks["attention by cuDNN"] = (torch_s_choice, row.inputs)
+            tricks["the choice of attention, cuDNN first"] = (cudnn_first, row.inputs)
         rungs = self.report.ladder.setdefault(f"{row.family}/{row.modality}", {})
         for trick, (without, inputs) in tricks.items():
             rungs[trick] = with_fewer_rows(rows, partial(factor, without=without, inputs=inputs))
             print(f"  {trick}: {rungs[trick]:.3f}", flush=True)
+
+
+def cudnn_first() -> Any:
+    """Attention by cuDNN where it can."""
+    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels, set_priority=True)
 
 
 def figures(pair: Any, rows: int, row: Row) -> dict[str, Any]:

@@ -32,16 +32,15 @@ HELD_OUT = ("new-scenes", "held-out-concepts", "held-out-style", "held-out-both"
 FLOORS = {"new-scenes": 0.45, "held-out-both": 0.30}  # mAP at IoU 0.5 over the nine groups
 GOALS = {"new-scenes": 0.60, "held-out-both": 0.45}
 ABOVE_MAJORITY = 0.05  # of each task of words, at the lower end of its interval
-MEASURED = 1000  # scenes of each split
 RATIOS = {"vg": 0.40, "vqav2": 0.15, "snli_ve": 0.20, "sst2": 0.05, "easy_vqa": 0.10, "daquar": 0.10}
 
 
-def write(out: Path, count: int) -> None:
+def write(out: Path, count: int, measured: int) -> None:
     """The scenes of every split, each in a folder of its own beside the training half."""
     formats = ("vg", "vqa", "snli-ve")
     write_scenes(Scenes("train", count), out / "scenes", formats)
     for split in HELD_OUT:
-        write_scenes(Scenes(split, MEASURED), out / ("scenes" if split == "new-scenes" else split), formats)  # type: ignore[arg-type]
+        write_scenes(Scenes(split, measured), out / ("scenes" if split == "new-scenes" else split), formats)  # type: ignore[arg-type]
 
 
 def recipe(out: Path, data: Path, easy_vqa: Path, **train: Any) -> UnitRecipe:
@@ -100,10 +99,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=42.0, help="of training")
     parser.add_argument("--steps", type=int, help="in place of --minutes")
     parser.add_argument("--scenes", type=int, default=8000, help="to train on")
+    parser.add_argument("--measured", type=int, default=1000, help="scenes of each held-out split")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     out, run = arguments.out, arguments.out / "run"
-    write(out, arguments.scenes)
+    write(out, arguments.scenes, arguments.measured)
     begun = time.perf_counter()
     if (run / "config.json").is_file():
         code = pretrain.resume_run(str(run), None, {}, begun)

@@ -48,7 +48,6 @@ ORDERINGS = (  # (task, better, worse, as the paper finds it)
     ("snli_ve", "shared", "single", "statements gain by joint training"),
     ("sst2", "single", "shared", "language loses by joint training"),
 )
-TRAINED, MEASURED = 6000, 1000  # scenes
 
 
 class Cell:
@@ -162,13 +161,15 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of the setting single")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--scenes", type=int, default=6000, help="to train on")
+    parser.add_argument("--measured", type=int, default=1000, help="scenes to measure on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--table", action="store_true", help="only write the table of what is done")
     arguments = parser.parse_args()
     out = arguments.out
     if not arguments.table:
         formats = ("vg", "vqa", "snli-ve")
-        for split, count in (("train", TRAINED), ("new-scenes", MEASURED)):
+        for split, count in (("train", arguments.scenes), ("new-scenes", arguments.measured)):
             write_scenes(Scenes(split, count), out / "scenes", formats)  # type: ignore[arg-type]
         for cell in cells(arguments.settings, arguments.tasks, arguments.seeds, out):
             if not cell.is_done and (code := cell.run(arguments.data, arguments.updates, arguments.device)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from trivium.errors import TriviumError
 
@@ -47,7 +48,7 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
     def called(names: list[str], number: int) -> str:
         return names[number] if number < len(names) and names[number] else str(number)
 
-    objects = [
+    objects: list[dict[str, Any]] = [
         {
             "label": called(classes, int(found.labels_Q[row])),
             "score": round(float(found.scores_Q[row]), 4),
@@ -60,7 +61,7 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
     listed = out.with_suffix(".json")
     listed.write_text(json.dumps({"picture": str(picture), "objects": objects}, indent=1, ensure_ascii=False) + "\n")
     for each in objects:
-        left, top, right, bottom = each["box"]  # type: ignore[misc]
+        left, top, right, bottom = each["box"]
         word = f"{each['attribute']} " if "attribute" in each else ""
         print(f"{each['score']:.2f}  {word}{each['label']}  from ({left}, {top}) to ({right}, {bottom})")
     print(f"{len(objects)} objects with a score of {score:g} or more: {out}, {listed}")

@@ -114,7 +114,7 @@ class DetectionCollate:
             image_HWC, boxes_M4 = self.augmentation(draws.generator("augmentation"), image_HWC, boxes_M4, longest)
         else:
             image_HWC, boxes_M4 = resized(image_HWC, boxes_M4, self.transform.size, longest)
-        kept_M: np.ndarray = (boxes_M4[:, 2:] > boxes_M4[:, :2]).all(axis=1)
+        kept_M = np.all(boxes_M4[:, 2:] > boxes_M4[:, :2], axis=1)
         height, width, _ = image_HWC.shape
         shares_M4 = boxes_M4[kept_M] / [width, height, width, height]
         centred_M4 = np.concatenate(

@@ -303,9 +303,10 @@ def _take(model: Unit, start: Bundle, path: str) -> list[str]:
         old = f"decoders.{decoders[0]}."
         state = {f"decoders.shared.{n.removeprefix(old)}" if n.startswith(old) else n: t for n, t in state.items()}
     if model.config.decoder == "separate" and decoders == ["shared"]:
-        for task in (t.name for t in start.model.config.tasks):  # type: ignore[union-attr]
-            shared = {n: t for n, t in start.model.state_dict().items() if n.startswith("decoders.shared.")}
-            state |= {n.replace("shared", task, 1): tensor for n, tensor in shared.items()}
+        of_start: Any = start.model.config
+        shared = {name: tensor for name, tensor in state.items() if name.startswith("decoders.shared.")}
+        for task in of_start.tasks:
+            state |= {name.replace("shared", task.name, 1): tensor for name, tensor in shared.items()}
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:

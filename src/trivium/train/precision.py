@@ -9,14 +9,13 @@ in float32. So ``auto`` times a product in both and, where bfloat16 wins on a CP
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trivium.errors import TriviumError
 
@@ -96,20 +95,9 @@ def faster(one_step: Callable[[Literal["fp32", "bf16"]], object]) -> Literal["fp
     return "bf16" if bf16 < fp32 else "fp32"
 
 
-@contextmanager
-def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> Iterator[None]:
+def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> AbstractContextManager:
     """Context for forwards: products in bfloat16, weights, norms and losses in float32."""
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"), _attention(device):
-        yield
-
-
-def _attention(device: torch.device) -> AbstractContextManager:
-    """Hopper's attention units are reached through cuDNN alone, which torch by itself asks last."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return nullcontext()
-    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    context: AbstractContextManager = sdpa_kernel(kernels, set_priority=True)
-    return context
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def choose_device(name: str) -> torch.device:
