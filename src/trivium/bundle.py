@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
-from trivium.data.transforms import ImageTransform, normalize
+from trivium.data.transforms import ImageTransform, normalize, padded
 from trivium.errors import TriviumError
 from trivium.manifest import write_manifest, written_beside
-from trivium.models.encoded import Answers, Encoded, EncodesImage, EncodesText, Fuses, Matches
+from trivium.models.encoded import Answers, Detects, Encoded, EncodesImage, EncodesText, Fuses, Matches
 from trivium.models.finetuned import FineTuned, HeadConfig, tells_segments_apart
 from trivium.models.grounding import Compares, Grounds, picture_heat, word_heat
 from trivium.models.image_tokenizer import ImageTokenizer
@@ -56,6 +56,22 @@ class Heat:
     text_nn: Tensor  # of the whole text: the mean over all its tokens, the first and the last among them
 
 
+@dataclass(frozen=True)
+class Objects:
+    """What was found in one picture, the surest first; Q candidates, of which those with a low score are none."""
+
+    scores_Q: Tensor  # probability of the class
+    labels_Q: Tensor  # int64
+    boxes_Q4: Tensor  # (left, top, right, bottom) in pixels of the picture as it was given
+    attributes_Q: Tensor | None = None  # int64
+
+    def above(self, score: float) -> Objects:
+        """Those with at least this score."""
+        kept = self.scores_Q >= score
+        attributes = None if self.attributes_Q is None else self.attributes_Q[kept]
+        return Objects(self.scores_Q[kept], self.labels_Q[kept], self.boxes_Q4[kept], attributes)
+
+
 @dataclass
 class Bundle:
     """A model with its tokenizer, image transform, image tokenizer and label names.
@@ -73,6 +89,7 @@ class Bundle:
     false_pairs: float | None = None  # share of them when matching was trained; None: not known
     head: nn.Module | None = None  # of a fine-tuned model
     head_config: HeadConfig | None = None
+    labels_of: dict[str, list[str]] | None = None  # of a model of several tasks; attributes as "TASK.attributes"
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +112,8 @@ class Bundle:
         model = self._able(EncodesImage, "reads no pictures")  # type: ignore[type-abstract]
         rest = iter(pictures)
         while several := list(islice(rest, batch)):
-            pixels_BCHW = torch.stack([self._pixels(one, pictures) for one in several]).to(self.device)
+            pixels_BCHW, sizes_B2 = padded([self._pixels(one, pictures) for one in several])
+            pixels_BCHW = pixels_BCHW.to(self.device)
             if pixels_BCHW.is_floating_point():
                 if not 0 <= float(pixels_BCHW.min()) <= float(pixels_BCHW.max()) <= 1:
                     raise TriviumError("float pixels must lie in [0, 1]: divide by 255, and do not normalise them")
@@ -103,7 +121,8 @@ class Bundle:
             dtype = next(self.model.parameters()).dtype
             with _evaluating(self.model):
                 mean, std = self.transform.mean, self.transform.std
-                yield model.encode_image(normalize(pixels_BCHW, mean, std, dtype)).settled()
+                sizes = () if sizes_B2 is None else (sizes_B2.to(self.device),)  # of a family that pads
+                yield model.encode_image(normalize(pixels_BCHW, mean, std, dtype), *sizes).settled()
 
     def encode_text(self, texts: Strings, batch: int = 64) -> Encoded:
         """One string or several -> `Encoded` of B rows, padded to the longest (at most `max_length` tokens)."""
@@ -202,6 +221,37 @@ class Bundle:
                     found += list(picture_heat(model, part, text, block).float().cpu().unflatten(1, (-1, side)))
         except IndexError:
             raise TriviumError(f"the picture's tower has no block {block}: count from 0") from None
+        return found
+
+    def detect(self, pictures: Pictures, task: str | None = None, batch: int = 8) -> list[Objects]:
+        """The objects in one picture or several.
+
+        Args:
+            pictures: as `encode_image` takes them.
+            task: of a model that detects for several; None: its first.
+        """
+        model = self._able(Detects, "finds no objects")  # type: ignore[type-abstract]
+        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
+            pictures = [pictures]
+        found: list[Objects] = []
+        dtype = next(self.model.parameters()).dtype
+        rest = iter(pictures)
+        while several := list(islice(rest, batch)):
+            whole = [self._read(one, pictures, self.transform.decoded) for one in several]
+            pixels_BCHW, sizes_B2 = padded([self._pixels(one, pictures) for one in whole])
+            if pixels_BCHW.is_floating_point():
+                pixels_BCHW = pixels_BCHW * 255
+            pixels_BCHW = normalize(pixels_BCHW.to(self.device), self.transform.mean, self.transform.std, dtype)
+            with _evaluating(self.model):
+                seen = model.detect(pixels_BCHW, None if sizes_B2 is None else sizes_B2.to(self.device), task)
+            order_BQ = seen.scores_BQ.argsort(dim=1, descending=True, stable=True)
+            for row, picture in enumerate(whole):
+                height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.shape[:2]
+                order = order_BQ[row]
+                attributes = None if seen.attributes_BQ is None else seen.attributes_BQ[row][order].cpu()
+                boxes_Q4 = seen.boxes_BQ4[row][order].float().cpu() * torch.tensor([width, height, width, height])
+                found.append(Objects(seen.scores_BQ[row][order].cpu(), seen.labels_BQ[row][order].cpu(), boxes_Q4,
+                                     attributes))  # fmt: skip
         return found
 
     def answer(
@@ -376,8 +426,9 @@ class Bundle:
                 (beside / "preprocessor.json").write_text(self.transform.to_json(), encoding="utf-8")
             if self.tokenizer is not None:
                 self.tokenizer.save(beside / "tokenizer.json")
-            if self.labels is not None:
-                labels = json.dumps(self.labels, indent=1, ensure_ascii=False) + "\n"
+            named = self.labels if self.labels_of is None else self.labels_of
+            if named is not None:
+                labels = json.dumps(named, indent=1, ensure_ascii=False) + "\n"
                 (beside / "labels.json").write_text(labels, encoding="utf-8")
             if self.image_tokenizer is not None:
                 save_tensors(self.image_tokenizer.state_dict(), beside / "image_tokenizer.safetensors")
@@ -391,6 +442,10 @@ class Bundle:
 
     def _pixels(self, picture: Picture | Tensor, given: Any) -> Tensor:
         """uint8 or float [3, H, W] of one picture."""
+        return self._read(picture, given, self.transform)
+
+    def _read(self, picture: Picture | Tensor, given: Any, read: Callable[[Any], Any]) -> Any:
+        """What `read` makes of one picture; a tensor as it is."""
         if isinstance(given, Tensor):
             assert isinstance(picture, Tensor)
             if given.ndim != 4 or given.shape[1] != 3:
@@ -404,7 +459,7 @@ class Bundle:
             return picture
         if isinstance(picture, str | Path):
             try:
-                return self.transform(Path(picture).read_bytes())
+                return read(Path(picture).read_bytes())
             except (OSError, ValueError) as error:
                 raise TriviumError(f"{picture}: cannot be read as a picture ({error}): leave it out") from None
         if isinstance(picture, np.ndarray) and not (picture.dtype == np.uint8 and picture.shape[2:] == (3,)):
@@ -414,7 +469,7 @@ class Bundle:
                 f"a picture is a path, bytes, a Pillow picture or an array, not {type(picture).__name__}"
             )
         try:
-            return self.transform(picture)
+            return read(picture)
         except ValueError as error:
             raise TriviumError(f"a picture cannot be decoded ({error}): leave it out") from None
 

@@ -42,6 +42,7 @@ from trivium.models.finetuned import HeadConfig
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.patch_codebook import PatchCodebook
+from trivium.models.unit import Unit, UnitConfig
 from trivium.models.vit import ViT, ViTConfig
 from trivium.tensor_files import save_tensors
 
@@ -52,6 +53,7 @@ FAMILIES: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "dino": (DinoConfig, Dino),
     "bert": (BertConfig, Bert),
     "albef": (AlbefConfig, Albef),
+    "unit": (UnitConfig, Unit),
 }
 
 # ------------------------------------------------------------------------------------------------------- opening
@@ -169,13 +171,15 @@ def open_own(folder: Path) -> Bundle:
         _put(read_weights(folder / "head.safetensors"), head, folder / "head.safetensors")
     tokenizer, preprocessor = folder / "tokenizer.json", folder / "preprocessor.json"
     reads_pictures = isinstance(model, EncodesImage)
+    labels = _labels(folder / "labels.json")
     return Bundle(
         family=family,
         model=model.eval(),
         tokenizer=Tokenizer.from_file(tokenizer) if tokenizer.is_file() else None,
         transform=ImageTransform.from_json(_text(preprocessor)) if reads_pictures else ImageTransform(),
         image_tokenizer=_own_image_tokenizer(folder),
-        labels=_labels(folder / "labels.json"),
+        labels=labels if isinstance(labels, list) else None,
+        labels_of=labels if isinstance(labels, dict) else None,
         max_length=int(config.get("max_length", getattr(model_config, "max_length", Bundle.max_length))),
         false_pairs=config.get("false_pairs"),  # folders of older versions do not say it
         head=None if head is None else head.eval(),
@@ -183,15 +187,17 @@ def open_own(folder: Path) -> Bundle:
     )
 
 
-def _labels(path: Path) -> list[str] | None:
+def _labels(path: Path) -> list[str] | dict[str, list[str]] | None:
+    """The names of the labels, or those of each task."""
     if not path.is_file():
         return None
     try:
         labels = json.loads(_text(path))
     except json.JSONDecodeError:
         labels = None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise TriviumError(f"{path} is damaged: it must hold a JSON list of the labels' names")
+    lists = list(labels.values()) if isinstance(labels, dict) else [labels]
+    if not all(isinstance(each, list) and all(isinstance(label, str) for label in each) for each in lists):
+        raise TriviumError(f"{path} is damaged: it must hold a JSON list of the labels' names, or one for each task")
     return labels
 
 
@@ -236,7 +242,10 @@ def bundle_of(foreign: Foreign) -> Bundle:
         tokenizer = tokenizer.for_captions()
     labels, listed_beside = foreign.labels, folder / "answer_list.json"  # of a head that writes answers
     if foreign.head_config is not None and foreign.head_config.gives == "text" and listed_beside.is_file():
-        labels = _labels(listed_beside)
+        listed = _labels(listed_beside)
+        if isinstance(listed, dict):
+            raise TriviumError(f"{listed_beside} names labels of several tasks: it must be a JSON list of the answers")
+        labels = listed
     return Bundle(
         family=foreign.family,
         model=foreign.model.eval(),
@@ -247,6 +256,7 @@ def bundle_of(foreign: Foreign) -> Bundle:
         max_length=foreign.max_length,
         head=foreign.head,
         head_config=foreign.head_config,
+        labels_of=foreign.labels_of,
     )
 
 

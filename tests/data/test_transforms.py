@@ -229,11 +229,11 @@ def test_json_round_trip(transform: ImageTransform) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sizes": 3}, "field 'sizes'; its fields are size, filter, mean, std, crop"),
+        ({"sizes": 3}, "field 'sizes'; its fields are size, filter, mean, std, crop, longest"),
         ({"size": "224"}, "whole number of pixels, not '224'"),
         ({"size": 0}, "whole number"),
         ({"filter": "cubic"}, "no filter 'cubic'.*bicubic"),
-        ({"crop": "none"}, "no crop 'none'.*squash or center"),
+        ({"crop": "none"}, "no crop 'none'.*squash, center"),
         ({"mean": [0.5]}, "mean .* three numbers"),
         ({"std": [1, 1, 0]}, "std .* above 0"),
         ({"std": 1}, "std .* three numbers"),

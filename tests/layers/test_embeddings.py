@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from trivium.layers.embeddings import BertEmbeddings, PatchEmbedding, interpolate_positions
+from trivium.layers.embeddings import BertEmbeddings, PatchEmbedding, interpolate_positions, sine_positions
 
 
 @pytest.mark.parametrize("size", [(8, 8), (12, 20), (4, 4)])
@@ -60,3 +62,17 @@ def test_padding_has_no_gradient_and_segment_zero_is_the_default() -> None:
     (default * torch.randn_like(default)).sum().backward()
     grad = module.word.weight.grad
     assert grad is not None and not grad[0].any() and grad[3].any()
+
+
+def test_sine_positions_place_by_place_and_channel_by_channel() -> None:
+    sizes = [(5, 3), (2, 7), (1, 1)]
+    found = sine_positions(torch.tensor(sizes), 5, 7, 8, torch.float64).view(3, 5, 7, 8)
+    for row, (height, width) in enumerate(sizes):
+        for y in range(height):
+            for x in range(width):
+                for channel in range(8):
+                    place, side = ((y, height), (x, width))[channel // 4]
+                    n = channel % 4
+                    angle = (place + 1) / (side + 1e-6) * 2 * math.pi / 10000 ** (2 * (n // 2) / 4)
+                    expected = math.cos(angle) if n % 2 else math.sin(angle)
+                    assert float(found[row, y, x, channel]) == pytest.approx(expected, abs=1e-12)

@@ -39,6 +39,7 @@ VERBS = {
     "embed": Verb("trivium.cli.embed:embed", "write the embeddings of a folder of pictures to a Parquet file"),
     "search": Verb("trivium.cli.search:search", "find pictures by a text or by another picture"),
     "ground": Verb("trivium.cli.ground:ground", "show where in a picture the words of a text are"),
+    "detect": Verb("trivium.cli.detect:detect", "find the objects in a picture and draw their boxes"),
     "data codes": Verb("trivium.cli.data:codes", "cache the image tokenizer's codes of every picture of a run"),
     "data pack": Verb("trivium.cli.data:pack", "write tar shards from any pictures, texts and pairs"),
     "data build pmd": Verb("trivium.cli.data_build:pmd", "build PMD, a subset at a time, from its annotation files"),

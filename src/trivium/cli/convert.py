@@ -32,8 +32,8 @@ def convert(
     Args:
         path: a run folder, checkpoint, model folder, or a file or folder of another library.
         to: trivium (a model folder), hf-flava, torchmultimodal-flava, hf-clip, open-clip, hf-vit, timm-vit, dino,
-            hf-bert, albef, albef-retrieval (as mscoco.pth has it) or albef-grounding (as refcoco.pth); an image
-            tokenizer alone also to dalle (encoder.safetensors and decoder.safetensors).
+            hf-bert, albef, albef-retrieval (as mscoco.pth has it), albef-grounding (as refcoco.pth), mmf-unit or detr;
+            an image tokenizer alone also to dalle (encoder.safetensors and decoder.safetensors).
         out: a folder that does not exist yet, or is empty.
         from_: the layout of PATH, where its tensors' names should not decide: one of those, openai-clip or dalle.
         shard_mb: weights of more megabytes are written as several files with an index; below, as one.

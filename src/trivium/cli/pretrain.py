@@ -34,8 +34,8 @@ def pretrain(
 
     Args:
         recipe: "flava", "flava-stages" (its encoders alone, then all of it), "mlm", "mim" or "dino" (one encoder),
-            "clip", "albef", "dvae" (an image tokenizer), or a function of your own: my_run.py:shop. With --resume a run
-            too.
+            "clip", "albef", "unit", "dvae" (an image tokenizer), or a function of your own: my_run.py:shop. With
+            --resume a run too.
         size: the recipe's one dial, such as tiny, small or base.
         out: the run folder; by default runs/RECIPE-SIZE-DATE.
         init: a model folder, run folder or foreign checkpoint to start from.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trivium.convert import albef, beit, bert, clip, dalle, flava, processor, torchmultimodal, vit
+from trivium.convert import albef, beit, bert, clip, dalle, flava, processor, torchmultimodal, unit, vit
 from trivium.convert.weights import PICKLES, State, read_json, read_weights
 from trivium.errors import TriviumError
 from trivium.models.albef import Albef
@@ -20,6 +20,7 @@ from trivium.models.dino import Dino
 from trivium.models.dvae import DVae
 from trivium.models.finetuned import HeadConfig
 from trivium.models.flava import Flava, FlavaConfig
+from trivium.models.unit import Unit, UnitConfig
 from trivium.models.vit import ViT, ViTConfig
 
 
@@ -34,6 +35,7 @@ class Foreign:
     max_length: int = 512  # tokens of a text
     transform: dict[str, Any] = field(default_factory=dict)  # of pictures, where no file beside the weights says it
     folder: Path = Path()  # where tokenizer and image settings may lie
+    labels_of: dict[str, list[str]] | None = None  # names of the classes of each task
     captions: bool = False  # whether texts are read as ALBEF reads captions (see Tokenizer.for_captions)
     head: nn.Module | None = None  # of a fine-tuned model
     head_config: HeadConfig | None = None
@@ -240,6 +242,34 @@ def _write_albef_head(
     return albef.state_as(layout, model, ordered), {"num_attention_heads": model.config.num_heads}
 
 
+def _unit(config: UnitConfig, state: State, beside: Mapping[str, Any], said: list[str]) -> Foreign:
+    if "dilated" not in beside:
+        said = [*said, "no tensor shows whether the last stage is dilated (DC5): it is taken to be, as in all released"
+                ' UniTs; where it is not, put a config.json with {"dilated": false} beside the weights']  # fmt: skip
+    labels = unit.labels_of(config)
+    return Foreign(
+        "unit", unit.build(config, state), None, said, config.max_length, unit.TRANSFORM, labels_of=labels or None
+    )
+
+
+def _read_mmf(state: State, config: Mapping[str, Any]) -> Foreign:
+    pooler = [name for name in state if name.startswith("bert_model.module.pooler.")]
+    said = [f"left out, since nothing reads it: {', '.join(sorted(pooler))}"] if pooler else []
+    return _unit(*unit.from_mmf(state, config), config, said)
+
+
+def _write_mmf(model: Unit, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return unit.to_mmf(model.state_dict(), model.config), unit.config_beside(model.config)
+
+
+def _read_detr(state: State, config: Mapping[str, Any]) -> Foreign:
+    return _unit(*unit.from_detr(state, config), config, [])
+
+
+def _write_detr(model: Unit, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return unit.to_detr(model.state_dict(), model.config), unit.config_beside(model.config)
+
+
 _OPEN_CLIP = ("open_clip_config.json", "config.json")  # the second is Hugging Face's
 
 ADAPTERS = {
@@ -282,6 +312,8 @@ ADAPTERS = {
     "hf-bert": Adapter(
         "bert", r"(bert\.|0\.auto_model\.)?embeddings\.word_embeddings\.weight", _read_bert, _write_bert
     ),
+    "mmf-unit": Adapter("unit", r"(unit_base_model|detr_model)\.query_embeds\..*", _read_mmf, _write_mmf),
+    "detr": Adapter("unit", r"backbone\.0\.body\.conv1\.weight", _read_detr, _write_detr),
     "dalle": Adapter("image_tokenizer", r"(encoder\.)?blocks\.group_1\.block_1\..*", _read_dalle, None),
 }
 FORMATS = ("trivium", *(name for name, adapter in ADAPTERS.items() if adapter.write))

@@ -37,7 +37,7 @@ def of_texts(train: LabelledRows, held_out: LabelledRows, name: str) -> list[str
     first.pop("", None)  # marks alone
     equal = {place: first[text] for place, text in enumerate(asked_texts) if text in first}
     pairs = duplicates.close_across(simhashes(seen_texts), simhashes(asked_texts), TEXT_DISTANCE)
-    near = {other: seen[one] for one, other in pairs.tolist() if other not in equal}
+    near = {other: seen[one] for one, other in pairs.tolist() if other not in equal and asked_texts[other]}
     how = f"at most {TEXT_DISTANCE} of {duplicates.BITS} bits of the hash"
     return _told(name, asked, (equal, "stand, in the same letters,"), (near, f"have a near copy ({how})"))
 

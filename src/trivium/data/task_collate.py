@@ -17,7 +17,7 @@ from trivium.data.labelled import LabelledRows
 from trivium.data.order import Draws
 from trivium.data.random_augment import RandomAugment
 from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
-from trivium.data.transforms import ImageTransform
+from trivium.data.transforms import ImageTransform, padded
 from trivium.data.views import Views
 from trivium.errors import BadSample
 from trivium.train.protocol import Batch, Images, Sample, Texts
@@ -122,11 +122,9 @@ class TaskCollate:
         images: tuple[Images, ...] = ()
         texts: tuple[Texts, ...] = ()
         if self.images is not None:
-            pixels_BCHW = torch.stack([each.pixels_CHW for each in prepared if each.pixels_CHW is not None])
-            images = (Images(pixels_BCHW, _same(samples, "same_image")),)
+            pixels = [each.pixels_CHW for each in prepared if each.pixels_CHW is not None]
             seconds = [each.second_CHW for each in prepared if each.second_CHW is not None]
-            if seconds:
-                images = (*images, Images(torch.stack(seconds), _same(samples, "same_image")))
+            images = tuple(stacked(some, samples) for some in (pixels, seconds) if some)
         if self.texts is not None:
             ids_BT, mask_BT, segments_BT = self.texts.tokenizer.pad_task([each.text for each in prepared if each.text])
             texts = (Texts(ids_BT, mask_BT, _same(samples, "same_text"), segments_BT if self.texts.segments else None),)
@@ -186,6 +184,12 @@ class TaskCollate:
             ids_BAT[row, : len(each)] = ids_AT
             weight_BA[row, : len(each)] = torch.tensor([weight for _, weight in each])
         return {"answer_ids": ids_BAT, "answer_weight": weight_BA}
+
+
+def stacked(pixels: Sequence[Tensor], samples: Sequence[Sample]) -> Images:
+    """Pictures [C, H, W] of any sizes, the smaller ones padded, with the numbers of their samples."""
+    pixels_BCHW, sizes_B2 = padded(pixels)
+    return Images(pixels_BCHW, _same(samples, "same_image"), sizes_B2)
 
 
 def _same(samples: Sequence[Sample], name: str) -> Tensor:

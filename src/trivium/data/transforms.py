@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, NamedTuple, get_args
 
@@ -29,7 +30,7 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 Filter = Literal["bilinear", "bicubic", "lanczos", "box"]
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in get_args(Filter)}
-Crop = Literal["squash", "center"]
+Crop = Literal["squash", "center", "shortest"]
 
 # Changes brightness and the like in the space of luma and two chromas (ITU-R BT.601), whose axis of grey is the first.
 _YIQ_FROM_RGB = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -102,6 +103,17 @@ def crop_and_resize(
     return F.interpolate(image_1CHW, (size, size), mode=filter, antialias=True)[0].contiguous().numpy()
 
 
+def shortest_size(height: int, width: int, short: int, longest: int | None) -> tuple[int, int]:
+    """(height, width) with `short` pixels on the shorter side, or as many as leave the longer side within `longest`:
+    DETR's rule, which UniT takes over (its readers of VQA round a cap down instead, a pixel at most)."""
+    low, high = min(height, width), max(height, width)
+    if longest is not None and high / low * short > longest:
+        short = max(1, round(longest * low / high))
+    if low == short:
+        return height, width
+    return (int(short * height / width), short) if width < height else (short, int(short * width / height))
+
+
 @dataclass(frozen=True)
 class Recoloring:
     """A change of colour; each of the first three is a factor. hue: in radians, around the axis of grey."""
@@ -143,6 +155,19 @@ def solarised(image_HWC: np.ndarray) -> np.ndarray:
     return np.where(image_HWC >= 128, 255 - image_HWC, image_HWC)
 
 
+def padded(pixels: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Pictures [C, H, W] of any sizes as one tensor, zeros below and to the right of the smaller ones; and (height,
+    width) of each, int64 [B, 2], where any differ."""
+    if len({picture.shape for picture in pixels}) == 1:
+        return torch.stack(list(pixels)), None
+    sizes_B2 = torch.tensor([picture.shape[1:] for picture in pixels])
+    height, width = sizes_B2.amax(0).tolist()
+    pixels_BCHW = pixels[0].new_zeros(len(pixels), len(pixels[0]), height, width)
+    for row, picture in enumerate(pixels):
+        pixels_BCHW[row, :, : picture.shape[1], : picture.shape[2]] = picture
+    return pixels_BCHW, sizes_B2
+
+
 def normalize(
     pixels_BCHW: Tensor, mean: Triple = CLIP_MEAN, std: Triple = CLIP_STD, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -160,7 +185,10 @@ class ImageTransform:
     filter: Filter = "bicubic"
     mean: Triple = CLIP_MEAN  # of pixels in [0, 1]; for `normalize`
     std: Triple = CLIP_STD
-    crop: Crop = "squash"  # both sides to size, whatever the aspect (FLAVA); "center": the short side, then the middle
+    # Both sides to size, whatever the aspect (FLAVA); "center": the short side, then the middle; "shortest": the short
+    # side, and the picture stays whole (UniT).
+    crop: Crop = "squash"
+    longest: int | None = None  # pixels of the longer side at most, with "shortest"
 
     def __post_init__(self) -> None:
         if type(self.size) is not int or self.size < 1:
@@ -168,7 +196,11 @@ class ImageTransform:
         if self.filter not in get_args(Filter):
             raise TriviumError(f"no filter {self.filter!r} for an image transform: use {', '.join(get_args(Filter))}")
         if self.crop not in get_args(Crop):
-            raise TriviumError(f"no crop {self.crop!r} for an image transform: use {' or '.join(get_args(Crop))}")
+            raise TriviumError(f"no crop {self.crop!r} for an image transform: use {', '.join(get_args(Crop))}")
+        if self.longest is not None and (type(self.longest) is not int or self.longest < self.size):
+            raise TriviumError(
+                f"the longest side of an image transform must be {self.size} or more, not {self.longest!r}"
+            )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or [isinstance(value, int | float) for value in values] != [True] * 3:
@@ -177,10 +209,9 @@ class ImageTransform:
             raise TriviumError(f"the std of an image transform must be above 0, not {self.std!r}")
 
     def __call__(self, picture: bytes | np.ndarray | Image.Image) -> Tensor:
-        """uint8 [3, size, size] of an encoded picture, uint8 [H, W, 3] or a Pillow picture. Raises DecodeError."""
-        if isinstance(picture, Image.Image):
-            picture = rgb(picture)
-        image_HWC = decode(picture) if isinstance(picture, bytes) else picture
+        """uint8 [3, size, size] of an encoded picture, uint8 [H, W, 3] or a Pillow picture; with "shortest" [3, H, W].
+        Raises DecodeError."""
+        image_HWC = self.decoded(picture)
         height, width, _ = image_HWC.shape
         if self.crop == "center":
             short = min(height, width)
@@ -188,9 +219,18 @@ class ImageTransform:
             top, left = (height - self.size) // 2, (width - self.size) // 2
             image_HWC = resize(image_HWC, (height, width), filter=self.filter)
             image_HWC = image_HWC[top : top + self.size, left : left + self.size]
-        elif (height, width) != (self.size, self.size):
-            image_HWC = resize(image_HWC, self.size, filter=self.filter)
+        else:
+            side = self.size
+            new = shortest_size(height, width, side, self.longest) if self.crop == "shortest" else (side, side)
+            if (height, width) != new:
+                image_HWC = resize(image_HWC, new, filter=self.filter)
         return torch.from_numpy(np.array(image_HWC.transpose(2, 0, 1), order="C"))
+
+    def decoded(self, picture: bytes | np.ndarray | Image.Image) -> np.ndarray:
+        """The whole of it, uint8 [H, W, 3]. Raises DecodeError."""
+        if isinstance(picture, Image.Image):
+            return rgb(picture)
+        return decode(picture) if isinstance(picture, bytes) else picture
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -18,8 +18,9 @@ import numpy as np
 from trivium.data.answers import normalized
 from trivium.data.labelled import Row
 from trivium.evaluate import vqa
+from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.metrics import METRICS, measured
-from trivium.evaluate.results import Result, mean_of
+from trivium.evaluate.results import Result, Results, mean_of
 from trivium.manifest import write_whole
 
 
@@ -33,6 +34,10 @@ class Predictions:
     probability_of_1: np.ndarray  # [N], of class 1
     labels: tuple[str, ...]  # of the classes; none of numbers
     bad: list[str]  # a sentence for each row that could not be read
+
+    @property
+    def is_labelled(self) -> bool:
+        return all(row.is_labelled for row in self.rows)
 
     def named(self) -> list[str | float]:
         """The name of the class of each row, or its number."""
@@ -62,6 +67,9 @@ def chance(metric: str, found: Predictions) -> float | None:
     labels = [row.label for row in found.rows if row.label is not None]
     if metric == "auroc":
         return 0.5
+    if found.rows[0].answers is not None:
+        commonest = Counter(normalized(truth) for row in found.rows for truth in row.truths).most_common(1)[0][0]
+        return float(np.mean([vqa.accuracy(commonest, row.truths) for row in found.rows]))
     if len(labels) < len(found.rows) or metric not in METRICS:
         return None
     return float(METRICS[metric](np.full(len(labels), np.bincount(labels).argmax()), np.array(labels)))
@@ -73,6 +81,19 @@ def told(metric: str, result: Result, chance: float | None) -> str:
         f"{metric.replace('_', ' ')} {result.value:.4f} [{result.low:.4f}, {result.high:.4f}] over {result.n:,} rows"
     )
     return sentence if chance is None else f"{sentence}, where the commonest answer gives {chance:.4f}"
+
+
+def tell(found: Evaluation, title: str, split: str, metrics: Sequence[str], predictions: Predictions) -> Results:
+    """Put the figures of one labelled split into an evaluation, with what guessing gives and a sentence each. Returns
+    the figures by metric."""
+    results = {metric: result(metric, predictions) for metric in metrics}
+    for metric, each in results.items():
+        name, guess = f"{title}.{split}.{metric}", chance(metric, predictions)
+        found.results[name] = each
+        if guess is not None:
+            found.chance[name] = guess
+        found.headline.append(f"{title}, {split}: {told(metric, each, guess)}.")
+    return results
 
 
 def _columns(metric: str, found: Predictions) -> tuple[np.ndarray, np.ndarray]:

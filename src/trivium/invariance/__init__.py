@@ -12,16 +12,15 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trivium.invariance import albef, clip, dino, dvae, finetune, flava
+from trivium.invariance import albef, clip, dino, dvae, finetune, flava, unit
 from trivium.train import distributed
 from trivium.train.protocol import Batch, Key, Method
 from trivium.train.step import backward, measure
@@ -39,6 +38,8 @@ CASES: dict[str, Make] = {
     "fine-tuning, BERT": finetune.case,
     "ALBEF": albef.case,
     "retrieval, FLAVA": flava.retrieval_case,
+    "UniT, boxes": partial(unit.case, "vg"),
+    "UniT, answers": partial(unit.case, "vqav2"),
 }
 
 WORLDS = (1, 2, 4)
@@ -131,23 +132,10 @@ def losses_and_gradients(make: Make, layout: Layout) -> dict[str, Tensor]:
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """The same global batch as contiguous micro-batches. Every tensor in it has one entry for each row."""
+    """The same global batch as contiguous micro-batches."""
     assert len(batch) % parts == 0
     size = len(batch) // parts
-
-    def cut(value: Any, rows: slice) -> Any:
-        if isinstance(value, Tensor):
-            return value[rows]
-        if isinstance(value, tuple):
-            return tuple(cut(each, rows) for each in value)
-        if isinstance(value, dict):
-            return {name: cut(each, rows) for name, each in value.items()}
-        if is_dataclass(value) and not isinstance(value, type):
-            return replace(value, **{field.name: cut(getattr(value, field.name), rows) for field in fields(value)})
-        return value
-
-    micro_batches = [cut(batch, slice(n * size, (n + 1) * size)) for n in range(parts)]
-    return [replace(micro_batch, number=n) for n, micro_batch in enumerate(micro_batches)]
+    return [batch.part(number * size, (number + 1) * size, number) for number in range(parts)]
 
 
 def share_of_this_process(batches: Sequence[Batch]) -> list[Batch]:

@@ -5,6 +5,8 @@ B batch, N patches (row-major), T text tokens, D width, P side of a patch in pix
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,6 +50,27 @@ def interpolate_positions(
     else:
         table = F.interpolate(table, size=new_grid, mode="bicubic", align_corners=False)
     return table.permute(0, 2, 3, 1).reshape(new_grid[0] * new_grid[1], -1)
+
+
+def sine_positions(sizes_B2: Tensor, height: int, width: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """Where each place of a feature map lies in its picture, as sines and cosines (DETR, Carion et al. 2020,
+    appendix A.4): [B, height * width, channels], row-major, the half that tells the row first.
+
+    sizes_B2: (height, width) of each picture in the map; places are counted from 1 and as shares of it. What stands
+    for places beyond has no meaning.
+    """
+    assert channels % 4 == 0, f"{channels} channels are no multiple of 4"
+    half = channels // 2
+    frequency = 10000 ** (-2 * torch.arange(half // 2, dtype=dtype, device=sizes_B2.device) / half)
+    reach_B2 = sizes_B2.to(dtype)
+    sides = []
+    for axis, side in enumerate((height, width)):
+        place_BS = torch.arange(1, side + 1, dtype=dtype, device=sizes_B2.device) / (reach_B2[:, axis, None] + 1e-6)
+        angle_BSF = 2 * math.pi * place_BS[:, :, None] * frequency
+        sides.append(torch.stack([angle_BSF.sin(), angle_BSF.cos()], dim=-1).flatten(2))
+    rows_BHWC = sides[0][:, :, None].expand(-1, -1, width, -1)
+    columns_BHWC = sides[1][:, None].expand(-1, height, -1, -1)
+    return torch.cat([rows_BHWC, columns_BHWC], dim=-1).flatten(1, 2)
 
 
 class BertEmbeddings(nn.Module):

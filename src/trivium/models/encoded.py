@@ -2,11 +2,13 @@
 
 Whoever needs an ability asks with `isinstance(model, EncodesText)`: what a family cannot do, its class does not have.
 
-B batch, C channels, H height, W width, L positions (N image tokens, T text tokens, or both), D width.
+B batch, C channels, H height, W width, L positions (N image tokens, T text tokens, or both), D width,
+Q objects.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +22,8 @@ class Encoded:
     states: [B, L, D] before the final norm: what `fuse` takes; [B, Q, D] where only Q positions were asked for.
     mask: bool [B, L], True = a real position; None = all real.
     pooled_at_B: int64, the position that stands for a whole row; None = the first, a class token.
+    places: [B, L, D] what a decoder adds to the states where it looks for something (UniT); None: nothing.
+    mean: no position stands for a whole row: the mean of the real ones does.
     """
 
     def __init__(
@@ -29,10 +33,14 @@ class Encoded:
         norm: nn.Module,
         projection: nn.Module | None,
         pooled_at_B: Tensor | None = None,
+        places: Tensor | None = None,
+        mean: bool = False,
     ) -> None:
         self.states = states
         self.mask = mask
         self.pooled_at_B = pooled_at_B
+        self.places = places
+        self.mean = mean
         self._norm = norm
         self._projection = projection
 
@@ -44,6 +52,10 @@ class Encoded:
     @cached_property
     def pooled(self) -> Tensor:
         """[B, D] after the final norm: the position that stands for the whole."""
+        if self.mean:
+            if self.mask is None:
+                return self.tokens.mean(1)
+            return (self.tokens * self.mask[:, :, None]).sum(1) / self.mask.sum(1, keepdim=True)
         if self.pooled_at_B is None:
             return self._norm(self.states[:, 0])
         return self._norm(self.states[torch.arange(len(self.states), device=self.states.device), self.pooled_at_B])
@@ -71,8 +83,8 @@ class Encoded:
         """One row shown as many; as it is where there are as many already."""
         if len(self.states) == rows:
             return self
-        mask, pooled_at_B = (None if t is None else t.expand(rows, *t.shape[1:]) for t in (self.mask, self.pooled_at_B))
-        return Encoded(self.states.expand(rows, -1, -1), mask, self._norm, self._projection, pooled_at_B)
+        marks = (None if t is None else t.expand(rows, *t.shape[1:]) for t in self._marks())
+        return self._with(self.states.expand(rows, -1, -1), *marks)
 
     def taken(self, rows_R: Tensor) -> Encoded:
         """Those rows, int64 [R], in this order."""
@@ -81,25 +93,24 @@ class Encoded:
 
     def split(self, rows: int) -> list[Encoded]:
         """Parts of so many rows, the last one may have fewer. Norm and projection are computed for each."""
-        marks = (self.mask, self.pooled_at_B)
-        parts = [[None] * -(-len(self.states) // rows) if mark is None else mark.split(rows) for mark in marks]
-        states = self.states.split(rows)
-        return [Encoded(x, m, self._norm, self._projection, p) for x, m, p in zip(states, *parts, strict=True)]
+        parts = [[None] * -(-len(self.states) // rows) if mark is None else mark.split(rows) for mark in self._marks()]
+        return [self._with(*of_part) for of_part in zip(self.states.split(rows), *parts, strict=True)]
 
     @staticmethod
     def joined(parts: list[Encoded]) -> Encoded:
         """Rows of several, one after the other; their positions must be as many."""
         if len(parts) == 1:
             return parts[0]
-        masks = [part.mask for part in parts if part.mask is not None]
-        pooled_at = [part.pooled_at_B for part in parts if part.pooled_at_B is not None]
-        return Encoded(
-            torch.cat([part.states for part in parts]),
-            torch.cat(masks) if masks else None,
-            parts[0]._norm,
-            parts[0]._projection,
-            torch.cat(pooled_at) if pooled_at else None,
-        )
+        by_kind = zip(*(part._marks() for part in parts), strict=True)
+        marks = ([mark for mark in of_parts if mark is not None] for of_parts in by_kind)
+        states = torch.cat([part.states for part in parts])
+        return parts[0]._with(states, *(torch.cat(present) if present else None for present in marks))
+
+    def _marks(self) -> tuple[Tensor | None, ...]:
+        return self.mask, self.pooled_at_B, self.places
+
+    def _with(self, states: Tensor, mask: Tensor | None, pooled_at_B: Tensor | None, places: Tensor | None) -> Encoded:
+        return Encoded(states, mask, self._norm, self._projection, pooled_at_B, places, self.mean)
 
 
 @runtime_checkable
@@ -141,4 +152,22 @@ class Answers(Protocol):
 class Matches(Fuses, Protocol):
     def match(self, fused: Encoded) -> Tensor:
         """Logits [B, 2] of "do not belong together" (0) and "belong together" (1)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """Objects in pictures, Q candidates each; those that are none have a low score."""
+
+    scores_BQ: Tensor  # probability of the class
+    labels_BQ: Tensor  # int64
+    boxes_BQ4: Tensor  # (left, top, right, bottom) as shares of the picture without padding
+    attributes_BQ: Tensor | None = None  # int64, where the model has them
+    attribute_scores_BQ: Tensor | None = None
+
+
+@runtime_checkable
+class Detects(Protocol):
+    def detect(self, pixels_BCHW: Tensor, sizes_B2: Tensor | None = None, task: str | None = None) -> Found:
+        """Objects in normalised pixels; sizes: (height, width) of each picture without padding."""
         ...

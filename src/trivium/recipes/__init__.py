@@ -10,6 +10,7 @@ from trivium.recipes.finetune import finetune
 from trivium.recipes.flava import flava
 from trivium.recipes.stages import flava_stages
 from trivium.recipes.unimodal import mim, mlm
+from trivium.recipes.unit import unit
 from trivium.train.config import Recipe
 
 RECIPES: dict[str, Recipe] = {
@@ -21,5 +22,6 @@ RECIPES: dict[str, Recipe] = {
     "dino": dino,
     "albef": albef,
     "dvae": dvae,
+    "unit": unit,
     "finetune": finetune,
 }

@@ -163,15 +163,9 @@ class PreparedTask(Prepared):
             if not is_labelled(rows):
                 found.not_applicable.append(f"{name}: it has no labels; its predictions are written")
                 continue
-            for metric in self.task.metrics:
-                result = figures_of.result(metric, predictions)
-                found.results[f"{title}.{name}.{metric}"] = result
-                chance = figures_of.chance(metric, predictions)
-                if chance is not None:
-                    found.chance[f"{title}.{name}.{metric}"] = chance
-                found.headline.append(f"{title}, {name}: {figures_of.told(metric, result, chance)}.")
-                if metric == self.task.reported and name.startswith("dev"):
-                    reported.append(result)
+            results = figures_of.tell(found, title, name, self.task.metrics, predictions)
+            if name.startswith("dev"):
+                reported.append(results[self.task.reported])
         if reported:  # of MNLI a mean over both
             mean = sum(result.value for result in reported) / len(reported)
             found.results[title] = reported[0] if len(reported) == 1 else replace(reported[0], value=mean, low=None,

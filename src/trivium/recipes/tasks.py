@@ -5,7 +5,7 @@
 | fairseq's RoBERTa recipe for GLUE, which FLAVA took over without a sweep (FLAVA, appendix B.2) | the eight of GLUE |
 | FLAVA, appendix B.2 | vqav2, snli_ve, hateful_memes |
 | ALBEF, section 4 and its public code | visual_entailment (SNLI-VE again), vqa (VQAv2 again), nlvr2, its preparation |
-| our own choice | classification and regression of one's own tables |
+| our own choice | easy_vqa, daquar; classification and regression of one's own tables |
 
 The papers leave open: the head on a text (here RoBERTa's own), the inside of the two-layer head on a fused pair (here
 GELU and dropout; its 1,536 are stated), betas and eps of the tasks with pictures. fairseq decays biases and norms too;
@@ -23,6 +23,7 @@ from trivium.data.files import Kind
 from trivium.data.glue import read_glue
 from trivium.data.image_text_tasks import read_hateful_memes, read_snli_ve
 from trivium.data.labelled import Columns, Splits, read_tables
+from trivium.data.small_vqa import read_daquar, read_easy_vqa
 from trivium.data.statements import read_assignments, read_nlvr2
 from trivium.data.vqa import read_questions, read_vqa
 from trivium.errors import TriviumError
@@ -239,6 +240,13 @@ def _own(name: str, title: str, kind: Kind, gives: Gives = "class", data: TaskDa
     )
 
 
+def _asked(name: str, title: str, read: Callable[[str], Splits]) -> Task:
+    """A small set of questions, with settings of our own: nobody publishes any for a pretrained model."""
+    optim = Optim(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01, warmup=0.06, schedule="linear", clip="global")
+    task = _of_pairs(name, title, optim.lr, 0, lambda root, _: read(root))
+    return replace(task, data=TaskData(), optim=optim, steps=None)
+
+
 _LISTED = (
     # lr, batch, updates and warm-up of fairseq's table for RoBERTa-base
     _glue("cola", "CoLA", 1e-5, 16, 5_336, 320, ("matthews",)),
@@ -278,6 +286,8 @@ _LISTED = (
         _own("question_answering", "question answering", "pairs", "answers", TaskData(label_column="answer")),
         open=_questions,
     ),
+    _asked("easy_vqa", "easy-VQA", read_easy_vqa),
+    _asked("daquar", "DAQUAR", read_daquar),
     _own("image_classification", "image classification", "images", data=TaskData(crop_scale=(0.5, 1.0), flip=0.5)),
     _own("text_classification", "text classification", "text"),
     _own("text_regression", "text regression", "text", "number"),

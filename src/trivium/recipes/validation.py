@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from trivium.data.loader import evaluation_batches
 from trivium.train import step as train_step
 from trivium.train.budget import memory_dial_named
-from trivium.train.protocol import Batch, Images, Key, Method, Stream, Texts
+from trivium.train.protocol import Batch, Key, Method, Stream
 
 Validation = dict[str, list[Batch]]  # stream -> held-out batches
 
@@ -45,23 +44,9 @@ def measures(validation: Validation, seed: int, micro_batch: int) -> Callable[[M
 
 
 def micro_batches(batch: Batch, rows: int) -> list[Batch]:
-    """A batch in pieces of `rows` rows, padded as the whole: pads may be seen (`model.pads_visible`).
-
-    Every tensor of its targets has one entry for each row.
-    """
-
-    def piece(number: int, part: slice) -> Batch:
-        return replace(
-            batch,
-            rows_B=batch.rows_B[part],
-            places_B=batch.places_B[part],
-            images=tuple(Images(images.pixels_BCHW[part], images.same_B[part]) for images in batch.images),
-            texts=tuple(Texts(text.ids_BT[part], text.mask_BT[part], text.same_B[part]) for text in batch.texts),
-            targets={name: target[part] for name, target in batch.targets.items()},
-            number=number,
-        )
-
-    return [piece(first // rows, slice(first, first + rows)) for first in range(0, len(batch), rows)]
+    """A batch in pieces of `rows` rows."""
+    firsts = enumerate(range(0, len(batch), rows))
+    return [batch.part(first, min(first + rows, len(batch)), number) for number, first in firsts]
 
 
 def all_pieces(validation: Validation, rows: int) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -88,6 +88,9 @@ class Texts:
     segments_BT: Tensor | None = None
 
 
+Part = TypeVar("Part", Images, Texts)
+
+
 @dataclass
 class Batch:
     """One micro-batch. Its tensors stay on CPU; the method moves what it needs."""
@@ -97,7 +100,8 @@ class Batch:
     places_B: Tensor  # int64
     images: tuple[Images, ...] = ()
     texts: tuple[Texts, ...] = ()
-    targets: dict[str, Tensor] = field(default_factory=dict)  # ragged ones flat, with the row of each
+    # Ragged ones are flat: "box" and "box_class" have an entry for each box, and "box_row" says which row it is of.
+    targets: dict[str, Tensor] = field(default_factory=dict)
     number: int = 0  # of this micro-batch within the global batch; what Key.reseed takes
     bad: tuple[str, ...] = ()  # one sentence for each sample that was replaced
 
@@ -109,6 +113,33 @@ class Batch:
         return replace(
             self, images=tuple(replace(each, pixels_BCHW=each.pixels_BCHW.pin_memory()) for each in self.images)
         )
+
+    def part(self, first: int, stop: int, number: int) -> Batch:
+        """Some of its rows as a micro-batch of their own, padded as the whole: pads may be seen."""
+        rows = slice(first, stop)
+        targets = {}
+        for name, value in self.targets.items():
+            flat = f"{name.partition('_')[0]}_row"
+            if flat not in self.targets:
+                targets[name] = value[rows]
+                continue
+            row_M = self.targets[flat]
+            of_part_M = (row_M >= first) & (row_M < stop)
+            targets[name] = value[of_part_M] - first if name == flat else value[of_part_M]
+        return replace(
+            self,
+            rows_B=self.rows_B[rows],
+            places_B=self.places_B[rows],
+            images=tuple(_rows_of(images, rows) for images in self.images),
+            texts=tuple(_rows_of(texts, rows) for texts in self.texts),
+            targets=targets,
+            number=number,
+        )
+
+
+def _rows_of(part: Part, rows: slice) -> Part:
+    changed = {name: value[rows] for name, value in vars(part).items() if value is not None}
+    return replace(part, **changed)
 
 
 class Sample(TypedDict, total=False):
@@ -125,6 +156,10 @@ class Sample(TypedDict, total=False):
     value: float  # what a regression is to give
     answers: dict[int, float]  # class -> how far it is right, from 0 to 1
     written: dict[str, float]  # answers as people wrote them -> the weight of each
+    size: tuple[int, int]  # (height, width) that boxes refer to
+    boxes: np.ndarray  # float32 [n, 4], (left, top, right, bottom) in pixels
+    classes: np.ndarray  # int64 [n], of each box
+    attributes: np.ndarray  # int64 [n, places], of each box; -1 where there is none
     name: str  # how to name this sample in a message: file, line, member
 
 

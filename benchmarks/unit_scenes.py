@@ -1,0 +1,133 @@
+"""UniT on real input: boxes, attributes, questions and statements on scenes, SST-2, easy-VQA, DAQUAR, all at once.
+
+    python benchmarks/unit_scenes.py --data $TRIVIUM_DATA --easy-vqa EASY_VQA.whl --out runs/unit-scenes
+
+--data holds glue/SST-2 and daquar. Scenes are written into --out first (see trivium data scenes); then a tiny UniT is
+trained for --minutes and measured on what it held out: scenes of the drawings it was trained on, of concepts it never
+saw, of a style it never saw, and of both. The floors of FLOORS are checked, and the exit code is 1 where one is
+missed. What is stopped goes on when the same command is given again. Writes results/unit_scenes.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import side_by_side
+
+from trivium.cli import pretrain
+from trivium.data.detection import read_val
+from trivium.data.scene_files import write_scenes
+from trivium.data.scenes import Scenes
+from trivium.evaluate import detection
+from trivium.load import load
+from trivium.recipes.unit import UnitRecipe, unit
+
+HELD_OUT = ("new-scenes", "held-out-concepts", "held-out-style", "held-out-both")
+FLOORS = {"new-scenes": 0.45, "held-out-both": 0.30}  # mAP at IoU 0.5 over the nine groups
+GOALS = {"new-scenes": 0.60, "held-out-both": 0.45}
+ABOVE_MAJORITY = 0.05  # of each task of words, at the lower end of its interval
+RATIOS = {"vg": 0.40, "vqav2": 0.15, "snli_ve": 0.20, "sst2": 0.05, "easy_vqa": 0.10, "daquar": 0.10}
+
+
+def write(out: Path, count: int, measured: int) -> None:
+    """The scenes of every split, each in a folder of its own beside the training half."""
+    formats = ("vg", "vqa", "snli-ve")
+    write_scenes(Scenes("train", count), out / "scenes", formats)
+    for split in HELD_OUT:
+        write_scenes(Scenes(split, measured), out / ("scenes" if split == "new-scenes" else split), formats)  # type: ignore[arg-type]
+
+
+def recipe(out: Path, data: Path, easy_vqa: Path, **train: Any) -> UnitRecipe:
+    tiny = unit("tiny")
+    roots = {"easy_vqa": str(easy_vqa), "daquar": str(data / "daquar")}
+    tasks = {
+        name: replace(task, ratio=RATIOS.get(name, 0.0), root=roots.get(name)) for name, task in tiny.tasks.items()
+    }
+    folders = replace(tiny.data, scenes=str(out / "scenes"), glue=str(data / "glue"))
+    return replace(tiny, tasks=tasks, data=folders, train=replace(tiny.train, **train))
+
+
+def on_scenes(out: Path, run: Path) -> dict[str, dict[str, float]]:
+    """COCO's figures on every split."""
+    bundle = load(run)
+    assert bundle.labels_of is not None
+    found = {}
+    for split in HELD_OUT:
+        rows = read_val("vg", str(out / ("scenes" if split == "new-scenes" else split) / "vg"))
+        seen, _ = detection.find(bundle, rows, "vg")
+        figures = detection.measure(rows, seen, bundle.labels_of["vg"])
+        found[split] = {name: result.value for name, result in figures.items()}
+        print(f"{split}: {found[split]}", file=sys.stderr)
+    return found
+
+
+def misses(splits: dict[str, dict[str, float]], words: dict[str, dict[str, Any]]) -> list[str]:
+    """A sentence for each floor that is missed."""
+    found = [
+        f"mAP at IoU 0.5 on {split} is {splits[split]['ap50']:.3f}, below {floor}"
+        for split, floor in FLOORS.items()
+        if splits[split]["ap50"] < floor
+    ]
+    for name, entry in words.items():
+        if entry["low"] < entry["majority"] + ABOVE_MAJORITY:
+            found.append(
+                f"{name} is {entry['low']:.3f} at its lower end, the majority class gives {entry['majority']:.3f}"
+            )
+    return found
+
+
+def of_words(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each task of words: its figure with its interval, and what its majority class gives."""
+    return {
+        name: entry | {"majority": results[f"{name}.majority"]["value"]}
+        for name, entry in results.items()
+        if f"{name}.majority" in results
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder that holds glue and daquar")
+    parser.add_argument("--easy-vqa", type=Path, required=True, help="the package: pip download --no-deps easy-vqa")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=42.0, help="of training")
+    parser.add_argument("--steps", type=int, help="in place of --minutes")
+    parser.add_argument("--scenes", type=int, default=8000, help="to train on")
+    parser.add_argument("--measured", type=int, default=1000, help="scenes of each held-out split")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    out, run = arguments.out, arguments.out / "run"
+    write(out, arguments.scenes, arguments.measured)
+    begun = time.perf_counter()
+    if (run / "config.json").is_file():
+        code = pretrain.resume_run(str(run), None, {}, begun)
+    else:
+        length = {"minutes": arguments.minutes} if arguments.steps is None else {"steps": arguments.steps}
+        made = recipe(out, arguments.data, arguments.easy_vqa, device=arguments.device, **length)
+        prepared = made.with_absolute_paths().prepare("unit", {"size": "tiny"})
+        code = pretrain.run(pretrain.with_budget(prepared), run, begun)
+    if code or not (run / "results.json").is_file():
+        return code or 1
+    content = json.loads((run / "results.json").read_text())
+    words = of_words(content["results"])
+    splits = on_scenes(out, run)
+    missed = misses(splits, words)
+    figures = {name: entry for name, entry in content["results"].items() if not name.startswith("seconds.")}
+    side_by_side.write(
+        "unit_scenes", {"detection": splits, "tasks": figures},
+        command="python benchmarks/unit_scenes.py --data $TRIVIUM_DATA --easy-vqa WHEEL --out runs/unit-scenes",
+        floors=FLOORS, goals=GOALS, missed=missed, seconds=content["seconds"], scenes=arguments.scenes,
+    )  # fmt: skip
+    for sentence in missed:
+        print(f"missed: {sentence}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

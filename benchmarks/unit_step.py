@@ -1,0 +1,247 @@
+"""Full training steps of UniT's detection, pictures of different sizes: forward, matching, losses, backward, optimizer.
+
+    python benchmarks/unit_step.py                 # base size: half an hour on two cores
+    python benchmarks/unit_step.py --size tiny     # seconds, to see that it runs
+
+The public code cannot pad exactly, so it takes one picture a step. Same weights, pictures and boxes, threads, optimizer
+and precision on both sides, no dropout; in float32 the losses of the padded batch agree with the peer's, picture by
+picture, to 1e-5, or nothing is timed. Cases:
+
+    batch_256px   8 pictures whose shorter side has 256 pixels in one step, against 8 steps of one picture by the
+                  computation of the public code (published_unit.py, with eager attention)
+    batching      the same 8 pictures in one step, against 8 steps of one picture by this same model
+    batch_800px   2 pictures of the published size in one step, against 2 steps of the public code
+    sdpa          1 picture of the published size, against the same model with attention written out
+
+The ladder takes one trick away at a time from batch_256px: its factor is the time without the trick over the time with
+all; "zeros in the padding" is what exactness costs, and below 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import side_by_side
+import torch
+from published_unit import PlainUnit, set_losses
+from step_pair import StepPair
+from torch import Tensor
+from torch.nn import functional as F
+
+from trivium.convert.unit import to_mmf
+from trivium.layers import attention, resnet
+from trivium.methods.pixels import Pixels
+from trivium.methods.unit import UnitMethod
+from trivium.models import unit
+from trivium.models.unit import PUBLISHED_TASKS, Unit, UnitConfig
+from trivium.train import precision
+from trivium.train.protocol import Batch, Images
+
+# Width over height of COCO's pictures: two thirds lie, a quarter stand.
+ASPECTS = (4 / 3, 3 / 2, 4 / 3, 3 / 4, 1.0, 4 / 3, 2 / 3, 16 / 9)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FROZEN = ("image.backbone.stem.", "image.backbone.stages.0.")  # as published
+CONFIGS = {
+    "tiny": UnitConfig(
+        tasks=PUBLISHED_TASKS[:1], decoder="separate", width=64, num_heads=4, mlp_width=128, decoder_layers=2,
+        image_width=32, image_layers=2, backbone_widths=(8, 16, 32, 64), backbone_blocks=(1, 1, 1, 1), text_layers=1,
+        text_width=64, text_heads=1, text_mlp_width=64, vocab_size=100, dropout=0.0,
+    ),
+    "base": UnitConfig(tasks=PUBLISHED_TASKS[:1], decoder="separate", dropout=0.0),
+}  # fmt: skip
+
+
+def make_batch(rows: int, short: int, longest: int) -> Batch:
+    """Noise: no step here takes another time for meaning. Seven objects a picture, as COCO has."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = []
+    for row in range(rows):
+        aspect = ASPECTS[row % len(ASPECTS)]
+        other = min(longest, round(short * max(aspect, 1 / aspect)))
+        sizes.append((short, other) if aspect >= 1 else (other, short))
+    sizes_B2 = torch.tensor(sizes)
+    height, width = sizes_B2.amax(0).tolist()
+    pixels = torch.randint(0, 256, (rows, 3, height, width), generator=draw).to(torch.uint8)
+    for row, (h, w) in enumerate(sizes):
+        pixels[row, :, h:], pixels[row, :, :, w:] = 0, 0
+    row_M = torch.arange(rows).repeat_interleave(7)
+    size_M2 = torch.rand(len(row_M), 2, generator=draw) * 0.3 + 0.05
+    box_M4 = torch.cat([size_M2 / 2 + torch.rand(len(row_M), 2, generator=draw) * (1 - size_M2), size_M2], 1)
+    targets = {"box_row": row_M, "box_class": torch.randint(1, 91, (len(row_M),), generator=draw), "box": box_M4}
+    number = torch.arange(rows)
+    return Batch("coco", number, number, (Images(pixels, number, sizes_B2),), (), targets)
+
+
+def one_by_one(batch: Batch) -> list[Batch]:
+    """A batch of each picture, without padding."""
+    images, targets = batch.images[0], batch.targets
+    assert images.sizes_B2 is not None
+    found = []
+    for row, (height, width) in enumerate(images.sizes_B2.tolist()):
+        mine = targets["box_row"] == row
+        alone = {name: tensor[mine] for name, tensor in targets.items()}
+        alone["box_row"] = torch.zeros_like(alone["box_row"])
+        number = torch.zeros(1, dtype=torch.int64)
+        pixels = images.pixels_BCHW[row : row + 1, :, :height, :width].contiguous()
+        found.append(Batch(batch.stream, number, number, (Images(pixels, number, None),), (), alone))
+    return found
+
+
+class Pair(StepPair):
+    """The two models with the same weights. The peer takes a list of pictures, and a step for each."""
+
+    def __init__(self, size: str, autocast: Callable[[], AbstractContextManager], device: torch.device) -> None:
+        config = CONFIGS[size]
+        model = Unit(config)
+        draw_weights(model)
+        peer = PlainUnit(config)
+        peer.load_state_dict(to_mmf(model.state_dict(), config), strict=False)  # all but BERT's pooler
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(FROZEN))
+        body: Any = peer.unit_base_model.backbone[0].body  # type: ignore[index, union-attr]
+        body.conv1.requires_grad_(False)
+        body.layer1.requires_grad_(False)
+        super().__init__(UnitMethod(model, Pixels(MEAN, STD), {}), peer, autocast, device)
+        self.task = config.tasks[0]
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The same batch as the peer takes it."""
+        pictures = [self.method.pixels(one.images[0].pixels_BCHW) for one in one_by_one(batch)]
+        row_M = batch.targets["box_row"]
+        targets = []
+        for row in range(len(batch)):
+            mine = {
+                name: batch.targets[key][row_M == row]
+                for name, key in (("class_labels", "box_class"), ("boxes", "box"))
+            }
+            targets.append({name: tensor.to(self.method.mean.device) for name, tensor in mine.items()})
+        return {"pictures": pictures, "targets": targets}
+
+    def peer_losses(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        peer: Any = self.peer
+        with self.autocast():
+            logits, boxes = peer.detected(self.task, peer(self.task, inputs["pictures"]))
+        found, _ = set_losses(logits.float(), boxes.float(), inputs["targets"], self.task.num_labels)
+        parts = {"class": found["loss_ce"], "box": found["loss_bbox"], "giou": found["loss_giou"]}
+        losses = {f"{self.task.name}.{name}": value for name, value in parts.items()}
+        weighted = [self.method.weights[name] * value for name, value in losses.items()]
+        return losses | {"total": torch.stack(weighted).sum()}
+
+    def peer_steps(self, inputs: dict[str, Any]) -> None:
+        for picture, target in zip(inputs["pictures"], inputs["targets"], strict=True):
+            alone: dict[str, Any] = {"pictures": [picture], "targets": [target]}
+            self.peer_step(alone)
+
+    def steps(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            self.step(batch)
+
+    def timed(self, name: str, ours: Callable[[], object], peer: Callable[[], object], rounds: int | None) -> dict:
+        row = side_by_side.row(*side_by_side.interleaved(ours, peer, rounds))
+        print(f"  {name}: ours {row['ours']:.2f} s, peer {row['peer']:.2f} s, ratio {row['ratio']:.2f}", flush=True)
+        return row
+
+
+def draw_weights(model: Unit) -> None:
+    """Convolutions and norms that keep the scale of what passes, the rest N(0, 0.02)."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim >= 2:
+                tensor.normal_(0, tensor[0].numel() ** -0.5 if tensor.ndim == 4 else 0.02, generator=draw)
+            else:
+                tensor.fill_(1.0 if name.endswith(("norm.weight", "running_var")) else 0.0)
+            if name.endswith("convolutions.2.norm.weight"):
+                tensor.fill_(0.2)  # or sixteen blocks, each added to its input, make numbers grow without end
+
+
+# ---------------------------------------------------------------------------------------- steps without one trick
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+    return F.dropout(scores.softmax(-1), dropout) @ value
+
+
+def attention_of_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    mask = None if mask is None else mask[:, None, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+
+def norm_apart(self: resnet.Convolution, x: Tensor, out_mask: Tensor | None) -> Tensor:
+    assert isinstance(self.norm, resnet.FrozenBatchNorm)
+    scale, shift = (part.view(1, -1, 1, 1) for part in self.norm.scale_and_shift())
+    return self.conv(x) * scale + shift
+
+
+WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
+    "frozen norm multiplied into the weights": lambda: mock.patch.object(resnet.Convolution, "forward", norm_apart),
+    "channels last": lambda: mock.patch.object(resnet, "LAYOUT", torch.contiguous_format),
+    "fused attention": lambda: mock.patch.object(unit, "attend", written_out),
+    "backward of attention by whole products": lambda: mock.patch.object(attention, "attend", attention_of_torch),
+    "zeros in the padding": lambda: mock.patch.object(resnet, "without_padding", lambda x, mask: x),
+}
+
+
+def ladder(pair: Pair, batch: Batch) -> dict[str, float]:
+    rungs = {}
+    for trick, context in WITHOUT.items():
+
+        def without(patch: Callable[[], AbstractContextManager] = context) -> None:
+            with patch():
+                pair.step(batch)
+
+        times = side_by_side.interleaved(partial(pair.step, batch), without, rounds=2)
+        rungs[trick] = round(statistics.median(times[1]) / statistics.median(times[0]), 3)
+        print(f"  without {trick}: {rungs[trick]:.2f}", flush=True)
+    return rungs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=CONFIGS, default="base")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--cases", nargs="*", default=["batch_256px", "batching", "batch_800px", "sdpa"])
+    parser.add_argument("--rounds", type=int, help="of each case; None: 5, or 3 where a round takes over 30 s")
+    parser.add_argument("--no-ladder", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.size == "base":
+        side_by_side.refuse_a_busy_machine()
+    device = precision.choose_device("auto")
+    kind = precision.choose("auto", device)
+    pair = Pair(arguments.size, lambda: precision.autocast(device, kind), device)
+
+    short, longest = (256, 1333) if arguments.size == "base" else (64, 120)
+    large = (800, 1333) if arguments.size == "base" else (96, 160)
+    batch, few = make_batch(arguments.batch, short, longest), make_batch(2, *large)
+    one = one_by_one(few)[0]
+    pair.same_losses(batch, pair.inputs(batch))
+    singly = one_by_one(batch)
+
+    def eager() -> None:
+        with mock.patch.object(unit, "attend", written_out):
+            pair.step(one)
+
+    cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "batch_256px": (partial(pair.step, batch), partial(pair.peer_steps, pair.inputs(batch))),
+        "batching": (partial(pair.step, batch), partial(pair.steps, singly)),
+        "batch_800px": (partial(pair.step, few), partial(pair.peer_steps, pair.inputs(few))),
+        "sdpa": (partial(pair.step, one), eager),
+    }
+    results = {name: pair.timed(f"{name} ({kind})", *cases[name], arguments.rounds) for name in arguments.cases}
+    rungs = {} if arguments.no_ladder else ladder(pair, batch)
+    if arguments.size == "base":
+        sizes = {name: b.images[0].sizes_B2.tolist() for name, b in (("256px", batch), ("800px", few))}  # type: ignore[union-attr]
+        side_by_side.write("unit_step", results, ladder=rungs, precision=kind, batch=arguments.batch, sizes=sizes)
+
+
+if __name__ == "__main__":
+    main()

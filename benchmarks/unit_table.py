@@ -1,0 +1,194 @@
+"""The comparison of the UniT paper (Table 3) in pocket form, on scenes and SST-2: one model a task, decoders of their
+own, one decoder, and one decoder that starts from detection. Every task gets the same number of updates everywhere.
+
+    python benchmarks/unit_table.py --data $TRIVIUM_DATA --out runs/unit-table
+
+Runs one cell after another, each in a folder of its own inside --out; what is done stays, what was stopped goes on.
+Several processes may share the work: --settings, --tasks and --seeds choose cells, --device cuda trains on a GPU. A
+start from detection needs the run "single vg" of its seed first. With all cells there (or --table alone) it writes
+results/unit_table.json and unit_table.md, with the paper's figures beside, and says which of its orderings hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import side_by_side
+
+from trivium.cli import pretrain
+from trivium.data.scene_files import write_scenes
+from trivium.data.scenes import Scenes
+from trivium.evaluate import published
+from trivium.manifest import write_whole
+from trivium.recipes.unit import UnitRecipe, unit
+
+TASKS = {  # ours -> its figure in results.json, and the row of the paper's table
+    "vg": ("VG detection.val.ap50", "COCO detection"),
+    "vqav2": ("VQAv2.dev.accuracy", "VQAv2"),
+    "snli_ve": ("SNLI-VE.dev.accuracy", "SNLI-VE"),
+    "sst2": ("SST-2.dev.accuracy", "SST-2"),
+}
+SETTINGS = {  # ours -> the paper's, as published.csv names it
+    "single": "single-task models",
+    "separate": "8 datasets, separate decoders",
+    "shared": "8 datasets, shared decoder",
+    "shared-init": "8 datasets, shared decoder, COCO init",
+}
+ORDERINGS = (  # (task, better, worse, as the paper finds it)
+    ("vg", "single", "shared", "detection loses by joint training"),
+    ("vg", "shared-init", "shared", "a start from detection wins it back"),
+    ("vg", "shared", "separate", "one decoder detects better than several"),
+    ("vqav2", "shared", "single", "questions gain by joint training"),
+    ("snli_ve", "shared", "single", "statements gain by joint training"),
+    ("sst2", "single", "shared", "language loses by joint training"),
+)
+
+
+class Cell:
+    """One run."""
+
+    def __init__(self, setting: str, task: str | None, seed: int, out: Path) -> None:
+        self.setting, self.task, self.seed, self.out = setting, task, seed, out
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(TASKS) if self.task is None else [self.task]
+
+    @property
+    def folder(self) -> Path:
+        return self.out / "-".join([self.setting, *([] if self.task is None else [self.task]), f"seed{self.seed}"])
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / "results.json").is_file()
+
+    def recipe(self, data: Path, updates: int, device: str) -> UnitRecipe:
+        """`updates` of each task: equal shares of the steps."""
+        tiny = unit("tiny")
+        tasks = {name: replace(task, ratio=float(name in self.tasks)) for name, task in tiny.tasks.items()}
+        model = replace(tiny.model, decoder="separate" if self.setting == "separate" else "shared")
+        start = Cell("single", "vg", self.seed, self.out).folder if self.setting == "shared-init" else None
+        train = replace(tiny.train, steps=updates * len(self.tasks), seed=self.seed, device=device)
+        return replace(
+            tiny, model=model, tasks=tasks, train=train, init=None if start is None else str(start),
+            data=replace(tiny.data, scenes=str(self.out / "scenes"), glue=str(data / "glue"), vocabulary="bert"),
+        )  # fmt: skip
+
+    def run(self, data: Path, updates: int, device: str) -> int:
+        begun = time.perf_counter()
+        if (self.folder / "config.json").is_file():
+            return pretrain.resume_run(str(self.folder), None, {}, begun)
+        if self.setting == "shared-init" and not Cell("single", "vg", self.seed, self.out).is_done:
+            sys.exit(f"{self.folder.name} starts from single-vg-seed{self.seed}: run that first")
+        prepared = self.recipe(data, updates, device).with_absolute_paths().prepare("unit", {"size": "tiny"})
+        return pretrain.run(prepared, self.folder, begun)
+
+
+def cells(settings: list[str], tasks: list[str], seeds: list[int], out: Path) -> list[Cell]:
+    found = []
+    for seed in seeds:
+        for setting in settings:
+            found += [Cell(setting, task, seed, out) for task in (tasks if setting == "single" else [None])]
+    return found
+
+
+def figures(seeds: list[int], out: Path) -> dict[str, dict[str, list[float]]]:
+    """task -> setting -> the figure of each seed whose run is done."""
+    table: dict[str, dict[str, list[float]]] = {task: {setting: [] for setting in SETTINGS} for task in TASKS}
+    for cell in cells(list(SETTINGS), list(TASKS), seeds, out):
+        if cell.is_done:
+            results = json.loads((cell.folder / "results.json").read_text())["results"]
+            for task in cell.tasks:
+                table[task][cell.setting].append(results[TASKS[task][0]]["value"])
+    return table
+
+
+def papers(task: str, setting: str) -> str:
+    """The paper's figure; a star where it was recalled and not read."""
+    name = TASKS[task][1]
+    for row in published.rows():
+        if (row["system"], row["setting"], row["task"]) == ("UniT", SETTINGS[setting], name) and row["split"] in (
+            "val2017", "val2017 images", "dev",
+        ):  # fmt: skip
+            return row["value"] + ("*" if row["confidence"] == "recalled" else "")
+    return "–"
+
+
+def verdict(better: list[float], worse: list[float]) -> str:
+    """Whether an ordering holds: in every seed, or in the mean alone."""
+    if not better or len(better) != len(worse):
+        return "not run"
+    ahead = [one - other for one, other in zip(better, worse, strict=True)]
+    if all(difference > 0 for difference in ahead):
+        return f"holds in all {len(ahead)} seeds ({100 * sum(ahead) / len(ahead):+.1f})"
+    return f"does not hold in every seed ({', '.join(f'{100 * difference:+.1f}' for difference in ahead)})"
+
+
+def page(table: dict[str, dict[str, list[float]]], command: str, updates: int) -> str:
+    lines = [
+        "# UniT's comparison in pocket form",
+        "",
+        f"A tiny UniT on scenes and SST-2, {updates} updates for each task in every column; the seeds' figures in per",
+        "cent, and in brackets the paper's on COCO, VQAv2, SNLI-VE and SST-2 with 150,000 and 500,000 updates. A star:",
+        "recalled, not read in the paper.",
+        "",
+        "| | " + " | ".join(SETTINGS) + " |",
+        "|---" * (1 + len(SETTINGS)) + "|",
+    ]
+    for task, (title, _) in TASKS.items():
+        shown = []
+        for setting in SETTINGS:
+            ours = ", ".join(f"{100 * value:.1f}" for value in table[task][setting]) or "–"
+            shown.append(f"{ours} ({papers(task, setting)})")
+        lines.append(f"| {title} | " + " | ".join(shown) + " |")
+    lines += ["", "Orderings of the paper:", ""]
+    for task, better, worse, sentence in ORDERINGS:
+        lines.append(f"- {sentence} ({better} above {worse}): {verdict(table[task][better], table[task][worse])}")
+    return "\n".join([*lines, "", f"    {command}", ""])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder that holds glue/SST-2")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--updates", type=int, default=400, help="of each task")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of the setting single")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--scenes", type=int, default=6000, help="to train on")
+    parser.add_argument("--measured", type=int, default=1000, help="scenes to measure on")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", action="store_true", help="only write the table of what is done")
+    arguments = parser.parse_args()
+    out = arguments.out
+    if not arguments.table:
+        formats = ("vg", "vqa", "snli-ve")
+        for split, count in (("train", arguments.scenes), ("new-scenes", arguments.measured)):
+            write_scenes(Scenes(split, count), out / "scenes", formats)  # type: ignore[arg-type]
+        for cell in cells(arguments.settings, arguments.tasks, arguments.seeds, out):
+            if not cell.is_done and (code := cell.run(arguments.data, arguments.updates, arguments.device)):
+                return code
+    missing = [c.folder.name for c in cells(list(SETTINGS), list(TASKS), arguments.seeds, out) if not c.is_done]
+    if missing and not arguments.table:
+        print(f"still to run: {', '.join(missing)}", file=sys.stderr)
+        return 0
+    table = figures(arguments.seeds, out)
+    command = "python benchmarks/unit_table.py --data $TRIVIUM_DATA --out runs/unit-table"
+    orderings: dict[str, Any] = {
+        sentence: verdict(table[task][better], table[task][worse]) for task, better, worse, sentence in ORDERINGS
+    }
+    side_by_side.write(
+        "unit_table", table, command=command, updates=arguments.updates, orderings=orderings, missing=missing
+    )
+    write_whole(side_by_side.RESULTS / "unit_table.md", page(table, command, arguments.updates))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

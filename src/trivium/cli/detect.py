@@ -1,0 +1,67 @@
+"""`trivium detect`: the objects in a picture, drawn and listed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trivium.errors import TriviumError
+
+
+def detect(path: Path, picture: Path, *, out: Path | None = None, score: float = 0.5, task: str | None = None) -> None:
+    """Find the objects in a picture: write it with boxes and names, and a JSON file with the same.
+
+      trivium detect runs/unit photo.jpg --out found.png
+
+    The JSON beside the picture (found.json) lists label, score, box (left, top, right, bottom in pixels) and, where the
+    model has them, attribute of each object, the surest first.
+
+    Args:
+        path: the model: a run folder, a model folder, or weights of another library.
+        picture: the picture.
+        out: the picture to write; by default PICTURE-detected.png beside this command.
+        score: the least score of an object that is shown.
+        task: of a model that detects for several tasks, which; by default the first.
+    """
+    from trivium.cli.embed import check_can_write, open_model
+
+    out = out or Path(f"{picture.stem}-detected.png")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise TriviumError(f"{out}: name a picture to write, such as {out.stem}.png")
+    if not 0 <= score <= 1:
+        raise TriviumError(f"--score {score:g}: it lies between 0 and 1")
+    check_can_write(out)
+    from PIL import Image
+
+    from trivium.data.decode import decode
+    from trivium.evaluate.detection import drawn
+
+    bundle = open_model(path)
+    [found] = bundle.detect([picture], task)
+    found = found.above(score)
+    named, config = bundle.labels_of or {}, bundle.model.config
+    tasks = getattr(config, "tasks", ())
+    name = task or next((each.name for each in tasks if each.kind == "detection"), "")
+    classes, attributes = named.get(name, []), named.get(f"{name}.attributes", [])
+
+    def called(names: list[str], number: int) -> str:
+        return names[number] if number < len(names) and names[number] else str(number)
+
+    objects: list[dict[str, Any]] = [
+        {
+            "label": called(classes, int(found.labels_Q[row])),
+            "score": round(float(found.scores_Q[row]), 4),
+            "box": [round(x, 2) for x in found.boxes_Q4[row].tolist()],
+        }
+        | ({} if found.attributes_Q is None else {"attribute": called(attributes, int(found.attributes_Q[row]))})
+        for row in range(len(found.scores_Q))
+    ]
+    Image.fromarray(drawn(decode(picture.read_bytes()), found, classes, attributes)).save(out)
+    listed = out.with_suffix(".json")
+    listed.write_text(json.dumps({"picture": str(picture), "objects": objects}, indent=1, ensure_ascii=False) + "\n")
+    for each in objects:
+        left, top, right, bottom = each["box"]
+        word = f"{each['attribute']} " if "attribute" in each else ""
+        print(f"{each['score']:.2f}  {word}{each['label']}  from ({left}, {top}) to ({right}, {bottom})")
+    print(f"{len(objects)} objects with a score of {score:g} or more: {out}, {listed}")

@@ -1,0 +1,192 @@
+"""Detection as COCO measures it (Lin et al. 2014): average precision of boxes over IoU 0.50 to 0.95, 100 a picture.
+
+Everything that a model finds is submitted, ranked by its score: no threshold, no suppression of overlaps (DETR, section
+4). The counting is faster-coco-eval's, which agrees with pycocotools. Crowds count neither way.
+
+Q objects found in a picture, M true ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+from PIL import Image, ImageDraw
+
+from trivium.bundle import Bundle, Objects
+from trivium.data.decode import decode
+from trivium.data.detection import DetectionRows, corners
+from trivium.errors import BadSample, TriviumError
+from trivium.evaluate import charts
+from trivium.evaluate.embedded import Figure
+from trivium.evaluate.results import Result, Results, mean_of
+
+FIGURES = {  # name -> where COCO's summary has it
+    "ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5, "ar100": 8,
+}  # fmt: skip
+MATCH = 0.5  # IoU from which a found box is the true one, for attributes
+SURE = 0.5  # score from which a box is drawn
+SHOWN, SIDE, COLUMNS = 12, 224, 4  # pictures of the report
+COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#808000", "#000075")
+
+
+def find(
+    bundle: Bundle, rows: DetectionRows, task: str | None = None, batch: int = 32
+) -> tuple[dict[int, Objects], list[str]]:
+    """What a model finds in each picture, by row, and a sentence for each picture that cannot be read.
+
+    Raises TriviumError where none can.
+    """
+    found: dict[int, Objects] = {}
+    bad: list[str] = []
+    for first in range(0, len(rows), batch):
+        several, pictures = [], []
+        for row in range(first, min(first + batch, len(rows))):
+            try:
+                pictures.append(decode(rows.picture(row)))
+            except (BadSample, ValueError) as error:
+                bad.append(f"{rows.path(row)}: {error}")
+                continue
+            several.append(row)
+        if pictures:
+            found |= dict(zip(several, bundle.detect(pictures, task, batch), strict=True))
+    if not found:
+        raise TriviumError(f"no picture of {rows.file} can be read; the first: {bad[0] if bad else 'there is none'}")
+    return found, bad
+
+
+def measure(rows: DetectionRows, found: dict[int, Objects], classes: Sequence[str]) -> Results:
+    """COCO's figures over the pictures that could be read, and how often an attribute is right."""
+    results: Results = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports on its progress
+        truths = COCO(as_coco(rows, found, classes))
+        entries = as_entries(rows, found)
+        if entries:
+            evaluation = COCOeval_faster(truths, truths.loadRes(entries), iouType="bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            stats: Any = evaluation.stats
+        else:  # there is nothing to read
+            stats = np.zeros(12)
+    for name, place in FIGURES.items():
+        if float(stats[place]) >= 0:  # -1: there is no such object
+            results[name] = Result(float(stats[place]), n=len(found))
+    right = attributes_right(rows, found)
+    if len(right):
+        results["attributes"] = mean_of(right)
+    return results
+
+
+def as_coco(rows: DetectionRows, found: dict[int, Objects], classes: Sequence[str]) -> dict[str, Any]:
+    """The true boxes of some rows as a COCO file, boxes and areas as their own file has them."""
+    annotations = []
+    for row in found:
+        for place in range(rows.of(row).start, rows.of(row).stop):
+            annotations.append(
+                {
+                    "id": place + 1,
+                    "image_id": row,
+                    "category_id": int(rows.classes_M[place]),
+                    "bbox": rows.boxes_M4[place].tolist(),
+                    "area": float(rows.areas_M[place]),
+                    "iscrowd": int(rows.crowd_M[place]),
+                }
+            )
+    return {
+        "info": {},
+        "images": [{"id": r, "width": rows.pictures[r].width, "height": rows.pictures[r].height} for r in found],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for number, name in enumerate(classes) if name],
+    }
+
+
+def as_entries(rows: DetectionRows, found: dict[int, Objects]) -> list[dict[str, Any]]:
+    """What was found as COCO's list of results."""
+    entries = []
+    for row, objects in found.items():
+        boxes_Q4 = objects.boxes_Q4.numpy().astype(np.float64)
+        sized_Q4 = np.concatenate([boxes_Q4[:, :2], boxes_Q4[:, 2:] - boxes_Q4[:, :2]], axis=1)
+        for label, score, box in zip(
+            objects.labels_Q.tolist(), objects.scores_Q.tolist(), sized_Q4.tolist(), strict=True
+        ):
+            entries.append({"image_id": row, "category_id": label, "bbox": box, "score": score})
+    return entries
+
+
+def attributes_right(rows: DetectionRows, found: dict[int, Objects]) -> np.ndarray:
+    """For each true box with attributes, whether the found box that covers it best (IoU 0.5 or more) names one of them;
+    a box that was not found is wrong. bool."""
+    right: list[bool] = []
+    if rows.attributes_MA is None:
+        return np.array(right)
+    for row, objects in found.items():
+        here = rows.of(row)
+        if objects.attributes_Q is None:
+            continue
+        boxes_Q4, named_Q = objects.boxes_Q4.numpy().astype(np.float64), objects.attributes_Q.numpy()
+        true_M4 = corners(rows.boxes_M4[here], rows.pictures[row])
+        for box, attributes, usable in zip(true_M4, rows.attributes_MA[here], rows.usable_M[here], strict=True):
+            if usable and (attributes >= 0).any():
+                overlap_Q = intersection_over_union(box, boxes_Q4)
+                best = int(overlap_Q.argmax()) if len(overlap_Q) else 0
+                covered = len(overlap_Q) > 0 and overlap_Q[best] >= MATCH
+                right.append(bool(covered and named_Q[best] in attributes[attributes >= 0]))
+    return np.array(right)
+
+
+def intersection_over_union(box: np.ndarray, boxes_Q4: np.ndarray) -> np.ndarray:
+    """Of one box with each of several, all (left, top, right, bottom). float64 [Q]."""
+    sides_Q2 = np.minimum(box[2:], boxes_Q4[:, 2:]) - np.maximum(box[:2], boxes_Q4[:, :2])
+    both_Q = sides_Q2.clip(min=0).prod(axis=1)
+    union_Q = (box[2:] - box[:2]).prod() + (boxes_Q4[:, 2:] - boxes_Q4[:, :2]).prod(axis=1) - both_Q
+    return both_Q / np.maximum(union_Q, 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def drawn(
+    picture: np.ndarray,
+    objects: Objects,
+    classes: Sequence[str],
+    attributes: Sequence[str] = (),
+    side: int | None = None,
+) -> np.ndarray:
+    """A picture (uint8 [H, W, 3]) with boxes, their names and scores. side: of its longer side, in pixels."""
+    height, width, _ = picture.shape
+    scale = 1.0 if side is None else side / max(height, width)
+    image = Image.fromarray(picture).resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
+    for row in reversed(range(len(objects.scores_Q))):  # the surest on top
+        label = int(objects.labels_Q[row])
+        left, top, right, bottom = (float(x) * scale for x in objects.boxes_Q4[row])
+        colour = COLOURS[label % len(COLOURS)]
+        pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
+        words = [classes[label] if label < len(classes) and classes[label] else str(label)]
+        if objects.attributes_Q is not None:
+            number = int(objects.attributes_Q[row])
+            words.insert(0, attributes[number] if number < len(attributes) else str(number))
+        text = f"{' '.join(word for word in words if word)} {float(objects.scores_Q[row]):.2f}"
+        ends = pen.textbbox((left, max(0.0, top - 11)), text)
+        pen.rectangle(ends, fill=colour)
+        pen.text(ends[:2], text, fill="white")
+    return np.asarray(image)
+
+
+def wall(
+    rows: DetectionRows, found: dict[int, Objects], title: str, classes: Sequence[str], attributes: Sequence[str] = ()
+) -> Figure:
+    """Some pictures with what was found in them, for a report."""
+    chosen = [list(found)[place * len(found) // SHOWN] for place in range(SHOWN)] if len(found) > SHOWN else list(found)
+    num_rows = -(-len(chosen) // COLUMNS)
+    canvas = Image.new("RGB", (COLUMNS * (SIDE + 4), num_rows * (SIDE + 4)), "white")
+    for place, row in enumerate(chosen):
+        shown = drawn(decode(rows.picture(row)), found[row].above(SURE), classes, attributes, SIDE)
+        canvas.paste(Image.fromarray(shown), (place % COLUMNS * (SIDE + 4), place // COLUMNS * (SIDE + 4)))
+    note = f"Boxes with a score of {SURE:g} or more, on pictures that were held out; the number is the score."
+    return Figure(title, note, charts.png_uri(np.asarray(canvas)), f"{len(chosen)} pictures with the boxes found")

@@ -1,0 +1,447 @@
+"""UniT: Multimodal Multitask Learning with a Unified Transformer (Hu & Singh, ICCV 2021, arXiv 2102.10772).
+
+A ResNet and a transformer read the picture, a BERT reads the words, and one decoder asks both with queries that each
+task has of its own; on top stands a head per task. Easy to get wrong:
+
+* positions are added to queries and keys in every layer, never to values; the encoder's output is added to its input
+  once more, after the last layer;
+* the token of the task stands first in either encoder, without a position, after BERT's embedding norm, and is taken
+  off again before the decoder;
+* all but VQA's decoder read of a text its class token alone, so that for tasks of text the memory has one position and
+  the queries are inert: without dropout one of them gives what all would;
+* a head of labels reads the first query of the last layer; a head of detection every query, in training of every layer;
+* padded pictures give what each gives alone (`layers/resnet.py`).
+
+How it is used, by name of a task in `config.tasks`:
+
+    image = model.encode_image(pixels_BCHW, sizes_B2, "vqav2")
+    text = model.encode_text(ids_BT, mask_BT, segments_BT, "vqav2")
+    hidden_LBQD = model.decode("vqav2", image, text)          # detection: all layers; labels: [1, B, 1, D]
+    logits_BK = model.heads["vqav2"](hidden_LBQD[-1, :, 0])   # or all of it: model.label("vqav2", image, text)
+    found = model.heads["coco"](model.decode("coco", image))  # Detections: logits_LBQK, boxes_LBQ4
+
+B batch, C channels, H height, W width, N image tokens, T text tokens, S positions of the decoder's memory, L decoder
+layers, Q queries, E width of the image encoder, D width of the decoder, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trivium.errors import TriviumError
+from trivium.layers.attention import attend
+from trivium.layers.embeddings import sine_positions
+from trivium.layers.heads import MaskedHead
+from trivium.layers.resnet import ResNet, inside
+from trivium.models.bert import Bert, BertConfig
+from trivium.models.encoded import Encoded, Found
+from trivium.models.unit_heads import DetectionHead, likeliest
+
+
+@dataclass(frozen=True)
+class UnitTask:
+    """One task of a model. What trains and measures it is elsewhere."""
+
+    name: str
+    kind: Literal["detection", "labels"]
+    reads: Literal["image", "text", "both"]
+    num_labels: int  # of detection: the largest category id + 1; the class "no object" comes on top
+    number: int  # its row in the tables of task tokens
+    num_queries: int = 25
+    num_attributes: int | None = None  # of a detected object, with number 0 for none; None: no such head
+    text: Literal["class", "all"] = "class"  # which of the text's tokens the decoder reads
+
+
+PUBLISHED_TASKS = (
+    UnitTask("coco", "detection", "image", 91, 0, 100),
+    UnitTask("vg", "detection", "image", 1601, 1, 100, num_attributes=401),
+    UnitTask("vqav2", "labels", "both", 3129, 3, text="all"),
+    UnitTask("snli_ve", "labels", "both", 3, 9),
+    UnitTask("qnli", "labels", "text", 2, 5),
+    UnitTask("mnli", "labels", "text", 3, 6),
+    UnitTask("sst2", "labels", "text", 2, 7),
+    UnitTask("qqp", "labels", "text", 2, 8),
+)
+
+
+@dataclass(frozen=True)
+class UnitConfig:
+    """The published model of eight tasks by default: 200,917,308 parameters, without BERT's unused pooler."""
+
+    tasks: tuple[UnitTask, ...] = PUBLISHED_TASKS
+    decoder: Literal["shared", "separate"] = "shared"  # one for all tasks, or one for each
+    width: int = 768  # of the decoder
+    num_heads: int = 8  # of the decoder and of the image encoder
+    mlp_width: int = 2048  # of both
+    decoder_layers: int = 6
+    image_width: int = 256
+    image_layers: int = 6
+    backbone_widths: tuple[int, ...] = (64, 128, 256, 512)  # of the 3 x 3 convolutions, stage by stage
+    backbone_blocks: tuple[int, ...] = (3, 4, 6, 3)
+    bottleneck: bool = True  # 1 x 1, 3 x 3, 1 x 1 to four times the width; False: 3 x 3, 3 x 3
+    backbone_norm: Literal["frozen", "group"] = "frozen"  # batch norm of loaded weights, or GroupNorm
+    backbone_eps: float = 1e-5  # 0 in the torchvision of the paper's time, 1e-5 in DETR and today
+    dilated: bool = True  # the last stage keeps its resolution (DC5)
+    text_width: int = 768
+    text_heads: int = 12
+    text_mlp_width: int = 3072
+    text_layers: int = 12  # 0: no text encoder, where no task reads one
+    vocab_size: int = 30522
+    max_length: int = 512  # text positions
+    num_segments: int = 2
+    pad_id: int = 0
+    text_eps: float = 1e-12  # of every LayerNorm of the text encoder, and of the heads of labels
+    eps: float = 1e-5  # of those of image encoder and decoder
+    dropout: float = 0.1
+    num_task_tokens: int = 256  # rows in the tables of task tokens; 0: no task tokens
+    residual: bool = True  # the encoder's input is added to its output (False: DETR)
+    attribute_width: int = 256  # of the class embedding that the head of attributes reads; its inside is twice that
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(UnitTask(**t) if isinstance(t, Mapping) else t for t in self.tasks))
+        for field in ("backbone_widths", "backbone_blocks"):  # lists, where they come from JSON
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        names = [task.name for task in self.tasks]
+        numbers = [task.number for task in self.tasks]
+        for task in self.tasks:
+            wrong = self._wrong(task)
+            if names.count(task.name) > 1:
+                wrong = "there are two of this name"
+            elif self.num_task_tokens and numbers.count(task.number) > 1:
+                wrong = f"number {task.number} is another task's too"
+            if wrong:
+                raise TriviumError(f"the task {task.name!r} of a UniT cannot be built: {wrong}")
+
+    def _wrong(self, task: UnitTask) -> str | None:
+        if not task.name or "." in task.name:
+            return "its name must be of at least one character and hold no dot"
+        if task.kind == "detection" and task.reads != "image":
+            return f"it detects, so it reads the image alone, not {task.reads!r}"
+        if task.kind != "detection" and task.num_attributes is not None:
+            return "attributes are of detected objects, and it detects none"
+        if task.reads != "image" and not self.text_layers:
+            return "it reads texts, and this model has no text encoder (text_layers is 0)"
+        if self.num_task_tokens and not 0 <= task.number < self.num_task_tokens:
+            return f"number {task.number} has no row among {self.num_task_tokens} task tokens"
+        return None
+
+    @classmethod
+    def of_size(cls, size: str, **changes: Any) -> UnitConfig:
+        """`size` is "tiny", "small" or "base" (the published one), with single fields changed."""
+        return replace(SIZES[size], **changes)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels that the sides of a picture must be multiples of: any size will do."""
+        return 1
+
+    @property
+    def text_encoder(self) -> BertConfig:
+        return BertConfig(
+            width=self.text_width, num_heads=self.text_heads, mlp_width=self.text_mlp_width,
+            num_layers=self.text_layers, vocab_size=self.vocab_size, max_length=self.max_length,
+            num_segments=self.num_segments, pad_id=self.pad_id, eps=self.text_eps, dropout=self.dropout, pooler=False,
+        )  # fmt: skip
+
+
+SIZES = {
+    "tiny": UnitConfig(
+        width=128, num_heads=4, mlp_width=512, decoder_layers=3, image_width=128, image_layers=2,
+        backbone_widths=(32, 64, 128, 256), backbone_blocks=(1, 1, 1, 1), bottleneck=False, backbone_norm="group",
+        text_width=128, text_heads=4, text_mlp_width=512, text_layers=3, vocab_size=4096, max_length=64, dropout=0.0,
+    ),
+    "small": UnitConfig(
+        width=256, mlp_width=1024, decoder_layers=4, image_layers=4,
+        backbone_blocks=(2, 2, 2, 2), bottleneck=False, backbone_norm="group",
+        text_width=384, text_mlp_width=1536, text_layers=6, max_length=128,
+    ),
+    "base": UnitConfig(),
+}  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose queries and keys carry places that the values lack. One matrix with the rows of
+    queries, keys and values in that order, as torch's MultiheadAttention has it."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, query_BQD: Tensor, key_BSD: Tensor, value_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+        """[B, Q, D]. mask_BS: bool, True = may be attended."""
+        D = query_BQD.shape[2]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if query_BQD is key_BSD:
+            query, key = F.linear(query_BQD, weight[: 2 * D], bias[: 2 * D]).chunk(2, dim=-1)
+        else:
+            query = F.linear(query_BQD, weight[:D], bias[:D])
+            key = F.linear(key_BSD, weight[D : 2 * D], bias[D : 2 * D])
+        value = F.linear(value_BSD, weight[2 * D :], bias[2 * D :])
+        query, key, value = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+        attended = attend(query, key, value, mask_BS, self.dropout if self.training else 0.0)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class EncoderBlock(nn.Module):
+    """DETR's: LN(x + Attention(x)), then LN(x + MLP(x)), with ReLU."""
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, num_heads, dropout)
+        self.attention_norm = nn.LayerNorm(width, eps)
+        self.mlp_in = nn.Linear(width, mlp_width)
+        self.mlp_out = nn.Linear(mlp_width, width)
+        self.mlp_norm = nn.LayerNorm(width, eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BNE: Tensor, places_BNE: Tensor, mask_BN: Tensor | None) -> Tensor:
+        placed_BNE = x_BNE + places_BNE
+        x_BNE = self.attention_norm(x_BNE + self.dropout(self.attention(placed_BNE, placed_BNE, x_BNE, mask_BN)))
+        return self._mlp(x_BNE)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        inside = self.dropout(F.relu(self.mlp_in(x), inplace=True))
+        return self.mlp_norm(x + self.dropout(self.mlp_out(inside)))
+
+
+class DecoderBlock(EncoderBlock):
+    """The same with LN(x + Attention(x, memory)) between the two."""
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int, eps: float, dropout: float) -> None:
+        super().__init__(width, num_heads, mlp_width, eps, dropout)
+        self.cross_attention = Attention(width, num_heads, dropout)
+        self.cross_attention_norm = nn.LayerNorm(width, eps)
+
+    def forward(  # type: ignore[override]
+        self, x_BQD: Tensor, query_QD: Tensor, memory_BSD: Tensor, placed_BSD: Tensor, mask: Tensor | None, rows: int
+    ) -> Tensor:
+        """Of the first `rows` queries. placed_BSD: the memory with its places; mask: bool [B, S]."""
+        keys_BQD = asking_BQD = x_BQD + query_QD
+        if rows < len(query_QD):
+            asking_BQD = keys_BQD[:, :rows]
+        attended = self.attention(asking_BQD, keys_BQD, x_BQD, None)
+        x_BQD = self.attention_norm(x_BQD[:, :rows] + self.dropout(attended))
+        read = self.cross_attention(x_BQD + query_QD[:rows], placed_BSD, memory_BSD, mask)
+        return self._mlp(self.cross_attention_norm(x_BQD + self.dropout(read)))
+
+
+class Decoder(nn.Module):
+    """Blocks and the norm that each one's output passes on its way to a head."""
+
+    def __init__(self, config: UnitConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            DecoderBlock(config.width, config.num_heads, config.mlp_width, config.eps, config.dropout)
+            for _ in range(config.decoder_layers)
+        )
+        self.norm = nn.LayerNorm(config.width, config.eps)
+
+    def forward(
+        self, query_QD: Tensor, memory_BSD: Tensor, placed_BSD: Tensor, mask: Tensor | None, last: bool, rows: int
+    ) -> Tensor:
+        """[L, B, Q, D], or with `last` [1, B, rows, D]: the last layer alone, of the first `rows` queries."""
+        x_BQD = memory_BSD.new_zeros(len(memory_BSD), *query_QD.shape)
+        hidden = []
+        for block in self.blocks[:-1]:
+            x_BQD = block(x_BQD, query_QD, memory_BSD, placed_BSD, mask, len(query_QD))
+            hidden.append(x_BQD)
+        x_BQD = self.blocks[-1](x_BQD, query_QD, memory_BSD, placed_BSD, mask, rows if last else len(query_QD))
+        return self.norm(x_BQD[None] if last else torch.stack([*hidden, x_BQD]))
+
+
+class ImageEncoder(nn.Module):
+    """ResNet, and a transformer over its feature map."""
+
+    def __init__(self, config: UnitConfig) -> None:
+        super().__init__()
+        self.residual = config.residual
+        self.backbone = ResNet(
+            config.backbone_widths, config.backbone_blocks, config.bottleneck, config.backbone_norm,
+            config.backbone_eps, config.dilated,
+        )  # fmt: skip
+        self.projection = nn.Linear(self.backbone.out_channels, config.image_width)
+        self.task_tokens = nn.Embedding(config.num_task_tokens, config.image_width) if config.num_task_tokens else None
+        self.blocks = nn.ModuleList(
+            EncoderBlock(config.image_width, config.num_heads, config.mlp_width, config.eps, config.dropout)
+            for _ in range(config.image_layers)
+        )
+
+    def forward(
+        self, pixels_BCHW: Tensor, sizes_B2: Tensor | None, number: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States and places, [B, N, E] each (places [1, N, E] where all pictures are of one size), and the mask."""
+        map_BCHW, sizes_B2 = self.backbone(pixels_BCHW, sizes_B2)
+        height, width = map_BCHW.shape[2:]
+        source_BNE = self.projection(map_BCHW.flatten(2).transpose(1, 2))
+        mask_BN = None if sizes_B2 is None else inside(sizes_B2, height, width).flatten(1)
+        whole_B2 = torch.tensor([[height, width]], device=source_BNE.device) if sizes_B2 is None else sizes_B2
+        places = sine_positions(whole_B2, height, width, source_BNE.shape[2], self.projection.weight.dtype)
+        x, x_places, x_mask = source_BNE, places, mask_BN
+        if self.task_tokens is not None:
+            token_E = self.task_tokens.weight[number].to(x.dtype)
+            x = torch.cat([token_E.expand(len(x), 1, -1), x], dim=1)
+            x_places = F.pad(places, (0, 0, 1, 0))
+            x_mask = None if mask_BN is None else F.pad(mask_BN, (1, 0), value=True)
+        for block in self.blocks:
+            x = block(x, x_places, x_mask)
+        if self.task_tokens is not None:
+            x = x[:, 1:]
+        return source_BNE + x if self.residual else x, places, mask_BN
+
+
+class Unit(nn.Module):
+    """Both encoders, the decoder or decoders, queries and heads of every task."""
+
+    def __init__(self, config: UnitConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.image = ImageEncoder(config)
+        same = config.image_width == width
+        self.image_to_decoder = nn.Identity() if same else nn.Linear(config.image_width, width)
+        self.image_places = nn.Identity() if same else nn.Linear(config.image_width, width)
+        self.text = None
+        if config.text_layers:
+            self.text = Bert(config.text_encoder)
+            tokens = config.num_task_tokens
+            self.text_task_tokens = nn.Embedding(tokens, config.text_width) if tokens else None
+            self.text_to_decoder = nn.Linear(config.text_width, width)
+            self.text_places = nn.Linear(config.text_width, width)
+        names = [task.name for task in config.tasks] if config.decoder == "separate" else ["shared"]
+        self.decoders = nn.ModuleDict({name: Decoder(config) for name in names})
+        self.queries = nn.ModuleDict({task.name: nn.Embedding(task.num_queries, width) for task in config.tasks})
+        self.heads = nn.ModuleDict({
+            task.name: DetectionHead(width, task.num_labels, task.num_attributes, config.attribute_width)
+            if task.kind == "detection"
+            else MaskedHead(width, task.num_labels, config.text_eps)
+            for task in config.tasks
+        })  # fmt: skip
+        self.dropout = nn.Dropout(config.dropout)  # before a head of labels
+
+    def config_dict(self) -> dict[str, Any]:
+        """What a model folder's config.json holds beside the family."""
+        return asdict(self.config)
+
+    def blocks(self) -> list[nn.Module]:
+        """Every transformer block, for compilation and sharding block by block."""
+        decoders: Iterable[Any] = self.decoders.values()
+        text = [] if self.text is None else self.text.blocks()
+        return [*self.image.blocks, *text, *(block for decoder in decoders for block in decoder.blocks)]
+
+    def task(self, name: str) -> UnitTask:
+        """Raises TriviumError where there is none of this name."""
+        for task in self.config.tasks:
+            if task.name == name:
+                return task
+        known = ", ".join(task.name for task in self.config.tasks)
+        raise TriviumError(f"this UniT has no task {name!r}: it has {known}")
+
+    def encode_image(self, pixels_BCHW: Tensor, sizes_B2: Tensor | None = None, task: str | None = None) -> Encoded:
+        """Normalised pixels, float [B, 3, H, W], of any size -> `states` [B, N, D] as the decoder reads them.
+
+        Args:
+            sizes_B2: (height, width) of each picture, which begins at the top left; what lies beyond has no effect.
+                None: no padding. On any device; where it is on CPU nothing waits for it.
+            task: whose token is read with it; None: of the first task that reads pictures.
+        """
+        number = self._reader("image", task).number
+        states, places, mask_BN = self.image(pixels_BCHW, sizes_B2, number)
+        places_BND = self.image_places(places).expand(len(states), -1, -1)
+        return Encoded(self.image_to_decoder(states), mask_BN, nn.Identity(), None, places=places_BND, mean=True)
+
+    def encode_text(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        task: str | None = None,
+    ) -> Encoded:
+        """Token ids, int64 [B, T] -> `states` [B, T, D], or [B, 1, D] of a task that reads the class token alone.
+
+        Args:
+            mask_BT: bool, True = a real token. None attends pads too.
+            task: whose token is read with it; None: of the first task that reads texts, and all tokens are given.
+        """
+        reader = self._reader("text", task)
+        assert self.text is not None
+        x_BTE = self.text.embeddings(ids_BT, segments_BT)
+        mask, first = mask_BT, 0
+        if self.text_task_tokens is not None:
+            first = 1
+            token_E = self.text_task_tokens.weight[reader.number].to(x_BTE.dtype)
+            x_BTE = torch.cat([token_E.expand(len(x_BTE), 1, -1), x_BTE], dim=1)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        T = ids_BT.shape[1]
+        rows = None
+        if task is not None and reader.text == "class":  # the last block at the class token alone
+            rows, T, mask_BT = torch.full((len(ids_BT), 1), first, device=ids_BT.device), 1, None
+        x_BTE = self.text.encoder(x_BTE, mask, rows)
+        states = self.text_to_decoder(x_BTE if rows is not None else x_BTE[:, first:])
+        places_BTD = self.text_places(self.text.embeddings.position.weight[:T]).expand(len(ids_BT), -1, -1)
+        return Encoded(states, mask_BT, nn.Identity(), None, places=places_BTD)
+
+    def decode(self, task: str, image: Encoded | None, text: Encoded | None = None, last: bool = False) -> Tensor:
+        """What the queries of a task found, after the final norm: [L, B, Q, D] of detection ([1, B, Q, D] with `last`),
+        [1, B, 1, D] of labels, whose head reads no more. `image` and `text`: those that it reads, encoded for it."""
+        reader = self.task(task)
+        sides = [side for side, other in ((image, "text"), (text, "image")) if reader.reads != other]
+        assert all(side is not None and side.places is not None for side in sides), f"{task} reads {reader.reads}"
+        read: list[Any] = [(side.states, side.places, side.mask) for side in sides if side is not None]
+        if reader.reads != "image" and reader.text == "class":
+            read[-1] = (read[-1][0][:, :1], read[-1][1][:, :1], None)
+        memory_BSD = torch.cat([states for states, _, _ in read], dim=1)
+        placed_BSD = memory_BSD + torch.cat([places for _, places, _ in read], dim=1)
+        mask_BS = None
+        if any(mask is not None for _, _, mask in read):
+            every = [states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask
+                     for states, _, mask in read]  # fmt: skip
+            mask_BS = torch.cat(every, dim=1)
+        queries: Any = self.queries[task]
+        query_QD = queries.weight
+        labels = reader.kind == "labels"
+        if labels and memory_BSD.shape[1] == 1 and not (self.training and self.config.dropout):
+            query_QD = query_QD[:1]  # the others would find the same
+        decoder = self.decoders[task if self.config.decoder == "separate" else "shared"]
+        hidden_LBQD: Tensor = decoder(
+            query_QD, memory_BSD, placed_BSD, mask_BS, last or labels, 1 if labels else len(query_QD)
+        )
+        return hidden_LBQD
+
+    def label(self, task: str, image: Encoded | None, text: Encoded | None = None) -> Tensor:
+        """Logits [B, K] of a task of labels."""
+        assert self.task(task).kind == "labels", f"{task} detects"
+        logits_BK: Tensor = self.heads[task](self.dropout(self.decode(task, image, text)[0, :, 0]))
+        return logits_BK
+
+    @torch.no_grad()
+    def detect(self, pixels_BCHW: Tensor, sizes_B2: Tensor | None = None, task: str | None = None) -> Found:
+        """Objects in pictures: of each query its likeliest class, "no object" left out (DETR's way to COCO's mAP).
+
+        task: None: the first that detects.
+        """
+        task = task or next((t.name for t in self.config.tasks if t.kind == "detection"), "detection")
+        if self.task(task).kind != "detection":
+            raise TriviumError(f"the task {task!r} detects nothing: name one that does")
+        head: Any = self.heads[task]
+        return likeliest(head(self.decode(task, self.encode_image(pixels_BCHW, sizes_B2, task), last=True)), head)
+
+    def _reader(self, kind: Literal["image", "text"], name: str | None) -> UnitTask:
+        """A task that reads pictures or texts."""
+        if name is None:
+            for task in self.config.tasks:
+                if task.reads in (kind, "both"):
+                    return task
+            raise TriviumError(f"no task of this UniT reads {kind}s")
+        task = self.task(name)
+        if task.reads not in (kind, "both"):
+            raise TriviumError(f"the task {name!r} reads no {kind}s")
+        return task

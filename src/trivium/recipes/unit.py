@@ -1,0 +1,366 @@
+"""UniT as a recipe: several tasks, one model (Hu & Singh 2021).
+
+    trivium pretrain unit --data.scenes scenes --data.glue glue        the tasks whose data is named
+    trivium pretrain unit                                              scenes that are made for it
+
+Which tasks there are: recipes/unit_tasks.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivium.bundle import Bundle
+from trivium.data.detection import Detection
+from trivium.data.detection_collate import Augmentation
+from trivium.data.labelled import is_labelled
+from trivium.data.mixture import StreamMixture
+from trivium.data.task_collate import TaskCollate
+from trivium.data.tokenizer import Tokenizer
+from trivium.errors import TriviumError
+from trivium.evaluate import detection
+from trivium.evaluate import tasks as figures_of
+from trivium.evaluate.embedded import Evaluation
+from trivium.evaluate.results import Result
+from trivium.evaluate.tasks import Predictions
+from trivium.load import load, open_own
+from trivium.methods.pixels import Pixels
+from trivium.methods.unit import Labels, UnitMethod
+from trivium.models.bert import Bert
+from trivium.models.unit import SIZES, Unit, UnitConfig
+from trivium.recipes import limits
+from trivium.recipes.data import absolute
+from trivium.recipes.predict import predict_by
+from trivium.recipes.prepared import Losses, Prepared
+from trivium.recipes.unit_tasks import (
+    PUBLISHED,
+    JointData,
+    JointTask,
+    Opened,
+    make_tokenizer,
+    opened,
+    with_absolute_paths,
+    with_data,
+)
+from trivium.train.config import Config, leaves
+from trivium.train.initial import initialise
+from trivium.train.optim import Group, Optim
+from trivium.train.protocol import Method, Stream
+from trivium.train.trainer import Run, Train
+
+
+@dataclass(frozen=True)
+class UnitRecipe:
+    """Everything that a UniT run is."""
+
+    model: UnitConfig  # its tasks come from the data
+    tasks: dict[str, JointTask] = field(default_factory=lambda: dict(PUBLISHED))
+    data: JointData = field(default_factory=JointData)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    init: str | None = None  # a UniT, such as a run of detection alone: what fits is taken
+    init_text: str | None = None  # a BERT in Hugging Face's layout for the text encoder, with its tokenizer
+    measure: int | None = None  # rows of each held-out split that are measured, evenly spread; None: all
+
+    def rows_at_once(self, batch: int) -> int:
+        """Rows of one forward of a task with this batch."""
+        most = self.train.micro_batch if isinstance(self.train.micro_batch, int) else batch
+        return next(rows for rows in range(min(most, batch), 0, -1) if batch % rows == 0)
+
+    def with_absolute_paths(self) -> UnitRecipe:
+        """The same for whoever stands in another folder: what a config that is kept should state."""
+        paths = {name: None if (path := getattr(self, name)) is None else absolute(path) for name in
+                 ("init", "init_text")}  # fmt: skip
+        given = {name: None if (path := getattr(self.data, name)) is None else absolute(path) for name in
+                 ("scenes", "glue")}  # fmt: skip
+        vocabulary = self.data.vocabulary
+        if vocabulary not in ("learned", "bert"):
+            vocabulary = absolute(vocabulary)
+        data = replace(self.data, **given, vocabulary=vocabulary)  # type: ignore[arg-type]
+        return replace(self, tasks=with_absolute_paths(self.tasks), data=data, **paths)  # type: ignore[arg-type]
+
+    def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedUnit:
+        """Open the tasks, make or read the tokenizer, build model and method.
+
+        Args:
+            name, arguments: of the recipe, as config.json is to state them.
+            resume_from: the model folder of a checkpoint that was checked; the tokenizer is then its own, and the
+                trainer restores the weights.
+        """
+        return _prepare(self, name, arguments, resume_from)
+
+
+def unit(size: str = "tiny") -> UnitRecipe:
+    """UniT (Hu & Singh 2021). size: "tiny" for a laptop tonight, "small", or "base", the published one.
+
+    Base has the paper's optimizer and shares of the tasks, and starts as the paper does only with --init-text, a BERT,
+    and --init, DETR's weights.
+    """
+    if size not in SIZES:
+        raise TriviumError(f"there is no UniT of size {size}: use one of {', '.join(SIZES)}")
+    model = UnitConfig.of_size(size, tasks=())
+    if size != "base":
+        return _small(model, size == "tiny")
+    published = Optim(
+        lr=5e-5, betas=(0.9, 0.999), weight_decay=1e-4, warmup=2000, clip_norm=0.1, no_decay=(),
+        freeze=("image.backbone.stem.*", "image.backbone.stages.0.*"), groups=(Group("image.backbone.*", rate=0.2),),
+    )  # fmt: skip
+    return UnitRecipe(model, optim=published, train=Train(steps=500_000, micro_batch=4, save_every=10_000))
+
+
+def _small(model: UnitConfig, tiny: bool) -> UnitRecipe:
+    """Trained from a random start, on pictures of 128 or 320 pixels."""
+    optim = Optim(
+        lr=8e-4 if tiny else 2e-4, betas=(0.9, 0.99), weight_decay=0.02, warmup=0.05, clip_norm=1.0,
+        no_decay=(*Optim().no_decay, "*task_tokens*", "queries.*"),
+    )  # fmt: skip
+    if not tiny:
+        shorts = tuple(range(224, 353, 32))
+        augmentation = Augmentation(shorts=shorts, before_crop=(256, 320, 384), crop_sides=(192, 320))
+        data = JointData(short=320, longest=533, augmentation=augmentation)
+        return UnitRecipe(model, data=data, optim=optim, train=Train(steps=50_000, micro_batch=16))
+    # Without crops scenes keep one size and need no padding, which takes as long as half of a step.
+    augmentation = Augmentation(shorts=(128,), crop=0.0, before_crop=(128, 144, 160), crop_sides=(96, 128))
+    tasks = {
+        name: replace(task, num_queries=min(task.num_queries, 20), batch=32 if name in ("coco", "vg") else 64,
+                      max_length=min(task.max_length, 48))
+        for name, task in PUBLISHED.items()
+    }  # fmt: skip
+    data = JointData(short=128, longest=213, augmentation=augmentation, vocabulary="learned")
+    return UnitRecipe(model, tasks, data, optim, Train(steps=3000, save_every=500), measure=2000)
+
+
+@dataclass
+class PreparedUnit(Prepared):
+    """A UniT run with its parts in memory."""
+
+    recipe: UnitRecipe
+    bundle: Bundle
+    tasks: list[Opened]
+    collates: dict[str, Any]
+
+    def measures(self, recipe: UnitRecipe) -> Callable[[Method], dict[str, Any]]:
+        return _measures(self.bundle, self.tasks, self.collates, recipe)
+
+    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
+        found, method = Evaluation(), self.run.method
+        assert isinstance(method, UnitMethod)
+        for task in self.tasks:
+            if not task.data.held_out:
+                found.not_applicable.append(f"{task.title}: its data has nothing that is held out")
+            if isinstance(task.data, Detection):
+                self._boxes(found, task, task.data, say)
+                continue
+            assert task.of is not None
+            for name in task.data.held_out:
+                say(f"{task.title}: {name}")
+                predictions = _predictions(method, task, name, self.collates, self.recipe)
+                found.not_applicable += [f"a row of {name} that cannot be read: {bad}" for bad in predictions.bad]
+                if predictions.is_labelled:
+                    figures_of.tell(found, task.title, name, task.of.metrics, predictions)
+                    guesses = {f"{n}.majority": Result(found.chance[n]) for n in found.results if n in found.chance}
+                    found.results |= guesses
+                else:
+                    found.not_applicable.append(f"{task.title}, {name}: it has no labels")
+        return found, {}
+
+    def _boxes(self, found: Evaluation, task: Opened, data: Detection, say: Callable[[str], None]) -> None:
+        for name, rows in data.held_out.items():
+            say(f"{task.title}: {name}")
+            chosen = rows.capped(self.recipe.measure)
+            seen, bad = detection.find(self.bundle, chosen, task.name)
+            found.not_applicable += [f"a picture of {name} that cannot be read: {each}" for each in bad]
+            figures = detection.measure(chosen, seen, data.classes)
+            found.results |= {f"{task.title}.{name}.{figure}": result for figure, result in figures.items()}
+            found.headline.append(
+                f"{task.title}, {name}: mAP {figures['ap'].value:.3f}, at IoU 0.5 {figures['ap50'].value:.3f}, over"
+                f" {len(seen):,} pictures."
+            )
+            found.figures.append(
+                detection.wall(chosen, seen, f"{task.title}: what it finds", data.classes, data.attributes)
+            )
+
+
+# ----------------------------------------------------------------------------------------------------- preparing
+
+
+def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> PreparedUnit:
+    limits.check(leaves(recipe))
+    given = with_data(recipe.tasks, recipe.data)
+    tasks = opened(given)
+    notes = [f"{task.name}: {note}" for task in tasks for note in task.data.notes]
+    start = open_own(resume_from) if resume_from is not None else None if recipe.init is None else load(recipe.init)
+    if start is not None and not isinstance(start.model, Unit):
+        raise TriviumError(f"{recipe.init} holds a {start.family}, and a UniT starts from a UniT: give one")
+    text = None if recipe.init_text is None or resume_from is not None else load(recipe.init_text)
+    if text is not None and not isinstance(text.model, Bert):
+        raise TriviumError(
+            f"{recipe.init_text} holds a {text.family}, and the text encoder starts from a BERT: give one"
+        )
+    tokenizer = next((b.tokenizer for b in (start, text) if b is not None and b.tokenizer is not None), None)
+    if tokenizer is None:
+        tokenizer = make_tokenizer(recipe.data.vocabulary, tasks, recipe.model.vocab_size)
+    config = _config(recipe, tasks, start, text, tokenizer)
+    # A text encoder that no task needs is left out of the model, not out of the recipe.
+    recipe = replace(recipe, model=replace(config, text_layers=config.text_layers or recipe.model.text_layers))
+
+    model = Unit(config)
+    _initialise(model, recipe.train.seed)
+    if text is not None:
+        notes.append(_take_text(model, text, str(recipe.init_text)))
+    if start is not None:
+        taken = _take(model, start, str(recipe.init))
+        notes += taken if resume_from is None else []
+    transform = recipe.data.transform
+    targets: dict[str, Labels] = {
+        task.name: "answers" if task.of.gives == "answers" else "label" for task in tasks if task.of is not None
+    }
+    method = UnitMethod(model, Pixels(transform.mean, transform.std), targets)
+    max_length = max((task.given.max_length for task in tasks), default=config.max_length)
+    bundle = Bundle(
+        "unit", model, tokenizer if config.text_layers else None, transform,
+        max_length=min(max_length, config.max_length),
+        labels_of={name: names for task in tasks for name, names in task.labels.items()},
+    )  # fmt: skip
+    collates = {
+        task.name: task.collate(transform, recipe.data.augmentation, tokenizer, config.max_length) for task in tasks
+    }
+
+    def mixture_of(train: Train) -> StreamMixture:
+        with_train = replace(recipe, train=train)
+        streams = [
+            Stream(t.name, t.data.train, collates[t.name], t.given.batch, with_train.rows_at_once(t.given.batch),
+                   t.given.ratio)
+            for t in tasks
+        ]  # fmt: skip
+        return StreamMixture(streams, train.seed, "ratio", train.workers)
+
+    run = Run(
+        method,
+        mixture_of(recipe.train),
+        recipe.optim,
+        recipe.train,
+        export=bundle.save,
+        config=Config(name, arguments, leaves(recipe)),
+        evaluate=_measures(bundle, tasks, collates, recipe),
+        blocks=model.blocks,
+    )
+    return PreparedUnit(recipe, run, bundle, mixture_of, name, arguments, notes, tasks, collates)
+
+
+def _config(
+    recipe: UnitRecipe, tasks: list[Opened], start: Bundle | None, text: Bundle | None, tokenizer: Tokenizer
+) -> UnitConfig:
+    """The shape of the model, with the tasks that the data has.
+
+    Raises TriviumError where words of the data have no place in the model.
+    """
+    config, of_tasks = recipe.model, tuple(task.for_model for task in tasks)
+    reads_text = any(task.reads != "image" for task in of_tasks)
+    if not reads_text:
+        return replace(config, tasks=of_tasks, text_layers=0)
+    if text is not None:
+        bert: Any = text.model.config
+        config = replace(
+            config, text_width=bert.width, text_heads=bert.num_heads, text_mlp_width=bert.mlp_width,
+            text_layers=bert.num_layers, vocab_size=bert.vocab_size, max_length=bert.max_length,
+            num_segments=bert.num_segments, pad_id=bert.pad_id, text_eps=bert.eps,
+        )  # fmt: skip
+    elif start is None or start.tokenizer is None:
+        config = replace(config, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+    else:
+        of_start: Any = start.model.config
+        config = replace(config, vocab_size=of_start.vocab_size, pad_id=of_start.pad_id)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TriviumError(
+            f"the vocabulary has {tokenizer.vocab_size} words and the model room for {config.vocab_size}: give the"
+            " vocabulary that it was trained with"
+        )
+    return replace(config, tasks=of_tasks)
+
+
+@torch.no_grad()
+def _initialise(model: Unit, seed: int) -> None:
+    """Weights at the scale of their inputs; queries and task tokens of N(0, 1), as published."""
+    initialise(model, seed, std="fan in")
+    for name, parameter in model.named_parameters():
+        if name.startswith("queries.") or "task_tokens" in name:
+            parameter.mul_(math.sqrt(parameter.shape[1]))
+
+
+def _take(model: Unit, start: Bundle, path: str) -> list[str]:
+    """Give the model what fits of a trained one; a decoder of its own for one task fills a shared one, as the paper's
+    start from detection does (section 4.2)."""
+    state = dict(start.model.state_dict())
+    decoders = sorted({name.split(".")[1] for name in state if name.startswith("decoders.")})
+    if model.config.decoder == "shared" and "shared" not in decoders and len(decoders) == 1:
+        old = f"decoders.{decoders[0]}."
+        state = {f"decoders.shared.{n.removeprefix(old)}" if n.startswith(old) else n: t for n, t in state.items()}
+    if model.config.decoder == "separate" and decoders == ["shared"]:
+        of_start: Any = start.model.config
+        shared = {name: tensor for name, tensor in state.items() if name.startswith("decoders.shared.")}
+        for task in of_start.tasks:
+            state |= {name.replace("shared", task.name, 1): tensor for name, tensor in shared.items()}
+    own = model.state_dict()
+    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    if not fitting:
+        raise TriviumError(f"{path} has no tensor that fits this model: give a run of the same --size")
+    model.load_state_dict(fitting, strict=False)
+    new = sorted({".".join(name.split(".")[:2]) for name in own.keys() - fitting.keys()})
+    notes = [f"{len(fitting):,} of {len(own):,} tensors start as {path} has them"]
+    return notes + ([f"new are {', '.join(new)}"] if new else [])
+
+
+def _take_text(model: Unit, text: Bundle, path: str) -> str:
+    """Give the text encoder what a BERT has for it. Raises TriviumError where no task reads text."""
+    if model.text is None:
+        raise TriviumError(f"--init-text {path}: none of these tasks reads a text: leave it out")
+    own, state = model.text.state_dict(), text.model.state_dict()
+    model.text.load_state_dict({name: state[name] for name in own})
+    return f"the text encoder starts as {path} has it, with its shape and its vocabulary"
+
+
+# ----------------------------------------------------------------------------------------------------- measuring
+
+
+def _predictions(
+    method: UnitMethod, task: Opened, split: str, collates: dict[str, TaskCollate], recipe: UnitRecipe
+) -> Predictions:
+    assert not isinstance(task.data, Detection)
+    rows = task.data.held_out[split].capped(recipe.measure)
+    batch = recipe.rows_at_once(task.given.batch)
+    return predict_by(
+        method.answers, method, rows, collates[task.name], batch, task.data.labels, stream=task.name
+    )  # fmt: skip
+
+
+def _measures(
+    bundle: Bundle, tasks: list[Opened], collates: dict[str, Any], recipe: UnitRecipe
+) -> Callable[[Method], dict[str, Any]]:
+    """What a trainer calls: mAP of every task of detection, every metric of the others."""
+
+    def measure(method: Method) -> dict[str, Any]:
+        assert isinstance(method, UnitMethod)
+        figures: dict[str, float] = {}
+        for task in tasks:
+            if isinstance(task.data, Detection):
+                for name, rows in task.data.held_out.items():
+                    chosen = rows.capped(recipe.measure)
+                    seen, _ = detection.find(bundle, chosen, task.name)
+                    results = detection.measure(chosen, seen, task.data.classes)
+                    figures |= {f"{task.name}.{name}.{each}": results[each].value for each in results}
+                continue
+            assert task.of is not None
+            for name, split in task.data.held_out.items():
+                if is_labelled(split):
+                    found = _predictions(method, task, name, collates, recipe)
+                    figures |= {f"{task.name}.{name}.{m}": figures_of.figure(m, found) for m in task.of.metrics}
+        return {"figures": figures}
+
+    return measure

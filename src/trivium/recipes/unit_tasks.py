@@ -1,0 +1,234 @@
+"""The tasks that a UniT learns together: which there are, where their rows are, what becomes of each.
+
+A task of labels is one of those that `finetune` takes (tasks.py); detection is COCO's or Visual Genome's format. A task
+of one's own is one more entry of TASKS and one of the recipe's `tasks` (see docs/how-to.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from trivium.data import embedded
+from trivium.data.detection import LAYOUTS, Detection, read_detection
+from trivium.data.detection_collate import Augmentation, DetectionCollate
+from trivium.data.glue import GLUE
+from trivium.data.labelled import Splits
+from trivium.data.scene_files import write_scenes
+from trivium.data.scenes import Scenes
+from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
+from trivium.data.tokenizer import Tokenizer
+from trivium.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
+from trivium.errors import TriviumError
+from trivium.models.unit import UnitTask
+from trivium.recipes.data import absolute
+from trivium.recipes.tasks import TASKS, Task, TaskData
+
+TEXTS_FOR_VOCABULARY = 50_000  # of each task
+SCENES = {"coco": "coco", "vg": "vg", "vqav2": "vqa", "snli_ve": "snli-ve"}  # task -> its folder among scenes
+OF_GLUE = ("qnli", "mnli", "qqp", "sst2")
+
+
+@dataclass(frozen=True)
+class JointTask:
+    """One of the tasks. It is trained where its data is named."""
+
+    number: int  # its row in the tables of task tokens, another for each task
+    task: str | None = None  # one of those of `trivium finetune`, or coco or vg (detection); None: that of its own name
+    root: str | None = None  # folder of a published task in its official layout
+    train: tuple[str, ...] = ()  # one's own tables: CSV, TSV, JSONL, Parquet
+    dev: tuple[str, ...] = ()
+    ratio: float = 0.1  # share of the steps, relative to those of the others
+    batch: int = 64  # rows of one step, over all processes
+    rows: int | None = None  # training rows that are used, evenly spread; None: all
+    num_queries: int = 25
+    text: Literal["class", "all"] = "class"  # which of the text's tokens the decoder reads
+    max_length: int = 128  # tokens of its texts
+    min_questions: int = 9  # of VQA: with an answer, for it to be a class
+
+    @property
+    def is_given(self) -> bool:
+        return self.root is not None or bool(self.train)
+
+
+@dataclass(frozen=True)
+class JointData:
+    """What the tasks share. With no data named at all, here or at a task, scenes are made and used."""
+
+    scenes: str | None = None  # folder that `trivium data scenes` wrote: coco, vg, vqa and snli-ve inside
+    glue: str | None = None  # folder of GLUE: those of QNLI, MNLI, QQP and SST-2 that are in it
+    num_scenes: int = 8000  # that are made
+    short: int = 800  # pixels of a picture's shorter side
+    longest: int = 1333  # and at most of its longer one
+    augmentation: Augmentation = field(default_factory=Augmentation)  # of detection
+    vocabulary: str = "bert"  # "learned" from the tasks' texts, "bert", or the path of a tokenizer.json
+
+    @property
+    def transform(self) -> ImageTransform:
+        return ImageTransform(self.short, "bilinear", IMAGENET_MEAN, IMAGENET_STD, "shortest", self.longest)
+
+
+# The shares of the eight are the paper's; numbers are those of the released weights, where they have one.
+PUBLISHED = {
+    "coco": JointTask(0, ratio=0.20, num_queries=100),
+    "vg": JointTask(1, ratio=0.07, num_queries=100),
+    "vqav2": JointTask(3, ratio=0.26, text="all", max_length=25),
+    "snli_ve": JointTask(9, ratio=0.12, max_length=25),
+    "qnli": JointTask(5, ratio=0.10),
+    "mnli": JointTask(6, ratio=0.10),
+    "qqp": JointTask(8, ratio=0.10),
+    "sst2": JointTask(7, ratio=0.05),
+    "hateful_memes": JointTask(2, ratio=0.05, max_length=64),
+    "easy_vqa": JointTask(10, ratio=0.05, text="all", max_length=25),
+    "daquar": JointTask(11, ratio=0.05, text="all", max_length=25),
+}
+
+
+@dataclass
+class Opened:
+    """A task with its rows."""
+
+    name: str
+    given: JointTask
+    of: Task | None  # None: detection
+    data: Splits | Detection
+
+    @property
+    def title(self) -> str:
+        return LAYOUTS[self.kind].figure if self.of is None else self.of.title
+
+    @property
+    def kind(self) -> str:
+        return self.given.task or self.name
+
+    @property
+    def for_model(self) -> UnitTask:
+        """The task as the model is built for it."""
+        given = self.given
+        if isinstance(self.data, Detection):
+            attributes = len(self.data.attributes) or None
+            return UnitTask(self.name, "detection", "image", len(self.data.classes), given.number, given.num_queries,
+                            attributes)  # fmt: skip
+        assert self.of is not None
+        reads: Literal["image", "text", "both"] = {"images": "image", "text": "text", "pairs": "both"}[self.of.reads]  # type: ignore[assignment]
+        return UnitTask(self.name, "labels", reads, len(self.data.labels), given.number, given.num_queries,
+                        text=given.text)  # fmt: skip
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        if isinstance(self.data, Splits):
+            return {self.name: list(self.data.labels)}
+        attributes = {f"{self.name}.attributes": list(self.data.attributes)} if self.data.attributes else {}
+        return {self.name: list(self.data.classes)} | attributes
+
+    def texts(self) -> Iterator[str]:
+        """Of training, for a vocabulary: some, evenly spread."""
+        if isinstance(self.data, Splits) and self.of is not None and self.of.reads != "images":
+            for row in self.data.train.capped(TEXTS_FOR_VOCABULARY).good():
+                yield from (text for text in (row.text, row.second_text) if text)
+
+    def collate(
+        self, transform: ImageTransform, augmentation: Augmentation, tokenizer: Tokenizer, positions: int
+    ) -> TaskCollate | DetectionCollate:
+        if self.of is None:
+            return DetectionCollate(transform, augmentation)
+        assert isinstance(self.data, Splits)
+        texts = TaskText(tokenizer, min(self.given.max_length, positions), segments=True)
+        return TaskCollate(
+            None if self.of.reads == "images" else texts,
+            None if self.of.reads == "text" else TaskImage(transform),
+            len(self.data.labels),
+            sort_by_length=False,
+        )
+
+
+def known() -> list[str]:
+    return [*LAYOUTS, *TASKS]
+
+
+def with_data(tasks: Mapping[str, JointTask], data: JointData) -> dict[str, JointTask]:
+    """The tasks that are trained, with the folders that `data` names for several of them. Raises TriviumError."""
+    found = dict(tasks)
+
+    def give(name: str, root: str) -> None:
+        if name in found and not found[name].is_given:
+            found[name] = replace(found[name], root=root)
+
+    scenes = data.scenes
+    if scenes is None and data.glue is None and not any(task.is_given for task in tasks.values()):
+        scenes = str(made_scenes(data.num_scenes))
+    if scenes is not None:
+        there = [name for name, folder in SCENES.items() if os.path.isdir(os.path.join(scenes, folder))]
+        if not there:
+            raise TriviumError(
+                f"{scenes} holds none of the folders {', '.join(SCENES.values())}: write them with trivium data scenes"
+                f" --out {scenes}, or give another --data.scenes"
+            )
+        for name in there:
+            give(name, os.path.join(scenes, SCENES[name]))
+    if data.glue is not None:
+        there = [name for name in OF_GLUE if os.path.isdir(os.path.join(data.glue, GLUE[name].folder))]
+        if not there:
+            folders = ", ".join(GLUE[name].folder for name in OF_GLUE)
+            raise TriviumError(f"{data.glue} holds none of {folders}: give the folder of GLUE as --data.glue")
+        for name in there:
+            give(name, data.glue)
+    chosen = {name: task for name, task in found.items() if task.is_given and task.ratio > 0}
+    if not chosen:
+        raise TriviumError("no task has both data and a ratio above 0, so nothing would be trained: name data for one")
+    return chosen
+
+
+def made_scenes(count: int) -> Path:
+    """Scenes of the embedded drawings, kept where caches are, made where they are not there yet."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trivium" / f"scenes-{count}"
+    for split, number in (("train", count), ("new-scenes", max(4, count // 8))):
+        write_scenes(Scenes(split, number), cache, tuple(SCENES.values()))  # type: ignore[arg-type]
+    return cache
+
+
+def opened(tasks: Mapping[str, JointTask]) -> list[Opened]:
+    """Open the rows of each. Raises TriviumError for a task that there is not, and as its reader does."""
+    found = []
+    for name, given in tasks.items():
+        kind = given.task or name
+        if kind in LAYOUTS:
+            if given.root is None:
+                raise TriviumError(f"the boxes of the task {name} are not named: give --tasks.{name}.root DIR")
+            boxes = read_detection(kind, given.root)
+            found.append(Opened(name, given, None, replace(boxes, train=boxes.train.capped(given.rows))))
+            continue
+        if kind not in TASKS:
+            raise TriviumError(f"there is no task {kind}: use one of {', '.join(known())}")
+        of = TASKS[kind]
+        if of.gives == "number":
+            raise TriviumError(f"{of.title} asks for a number, and a UniT answers with classes: leave out {name}")
+        rows = TaskData(given.root, given.train, given.dev, min_questions=given.min_questions)
+        splits = of.open(rows).checked()
+        found.append(Opened(name, given, of, replace(splits, train=splits.train.capped(given.rows))))
+    return found
+
+
+def make_tokenizer(vocabulary: str, tasks: list[Opened], vocab_size: int) -> Tokenizer:
+    """Raises TriviumError where the file of a tokenizer is none."""
+    texts = [text for task in tasks for text in task.texts()]
+    if vocabulary == "learned" and texts:
+        return Tokenizer.train(texts, vocab_size)
+    if vocabulary in ("learned", "bert"):
+        return Tokenizer.wordpiece(embedded.bert_vocabulary())
+    return Tokenizer.from_file(Path(vocabulary))
+
+
+def with_absolute_paths(tasks: Mapping[str, JointTask]) -> dict[str, JointTask]:
+    return {
+        name: replace(
+            task,
+            root=None if task.root is None else absolute(task.root),
+            train=tuple(map(absolute, task.train)),
+            dev=tuple(map(absolute, task.dev)),
+        )
+        for name, task in tasks.items()
+    }

@@ -1,0 +1,214 @@
+"""UniT's released checkpoints and DETR's: told by their names, in and out to the bit, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from published_unit import PlainUnit
+from safetensors.torch import load_file
+from torch import Tensor
+
+import trivium
+from tests.parity.test_unit_plain import SMALL_TASKS, TINY, draw_weights
+from trivium.cli import main
+from trivium.convert.places import give
+from trivium.convert.unit import config_beside, detr_places, from_detr, from_mmf, labels_of, to_detr, to_mmf
+from trivium.errors import TriviumError
+from trivium.models.unit import Unit, UnitConfig, UnitTask
+
+State = dict[str, Tensor]
+DETR = UnitConfig(
+    tasks=(UnitTask("coco", "detection", "image", 7, 0, 6),), width=16, num_heads=4, mlp_width=40, decoder_layers=3,
+    image_width=16, image_layers=2, backbone_widths=(4, 6, 8), backbone_blocks=(1, 2, 3), text_layers=0,
+    num_task_tokens=0, residual=False,
+)  # fmt: skip
+RELEASED = {
+    "coco single-task": {"tasks": SMALL_TASKS[:1], "decoder": "separate"},
+    "vg single-task": {"tasks": SMALL_TASKS[1:2], "decoder": "separate"},
+    "vqa single-task": {"tasks": SMALL_TASKS[2:3], "decoder": "separate"},
+    "ve single-task": {"tasks": SMALL_TASKS[3:4], "decoder": "separate"},
+    "glue single-task": {"tasks": SMALL_TASKS[4:5], "decoder": "separate"},
+    "single-task without task tokens": {"tasks": SMALL_TASKS[:1], "decoder": "separate", "num_task_tokens": 0},
+    "coco and vqa, shared": {"tasks": (SMALL_TASKS[0], SMALL_TASKS[2])},
+    "all separate": {"decoder": "separate"},
+    "all shared": {},
+    "all shared without task tokens": {"num_task_tokens": 0},
+}
+
+
+def released(config: UnitConfig) -> State:
+    plain = PlainUnit(config)
+    draw_weights(plain, 0.05)
+    state = {name: tensor.clone() for name, tensor in plain.official_state().items()}  # as a file: no two are one
+    for name in state:
+        if name.endswith("empty_weight"):
+            state[name][-1] = 0.1
+    return state
+
+
+def detr() -> State:
+    model = Unit(DETR)
+    draw_weights(model, 0.05)
+    return {name: tensor.clone() for name, tensor in give(model.state_dict(), detr_places(DETR)).items()}
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+def test_released_in_and_out_is_the_same_to_the_bit(kind: str) -> None:
+    config = replace(TINY, **RELEASED[kind])  # type: ignore[arg-type]
+    state = released(config)
+    found, tensors = from_mmf(state, config_beside(config))
+    # Of a head that is not there no shape tells the width.
+    assert replace(found, dropout=0.0, attribute_width=config.attribute_width) == config
+    assert tensors.keys() == Unit(config).state_dict().keys()
+    back = to_mmf(tensors, found)
+    kept = {name for name in state if ".pooler." not in name}
+    assert back.keys() == kept
+    assert all(torch.equal(back[name], state[name]) for name in kept)
+    again = from_mmf(back, config_beside(config))
+    assert again[0] == found
+    assert all(torch.equal(again[1][name], tensors[name]) for name in tensors)
+
+
+def test_detr_in_and_out_is_the_same_to_the_bit() -> None:
+    state = detr()
+    counting = {"backbone.0.body.bn1.num_batches_tracked": torch.tensor(0)}
+    found, tensors = from_detr(state | counting, config_beside(DETR))
+    assert found == DETR
+    assert tensors.keys() == Unit(DETR).state_dict().keys()
+    back = to_detr(tensors, found)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_the_first_release_calls_the_base_by_another_name() -> None:
+    state = released(TINY)
+    old = {name.replace("unit_base_model.", "detr_model."): tensor for name, tensor in state.items()}
+    expected, found = (from_mmf(names, config_beside(TINY)) for names in (state, old))
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
+
+
+def test_what_no_shape_shows_is_as_released_unless_a_config_says_it() -> None:
+    wide = replace(TINY, num_heads=8, text_width=64, text_heads=1)
+    found, _ = from_mmf(released(wide), {})
+    assert (found.num_heads, found.text_heads, found.dilated, found.backbone_eps) == (8, 1, True, 1e-5)
+    found, _ = from_mmf(released(wide), {"num_heads": 2, "text_heads": 4, "dilated": False, "backbone_eps": 0.0})
+    assert (found.num_heads, found.text_heads, found.dilated, found.backbone_eps) == (2, 4, False, 0.0)
+
+
+def test_categories_of_coco_have_their_numbers() -> None:
+    names = labels_of(UnitConfig())["coco"]
+    assert len([name for name in names if name]) == 80
+    assert (names[1], names[13], names[44], names[90]) == ("person", "stop sign", "bottle", "toothbrush")
+    assert not names[0]
+
+
+def test_the_published_model_stands_under_1342_names() -> None:
+    with torch.device("meta"):
+        state = to_mmf(Unit(UnitConfig()).state_dict(), UnitConfig())
+    assert sum(name.startswith(BASE) for name in state) == 1342
+
+
+def lacks(name: str) -> Callable[[State], object]:
+    return lambda state: state.pop(name)
+
+
+def renamed(old: str, new: str) -> Callable[[State], object]:
+    def change(state: State) -> None:
+        for name in [name for name in state if old in name]:
+            state[name.replace(old, new)] = state.pop(name)
+
+    return change
+
+
+def shaped(name: str, *shape: int) -> Callable[[State], object]:
+    return lambda state: state.update({name: torch.zeros(shape)})
+
+
+def differs(name: str) -> Callable[[State], object]:
+    return lambda state: state.update({name: state[name] + 1})
+
+
+BASE = "unit_base_model."
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lacks("bert_projection.bias"), r"misses 1 tensor \(bert_projection.bias\)"),
+        (lacks(f"{BASE}transformer.encoder.layers.0.norm1.weight"), "misses 1 tensor .*layers.0.norm1.weight"),
+        (shaped("adapter.weight", 1), "has unexpected 1 tensor .*adapter.weight"),
+        (renamed("detection_coco", "hateful_memes"), "was trained on hateful_memes, which is none of"),
+        (shaped(f"{BASE}input_proj.bias", 7), r"input_proj.bias has shape \[7\] where its config makes \[16\]"),
+        (differs(f"{BASE}transformer.decoders.vl.vqa2.norm.bias"), "one tensor in UniT, but differ here"),
+        (differs("bert_model.embeddings.LayerNorm.bias"), "one tensor in UniT, but differ here"),
+        (renamed("conv3", "conv9"), "no ResNet of bottlenecks"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: Callable[[State], object], sentence: str) -> None:
+    state = released(TINY)
+    change(state)
+    with pytest.raises(TriviumError, match=sentence):
+        from_mmf(state, config_beside(TINY))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"tasks": (UnitTask("memes", "labels", "both", 2, 4),)}, "no data set for the task memes"),
+        ({"backbone_norm": "group"}, "no place for such a backbone"),
+    ],
+)
+def test_what_mmf_has_no_place_for_is_not_written(changes: dict, sentence: str) -> None:
+    model = Unit(replace(TINY, **changes))
+    with pytest.raises(TriviumError, match=sentence):
+        to_mmf(model.state_dict(), model.config)
+
+
+def test_what_is_no_detr_is_not_written_as_one() -> None:
+    for changes, sentence in (
+        ({}, "several tasks"), ({"tasks": SMALL_TASKS[1:2]}, "attributes"),
+        ({"tasks": SMALL_TASKS[2:3]}, "no detection"), ({"tasks": SMALL_TASKS[:1]}, "a text encoder"),
+    ):  # fmt: skip
+        model = Unit(replace(TINY, **changes))  # type: ignore[arg-type]
+        with pytest.raises(TriviumError, match=sentence):
+            to_detr(model.state_dict(), model.config)
+
+
+def test_the_verb_brings_both_layouts_in_and_out_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, state, config, to in (("unit", released(TINY), TINY, "mmf-unit"), ("detr", detr(), DETR, "detr")):
+        there = tmp_path / name
+        there.mkdir()
+        torch.save({"model": state}, there / "pytorch_model.bin")
+        (there / "config.json").write_text(json.dumps(config_beside(config)))
+        assert main(["convert", str(there), "--to", "trivium", "--out", str(tmp_path / f"{name}-ours")]) == 0
+        said = capsys.readouterr().out
+        assert ("left out, since nothing reads it: bert_model.module.pooler" in said) is (name == "unit")
+        command = ["convert", str(tmp_path / f"{name}-ours"), "--to", to, "--out", str(tmp_path / f"{name}-back")]
+        assert main(command) == 0
+        back = load_file(tmp_path / f"{name}-back" / "model.safetensors")
+        assert all(torch.equal(back[n], tensor) for n, tensor in state.items() if ".pooler." not in n)
+        bundle = trivium.load(tmp_path / f"{name}-back")
+        assert bundle.family == "unit"
+        assert bundle.transform.size == 800
+        if name == "unit":  # the numbers of its labels have names, but for classes that are not as many as COCO's
+            assert bundle.labels_of is not None
+            assert bundle.labels_of["snli_ve"] == ["entailment", "neutral", "contradiction"]
+            assert "coco" not in bundle.labels_of
+        expected, found = (torch.load(there / "pytorch_model.bin")["model"], bundle.model.state_dict())
+        assert torch.equal(found["queries.coco.weight"], expected[
+            "query_embed.weight" if name == "detr" else f"{BASE}query_embeds.detection.detection_coco.weight"
+        ])  # fmt: skip
+
+
+def test_a_detr_in_the_dark_is_taken_for_dc5_and_says_so(tmp_path: Path) -> None:
+    torch.save(detr(), tmp_path / "detr.pth")
+    with pytest.warns(UserWarning, match=r"dilated \(DC5\): it is taken to be"):
+        bundle = trivium.load(tmp_path / "detr.pth")
+    assert bundle.model.config.dilated
+    assert bundle.model.config.num_heads == 8

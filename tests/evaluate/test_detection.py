@@ -1,0 +1,122 @@
+"""Average precision by faster-coco-eval against pycocotools and by hand; attributes; boxes drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from tests.data.test_detection import box, write
+from trivium.bundle import Objects
+from trivium.data.detection import DetectionRows, read_detection
+from trivium.data.scene_files import write_scenes
+from trivium.data.scenes import Scenes
+from trivium.evaluate.detection import FIGURES, as_coco, as_entries, attributes_right, drawn, measure, wall
+
+
+def objects(
+    boxes: list[list[float]], labels: list[int], scores: list[float], attributes: list[int] | None = None
+) -> Objects:
+    return Objects(
+        torch.tensor(scores), torch.tensor(labels), torch.tensor(boxes).reshape(-1, 4).float(),
+        None if attributes is None else torch.tensor(attributes),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scenes")
+    write_scenes(Scenes("train", 24, seed=1, difficulty=1), root, ("coco", "vg"))
+    return root
+
+
+def guesses(rows: DetectionRows, seed: int = 0) -> dict[int, Objects]:
+    """True boxes, shifted, some of another class, and boxes from nowhere."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for row in range(len(rows)):
+        here = rows.of(row)
+        true = rows.boxes_M4[here] + rng.normal(0, 3, (here.stop - here.start, 4))
+        nowhere = np.concatenate([rng.uniform(0, 90, (5, 2)), rng.uniform(5, 40, (5, 2))], axis=1)
+        both = np.concatenate([true, nowhere])
+        corner = np.concatenate([both[:, :2], both[:, :2] + both[:, 2:].clip(1)], axis=1)
+        labels = np.concatenate([rows.classes_M[here], rng.integers(1, 10, 5)])
+        labels = np.where(rng.random(len(labels)) < 0.2, rng.integers(1, 10, len(labels)), labels)
+        found[row] = objects(corner.tolist(), labels.tolist(), rng.random(len(labels)).tolist())
+    return found
+
+
+def test_it_agrees_with_pycocotools(scenes: Path, tmp_path: Path) -> None:
+    """From the file itself, which pycocotools reads, and a crowd among the boxes."""
+    path = scenes / "coco" / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    for number, annotation in enumerate(content["annotations"]):
+        annotation["iscrowd"] = int(number % 7 == 0)
+    path.write_text(json.dumps(content))
+    data = read_detection("coco", str(scenes / "coco"))
+    found = guesses(data.train)
+    ours = measure(data.train, found, data.classes)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truths = COCO(str(path))
+        numbers = [picture.number for picture in data.train.pictures]
+        entries = [entry | {"image_id": numbers[entry["image_id"]]} for entry in as_entries(data.train, found)]
+        theirs = COCOeval(truths, truths.loadRes(entries), "bbox")
+        theirs.evaluate()
+        theirs.accumulate()
+        theirs.summarize()
+    for name, place in FIGURES.items():
+        if theirs.stats[place] < 0:  # no scene has an object as large as that
+            assert name not in ours
+            continue
+        assert ours[name].value == pytest.approx(theirs.stats[place], abs=1e-9), name
+    assert 0.05 < ours["ap"].value < ours["ap50"].value < 0.95
+
+
+def test_a_perfect_and_an_empty_guess(scenes: Path) -> None:
+    data = read_detection("vg", str(scenes / "vg"))
+    rows, perfect = data.train, {}
+    for row in range(len(rows)):
+        sample = rows.read(row, row)
+        first = [attributes[0] for attributes in sample["attributes"].tolist()]
+        perfect[row] = objects(sample["boxes"].tolist(), sample["classes"].tolist(), [1.0] * len(first), first)
+    found = measure(rows, perfect, data.classes)
+    assert found["ap"].value == found["ap50"].value == pytest.approx(1.0)
+    assert found["attributes"].value == 1.0
+    nothing = {row: objects([], [], [], []) for row in range(len(rows))}
+    assert measure(rows, nothing, data.classes)["ap"].value == 0.0
+
+
+def test_an_attribute_is_right_on_the_box_that_covers_it(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    file = write(tmp_path, [box(1, [0, 0, 10, 10], attribute_ids_max16=[2, 5]), box(1, [20, 0, 10, 10])])
+    file.rename(tmp_path / "annotations" / "instances_train_split_by_coco_2017.json")
+    rows = read_detection("vg", str(tmp_path)).train
+    near, far = [0.0, 0, 9, 10], [12.0, 12, 20, 20]
+    assert attributes_right(rows, {0: objects([far, near], [1, 1], [0.9, 0.1], [1, 5])}).tolist() == [True]
+    assert attributes_right(rows, {0: objects([far, near], [1, 1], [0.9, 0.1], [2, 4])}).tolist() == [False]
+    assert attributes_right(rows, {0: objects([far], [1], [0.9], [2])}).tolist() == [False], "it was not found"
+
+
+def test_ground_truth_is_handed_on_as_the_file_has_it(scenes: Path) -> None:
+    data = read_detection("vg", str(scenes / "vg"))
+    given = json.loads((scenes / "vg" / "annotations" / "instances_train_split_by_coco_2017.json").read_text())
+    ours = as_coco(data.train, {0: objects([], [], [])}, data.classes)
+    first = [each for each in given["annotations"] if each["image_id"] == given["images"][0]["id"]]
+    assert [each["bbox"] for each in ours["annotations"]] == [each["bbox"] for each in first]
+    assert [each["area"] for each in ours["annotations"]] == [each["area"] for each in first]
+
+
+def test_pictures_with_boxes(scenes: Path) -> None:
+    data = read_detection("vg", str(scenes / "vg"))
+    white = np.full((40, 60, 3), 255, np.uint8)
+    picture = drawn(white, objects([[10, 15, 50, 35]], [1], [0.9], [1]), data.classes, data.attributes)
+    assert (picture[25, 10:12] != 255).any() and (picture[20:30, 20:40] == 255).all(), "a frame, empty inside"
+    figure = wall(data.train, guesses(data.train), "What it finds", data.classes)
+    assert figure.image.startswith("data:image/png;base64,") and "12 pictures" in figure.alt

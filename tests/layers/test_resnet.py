@@ -1,0 +1,132 @@
+"""A padded picture gives what it gives alone; what is frozen is torch's batch norm; DC5 is torchvision's arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trivium.layers.resnet import Convolution, FrozenBatchNorm, ResNet, inside
+
+# Odd and even sides, a picture of one pixel, one as large as the batch, one whose map has a single place.
+SIZES = [(53, 37), (64, 31), (1, 1), (33, 64), (64, 64), (17, 2)]
+
+
+def drawn(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
+    """Convolutions that keep the scale of what passes, and norms that move it: else padding would stay zero."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.ndim == 4:
+                tensor.normal_(0, tensor[0].numel() ** -0.5, generator=draw)
+            elif name.endswith(("running_var", "weight")):
+                tensor.uniform_(0.5, 1.5, generator=draw)
+            else:
+                tensor.normal_(0, 0.5, generator=draw)
+    return module.to(dtype)
+
+
+def network(norm: str, bottleneck: bool, dilated: bool = True, dtype: torch.dtype = torch.float64) -> ResNet:
+    return drawn(ResNet((8, 16, 24), (1, 2, 2), bottleneck, norm, 1e-5, dilated), dtype)  # type: ignore[arg-type]
+
+
+def padded(sizes: list[tuple[int, int]], fill: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A batch with anything in its padding, the sizes, and each picture alone."""
+    draw = torch.Generator().manual_seed(5)
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    pixels = torch.full((len(sizes), 3, height, width), fill, dtype=dtype)
+    alone = [torch.randn(1, 3, *size, generator=draw, dtype=torch.float64).to(dtype) for size in sizes]
+    for row, picture in enumerate(alone):
+        pixels[row, :, : picture.shape[2], : picture.shape[3]] = picture[0]
+    return pixels, torch.tensor(sizes), alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dilated", [True, False])
+@pytest.mark.parametrize("norm", ["frozen", "group"])
+@pytest.mark.parametrize("bottleneck", [True, False])
+def test_a_padded_picture_gives_what_it_gives_alone(
+    norm: str, bottleneck: bool, dilated: bool, dtype: torch.dtype
+) -> None:
+    resnet = network(norm, bottleneck, dilated, dtype)
+    pixels, sizes_B2, alone = padded(SIZES, float("nan"), dtype)
+    maps, map_sizes = resnet(pixels, sizes_B2)
+    assert map_sizes is not None
+    for row, picture in enumerate(alone):
+        expected, none = resnet(picture)
+        assert none is None
+        assert map_sizes[row].tolist() == list(expected.shape[2:])
+        found = maps[row, :, : expected.shape[2], : expected.shape[3]]
+        error = float(((found - expected[0]).abs().max() / expected.abs().max()).detach())
+        assert error <= (1e-12 if dtype == torch.float64 else 1e-5), f"{SIZES[row]}: {error:.2g}"
+
+
+@pytest.mark.parametrize("norm", ["frozen", "group"])
+def test_gradients_of_a_padded_batch_are_those_of_its_pictures_one_by_one(norm: str) -> None:
+    resnet = network(norm, bottleneck=norm == "frozen")
+    pixels, sizes_B2, alone = padded(SIZES, 7.0, torch.float64)
+    pixels.requires_grad_()
+    maps, map_sizes = resnet(pixels, sizes_B2)
+    weight = torch.randn(maps.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    real = inside(map_sizes, *maps.shape[2:])[:, None]
+    names = [name for name, _ in resnet.named_parameters()]
+    (maps.square() * weight * real).sum().backward()
+    mine = {name: p.grad.clone() for name, p in resnet.named_parameters()}
+    resnet.zero_grad()
+    for row, picture in enumerate(alone):
+        expected = resnet(picture)[0]
+        (expected.square() * weight[row : row + 1, :, : expected.shape[2], : expected.shape[3]]).sum().backward()
+    for name in names:
+        wanted = resnet.get_parameter(name).grad
+        torch.testing.assert_close(mine[name], wanted, rtol=0, atol=1e-11 * float(wanted.abs().max()))
+    outside = ~inside(sizes_B2, *pixels.shape[2:])[:, None].expand_as(pixels)
+    assert float(pixels.grad[outside].abs().max()) == 0
+
+
+def test_without_the_zeros_padding_would_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests above are about: the same network that leaves padding as the norms make it."""
+    monkeypatch.setattr("trivium.layers.resnet.without_padding", lambda x, mask: x)
+    resnet = network("frozen", bottleneck=True)
+    pixels, sizes_B2, alone = padded(SIZES, 0.0, torch.float64)
+    maps, _ = resnet(pixels, sizes_B2)
+    expected = resnet(alone[0])[0]
+    assert float((maps[0, :, : expected.shape[2], : expected.shape[3]] - expected[0]).abs().max()) > 1e-2
+
+
+def test_sizes_without_padding_are_no_padding() -> None:
+    resnet = network("group", bottleneck=False)
+    pixels = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    maps, sizes = resnet(pixels, torch.tensor([[32, 48], [32, 48]]))
+    assert sizes is None
+    assert torch.equal(maps, resnet(pixels)[0])
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_a_frozen_norm_multiplied_into_the_weights_is_torchs_batch_norm(eps: float) -> None:
+    ours: Convolution = drawn(Convolution(5, 7, 3, "frozen", eps, stride=2, dilation=2))
+    norm = ours.norm
+    assert isinstance(norm, FrozenBatchNorm)
+    assert not list(norm.parameters())
+    x = torch.randn(2, 5, 9, 11, dtype=torch.float64)
+    raw = F.conv2d(x, ours.conv.weight, None, 2, 2, 2)
+    expected = F.batch_norm(raw, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, eps)
+    found = ours(x, None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weight = torch.randn_like(found)
+    mine, theirs = (torch.autograd.grad((y * weight).sum(), ours.conv.weight)[0] for y in (found, expected))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
+def test_resnet_50_has_its_parameters_and_dc5_its_strides_and_dilations() -> None:
+    with torch.device("meta"):
+        resnet = ResNet((64, 128, 256, 512), (3, 4, 6, 3), True, "frozen", 1e-5, dilated=True)
+    assert sum(p.numel() for p in resnet.parameters()) == 23_454_912
+    last: Any = resnet.stages[-1]
+    inner = [block.convolutions[1].conv for block in last]
+    assert [conv.stride for conv in inner] == [(1, 1)] * 3
+    # As torchvision's replace_stride_with_dilation: the first block still looks at its neighbours.
+    assert [conv.dilation for conv in inner] == [(1, 1), (2, 2), (2, 2)]
+    assert resnet(torch.empty(1, 3, 800, 1333, device="meta"))[0].shape == (1, 2048, 50, 84)

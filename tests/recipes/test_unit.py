@@ -1,0 +1,225 @@
+"""UniT as its users meet it: tasks by the data that is named, started from detection, resumed, asked for boxes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.recipes.shop import digests, trivium
+from trivium.data.labelled import read_tables
+from trivium.data.scene_files import write_scenes
+from trivium.data.scenes import Scenes
+from trivium.errors import TriviumError
+from trivium.load import load
+from trivium.models.unit import Unit
+from trivium.recipes import RECIPES
+from trivium.recipes.tasks import TASKS
+from trivium.recipes.unit import UnitRecipe, unit
+from trivium.recipes.unit_tasks import JointTask
+from trivium.train import config
+from trivium.train.config import leaves, set_leaves
+
+TINY = {
+    "model.width": 32, "model.num-heads": 2, "model.mlp-width": 32, "model.decoder-layers": 2,
+    "model.image-width": 32, "model.image-layers": 1, "model.text-width": 32, "model.text-heads": 2,
+    "model.text-mlp-width": 32, "model.text-layers": 1, "model.vocab-size": 200, "data.short": 48, "data.longest": 80,
+    "data.augmentation.shorts": 48, "data.augmentation.before-crop": 64, "tasks.vqav2.min-questions": 1,
+    "train.workers": 0, "train.precision": "fp32", "train.threads": 1, "train.log-every": 1, "train.steps": 8,
+    "train.save-every": 4, "train.monitor-every": 0, "measure": 8,
+}  # fmt: skip
+NAMES = ("coco", "vg", "vqav2", "snli_ve", "sst2")
+
+
+def flags(**changes: object) -> list[str]:
+    named = {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
+    return [word for name, value in {**TINY, **named}.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes as `trivium data scenes` writes them, and a little SST-2."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 12), ("new-scenes", 8)):
+        write_scenes(Scenes(split, count), root / "scenes", ("coco", "vg", "vqa", "snli-ve"))  # type: ignore[arg-type]
+    (root / "glue" / "SST-2").mkdir(parents=True)
+    rows = [f"a {word} film\t{label}" for word, label in (("fine", 1), ("dull", 0), ("warm", 1), ("flat", 0))]
+    for split in ("train", "dev"):
+        (root / "glue" / "SST-2" / f"{split}.tsv").write_text("sentence\tlabel\n" + "".join(f"{r}\n" for r in rows))
+    return root
+
+
+def joint(data: Path) -> list[str]:
+    batches = [word for name in NAMES for word in (f"--tasks.{name}.batch", "4")]
+    return ["--data.scenes", str(data / "scenes"), "--data.glue", str(data / "glue"), *batches]
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "unit"
+    assert trivium("pretrain", "unit", "--out", out, *joint(data), *flags()) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def detector(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "detector"
+    words = ["--tasks.vg.root", str(data / "scenes" / "vg"), "--tasks.vg.batch", "4"]
+    assert trivium("pretrain", "unit", "--out", out, *words, *flags(model__decoder="separate")) == 0
+    return out
+
+
+def test_a_run_measures_every_task_that_has_data(trained: Path) -> None:
+    results = json.loads((trained / "results.json").read_text())["results"]
+    for name in ("COCO detection.val2017.ap50", "VG detection.val.attributes", "VQAv2.dev.accuracy",
+                 "SNLI-VE.dev.accuracy", "SST-2.dev.accuracy"):  # fmt: skip
+        assert 0 <= results[name]["value"] <= 1
+    assert results["SST-2.dev.accuracy.majority"]["value"] == 0.5
+    page = (trained / "report.html").read_text()
+    assert "COCO detection: what it finds" in page and "data:image/png" in page
+    streams = [line["stream"] for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
+               if "stream" in line]  # fmt: skip
+    assert set(streams) <= set(NAMES) and len(set(streams)) > 2
+
+
+def test_a_run_is_measured_again_to_the_same_figures(trained: Path, tmp_path: Path) -> None:
+    assert trivium("evaluate", trained, "--out", tmp_path) == 0
+    mine, theirs = (json.loads((folder / "results.json").read_text())["results"] for folder in (tmp_path, trained))
+    assert {n: v for n, v in mine.items() if not n.startswith("seconds")} == {
+        n: v for n, v in theirs.items() if not n.startswith("seconds")
+    }
+
+
+def test_the_model_folder_knows_its_tasks_and_labels(trained: Path) -> None:
+    bundle = load(trained)
+    assert bundle.family == "unit" and isinstance(bundle.model, Unit)
+    assert [task.name for task in bundle.model.config.tasks] == list(NAMES)
+    assert bundle.labels_of is not None and bundle.labels_of["snli_ve"] == ["entailment", "neutral", "contradiction"]
+    assert bundle.labels_of["vg"][:2] == ["", "smileys & emotion"] and "purple" in bundle.labels_of["vg.attributes"]
+    assert bundle.transform.crop == "shortest" and bundle.transform.size == 48
+
+
+def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(trained: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    assert trivium("pretrain", "unit", "--out", out, *joint(data), *flags(train__keep_last=3)) == 0
+    for step in (8,):
+        for path in sorted((out / "checkpoints" / f"step-{step:08d}").rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        (out / "checkpoints" / f"step-{step:08d}").rmdir()
+    assert trivium("pretrain", out, "--resume") == 0
+    mine, theirs = (folder / "checkpoints" / "step-00000008" / "model" for folder in (out, trained))
+    assert digests(mine)["model.safetensors"] == digests(theirs)["model.safetensors"]
+
+
+def test_a_run_of_boxes_alone_has_no_text_encoder_and_can_be_resumed(detector: Path) -> None:
+    settings = config.load(detector)
+    folder = detector / "checkpoints" / "step-00000004" / "model"
+    prepared = config.build(settings, RECIPES).prepare(settings.recipe, settings.arguments, folder)
+    assert prepared.bundle.model.text is None and prepared.bundle.tokenizer is None
+    assert prepared.recipe.model.text_layers == 1 and load(folder).model.text is None
+
+
+def test_detection_that_was_trained_alone_starts_the_shared_decoder(detector: Path, data: Path) -> None:
+    recipe = with_flags(unit("tiny"), data)
+    prepared = replace(recipe, init=str(detector)).prepare("unit", {})
+    old, new = load(detector).model.state_dict(), prepared.bundle.model.state_dict()
+    moved = {name.replace("decoders.vg.", "decoders.shared."): tensor for name, tensor in old.items()}
+    kept = [name for name in new if name in moved and moved[name].shape == new[name].shape]
+    assert any(name.startswith("decoders.shared.") for name in kept) and "heads.vg.classes.weight" in kept
+    assert all(torch.equal(new[name], moved[name]) for name in kept)
+    assert len(kept) == len(moved)
+    assert any("tensors start as" in note for note in prepared.notes)
+    assert any("new are" in note and "heads.sst2" in note for note in prepared.notes)
+
+
+def test_with_separate_decoders_only_its_own_starts_from_detection(detector: Path, data: Path) -> None:
+    recipe = with_flags(unit("tiny"), data)
+    recipe = replace(recipe, init=str(detector), model=replace(recipe.model, decoder="separate"))
+    old, new = load(detector).model.state_dict(), recipe.prepare("unit", {}).bundle.model.state_dict()
+    name = "blocks.0.mlp_in.weight"
+    assert torch.equal(new[f"decoders.vg.{name}"], old[f"decoders.vg.{name}"])
+    assert not torch.equal(new[f"decoders.sst2.{name}"], old[f"decoders.vg.{name}"])
+
+
+def with_flags(recipe: UnitRecipe, data: Path) -> UnitRecipe:
+    values = {name.replace("-", "_"): value for name, value in TINY.items()}
+    values |= {"data.augmentation.shorts": [48], "data.augmentation.before_crop": [64]}
+    values |= {"data.scenes": str(data / "scenes"), "data.glue": str(data / "glue")}
+    return set_leaves(recipe, values)
+
+
+def test_the_verb_detect_writes_the_picture_and_what_was_found(
+    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = next((data / "scenes" / "coco" / "val2017").glob("*.jpg"))
+    assert trivium("detect", trained, picture, "--out", tmp_path / "found.png", "--score", 0, "--task", "vg") == 0
+    found = json.loads((tmp_path / "found.json").read_text())["objects"]
+    assert len(found) == 20 and (tmp_path / "found.png").is_file()
+    assert found == sorted(found, key=lambda each: -each["score"])
+    assert "20 objects with a score of 0 or more" in capsys.readouterr().out
+    assert trivium("detect", trained, picture, "--out", tmp_path / "found.png", "--task", "snli_ve") == 2
+    assert "detects nothing" in capsys.readouterr().err
+    assert trivium("detect", trained, tmp_path / "nowhere.jpg", "--out", tmp_path / "found.png") == 2
+    assert trivium("detect", trained, picture, "--out", tmp_path / "found.txt") == 2
+
+
+def test_a_task_of_ones_own_is_one_more_entry(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/how-to.md shows it: the dataclass that `finetune` takes, and a place in the mixture."""
+    table = tmp_path / "moods.csv"
+    table.write_text("text,label\n" + "".join(f"word {n},{'glad' if n % 2 else 'sad'}\n" for n in range(40)))
+    own = replace(
+        TASKS["text_classification"], name="moods", title="moods",
+        open=lambda given: read_tables(given.train, given.dev, (), columns(), kind="text", regression=False,
+                                       held_out_share=0.2),
+    )  # fmt: skip
+    monkeypatch.setitem(TASKS, "moods", own)
+    recipe = with_flags(unit("tiny"), data)
+    recipe = replace(recipe, tasks=recipe.tasks | {"moods": JointTask(20, train=(str(table),), batch=4)})
+    prepared = recipe.prepare("unit", {})
+    assert [task.name for task in prepared.tasks] == [*NAMES, "moods"]
+    assert prepared.bundle.labels_of is not None and prepared.bundle.labels_of["moods"] == ["glad", "sad"]
+    batch = next(batches[0] for batches in prepared.run.mixture.loader(0, 0, 1, 200) if batches[0].stream == "moods")
+    assert prepared.run.method.separate(batch, *prepared.run.method.embed(batch), {}, None)["moods"] > 0  # type: ignore[arg-type]
+
+
+def columns() -> object:
+    from trivium.data.labelled import Columns
+
+    return Columns()
+
+
+def test_mistakes_are_one_sentence(data: Path, tmp_path: Path) -> None:
+    def refused(**tasks: JointTask) -> str:
+        recipe = unit("tiny")
+        with pytest.raises(TriviumError) as error:
+            replace(recipe, tasks=recipe.tasks | tasks).prepare("unit", {})
+        return str(error.value)
+
+    assert "there is no task hateful_meme: use one of coco, vg, cola" in refused(hateful_meme=JointTask(2, root="x"))
+    assert "boxes of the task vg are not named" in refused(vg=JointTask(1, train=("a.csv",)))
+    assert "STS-B asks for a number" in refused(stsb=JointTask(12, root=str(data / "glue")))
+    with pytest.raises(TriviumError, match="holds none of the folders coco, vg, vqa, snli-ve"):
+        set_leaves(unit("tiny"), {"data.scenes": str(tmp_path)}).prepare("unit", {})
+    with pytest.raises(TriviumError, match="there is no UniT of size huge"):
+        unit("huge")
+
+
+def test_base_is_the_published_recipe() -> None:
+    recipe = unit("base")
+    found = leaves(recipe)
+    assert (found["optim.lr"], found["optim.clip_norm"], found["optim.warmup"]) == (5e-5, 0.1, 2000)
+    assert found["train.steps"] == 500_000 and {t.batch for t in recipe.tasks.values()} == {64}
+    eight = ("coco", "vg", "snli_ve", "vqav2", "qnli", "mnli", "qqp", "sst2")
+    assert sum(recipe.tasks[name].ratio for name in eight) == pytest.approx(1.0)
+    assert [recipe.tasks[name].number for name in eight] == [0, 1, 9, 3, 5, 6, 8, 7]
+
+
+def test_a_run_without_any_data_makes_scenes_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    recipe = set_leaves(unit("tiny"), {"data.num_scenes": 8, "tasks.vqav2.min_questions": 1})
+    prepared = recipe.prepare("unit", {})
+    assert [task.name for task in prepared.tasks] == ["coco", "vg", "vqav2", "snli_ve"]
+    assert len(prepared.tasks[0].data.train) == 8
