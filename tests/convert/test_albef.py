@@ -351,7 +351,7 @@ def test_a_model_for_grounding_is_written_as_refcoco_is_and_looks_the_same(tmp_p
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in back)
-    models = [read_foreign(path).model.double() for path in (tmp_path / "refcoco.pth", tmp_path / "back")]  # type: ignore[union-attr]
+    models = [read_foreign(path).model.double().eval() for path in (tmp_path / "refcoco.pth", tmp_path / "back")]  # type: ignore[union-attr]
     pixels = torch.randn(2, 3, GRID * PATCH, GRID * PATCH, dtype=torch.float64)
     ids = torch.tensor([[1, 7, 9], [1, 8, 5]])
     first, second = (word_heat(m, m.encode_image(pixels), m.encode_text(ids)) for m in models)  # type: ignore[operator, arg-type]
