@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -48,6 +49,57 @@ def interleaved(
         times[0].append(seconds(ours))
         times[1].append(seconds(peer))
     return times
+
+
+class Apart:
+    """Something that is built and used in a process of its own, whose memory is its alone; one call after the other.
+
+        ours = Apart(Ours, "base")      # Ours("base"), over there
+        ours("step", 3)                 # its step(3); what that returns, or raises
+
+    For sides whose allocators are told different things, or one of which would leave memory for the other to find.
+    """
+
+    def __init__(self, build: Callable[..., object], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, build, arguments), daemon=True)
+        self._process.start()
+        there.close()
+        self._answer()
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        self._here.send((name, arguments))
+        return self._answer()
+
+    def end(self) -> None:
+        self._here.close()
+        self._process.join()
+
+    def _answer(self) -> Any:
+        answer = self._here.recv()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def _serve(connection: Any, build: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    try:
+        built: Any = build(*arguments)
+        connection.send(None)
+    except BaseException as error:
+        connection.send(error)
+        raise
+    while True:
+        try:
+            name, given = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(getattr(built, name)(*given))
+        except BaseException as error:
+            connection.send(error)
+            raise
 
 
 def peak_memory(function: Callable[[], object]) -> int:

@@ -10,24 +10,26 @@ B batch, C channels, H height, W width, T text tokens.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trivium.data.tokenizer import Tokenizer
+from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
 from trivium.data.transforms import ImageTransform, normalize, padded
 from trivium.errors import TriviumError
 from trivium.manifest import write_manifest, written_beside
-from trivium.models.encoded import Detects, Encoded, EncodesImage, EncodesText, Fuses, Matches
+from trivium.models.encoded import Answers, Detects, Encoded, EncodesImage, EncodesText, Fuses, Matches, Objects
 from trivium.models.finetuned import FineTuned, HeadConfig, tells_segments_apart
+from trivium.models.grounding import Compares, Grounds, picture_heat, word_heat
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.tensor_files import SHARD_BYTES, save_tensors
 
@@ -37,20 +39,21 @@ Strings = str | Sequence[str]
 Ability = TypeVar("Ability")
 
 
+ANSWER_WORDS = 16  # word pieces that are written at most, [SEP] among them
+
+
+class Answer(NamedTuple):
+    text: str
+    probability: float  # of a model that scores its answers apart, how right it is
+
+
 @dataclass(frozen=True)
-class Objects:
-    """What was found in one picture, the surest first; Q candidates, of which those with a low score are none."""
+class Heat:
+    """Where in a picture a text is looked for. Not negative; of n x n patches, from the top left."""
 
-    scores_Q: Tensor  # probability of the class
-    labels_Q: Tensor  # int64
-    boxes_Q4: Tensor  # (left, top, right, bottom) in pixels of the picture as it was given
-    attributes_Q: Tensor | None = None  # int64
-
-    def above(self, score: float) -> Objects:
-        """Those with at least this score."""
-        kept = self.scores_Q >= score
-        attributes = None if self.attributes_Q is None else self.attributes_Q[kept]
-        return Objects(self.scores_Q[kept], self.labels_Q[kept], self.boxes_Q4[kept], attributes)
+    words: tuple[str, ...]  # as the model reads them
+    words_Wnn: Tensor  # float32 on CPU: of each word, the mean over its tokens
+    text_nn: Tensor  # of the whole text: the mean over all its tokens, the first and the last among them
 
 
 @dataclass
@@ -174,28 +177,98 @@ class Bundle:
                                      attributes))  # fmt: skip
         return found
 
+    def ground(
+        self,
+        pictures: Pictures | Encoded,
+        texts: Strings,
+        block: int | None = None,
+        batch: int = 16,
+    ) -> list[Heat]:
+        """Where in its picture each text is looked for, word by word: Grad-CAM of the matching head through the
+        attention from words to patches (models/grounding.py). A single picture is paired with every text.
+
+        Args:
+            block: of those in which words attend patches, counted from 0; None: the family's own choice.
+        """
+        model = self._able(Grounds, "has no attention from words to patches that a matching head judges")  # type: ignore[type-abstract]
+        image = pictures if isinstance(pictures, Encoded) else self.encode_image(pictures)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        text = self.encode_text(texts)
+        if len(image.states) not in (1, len(texts)):
+            raise TriviumError(f"{len(image.states)} pictures and {len(texts)} texts do not pair up: give as many")
+        parts = zip(image.repeated(len(texts)).split(batch), text.split(batch), strict=True)
+        try:
+            with _evaluating(self.model):
+                heat_BTP = torch.cat([word_heat(model, *part, block).float().cpu() for part in parts])
+        except IndexError:
+            raise TriviumError(f"there is no block {block} in which words attend patches: count from 0") from None
+        side = math.isqrt(heat_BTP.shape[2])
+        if side**2 != heat_BTP.shape[2]:
+            raise TriviumError("heat maps are of square pictures: give files, or tensors of equal sides")
+        assert self.tokenizer is not None, "who encodes text has one"
+        found = []
+        for row, (text_of_row, heat_TP) in enumerate(zip(texts, heat_BTP, strict=True)):
+            length = heat_TP.shape[0] if text.mask is None else int(text.mask[row].sum())
+            heat_Tnn = heat_TP[:length].view(length, side, side)
+            words = self.tokenizer.words(text_of_row, self.max_length)
+            maps = [heat_Tnn[first:end].mean(0) for _, first, end in words]
+            by_word_Wnn = torch.stack(maps) if maps else heat_Tnn[:0]
+            found.append(Heat(tuple(word for word, _, _ in words), by_word_Wnn, heat_Tnn.mean(0)))
+        return found
+
+    def ground_by_cosine(
+        self, pictures: Pictures, texts: Strings, block: int | None = None, batch: int = 16
+    ) -> list[Tensor]:
+        """Where the picture's own tower looks for each text, [n, n], row by row: the same of its class token's
+        attention, for the cosine with the text (ALBEF's rows "itc")."""
+        model = self._able(Compares, "has no picture's tower whose attention can be watched")  # type: ignore[type-abstract]
+        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
+            pictures = [pictures]
+        pixels = torch.stack([self._pixels(one, pictures) for one in pictures])
+        text_BD = self.encode_text(texts).projected
+        if len(pixels) != len(text_BD):
+            raise TriviumError(f"{len(pixels)} pictures and {len(text_BD)} texts do not pair up: give as many")
+        dtype, side, found = next(self.model.parameters()).dtype, pixels.shape[-1] // self._patch, []
+        try:
+            with _evaluating(self.model):
+                for part, text in zip(pixels.split(batch), text_BD.split(batch), strict=True):
+                    part = normalize(part.to(self.device), self.transform.mean, self.transform.std, dtype)
+                    found += list(picture_heat(model, part, text, block).float().cpu().unflatten(1, (-1, side)))
+        except IndexError:
+            raise TriviumError(f"the picture's tower has no block {block}: count from 0") from None
+        return found
+
     def answer(
         self,
         pictures: Pictures | None = None,
         texts: Strings | None = None,
         second_texts: Strings | None = None,
         batch: int = 32,
+        second_pictures: Pictures | None = None,
     ) -> Tensor:
         """What a fine-tuned model answers, row by row: a probability of each of `labels` [B, K], how right each answer
         is [B, K], or a number [B, 1].
 
-        Args: those that its task reads; second_texts: of a task of two texts.
+        Args: those that its task reads; second_texts, second_pictures: of a task of two.
         """
         if self.head is None or self.head_config is None:
             raise TriviumError("this model has no head for a task: fine-tune it first, with trivium finetune")
-        whole = FineTuned(self.model, self.head, self.head_config)
-        pixels = ids = mask = segments = None
+        whole = FineTuned(self.model, self.head, self.head_config, self._list())
+        whole.to(self.device)
+        pixels = second = ids = mask = segments = None
         if self.head_config.reads != "text":
             if pictures is None:
                 raise TriviumError(f"the task {self.head_config.task} reads pictures: give them")
-            if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
-                pictures = [pictures]
-            pixels = torch.stack([self._pixels(one, pictures) for one in pictures])
+            pixels = self._stacked(pictures)
+            if self.head_config.num_pictures == 2 and second_pictures is None:
+                raise TriviumError(f"the task {self.head_config.task} reads two pictures at once: give the second ones")
+            if second_pictures is not None:
+                second = self._stacked(second_pictures)
+                if self.head_config.num_pictures != 2 or len(second) != len(pixels):
+                    raise TriviumError(
+                        f"{len(pixels)} pictures and {len(second)} second ones do not pair up, or the task"
+                        f" {self.head_config.task} reads one at a time"
+                    )
         if self.head_config.reads != "image":
             if texts is None or self.tokenizer is None:
                 raise TriviumError(f"the task {self.head_config.task} reads texts: give them, and a tokenizer")
@@ -208,11 +281,86 @@ class Bundle:
                 None if t is None else t[first : first + batch].to(self.device) for t in (pixels, ids, mask, segments)
             ]
             if parts[0] is not None:
+                if second is not None:
+                    parts[0] = torch.cat([parts[0], second[first : first + batch].to(self.device)])
                 dtype = next(self.model.parameters()).dtype
                 parts[0] = normalize(parts[0], self.transform.mean, self.transform.std, dtype)
             with _evaluating(whole):
                 answers.append(whole.answers(whole(*parts)))
         return torch.cat(answers)
+
+    def ask(
+        self,
+        picture: Picture,
+        question: str,
+        k: int = 5,
+        *,
+        second_picture: Picture | None = None,
+        answers: Sequence[str] | None = None,
+        freely: bool = False,
+    ) -> list[Answer]:
+        """The k likeliest answers to a question on a picture, or on two; best first.
+
+        A model that writes its answers ranks those of `labels`, and probabilities are shares among the ones it reads to
+        their end; without a list it writes what it finds. One that scores its labels gives what `answer` does.
+
+        Args:
+            answers: a list of one's own, of a model that writes.
+            freely: write, though there is a list: probabilities are those of each answer among all texts.
+        """
+        if self.head is None or self.head_config is None:
+            raise TriviumError("this model has no head for a task: fine-tune it first, with trivium finetune")
+        if not question.strip():
+            raise TriviumError("the question is empty")
+        if k < 1:
+            raise TriviumError(f"{k} answers are asked for: it must be 1 at least")
+        if self.head_config.gives == "number" or self.head_config.reads in ("text", "image"):
+            raise TriviumError(f"the task {self.head_config.task} asks nothing about a picture in words: see `answer`")
+        writes = isinstance(self.head, Answers)
+        if not writes and (answers is not None or freely):
+            raise TriviumError("this model chooses among its labels and writes nothing: leave out a list of its own")
+        if freely or (writes and answers is None and not self.labels):
+            return self._written(picture, question, k)
+        asked = self if answers is None else replace(self, labels=list(answers))
+        second = None if second_picture is None else [second_picture]
+        found_K = asked.answer([picture], [question], second_pictures=second)[0]
+        labels = asked.labels
+        if not labels or len(labels) != len(found_K):
+            raise TriviumError("the names of this model's labels are not known: put its labels.json into its folder")
+        best = found_K.topk(min(k, int((found_K > 0).sum()), len(labels)))
+        return [Answer(labels[n], p) for p, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+    def _written(self, picture: Picture, question: str, k: int) -> list[Answer]:
+        tokenizer, head = self.tokenizer, self.head
+        assert isinstance(head, Answers)
+        fused = self.fuse(self.encode_image([picture]), self.encode_text([question]))
+        assert tokenizer is not None  # or there were no question
+        start, end = tokenizer.cls_id, tokenizer.sep_id
+        with _evaluating(self.model):
+            ids_BCL, log_BC = head.write(fused, start, end, k, ANSWER_WORDS)
+        found: list[Answer] = []
+        for ids, log in zip(ids_BCL[0].tolist(), log_BC[0].tolist(), strict=True):
+            text = tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+            if text not in [answer.text for answer in found]:
+                found.append(Answer(text, math.exp(log)))
+        return found
+
+    def _list(self) -> Tensor | None:
+        """The answers that a writer ranks, as tokens."""
+        if not isinstance(self.head, Answers):
+            return None
+        if not self.labels or self.tokenizer is None:
+            raise TriviumError(
+                "this model ranks a list of answers, and has none: set bundle.labels, put answer_list.json beside its"
+                " file, or let it write freely"
+            )
+        tokenizer, positions = self.tokenizer.for_answers(), self.model.config.max_length
+        return tokenizer.pad(tokenizer.encode(self.labels, min(ANSWER_TOKENS, int(positions))))[0]
+
+    def _stacked(self, pictures: Pictures) -> Tensor:
+        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
+            pictures = [pictures]
+        return torch.stack([self._pixels(one, pictures) for one in pictures])
 
     def _task_texts(self, texts: Strings, second_texts: Strings | None) -> tuple[Tensor, Tensor, Tensor | None]:
         assert self.tokenizer is not None
@@ -270,6 +418,12 @@ class Bundle:
                 save_tensors(self.image_tokenizer.state_dict(), beside / "image_tokenizer.safetensors")
             write_manifest(beside)
 
+    @property
+    def _patch(self) -> int:
+        """Pixels on a side."""
+        patch: int = self.model.config.patch_size  # type: ignore[union-attr, assignment]
+        return patch
+
     def _pixels(self, picture: Picture | Tensor, given: Any) -> Tensor:
         """uint8 or float [3, H, W] of one picture."""
         return self._read(picture, given, self.transform)
@@ -280,7 +434,7 @@ class Bundle:
             assert isinstance(picture, Tensor)
             if given.ndim != 4 or given.shape[1] != 3:
                 raise TriviumError(f"a tensor of pictures is [B, 3, H, W], this one {list(given.shape)}")
-            patch: int = self.model.config.patch_size  # type: ignore[union-attr, assignment]
+            patch = self._patch
             if given.shape[2] % patch or given.shape[3] % patch:
                 raise TriviumError(
                     f"pictures of {given.shape[2]} x {given.shape[3]} pixels cannot be cut into patches of {patch}:"

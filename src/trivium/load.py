@@ -240,14 +240,20 @@ def bundle_of(foreign: Foreign) -> Bundle:
     tokenizer = foreign_tokenizer(folder)
     if foreign.captions and tokenizer is not None:
         tokenizer = tokenizer.for_captions()
+    labels, listed_beside = foreign.labels, folder / "answer_list.json"  # of a head that writes answers
+    if foreign.head_config is not None and foreign.head_config.gives == "text" and listed_beside.is_file():
+        labels = _labels(listed_beside)
     return Bundle(
         family=foreign.family,
         model=foreign.model.eval(),
         tokenizer=tokenizer,
         transform=ImageTransform(**transform),
         image_tokenizer=foreign.image_tokenizer,
+        labels=labels,
         max_length=foreign.max_length,
         labels_of=foreign.labels_of,
+        head=foreign.head,
+        head_config=foreign.head_config,
     )
 
 

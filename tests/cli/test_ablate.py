@@ -16,7 +16,7 @@ STAGES = ("text", "dino", "mim")
 
 def words(shop: Path) -> list[str]:
     given = {name: value for name, value in TINY.items() if name not in ("train.steps", "data.schedule")}
-    given |= {"data.batch": 8, "train.save-every": 2, "model.vocab-size": 300}
+    given |= {"data.batch": 8, "train.save-every": 2, "train.keep-last": 2, "model.vocab-size": 300}
     given |= {f"{stage}.batch": 8 for stage in STAGES}
     given |= {"dino.crops.global-size": 32, "dino.crops.local-size": 16, "dino.crops.num-local": 2}
     given |= {"dino.head-width": 16, "dino.bottleneck-width": 8, "dino.num-prototypes": 16}
@@ -49,22 +49,39 @@ def test_a_column_is_a_run_of_its_own_and_the_table_says_what_is_missing(
     capsys.readouterr()
     assert trivium("ablate", "--out", ablated, "--table") == 0  # states nothing anew, trains nothing
     assert "missing: no run of FLAVA-MM is finished" in capsys.readouterr().out
-    assert trivium("evaluate", ablated / "mlm-seed0") == 0
 
 
-def test_what_is_done_is_not_repeated_and_what_was_killed_goes_on(ablated: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(ablated, out)
-    run = out / "mlm-seed0"
+def test_what_is_done_is_not_repeated_and_what_was_killed_goes_on(
+    ablated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ablated / "mlm-seed0"
+    whole = digests(checkpoint(run, 4))
+    before = json.loads((run / "results.json").read_text())["results"]
     (run / "results.json").unlink()
     shutil.rmtree(checkpoint(run, 4))  # killed after step 2
-    assert trivium("ablate", "--out", out, "--columns", "mlm", "--seeds", 0, 3) == 0
-    assert digests(checkpoint(run, 4)) == digests(checkpoint(ablated / "mlm-seed0", 4))
-    assert (out / "mlm-seed3" / "results.json").is_file()
-    first = (run / "results.json").stat().st_mtime_ns
-    assert trivium("ablate", "--out", out, "--columns", "mlm", "--seeds", 0, 3) == 0
-    assert (run / "results.json").stat().st_mtime_ns == first
-    assert json.loads((out / "table.json").read_text())["columns"]["mlm"]["seeds"] == "0, 3"
+    capsys.readouterr()
+    assert trivium("ablate", "--out", ablated, "--columns", "mlm", "--seeds", 0, 3) == 0
+    assert "resuming after step 2 of 4" in capsys.readouterr().out
+    assert digests(checkpoint(run, 4)) == whole
+    after = json.loads((run / "results.json").read_text())["results"]
+    assert {n: r for n, r in after.items() if "seconds" not in n} == {
+        n: r for n, r in before.items() if "seconds" not in n
+    }
+    written = (run / "results.json").stat().st_mtime_ns
+    assert trivium("ablate", "--out", ablated, "--columns", "mlm", "--seeds", 0, 3) == 0
+    assert (run / "results.json").stat().st_mtime_ns == written
+    assert json.loads((ablated / "table.json").read_text())["columns"]["mlm"]["seeds"] == "0, 3"
+
+
+def test_a_run_that_was_evaluated_otherwise_is_measured_again_and_not_trained(
+    ablated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ablated / "mlm-seed0"
+    assert trivium("evaluate", run) == 0
+    assert "updates" not in json.loads((run / "results.json").read_text())["results"]
+    assert trivium("ablate", "--out", ablated, "--columns", "mlm", "--seeds", 0) == 0
+    assert "resuming after step 4 of 4" in capsys.readouterr().out
+    assert "updates" in json.loads((run / "results.json").read_text())["results"]
 
 
 def test_a_run_that_another_process_has_taken_is_left_to_it(ablated: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,4 +137,5 @@ def test_columns_with_and_without_towers_end_in_one_table(shop: Path, tmp_path: 
     assert table["figures"]["retrieval.pairs.text_to_image_r10"].keys() == {
         "contrastive_local", "contrastive", "flava", "clip",
     }  # fmt: skip
+    assert list(table["figures"]["itm.auroc"]) == ["flava"]
     assert len(table["orderings"]) == 1

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
+from tests.data import pmd_files
 from tests.data.pmd_files import write_json, write_lines
 from tests.recipes.shop import THINGS, drawing, flags, lines_of, trivium
+from trivium.data.pmd import SUBSETS
 from trivium.data.sources import open_source
 
 
@@ -71,6 +74,38 @@ def test_two_steps_on_what_was_built(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [line["stream"] for line in lines] == ["pairs", "images", "text"] * 2
     assert {name for line in lines for name in line["losses"]} >= {"mim", "mlm", "itm", "contrastive"}
     assert not (run / "skipped.jsonl").exists() or not (run / "skipped.jsonl").read_text()
+
+
+def test_every_subset_from_the_files_of_its_owners(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wit = "language\tpage_url\timage_url\tcaption_reference_description"
+    yfcc = {"photoid": 6, "downloadurl": "http://a/6.jpg", "title": "x", "description": "A dog runs here"}
+    sbu = {"image_urls": ["http://a/5.jpg"], "captions": ["a dog in the sun"], "user_ids": ["1"]}
+    files = {
+        "coco": [pmd_files.coco_captions(tmp_path / "captions_train2014.json")],
+        "sbu": [write_json(tmp_path / "sbu-captions-all.json", sbu)],
+        "localized-narratives": [pmd_files.localized_narratives(tmp_path / "coco_train_captions.jsonl")],
+        "cc3m": [write_lines(tmp_path / "Train_GCC-training.tsv", ['a "big dog\thttp://a/1.jpg'])],
+        "visual-genome": pmd_files.visual_genome(tmp_path),
+        "wit": [write_lines(tmp_path / "wit_v1.train.tsv", [wit, "en\tp\thttps://a/7.jpg\tThe Scream"])],
+        "cc12m": [write_lines(tmp_path / "cc12m.tsv", ["http://a/1.jpg\ta cat"])],
+        "redcaps": [pmd_files.redcaps(tmp_path / "airplants_2019.json")],
+        "yfcc": [write_lines(tmp_path / "yfcc.jsonl", [json.dumps(yfcc)])],
+    }
+    assert list(files) == list(SUBSETS)
+    for subset, official in files.items():
+        assert trivium("data", "build", "pmd", subset, *official, "--out", tmp_path / "pmd", "--workers", 1) == 0
+    printed = capsys.readouterr().out.splitlines()
+    titles = ("Total", *(subset.title for subset in SUBSETS.values()))
+    table = [" ".join(line.split()) for line in printed if line.strip().startswith(titles)]
+    assert "Visual Genome 3 5.4 M 0.0 % 3 2.7 5.1 -" in table
+    assert table[-1].startswith("Total 18 70.0 M")
+    facts = json.loads((tmp_path / "pmd" / "pmd.json").read_text())
+    assert [each["left_out"] for each in facts["subsets"].values()] == [0] * 9
+    for subset, official in files.items():
+        given = facts["subsets"][subset]["given"]["annotations"]
+        assert {name: each["sha256"] for name, each in given.items()} == {
+            name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in official
+        }
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import trivium
 from tests.data.drawn import drawn_picture
@@ -105,6 +106,20 @@ def test_a_run_that_is_resumed_chooses_and_ends_as_one_that_was_not(bert: Path, 
         assert figures(out)["text classification"] == figures(tmp_path / "straight")["text classification"]
 
 
+def test_the_teacher_of_distillation_is_resumed_too(bert: Path, reviews: str, tmp_path: Path) -> None:
+    words = ("--data", reviews, "--train.save-every", 2, "--distillation.alpha", 0.4, "--distillation.reach", 3)
+    finetune("text_classification", bert, tmp_path / "straight", *words)
+    out = tmp_path / "again"
+    finetune("text_classification", bert, out, *words)
+    kept = load_file(checkpoint(out, 6) / "training" / "method.safetensors")
+    assert {"teacher.copy.backbone.encoder.blocks.0.attention.qkv.weight", "teacher.copy.head.inner.weight"} <= set(
+        kept
+    )
+    (checkpoint(out, 6) / "manifest.json").unlink()  # as if it had not come to be
+    assert run("finetune", out, "--resume") == 0
+    assert digests(checkpoint(out, 6)) == digests(checkpoint(tmp_path / "straight", 6))
+
+
 def test_the_best_checkpoint_is_kept_beyond_the_last_ones_and_measured(
     bert: Path, reviews: str, tmp_path: Path
 ) -> None:
@@ -149,6 +164,47 @@ def test_several_seeds_have_a_folder_each_and_a_median(bert: Path, reviews: str,
     assert run("finetune", out, "--resume") == 0
     assert figures(out)["text classification.median"] == found["text classification.median"]
     assert (out / "seed-7" / "model" / "head.safetensors").read_bytes() == heads[2]
+
+
+def test_seeds_that_never_began_leave_nothing_in_the_way(
+    bert: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs"
+    words = ["finetune", "text_classification", "--init", bert, "--out", out, "--seeds", 2, *flags()]
+    assert run(*words, "--data", tmp_path / "none.csv") == 2
+    assert "none.csv" in capsys.readouterr().err
+    assert run(*words, "--data", reviews) == 0
+    assert "text classification.median" in figures(out)
+    assert run(*words, "--data", reviews) == 2
+    assert "holds runs of several seeds already" in capsys.readouterr().err
+
+
+def test_a_test_split_without_its_pictures_costs_itself_alone(
+    flava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = pictures(tmp_path), tmp_path / "run"
+    test = tmp_path / "test.csv"
+    test.write_text("image,caption,label\ngone.png,a film,red\nlost.png,a film,blue\n")
+    more = ("--data", data, "--data.dev", data, "--data.test", test, "--train.bad-rate", 1)
+    found = finetune("image_text_classification", flava, out, *more)
+    assert "classification of a picture and a text.dev.accuracy" in found
+    assert not any(".test." in name for name in found)
+    told = capsys.readouterr().out
+    assert "test: none of its rows can be read; the first: " in told and "gone.png does not exist" in told
+
+
+def test_what_training_and_held_out_rows_share_is_said(
+    bert: Path, flava: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune("text_classification", bert, tmp_path / "texts", "--data", reviews, "--data.dev", reviews)
+    told = capsys.readouterr()
+    for stream in (told.out, told.err):  # at the start, and in what the run comes to
+        assert "leakage: 96 of 96 rows of dev stand, in the same letters, in training" in stream
+    assert "leakage: 96 of 96" in (tmp_path / "texts" / "report.html").read_text(encoding="utf-8")
+    data = pictures(tmp_path)
+    words = ("--data", data, "--data.dev", data, "--train.bad-rate", 1)
+    finetune("image_text_classification", flava, tmp_path / "pictures", *words)
+    assert "rows of dev show a picture that stands, equal to the pixel, in training" in capsys.readouterr().out
 
 
 def test_layer_decay_and_freezing_reach_the_model_and_not_the_head(bert: Path, reviews: str, tmp_path: Path) -> None:
@@ -227,7 +283,7 @@ def test_pictures_are_learned_and_a_broken_one_is_counted(
     assert found[f"{title}.dev.accuracy"] == 1.0
     assert json.loads((out / "results.json").read_text())["results"][title]["n"] == 12
     told = capsys.readouterr().out
-    assert "a row of dev that cannot be read" in told
+    assert "1 of 13 rows of dev, which cannot be read; the first: " in told
     assert "pictures.csv (line 14): it is no picture" in told
     assert lines_of(out / "skipped.jsonl")
     assert ("side by side" in told) == bool(words)

@@ -7,16 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import trivium
+from tests.recipes.shop import trivium as run
 from trivium.convert import albef, read_foreign
 from trivium.data.embedded import bert_vocabulary
+from trivium.data.tokenizer import BERT_SPECIALS
 from trivium.errors import TriviumError
 from trivium.invariance.albef import random_albef
 from trivium.models.albef import Albef, AlbefConfig
+from trivium.models.finetuned import HeadConfig
+from trivium.models.grounding import word_heat
 
 WIDTH, MLP, VOCABULARY, POSITIONS, JOINT, QUEUE, PATCH, GRID = 128, 96, 40, 12, 16, 6, 4, 3
 IMAGE_LAYERS, TEXT_LAYERS, FUSION_LAYERS = 2, 2, 2
@@ -80,7 +86,8 @@ def official(kind: str) -> dict[str, Tensor]:
         if kind in ("pretrained", "retrieval", "refcoco"):
             shapes |= pair(f"vision_proj{suffix}", JOINT, WIDTH) | pair(f"text_proj{suffix}", JOINT, WIDTH)
         if kind == "assignment":
-            shapes |= pair("vision_proj", JOINT, WIDTH) | pair("ta_head", 3, WIDTH) | {"temp": ()}
+            shapes |= pair("vision_proj", JOINT, WIDTH) | pair("text_proj", JOINT, WIDTH)
+            shapes |= pair("ta_head", 3, WIDTH) | {"temp": ()}
         if kind in ("ve", "nlvr"):
             classes = 3 if kind == "ve" else 2
             shapes |= pair(f"cls_head{suffix}.0", WIDTH, WIDTH) | pair(f"cls_head{suffix}.2", classes, WIDTH)
@@ -119,7 +126,8 @@ KINDS = ("pretrained", "retrieval", "refcoco", "ve", "vqa", "nlvr", "assignment"
 def test_every_official_file_comes_back_bit_for_bit(kind: str) -> None:
     theirs = official(kind)
     config, ours, layout = albef.from_official(theirs, {})
-    assert (config.num_heads, config.image_size, config.text_layers) == (2, GRID * PATCH, TEXT_LAYERS)
+    assert (config.num_heads, config.image_size) == (2, GRID * PATCH)
+    assert (config.text_layers, config.fusion_layers) == (TEXT_LAYERS, FUSION_LAYERS)
     assert layout.two_pictures == (kind in ("nlvr", "assignment"))
     back = albef.to_official(ours, config, layout)
     assert back.keys() == theirs.keys()
@@ -158,7 +166,7 @@ def test_a_file_is_a_model_and_says_what_it_lacks(
 
 def test_what_the_model_writes_is_a_pretrained_file() -> None:
     model = random_albef(dtype=torch.float32)
-    state = albef.pretrained_state(model)
+    state = albef.state_as(albef.PRETRAINED, model)
     assert torch.equal(state["visual_encoder_m.pos_embed"], state["visual_encoder.pos_embed"])
     assert state["temp"].shape == ()
     config, ours, layout = albef.from_official(state, {"num_attention_heads": model.config.num_heads})
@@ -170,7 +178,7 @@ def test_what_the_model_writes_is_a_pretrained_file() -> None:
 def test_texts_are_read_as_in_training(tmp_path: Path) -> None:
     """No [SEP] stands at the end, marks are dropped, and segment 0 is added to every token."""
     model = random_albef(AlbefConfig.of_size("tiny", vocab_size=30522), dtype=torch.float32)
-    torch.save({"model": albef.pretrained_state(model)}, tmp_path / "ALBEF.pth")
+    torch.save({"model": albef.state_as(albef.PRETRAINED, model)}, tmp_path / "ALBEF.pth")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": model.config.num_heads}))
     (tmp_path / "vocab.txt").write_text("\n".join(bert_vocabulary()) + "\n")
     with pytest.warns(UserWarning, match="left out"):
@@ -211,8 +219,152 @@ def test_a_file_that_does_not_fit_is_one_sentence() -> None:
                              "embeddings.token_type_embeddings.weight": torch.ones(1)}, {})  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "what"), [("ve", "labels"), ("vqa", "answers"), ("nlvr", "two pictures")])
-def test_other_fine_tuned_files_are_not_opened_yet(kind: str, what: str, tmp_path: Path) -> None:
-    torch.save(official(kind), tmp_path / f"{kind}.pth")
-    with pytest.raises(TriviumError, match=f"fine-tuned for {what}"):
-        read_foreign(tmp_path / f"{kind}.pth")
+@pytest.mark.parametrize(
+    ("kind", "task", "labels"),
+    [
+        ("ve", "visual_entailment", ["contradiction", "neutral", "entailment"]),
+        ("vqa", "vqa", ["a", "b"]),
+        ("nlvr", "nlvr2", ["False", "True"]),
+        ("assignment", "text_assignment", ["first", "second", "neither"]),
+    ],
+)
+def test_fine_tuned_files_are_opened_with_their_heads_and_written_again(
+    kind: str, task: str, labels: list[str], tmp_path: Path
+) -> None:
+    theirs = official(kind)
+    torch.save({"model": theirs}, tmp_path / f"{kind}.pth")
+    if kind == "vqa":
+        (tmp_path / "answer_list.json").write_text(json.dumps(labels))
+    with pytest.warns(UserWarning, match="drawn at random"):
+        bundle = trivium.load(tmp_path / f"{kind}.pth")  # type: ignore[operator]
+    assert bundle.head is not None and bundle.head_config is not None
+    assert (bundle.head_config.task, bundle.labels) == (task, labels)
+    assert bundle.model.config.fusion_layers == FUSION_LAYERS
+    bundle.save(tmp_path / "model")
+    again = trivium.load(tmp_path / "model")  # type: ignore[operator]
+    assert again.head_config == bundle.head_config
+    layout = albef.layout_for(bundle.head_config)
+    assert layout is not None
+
+    def written() -> dict[str, Tensor]:
+        head = albef.in_official_order(again.head.state_dict(), again.labels, layout)
+        return albef.state_as(layout, again.model, head)
+
+    back = written()
+    assert back.keys() == theirs.keys()
+    copied = {name for name in theirs if "_m." in name}  # ours writes the student there, the file had a teacher
+    for name in theirs.keys() - copied:
+        # The heads that the file lacks are drawn, and no part of it.
+        assert torch.equal(back[name], theirs[name]), name
+    assert all(torch.equal(back[name], back[name.replace("_m.", ".", 1)]) for name in copied)
+    turned = list(reversed(labels))
+    if kind != "vqa":
+        again.labels = turned
+        for part in ("weight", "bias"):
+            tensor = again.head.get_parameter(f"decoder.{part}")
+            tensor.data = tensor.data.flip(0)
+        other = written()
+        assert all(torch.equal(other[name], back[name]) for name in back)
+
+
+def test_other_heads_have_no_place_in_an_official_file() -> None:
+    own = HeadConfig("mine", "fused", "class", 32, 3, 32, "relu")
+    assert albef.layout_for(own) == albef.ENTAILMENT
+    for changes in ({"activation": "gelu"}, {"gives": "answers"}, {"hidden": 16}, {"reads": "concatenated"}):
+        assert albef.layout_for(replace(own, **changes)) is None
+
+
+@pytest.mark.parametrize("kind", ["vqa", "nlvr"])
+def test_a_converted_model_answers_as_the_file_does(kind: str, tmp_path: Path) -> None:
+    torch.save({"model": official(kind)}, tmp_path / "file.pth")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+                                                  + [f"w{n}" for n in range(35)]) + "\n")  # fmt: skip
+    (tmp_path / "answer_list.json").write_text('["w1", "w2 w3"]')
+    assert run("convert", tmp_path / "file.pth", "--to", "albef", "--out", tmp_path / "again") == 0
+    (tmp_path / "again" / "vocab.txt").write_bytes((tmp_path / "vocab.txt").read_bytes())
+    (tmp_path / "again" / "answer_list.json").write_bytes((tmp_path / "answer_list.json").read_bytes())
+    pixels = torch.randint(0, 256, (2, 3, GRID * PATCH, GRID * PATCH), dtype=torch.uint8)
+    second = {"second_pictures": pixels.flip(0)} if kind == "nlvr" else {}
+    with pytest.warns(UserWarning, match="drawn at random"):
+        found = [
+            trivium.load(path).answer(pixels, ["w5 w6", "w7"], **second)  # type: ignore[operator]
+            for path in (tmp_path / "file.pth", tmp_path / "again")
+        ]
+    assert torch.equal(found[0], found[1])
+    assert torch.allclose(found[0].sum(1), torch.ones(2))
+
+
+def test_a_file_for_entailment_answers_with_its_own_labels_and_comes_back(tmp_path: Path) -> None:
+    theirs = official("ve")
+    torch.save({"model": theirs}, tmp_path / "ve.pth")
+    (tmp_path / "vocab.txt").write_text("\n".join([*BERT_SPECIALS, "a", "dog"]) + "\n")
+    with pytest.warns(UserWarning, match="drawn at random"):
+        bundle = trivium.load(tmp_path / "ve.pth")  # type: ignore[operator]
+    assert bundle.labels == ["contradiction", "neutral", "entailment"]
+    picture = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    shares = bundle.answer([picture], ["a dog"])
+    with torch.no_grad():  # Linear, ReLU, Linear on the raw class token, as published
+        fused = bundle.fuse(bundle.encode_image([picture]), bundle.encode_text(["a dog"])).tokens[:, 0]
+        inner = (fused @ theirs["cls_head.0.weight"].T + theirs["cls_head.0.bias"]).relu()
+        expected = (inner @ theirs["cls_head.2.weight"].T + theirs["cls_head.2.bias"]).softmax(1)
+    torch.testing.assert_close(shares, expected)
+    assert run("convert", tmp_path / "ve.pth", "--to", "albef", "--out", tmp_path / "back") == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    students = {name: tensor for name, tensor in theirs.items() if "_m." not in name}
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in students.items())
+    assert all(torch.equal(back[name.replace(".", "_m.", 1)], tensor) for name, tensor in students.items())
+
+
+def test_labels_in_another_order_are_written_in_the_official_one(tmp_path: Path) -> None:
+    """The names travel with the weights: what entails goes out as number 2, whatever it was here."""
+    torch.save({"model": official("ve")}, tmp_path / "ve.pth")
+    (tmp_path / "vocab.txt").write_text("\n".join([*BERT_SPECIALS, "a", "dog"]) + "\n")
+    with pytest.warns(UserWarning, match="drawn at random"):
+        bundle = trivium.load(tmp_path / "ve.pth")  # type: ignore[operator]
+    order = [2, 1, 0]
+    with torch.no_grad():
+        for part in ("weight", "bias"):
+            tensor = bundle.head.get_parameter(f"decoder.{part}")
+            tensor.copy_(tensor[order].clone())
+    bundle.labels = [bundle.labels[n] for n in order]
+    bundle.save(tmp_path / "model")
+    assert run("convert", tmp_path / "model", "--to", "albef", "--out", tmp_path / "back") == 0
+    back, theirs = load_file(tmp_path / "back" / "model.safetensors"), official_weights(tmp_path / "ve.pth")
+    assert torch.equal(back["cls_head.2.weight"], theirs["cls_head.2.weight"])
+    bundle.labels = ["yes", "no", "maybe"]
+    bundle.save(tmp_path / "other")
+    assert run("convert", tmp_path / "other", "--to", "albef", "--out", tmp_path / "none") == 2
+    assert not (tmp_path / "none").exists()
+
+
+def official_weights(path: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = torch.load(path, weights_only=True)["model"]
+    return found
+
+
+def test_a_model_for_grounding_is_written_as_refcoco_is_and_looks_the_same(tmp_path: Path) -> None:
+    """Flat, without momentum copy and queues; every part that grounding needs comes back bit for bit."""
+    theirs = official("refcoco")
+    torch.save(theirs, tmp_path / "refcoco.pth")
+    assert run("convert", tmp_path / "refcoco.pth", "--to", "albef-grounding", "--out", tmp_path / "back") == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in back)
+    models = [read_foreign(path).model.double() for path in (tmp_path / "refcoco.pth", tmp_path / "back")]  # type: ignore[union-attr]
+    pixels = torch.randn(2, 3, GRID * PATCH, GRID * PATCH, dtype=torch.float64)
+    ids = torch.tensor([[1, 7, 9], [1, 8, 5]])
+    first, second = (word_heat(m, m.encode_image(pixels), m.encode_text(ids)) for m in models)  # type: ignore[operator, arg-type]
+    assert first.shape == (2, 3, GRID**2) and torch.equal(first, second)
+
+
+def test_a_model_for_retrieval_is_written_as_mscoco_is(tmp_path: Path) -> None:
+    theirs = official("retrieval")
+    torch.save({"model": theirs}, tmp_path / "mscoco.pth")
+    assert run("convert", tmp_path / "mscoco.pth", "--to", "albef-retrieval", "--out", tmp_path / "back") == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    queues = {"image_queue", "text_queue", "queue_ptr", "idx_queue"}
+    assert back.keys() == theirs.keys() - queues
+    assert all(torch.equal(back[name], theirs[name]) for name in back if "_m." not in name)
+    again = read_foreign(tmp_path / "back")
+    assert again.head is None and torch.equal(again.model.temperature, theirs["temp"][None])

@@ -11,7 +11,9 @@ from drawn import DrawnSource, caption, drawn_picture, tokenizer
 
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextCollate, TextInput
 from trivium.data.loader import read
+from trivium.data.masking import mask_tokens
 from trivium.data.order import Draws
+from trivium.data.random_augment import RandomAugment
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import crop_and_resize
 from trivium.data.views import View, Views
@@ -76,14 +78,32 @@ def test_choices_come_from_the_place_in_training_and_from_nothing_else() -> None
     assert not torch.equal(first.targets["image_mask"], elsewhere.targets["image_mask"])
     other_order = batch_of(collate, [6])  # alone in its batch, at the place where row 1 stood
     assert torch.equal(other_order.targets["image_mask"][0], first.targets["image_mask"][0])
-    captions = [read(DrawnSource(9), collate, 5, 5, Draws(0, "pairs", place))[1].ids_T for place in range(40)]
-    assert len({tuple(ids) for ids in captions}) == 2  # both captions of the picture are used
+    captions = [read(DrawnSource(9), collate, 5, 5, Draws(0, "pairs", place))[1].text for place in range(40)]
+    assert len(set(captions)) == 2  # both captions of the picture are used
 
 
 def test_evaluation_neither_crops_nor_flips() -> None:
     collate = pair_collate(train=False)
     first, elsewhere = batch_of(collate, [1, 2, 3]), batch_of(collate, [1, 2, 3], first_place=50)
     assert torch.equal(first.images[0].pixels_BCHW, elsewhere.images[0].pixels_BCHW)
+
+
+def test_random_changes_come_after_the_crop_in_training_alone_and_from_the_place() -> None:
+    plain = ImageInput(VIEWS, patch=4, masked=False)
+    changing = replace(plain, changes=RandomAugment())
+
+    def pictures(images: ImageInput, train: bool, first_place: int = 0) -> torch.Tensor:
+        collate = PairCollate(images, TextInput(TOKENIZER, 32), train=train)
+        return batch_of(collate, list(range(12)), first_place).images[0].pixels_BCHW
+
+    before, after = pictures(plain, train=True), pictures(changing, train=True)
+    assert torch.equal(after, pictures(changing, train=True))
+    assert torch.equal(pictures(changing, train=False), pictures(plain, train=False))
+    for place in range(12):
+        view = before[place].permute(1, 2, 0).numpy()
+        changed = RandomAugment()(Draws(0, "pairs", place).generator("changes"), view)
+        assert np.array_equal(after[place].permute(1, 2, 0).numpy(), changed)
+    assert not torch.equal(before, after)
 
 
 def test_the_decoded_cache_changes_nothing() -> None:
@@ -152,12 +172,36 @@ def test_streams_of_one_kind() -> None:
 def test_whole_words_option() -> None:
     pieces = Tokenizer.train((caption(row) for row in range(300)), 90)
     collate = TextCollate(TextInput(pieces, 40, probability=0.5, whole_words=True))
-    for place in range(30):
-        prepared = read(DrawnSource(200), collate, 150, 150, Draws(0, "text", place))
-        continues = pieces.continues[prepared.ids_T]
-        assert continues.any()
-        later = np.flatnonzero(continues)
-        assert np.array_equal(prepared.selected_T[later], prepared.selected_T[later - 1])
+    prepared = [read(DrawnSource(200), collate, 150, 150, Draws(0, "text", place)) for place in range(30)]
+    batch = collate.batch("text", prepared, torch.arange(30), torch.arange(30), 0, [])
+    for ids, selected in zip(batch.texts[0].ids_BT.numpy(), batch.targets["selected"].numpy(), strict=True):
+        later = np.flatnonzero(pieces.continues[ids])
+        assert len(later)
+        assert np.array_equal(selected[later], selected[later - 1])
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_texts_of_a_batch_are_tokenized_and_masked_as_if_each_stood_alone(whole_words: bool) -> None:
+    pieces = Tokenizer.train((caption(row) for row in range(300)), 90)
+    collate = TextCollate(TextInput(pieces, 64, probability=0.3, whole_words=whole_words))
+    draws = [Draws(7, "text", place) for place in range(25)]
+    prepared = [read(DrawnSource(200), collate, 7 * row, 7 * row, each) for row, each in enumerate(draws)]
+    batch = collate.batch("text", prepared, torch.arange(25), torch.arange(25), 0, [])
+    ids_BT, mask_BT = batch.texts[0].ids_BT, batch.texts[0].mask_BT
+    assert len(set(mask_BT.sum(1).tolist())) > 1
+    for row, (text, each) in enumerate(zip(prepared, draws, strict=True)):
+        [ids] = pieces.encode([text.text], 64)
+        masked, selected = mask_tokens(
+            each.generator("tokens").random((3, len(ids))), np.array(ids), pieces.special_ids, pieces.vocab_size,
+            pieces.mask_id, 0.3, pieces.continues if whole_words else None,
+        )  # fmt: skip
+        real = mask_BT[row]
+        assert ids_BT[row][real].tolist() == ids
+        assert batch.targets["masked_ids"][row][real].tolist() == masked.tolist()
+        assert batch.targets["selected"][row][real].tolist() == selected.tolist()
+        assert not batch.targets["selected"][row][~real].any()
+        assert (ids_BT[row][~real] == pieces.pad_id).all()
+        assert (batch.targets["masked_ids"][row][~real] == pieces.pad_id).all()
 
 
 def test_a_family_that_predicts_nothing_gets_the_same_pairs_without_masks() -> None:

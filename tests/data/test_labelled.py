@@ -24,7 +24,7 @@ def table(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def opened(train: list[str], dev: list[str] | None = None, **changes: Any) -> Splits:
     given = {"columns": Columns(), "kind": "text", "regression": False, "held_out_share": 0.25} | changes
-    return read_tables(train, dev or [], changes.pop("test", []), **{k: v for k, v in given.items() if k != "test"})
+    return read_tables(train, dev or [], given.pop("test", []), **given)  # type: ignore[arg-type]
 
 
 def labels_of(rows: LabelledRows) -> list[int | None]:
@@ -112,6 +112,33 @@ def test_tables_that_cannot_be_trained_on_are_refused(tmp_path: Path, rows: list
         opened([table(tmp_path / "train.csv", rows)])
     with pytest.raises(TriviumError, match=r"--data\.train"):
         opened([])
+
+
+def test_the_rows_that_are_held_out_are_the_same_wherever_the_table_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"image": f"pictures/{n}.png", "caption": "c", "label": n % 2} for n in range(60)]
+    held = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        table(tmp_path / name / "train.csv", rows)
+        monkeypatch.chdir(tmp_path / name)
+        for path in ("train.csv", str(tmp_path / name / "train.csv")):
+            splits = opened([path], kind="pairs")
+            held.append([row.where for row in splits.held_out["dev"].good()])
+    assert held[0] and held == held[:1] * 4
+
+
+def test_a_blank_label_costs_its_row_and_not_its_split(tmp_path: Path) -> None:
+    train = table(tmp_path / "train.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    dev = table(tmp_path / "dev.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": ""}])
+    test = table(tmp_path / "test.csv", [{"text": "a", "label": ""}, {"text": "b", "label": ""}])
+    splits = opened([train], [dev], test=[test]).checked()
+    assert labels_of(splits.held_out["dev"]) == [0]
+    with pytest.raises(BadSample, match=r"dev.csv \(line 3\): it has no label, where others of its split have one"):
+        splits.held_out["dev"].read(1, 1)
+    assert "dev: 1 of 2 rows cannot be used" in splits.notes[-1]
+    assert labels_of(splits.held_out["test"]) == [None, None], "none has one: they are predicted"
 
 
 def some(*labels: int | None) -> LabelledRows:

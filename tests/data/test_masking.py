@@ -84,7 +84,9 @@ def draw_many(continues: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarr
     """40,000 ordinary tokens between [CLS] and [SEP], masked once."""
     ids = keyed_generator("ids").integers(200, 1000, 40_002)
     ids[0], ids[-1] = 101, 102
-    masked_ids, selected = mask_tokens(keyed_generator("draw"), ids, SPECIAL, 1000, 103, 0.15, continues)
+    masked_ids, selected = mask_tokens(
+        keyed_generator("draw").random((3, len(ids))), ids, SPECIAL, 1000, 103, 0.15, continues
+    )
     return ids, masked_ids, selected
 
 
@@ -105,7 +107,7 @@ def test_token_masks_are_80_10_10() -> None:
 def test_random_tokens_are_uniform_over_ordinary_ids() -> None:
     """With a vocabulary of 8 ids of which 3 are special, the other five come equally often and only they."""
     ids = np.full(60_000, 7)
-    masked_ids, _ = mask_tokens(keyed_generator("few"), ids, (0, 3, 5), 8, 3, probability=1.0)
+    masked_ids, _ = mask_tokens(keyed_generator("few").random((3, len(ids))), ids, (0, 3, 5), 8, 3, probability=1.0)
     replaced = masked_ids[(masked_ids != 3) & (masked_ids != 7)]
     counts = np.bincount(replaced, minlength=8)
     assert counts[[0, 3, 5, 7]].sum() == 0
@@ -129,7 +131,9 @@ def test_whole_words_are_selected_together() -> None:
 def test_special_tokens_stay(ids: list[int], seed: int, probability: float, whole_words: bool) -> None:
     before = np.array(ids, dtype=np.int64)
     continues = np.arange(151) % 2 == 0 if whole_words else None
-    masked_ids, selected = mask_tokens(keyed_generator(seed), before, SPECIAL, 151, 103, probability, continues)
+    masked_ids, selected = mask_tokens(
+        keyed_generator(seed).random((3, len(before))), before, SPECIAL, 151, 103, probability, continues
+    )
     special = np.isin(before, SPECIAL)
     assert not selected[special].any()
     assert np.array_equal(masked_ids[special], before[special])

@@ -67,6 +67,19 @@ def test_visual_genome(tmp_path: Path) -> None:
             list(pmd_annotations.visual_genome(given, NONE))
 
 
+def test_visual_genome_in_the_names_of_its_first_version(tmp_path: Path) -> None:
+    regions, pictures = (json.loads(Path(file).read_text()) for file in pmd_files.visual_genome(tmp_path))
+    newer = list(pmd_annotations.visual_genome(pmd_files.visual_genome(tmp_path), NONE))
+    for picture in regions:
+        for region in picture["regions"]:
+            region["id"], region["image"] = region.pop("region_id"), region.pop("image_id")
+    for picture in pictures:
+        picture["id"] = picture.pop("image_id")
+    files = [write_json(tmp_path / "region_descriptions.json", regions), write_json(tmp_path / "i.json", pictures)]
+    assert list(pmd_annotations.visual_genome(files, NONE)) == newer
+    assert len(newer) == 3
+
+
 def test_localized_narratives_are_cut_into_sentences(tmp_path: Path) -> None:
     file = pmd_files.localized_narratives(tmp_path / "a.jsonl")
     coco = ("http://images.cocodataset.org/train2017/000000000139.jpg", ("000000000139",))

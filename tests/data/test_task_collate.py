@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from drawn import drawn_picture
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trivium.data.embedded import bert_vocabulary
 from trivium.data.order import Draws
+from trivium.data.random_augment import RandomAugment
 from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
@@ -26,6 +28,18 @@ def batch_of(collate: TaskCollate, *samples: Sample) -> Batch:
     prepared = [collate.prepare(sample, DRAWS) for sample in named]
     rows = torch.arange(len(samples))
     return collate.batch("task", prepared, rows, rows, 0, ())
+
+
+def test_random_changes_are_made_of_the_random_view_alone() -> None:
+    transform, views = ImageTransform(16), Views(16, crop_scale=(0.3, 1.0))
+    plain, changing = TaskImage(transform, views), TaskImage(transform, views, changes=RandomAugment())
+    sample: Sample = {"image": drawn_picture(3), "name": "a row"}
+    for place in range(12):
+        draws = Draws(0, "task", place)
+        view = plain.prepare(sample, draws, train=True).permute(1, 2, 0).numpy()
+        changed = RandomAugment()(draws.generator("crop changes"), view)
+        assert np.array_equal(changing.prepare(sample, draws, train=True).permute(1, 2, 0).numpy(), changed)
+        assert torch.equal(changing.prepare(sample, draws, train=False), plain.prepare(sample, draws, train=False))
 
 
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(3, 20))

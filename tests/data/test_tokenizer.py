@@ -429,3 +429,23 @@ def test_captions_are_read_without_marks_and_end_open(tmp_path: Path) -> None:
     assert other.encode("A dog.").ids == [101, 1037, 3899]  # and other programs do as it says
     assert again.for_captions().encode(["A dog."], 9) == [[101, 1037, 3899]]
     assert plain.encode(["a dog."], 9) == [[101, 1037, 3899, 1012, 102]]
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_words_say_which_tokens_are_theirs(captions: bool) -> None:
+    tokenizer = Tokenizer.wordpiece(bert_vocabulary())
+    tokenizer = tokenizer.for_captions() if captions else tokenizer
+    text = "Two  giraffes, eating-grass!"
+    [ids] = tokenizer.encode([text], 64)
+    found = tokenizer.words(text, 64)
+    marks = [",", "-", "!"] if not captions else []
+    assert [word for word, _, _ in found if word not in marks] == ["two", "giraffes", "eating", "grass"]
+    assert [first for _, first, _ in found] == [1, *(end for _, _, end in found[:-1])], "one after the other"
+    assert found[-1][2] == len(ids) - (not captions), "up to the end, without [SEP]"
+    for word, first, end in found:
+        assert tokenizer.decode(ids[first:end]) == word
+    pieces = next((first, end) for word, first, end in found if word == "giraffes")
+    assert pieces[1] - pieces[0] >= 2, "a word of several pieces"
+    cut = tokenizer.words(text, 4)
+    assert cut[-1][2] <= 4 and [word for word, _, _ in cut][:1] == ["two"]
+    assert tokenizer.words("", 64) == []

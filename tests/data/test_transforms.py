@@ -77,6 +77,35 @@ def test_the_generator_alone_decides() -> None:
     assert first == second != random_crop_box(np.random.default_rng(8), 300, 200, (0.2, 0.9))
 
 
+def plain_crop_box(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> CropBox | None:
+    """As torchvision writes it; None where all tries fail."""
+    for _ in range(10):
+        area = height * width * rng.uniform(scale[0], scale[1])
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(rng.integers(height - box_height + 1))
+            return CropBox(int(rng.integers(width - box_width + 1)), top, box_width, box_height)
+    return None
+
+
+def test_a_box_is_that_of_the_plain_form_and_takes_the_same_draws() -> None:
+    found = 0
+    for seed in range(3000):
+        height, width = 20 + seed % 90, 30 + seed % 70
+        scale, ratio = ((0.9, 1.0), (3 / 4, 4 / 3)) if seed % 2 else ((0.08, 0.9), (0.5, 1.7))
+        mine, plain = np.random.default_rng(seed), np.random.default_rng(seed)
+        expected = plain_crop_box(plain, height, width, scale, ratio)
+        box = random_crop_box(mine, height, width, scale, ratio)
+        assert mine.random() == plain.random()
+        if expected is not None:
+            assert box == expected
+            found += 1
+    assert 1500 < found < 3000
+
+
 # ---------------------------------------------------------------------------------------- resizing and colour
 
 

@@ -116,6 +116,22 @@ def test_snli_ve_takes_both_spellings_and_counts_what_annotators_left_open(tmp_p
         splits.train.read(1, 1)
 
 
+def test_snli_ve_as_albef_has_it(tmp_path: Path) -> None:
+    picture(tmp_path / "flickr30k-images" / "11.jpg")
+    entry = {"image": "11", "sentence": "a dog", "label": "entailment"}
+    write(
+        tmp_path / "ve_train.json",
+        [entry, {**entry, "label": "yes"}, {"image": "12", "sentence": "x", "label": "neutral"}, {"image": "11"}],
+    )
+    write(tmp_path / "ve_dev.json", [entry])
+    splits = read_snli_ve(str(tmp_path)).checked()
+    assert splits.labels[splits.held_out["dev"].row(0).label or 0] == "entailment"
+    assert splits.train.read(0, 0)["image"] == drawn_picture(0)
+    for number, why in ((1, 'its label "yes" is none of'), (2, "does not exist"), (3, 'it has no "label"')):
+        with pytest.raises(BadSample, match=rf"ve_train.json \(entry {number}\).*{why}"):
+            splits.train.read(number, number)
+
+
 def test_hateful_memes_has_seen_and_unseen_splits_and_a_test_without_labels(tmp_path: Path) -> None:
     picture(tmp_path / "img" / "01.png")
     for name, label in (("train", 1), ("dev_seen", 0), ("dev_unseen", 1)):

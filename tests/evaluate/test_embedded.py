@@ -30,7 +30,8 @@ from trivium.models.flava import Flava, FlavaConfig
 from trivium.models.patch_codebook import PatchCodebook
 from trivium.train.protocol import Sample
 
-RECALLS = [f"{direction}_r{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+WAYS = [f"{direction}{order}" for direction in ("text_to_image", "image_to_text") for order in ("", "_reranked")]
+RECALLS = [f"{way}_r{k}" for way in WAYS for k in (1, 5, 10)]
 REQUIRED = {
     *(f"retrieval.{protocol}.{recall}" for protocol in ("style", "concepts") for recall in RECALLS),
     "retrieval.style.image_to_image_r1",

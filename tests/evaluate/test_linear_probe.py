@@ -17,6 +17,10 @@ from sklearn.linear_model import LogisticRegression
 from trivium.evaluate import linear_probe
 
 
+def fitted(features_ND: torch.Tensor, labels_N: torch.Tensor, c: float) -> linear_probe.Probe:
+    return linear_probe.Solver(features_ND, labels_N).solve(c)
+
+
 def data(name: str) -> tuple[np.ndarray, np.ndarray]:
     if name == "digits":
         features, labels = load_digits(return_X_y=True)
@@ -29,7 +33,7 @@ def data(name: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("c", [0.01, 1.0])
 def test_objective_and_accuracy_equal_scikit_learn(name: str, c: float) -> None:
     features, labels = data(name)
-    probe = linear_probe.fit(torch.tensor(features, dtype=torch.float32), torch.tensor(labels), c)
+    probe = fitted(torch.tensor(features, dtype=torch.float32), torch.tensor(labels), c)
     oracle = LogisticRegression(C=c, tol=1e-8, max_iter=20_000, solver="newton-cg").fit(features, labels)
 
     def objective(weight: np.ndarray, bias: np.ndarray) -> float:
@@ -48,26 +52,26 @@ def test_objective_and_accuracy_equal_scikit_learn(name: str, c: float) -> None:
 
 def test_a_class_without_a_sample_is_never_answered_and_labels_keep_their_values() -> None:
     features = torch.tensor([[0.0], [0.1], [1.0], [1.1]])
-    probe = linear_probe.fit(features, torch.tensor([3, 3, 70, 70]), 100.0)
+    probe = fitted(features, torch.tensor([3, 3, 70, 70]), 100.0)
     assert probe.predict(features).tolist() == [3, 3, 70, 70]
     assert probe.classes_K.tolist() == [3, 70]
 
 
 def test_constant_features_give_the_commonest_class() -> None:
-    probe = linear_probe.fit(torch.ones(10, 4), torch.tensor([0] * 3 + [1] * 7), 1.0)
+    probe = fitted(torch.ones(10, 4), torch.tensor([0] * 3 + [1] * 7), 1.0)
     assert probe.predict(torch.ones(2, 4)).tolist() == [1, 1]
     assert torch.isfinite(probe.weight_KD).all()
 
 
 def test_one_class_alone_is_answered() -> None:
-    assert linear_probe.fit(torch.randn(5, 3), torch.full((5,), 2), 1.0).predict(torch.randn(2, 3)).tolist() == [2, 2]
+    assert fitted(torch.randn(5, 3), torch.full((5,), 2), 1.0).predict(torch.randn(2, 3)).tolist() == [2, 2]
 
 
 def test_rows_in_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = (torch.from_numpy(part) for part in data("synthetic"))
-    whole = linear_probe.fit(features, labels, 0.1)
+    whole = fitted(features, labels, 0.1)
     monkeypatch.setattr(linear_probe, "ROWS_AT_ONCE", 77)
-    assert linear_probe.fit(features, labels, 0.1).objective == pytest.approx(whole.objective, rel=1e-7)
+    assert fitted(features, labels, 0.1).objective == pytest.approx(whole.objective, rel=1e-7)
 
 
 def test_features_that_do_not_fit_on_the_device_give_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +87,8 @@ def test_features_that_do_not_fit_on_the_device_give_the_same_fit(monkeypatch: p
 def test_half_precision_features_are_fitted_in_single_precision() -> None:
     features, labels = (torch.from_numpy(part) for part in data("digits"))
     halves = features.half()
-    exact = linear_probe.fit(halves.float(), labels, 1.0)
-    probe = linear_probe.fit(halves, labels, 1.0)
+    exact = fitted(halves.float(), labels, 1.0)
+    probe = fitted(halves, labels, 1.0)
     assert probe.weight_KD.dtype == torch.float32
     assert probe.objective == pytest.approx(exact.objective, rel=1e-6)
     assert torch.equal(probe.predict(halves), exact.predict(halves.float()))
@@ -93,15 +97,15 @@ def test_half_precision_features_are_fitted_in_single_precision() -> None:
 def test_shifted_and_scaled_features_are_fitted_as_well() -> None:
     """The tolerance says the same of features of any size: scikit-learn's stops at once on small ones."""
     features, labels = (torch.from_numpy(part) for part in data("digits"))
-    plain = linear_probe.fit(features.float(), labels, 1.0)
-    small = linear_probe.fit((features / 1000 + 3).float(), labels, 1e6)
+    plain = fitted(features.float(), labels, 1.0)
+    small = fitted((features / 1000 + 3).float(), labels, 1e6)
     assert small.objective == pytest.approx(1e6 * plain.objective, rel=1e-3)
 
 
 def test_a_start_from_samples_with_other_classes_ends_at_the_same_place() -> None:
     features, labels = (torch.from_numpy(part) for part in data("synthetic"))
     some = (labels != 2) & (labels != 4)
-    start = linear_probe.fit(features[some], labels[some], 0.1)
+    start = fitted(features[some], labels[some], 0.1)
     assert start.classes_K.tolist() == [0, 1, 3, 5]
     solver = linear_probe.Solver(features, labels)
     assert solver.solve(0.1, start).objective == pytest.approx(solver.solve(0.1).objective, rel=1e-6)
@@ -118,7 +122,7 @@ def test_sweep_takes_the_c_that_validates_best_and_warm_starts_end_at_the_same_p
     features, labels, checks, check_labels = split()
     grid = (1e-4, 1e-2, 1.0)
     best = linear_probe.sweep(linear_probe.Solver(features, labels), checks, check_labels, grid)
-    cold = {c: linear_probe.fit(features, labels, c) for c in grid}
+    cold = {c: fitted(features, labels, c) for c in grid}
     accuracy = {c: int((probe.predict(checks) == check_labels).sum()) for c, probe in cold.items()}
     assert accuracy[best.c] == max(accuracy.values())
     assert best.objective == pytest.approx(cold[best.c].objective, rel=1e-5)
@@ -137,7 +141,7 @@ def test_the_search_ends_on_clips_grid_at_its_best_value_near_the_coarse_ones(mo
     assert abs(decades.min()) <= 6 + 1e-9 and decades.max() <= 6 + 1e-9
 
     def right(c: float) -> int:
-        return int((linear_probe.fit(features, labels, c).predict(checks) == check_labels).sum())
+        return int((fitted(features, labels, c).predict(checks) == check_labels).sum())
 
     assert right(best.c) >= max(right(c) for c in tried) - 1  # a warm and a cold start may part on one sample
     coarse = linear_probe.sweep(solver, checks, check_labels, linear_probe.COARSE_GRID)

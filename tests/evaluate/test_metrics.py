@@ -116,12 +116,40 @@ def test_knn_answers_minus_one_where_nobody_is_left() -> None:
 
 def test_class_vector_is_the_mean_of_unit_vectors() -> None:
     table = {"cat": torch.tensor([10.0, 0.0]), "a picture of cat": torch.tensor([0.0, 0.1])}
-    vectors = zero_shot.class_vectors(["cat"], lambda texts: torch.stack([table.get(t, table["cat"]) for t in texts]))
+    vectors = zero_shot.class_vectors(
+        [("cat",)], lambda texts: torch.stack([table.get(t, table["cat"]) for t in texts])
+    )
     assert torch.allclose(vectors, normalize(torch.tensor([[2 / 3, 1 / 3]]), dim=1))  # the longer one weighs no more
 
 
-def test_zero_shot_separates_what_a_name_lists() -> None:
-    assert zero_shot.prompts("food & drink", ("{}", "some {}")) == ["food", "some food", "drink", "some drink"]
+def test_neighbours_are_the_same_whatever_is_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    queries, gallery = torch.randn(30, 8), torch.randn(101, 8)
+    labels, concepts = torch.randint(0, 5, (101,)), torch.randint(0, 40, (101,))
+    asked = torch.randint(0, 40, (30,))
+    for left_out in (None, (asked, concepts)):
+        whole = knn.predict(queries, gallery, labels, k=7, left_out=left_out)
+        cosine = torch.nn.functional.normalize(queries, dim=-1) @ torch.nn.functional.normalize(gallery, dim=-1).T
+        if left_out is not None:
+            cosine[asked[:, None] == concepts[None]] = -torch.inf
+        plain = []
+        for row in cosine:
+            near = row.argsort(descending=True)[:7]
+            votes = torch.zeros(5).index_add_(0, labels[near], ((row[near] - 1) / 0.07).exp())
+            plain.append(int(votes.argmax()))
+        assert whole.tolist() == plain
+        for queries_at_once, gallery_at_once in ((4, 10), (100, 3), (1, 101), (7, 100)):
+            monkeypatch.setattr(knn, "QUERIES", queries_at_once)
+            monkeypatch.setattr(knn, "GALLERY", gallery_at_once)
+            assert torch.equal(knn.predict(queries, gallery, labels, k=7, left_out=left_out), whole)
+    monkeypatch.setattr(knn, "GALLERY", 10)
+    alone = knn.predict(queries[:1], gallery, labels, left_out=(torch.zeros(1), torch.zeros(101)))
+    assert alone.tolist() == [-1]
+
+
+def test_zero_shot_reads_each_name_of_a_class_as_it_stands() -> None:
+    assert zero_shot.prompts(("food", "drink"), ("{}", "some {}")) == ["food", "some food", "drink", "some drink"]
+    assert zero_shot.prompts(("AC/DC, black & white",), ("a {}",)) == ["a AC/DC, black & white"]
     assert zero_shot.predict(torch.tensor([[3.0, 0.1], [0.0, 9.0]]), torch.eye(2)).tolist() == [0, 1]
 
 
@@ -196,7 +224,7 @@ def test_labels_are_those_at_masked_positions_of_true_pairs() -> None:
 
 def test_a_class_goes_where_the_template_says_and_other_braces_stay() -> None:
     """The copies of data sets write {c}; ours write {}."""
-    assert zero_shot.prompts("cat", ("a photo of a {c}.", "{} {x}")) == ["a photo of a cat.", "cat {x}"]
+    assert zero_shot.prompts(("cat",), ("a photo of a {c}.", "{} {x}")) == ["a photo of a cat.", "cat {x}"]
     asked: list[str] = []
-    zero_shot.class_vectors(["cat", "dog"], lambda texts: (asked.extend(texts), torch.eye(2))[1], ("a {c}",))
+    zero_shot.class_vectors([("cat",), ("dog",)], lambda texts: (asked.extend(texts), torch.eye(2))[1], ("a {c}",))
     assert asked == ["a cat", "a dog"]

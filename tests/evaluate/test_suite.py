@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from tests.evaluate.datasets.test_captions import CAPTIONS, flickr
 from tests.test_load import new_bundle
 from trivium.bundle import Bundle
 from trivium.data import duplicates
+from trivium.data.glue import GLUE
 from trivium.evaluate import feature_store, suite, suite_report
 from trivium.evaluate.classification import accuracies, classification, leakage
 from trivium.evaluate.datasets import find, layouts
@@ -29,6 +31,8 @@ from trivium.evaluate.paper_tasks import SUITES
 from trivium.evaluate.results import Result
 from trivium.evaluate.suite import SuiteRun, TaskRun
 from trivium.evaluate.suite_report import SuiteReport
+from trivium.models.encoded import Matches
+from trivium.recipes.tasks import TASKS as TUNED
 
 TASKS = {task.name: task for task in SUITES["flava35"]}
 
@@ -162,6 +166,32 @@ def test_a_picture_that_cannot_be_read_is_counted_and_a_class_without_training_n
     )
 
 
+def test_what_the_disk_does_not_give_today_is_asked_for_again(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    miniatures.dtd(tmp_path)
+    flickr(tmp_path, "karpathy")
+    tasks = [TASKS["DTD"], TASKS["Flickr30K retrieval"]]
+    wanted = (tmp_path / "dtd" / "images" / data_of("DTD", tmp_path).test.pictures.name(1), "1001.jpg")
+    whole = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path == wanted[0] or path.name == wanted[1]:
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", read_bytes)
+        first = suite.run(tasks, bundle, tmp_path, tmp_path / "cache").tasks
+    assert [each.state for each in first] == ["measured", "measured"]
+    assert all("it cannot be read (Input/output error)" in "\n".join(each.notes) for each in first)
+    again = suite.run(tasks, bundle, tmp_path, tmp_path / "cache").tasks
+    assert [each.state for each in again] == ["measured", "measured"]
+    assert not any("cannot be read" in note for each in again for note in each.notes)
+    assert again[0].results["DTD.knn.accuracy"].n == 9
+    assert [each.state for each in suite.run(tasks, bundle, tmp_path, tmp_path / "cache").tasks] == ["kept", "kept"]
+
+
 def test_leakage_is_found_exactly_and_nearly_and_reported_only(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
 
@@ -225,6 +255,27 @@ def test_retrieval_has_five_right_answers_a_picture_one_way_and_one_the_other(
     assert results["Flickr30K retrieval.zero_shot.ir_r1"].value == pytest.approx(expected)
     ranks = [1 + int((scores[own != p, p] >= scores[own == p, p].max()).sum()) for p in range(3)]
     assert results["Flickr30K retrieval.zero_shot.tr_r5"].value == pytest.approx(np.mean([rank <= 5 for rank in ranks]))
+
+
+def test_retrieval_is_re_ranked_beside_and_albefs_table_takes_that(bundle: Bundle, root: Path, tmp_path: Path) -> None:
+    assert isinstance(bundle.model, Matches)
+    task = next(task for task in SUITES["albef"] if task.kind == "retrieval" and task.name.startswith("Flickr30K"))
+    [found] = suite.run([task], bundle, root, tmp_path).tasks
+    captions = [text for texts in CAPTIONS for text in texts]
+    logits = torch.empty(3, 15)
+    for label in range(3):
+        image = bundle.encode_image(root / "flickr30k" / "flickr30k-images" / f"{1000 + label}.jpg")
+        with torch.no_grad():
+            fused = bundle.fuse(image, bundle.encode_text(captions))
+            logits[label] = bundle.model.match(fused)[:, 1]
+    own = torch.arange(15) // 5
+    right = [int((logits[:, row] >= logits[own[row], row]).sum()) == 1 for row in range(15)]
+    reranked = found.results["Flickr30K retrieval.zero_shot.ir_reranked_r1"]
+    assert reranked.value == pytest.approx(np.mean(right))
+    [figure] = [each for each in task.figures if each.metric == "IR R@1"]
+    assert found.figure(figure) == reranked
+    [of_flava] = [each for each in TASKS["Flickr30K retrieval"].figures if each.metric == "IR R@1"]
+    assert found.figure(of_flava) == found.results["Flickr30K retrieval.zero_shot.ir_r1"]
 
 
 # --------------------------------------------------------------------------------------------------- suite
@@ -291,7 +342,7 @@ def test_an_interrupted_call_goes_on(
 def test_a_mistake_of_ours_in_one_task_leaves_the_others(
     bundle: Bundle, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(suite, "_retrieval", lambda *_: 1 / 0)
+    monkeypatch.setattr(suite, "zero_shot_retrieval", lambda *_: 1 / 0)
     run = suite.run([TASKS["Flickr30K retrieval"], TASKS["DTD"]], bundle, root, tmp_path)
     assert [each.state for each in run.tasks] == ["failed", "measured"]
     assert "ZeroDivisionError" in capsys.readouterr().err
@@ -309,6 +360,48 @@ def test_figures_of_fine_tuning_are_read_under_their_title(bundle: Bundle, tmp_p
     }  # fmt: skip
     memes = next(each for each in run.tasks if each.task.name == "HatefulMemes")
     assert memes.state == "read" and "side by side" in memes.notes[0]
+
+
+def test_vqa_is_shown_on_dev_where_the_answers_of_the_papers_split_are_not_public(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    tuned = {"VQAv2": Result(0.6), "VQAv2.dev.accuracy": Result(0.6)}
+    for name in ("flava35", "albef", "unit"):
+        run = suite.run(SUITES[name], bundle, None, tmp_path, fine_tuned=tuned)
+        [vqa] = [each for each in run.tasks if each.task.name == "VQAv2"]
+        assert run.values()[vqa.task.key, 0] == 60
+        assert any("ours is dev.accuracy, since" in note for note in vqa.notes)
+        beside = suite_report.with_published(run, suite_report.columns([vqa.task]))
+        assert all(result.published is None for result in beside.values()), "another split"
+        line = next(csv.DictReader(io.StringIO(suite_report.as_csv(SuiteRun([vqa]), []))))
+        assert line["metric"] == "VQA accuracy (ours: dev.accuracy)" and line["this model"] == "60.000"
+    run = suite.run(
+        SUITES["albef"], bundle, None, tmp_path, fine_tuned=tuned | {"VQAv2.test_dev.accuracy": Result(0.5)}
+    )
+    [vqa] = [each for each in run.tasks if each.task.name == "VQAv2"]
+    assert run.values()[vqa.task.key, 0] == 50 and not any("ours is dev" in note for note in vqa.notes)
+
+
+def test_a_suite_asks_for_figures_under_the_names_that_fine_tuning_gives_them() -> None:
+    splits = {"vqav2": ["dev", "test", "test_dev", "val2017"], "nlvr2": ["dev", "test-P"]}
+    splits |= {verb: ["dev", "test"] for verb in ("snli_ve", "visual_entailment")}
+    for each in {task for tasks in SUITES.values() for task in tasks if task.verb in TUNED}:
+        task = TUNED[each.verb]
+        assert each.prefix == task.title
+        names = splits.get(each.verb) or (GLUE[each.verb].dev if each.verb in GLUE else ("dev_seen", "dev_unseen"))
+        known = {"", *(f"{split}.{metric}" for split in names for metric in task.metrics)}
+        for figure in each.figures:
+            assert figure.result in known and figure.instead in known, (each.name, figure)
+
+
+def test_fine_tuned_retrieval_takes_the_re_ranked_figures_where_there_are_some(bundle: Bundle, tmp_path: Path) -> None:
+    task = next(t for t in SUITES["albef"] if t.name == "COCO retrieval" and t.protocol == "fine-tune")
+    read = {f"COCO retrieval.{name}": Result(value) for name, value in
+            (("test.tr_r1", 0.7), ("test.tr_reranked_r1", 0.77), ("test.ir_r1", 0.5), ("dev.tr_r1", 0.6))}  # fmt: skip
+    [found] = suite.run([task], bundle, None, tmp_path, fine_tuned=read).tasks
+    values = {figure.metric: found.figure(figure) for figure in task.figures}
+    assert found.state == "read"
+    assert values["TR R@1"] == Result(0.77) and values["IR R@1"] == Result(0.5) and values["IR R@5"] is None
 
 
 def test_a_model_without_texts_is_told_what_it_cannot_do(tmp_path: Path) -> None:
@@ -365,7 +458,7 @@ def test_the_page_stands_alone_and_says_everything(written: Path) -> None:
     assert len(scripts) == 2 and "http" not in "".join(scripts)
     for said in (
         "Figures of 4 of 35 tasks", "Beside FLAVA paper, Table 4", "Not on the disk", "To be fine-tuned first",
-        "There, but not readable", "https://image-net.org/download.php", "88.60*", "What took how long",
+        "There, but not readable", '<a href="https://image-net.org/download.php"', "88.60*", "What took how long",
     ):  # fmt: skip
         assert said in page, said
     data = json.loads(re.search(r'<script id="numbers"[^>]*>(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
@@ -378,6 +471,13 @@ def test_the_page_stands_alone_and_says_everything(written: Path) -> None:
     assert [figure["domain"] for figure in data["figures"]] == sorted(
         (figure["domain"] for figure in data["figures"]), key=["Language", "Vision", "Multimodal"].index
     )
+
+
+def test_where_there_is_nothing_to_compare_with_no_chart_is_drawn() -> None:
+    [task] = SUITES["own"]
+    run = SuiteRun([TaskRun(task, "measured", {f"{task.name}.linear_probe.accuracy": Result(0.6, 0.5, 0.7, 872)})])
+    page = suite_report.render(SuiteReport("Our own", run, {}), suite_report.columns([task]))
+    assert "60.00" in page and "Relative difference" not in page and "<script" not in page and "Beside" not in page
 
 
 def test_recalled_numbers_are_grey_and_do_not_enter_the_chart(bundle: Bundle) -> None:

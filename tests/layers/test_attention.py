@@ -119,6 +119,41 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_fused_one(masked: bool) -
         assert float((my - true).norm()) <= 1.5 * float((their - true).norm())
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cross", [False, True])
+def test_who_is_watched_gives_the_same_values_and_gradients(cross: bool, masked: bool, frozen: bool) -> None:
+    """Under watch values are weighed the plain way; the weights can be differentiated by, also of frozen layers."""
+    module = (CrossAttention(D, 10, HEADS, 0.3) if cross else SelfAttention(D, HEADS, 0.3)).double().eval()
+    x_BLD = torch.randn(B, L, D, dtype=torch.float64, requires_grad=True)
+    memory_BSW = torch.randn(B, L, 10, dtype=torch.float64)
+    mask_BL = random_mask() if masked else None
+    arguments = (memory_BSW, mask_BL) if cross else (mask_BL,)
+    weight, inputs = torch.randn_like(x_BLD), (x_BLD, *module.parameters())
+    plain = value_and_gradients(module(x_BLD, *arguments), weight, *inputs)
+    with module.watched() as seen:
+        watched = value_and_gradients(module(x_BLD, *arguments), weight, *inputs)
+        if frozen:
+            module.requires_grad_(False)
+            x_BLD = x_BLD.detach()
+        output = module(x_BLD, *arguments)
+    assert_all_close(watched, plain)
+    assert len(seen) == 2
+    assert torch.allclose(seen[1].sum(-1), torch.ones((), dtype=torch.float64))
+    if masked:
+        assert float(seen[1].detach()[~mask_BL[:, None, None].expand_as(seen[1])].abs().max()) == 0
+    # The derivative by one weight is what its key's value gives to the output.
+    [slope] = torch.autograd.grad((output * weight).sum(), seen[1])
+    value = module.read(memory_BSW).value_BHSE if cross else module.qkv(x_BLD)[..., 2 * D :].unflatten(-1, (HEADS, -1))
+    value_BHLE = value if cross else value.transpose(1, 2)
+    through_BHQE = (weight @ module.out.weight).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    assert torch.allclose(slope, through_BHQE @ value_BHLE.transpose(-2, -1), atol=1e-12)
+    module.requires_grad_(True)
+    again = module(x_BLD, *arguments)
+    assert len(seen) == 2, "nobody watches any more"
+    assert torch.allclose(again, plain[0], atol=1e-12)
+
+
 def test_masked_positions_change_nothing() -> None:
     module, mask_BL = SelfAttention(D, HEADS).double(), random_mask()
     x_BLD = torch.randn(B, L, D, dtype=torch.float64)

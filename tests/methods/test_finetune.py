@@ -16,9 +16,12 @@ from tests.flava_batches import TINY as TINY_FLAVA
 from tests.flava_batches import assert_close, gradients, random_flava, split
 from trivium.convert.bert import config_to_hf, to_hf
 from trivium.invariance.finetune import TINY, fine_tuned, random_bert, text_batch
+from trivium.methods.finetune import FineTuning
+from trivium.methods.momentum import SoftTargets
+from trivium.methods.pixels import Pixels
 from trivium.models.finetuned import Gives, Reads, read, tells_segments_apart
 from trivium.train.protocol import Batch, Images, Key
-from trivium.train.step import backward
+from trivium.train.step import backward, measure, step
 
 THEIR_KIND = {
     "class": "single_label_classification",
@@ -135,3 +138,75 @@ def test_answers_are_in_the_unit_of_the_task() -> None:
     )
     numbers = fine_tuned(model, "text", "number", 1, TINY.width, center=2.0, scale=5.0).model
     torch.testing.assert_close(numbers.answers(torch.tensor([[0.5]])), torch.tensor([[4.5]]))
+
+
+def distilled(gives: Gives, **targets: float) -> FineTuning:
+    """With a teacher that is not its student."""
+    num_outputs = 1 if gives == "number" else 3
+    plain = fine_tuned(random_bert(), "text", gives, num_outputs, TINY.width)
+    soft = SoftTargets(**{"alpha": 0.4, "ramp": 20.0, "reach": 10.0} | targets)  # type: ignore[arg-type]
+    method = FineTuning(plain.model, Pixels((0.5,) * 3, (0.25,) * 3), soft, num_steps=100, epoch_steps=10).double()
+    assert method.teacher is not None
+    with torch.no_grad():
+        for parameter in method.teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return method.train()
+
+
+@pytest.mark.parametrize(("step_number", "alpha"), [(0, 0.0), (5, 0.1), (50, 0.4)])
+def test_distillation_is_the_published_sum(step_number: int, alpha: float) -> None:
+    """(1 - alpha) CE(p, y) - alpha sum softmax(teacher) log softmax(student), after a ramp of 20 steps."""
+    method, batch = distilled("class"), text_batch(6)
+    method.schedule(step_number)
+    sums, counts, _ = backward(method, [batch], Key(0, "a task", step_number))
+    mine = gradients(method.model)
+    inputs = (batch.texts[0].ids_BT, batch.texts[0].mask_BT, batch.texts[0].segments_BT)
+    method.zero_grad()
+    logits = method.model(None, *inputs)
+    taught = method.teacher.copy(None, *inputs).detach()
+    hard = torch.nn.functional.cross_entropy(logits, batch.targets["label"])
+    soft = -(taught.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+    plain = (1 - alpha) * hard + alpha * soft
+    plain.backward()
+    assert float(sums["a task"] / counts["a task"]) == pytest.approx(float(plain), rel=1e-12)
+    assert_close(mine, gradients(method.model), 1e-9)
+    assert all(parameter.grad is None for parameter in method.teacher.parameters())
+
+
+@pytest.mark.parametrize("gives", ["number", "answers"])
+def test_numbers_and_answers_are_taught_in_their_own_loss(gives: Gives) -> None:
+    method, batch = distilled(gives), text_batch(6, gives, 3)
+    method.schedule(50)
+    sums, _, _ = backward(method, [batch], Key(0, "a task", 50))
+    text = batch.texts[0]
+    given = (None, text.ids_BT, text.mask_BT, text.segments_BT)
+    with torch.no_grad():
+        outputs, taught = method.model(*given), method.teacher.copy(*given)
+    if gives == "number":
+        value_B = batch.targets["value"].double()
+        expected = 0.6 * (outputs[:, 0] - value_B).square() + 0.4 * (outputs[:, 0] - taught[:, 0]).square()
+    else:
+        target = 0.6 * batch.targets["answers"] + 0.4 * taught.sigmoid()
+        p = outputs.sigmoid()
+        expected = -(target * p.log() + (1 - target) * (1 - p).log())
+    assert float(sums["a task"]) == pytest.approx(float(expected.sum()), rel=1e-9)
+
+
+def test_the_teacher_follows_once_a_step_and_says_nothing_of_held_out_rows() -> None:
+    method, batch = distilled("class"), text_batch(6)
+    before = {name: tensor.clone() for name, tensor in method.teacher.copy.state_dict().items()}
+    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.1)
+    assert step(method, [batch], Key(0, "a task", 50), optimizer).accepted
+    for name, tensor in method.teacher.copy.state_dict().items():
+        expected = 0.9 * before[name] + 0.1 * method.model.state_dict()[name]
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-12)
+    method.eval()
+    hard = torch.nn.functional.cross_entropy(method.outputs(batch), batch.targets["label"])
+    assert measure(method, [[batch]], Key(0, "a task", 0))["a task"] == pytest.approx(float(hard))
+    assert not method.train().teacher.training and distilled("class", dropout=True).teacher.training
+
+
+def test_without_distillation_there_is_no_copy() -> None:
+    method = fine_tuned(random_bert(), "text", "class", 3, TINY.width)
+    assert method.teacher is None
+    assert all(name.startswith("model.") for name in method.state_dict())

@@ -60,6 +60,7 @@ def test_base_is_the_published_run() -> None:
     assert (model.width, model.image_layers, model.text_layers, model.fusion_layers) == (768, 12, 6, 6)
     assert (model.image_size, model.projection_width, model.dropout) == (256, 256, 0.1)
     assert (data.batch, data.max_length, data.crop_scale, data.flip) == (512, 25, (0.2, 1.0), 0.5)
+    assert (data.random_changes, albef("tiny").data.random_changes) == (2, 0)
     assert (optim.betas, optim.weight_decay, optim.clip) == ((0.9, 0.999), 0.02, "none")
     assert optim.lr * learning_rate(optim, 1999, recipe.train.steps) == pytest.approx(1e-4)
     assert optim.lr * learning_rate(optim, recipe.train.steps, recipe.train.steps) == pytest.approx(1e-5)

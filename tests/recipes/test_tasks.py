@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from trivium.errors import TriviumError
-from trivium.recipes.finetune import finetune
+from trivium.recipes.finetune import FinetuneRecipe, finetune
+from trivium.recipes.retrieval import RetrievalRecipe
 from trivium.recipes.tasks import TASKS
 from trivium.train.optim import learning_rate, warmup_steps
 
@@ -66,3 +67,29 @@ def test_every_published_task_is_there_and_another_is_named() -> None:
     assert set(TASKS) >= set(REPORTED)
     with pytest.raises(TriviumError, match="no task sst3: use one of cola, sst2"):
         finetune("sst3")
+
+
+def test_entailment_has_the_settings_of_albef() -> None:
+    """Section 4.2 of its public code: rate 2e-5 down to 1e-6, batch 256, 5 epochs, alpha 0.4 from the first step."""
+    recipe = finetune("visual_entailment")
+    assert isinstance(recipe, FinetuneRecipe)
+    assert (recipe.optim.lr, recipe.optim.lr * recipe.optim.final) == pytest.approx((2e-5, 1e-6))
+    assert (recipe.data.batch, recipe.epochs, recipe.data.image_size, recipe.data.crop_scale) == (256, 5, 384, (0.5, 1))
+    assert (recipe.distillation.alpha, recipe.distillation.ramp, recipe.distillation.reach) == (0.4, 0.0, 200.0)
+    assert (recipe.head.activation, recipe.head.hidden, recipe.head.dropout) == ("relu", "width", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "shortlist"), [("retrieval_flickr30k", 10, 128), ("retrieval_coco", 5, 256)]
+)
+def test_retrieval_has_the_settings_of_albef(name: str, epochs: int, shortlist: int) -> None:
+    """Section 4.1: a flat warm-up is none; the rate falls from 1e-5 to 1e-6; alpha rises over one epoch."""
+    recipe = finetune(name)
+    assert isinstance(recipe, RetrievalRecipe)
+    assert (recipe.optim.lr, recipe.optim.lr * recipe.optim.final, recipe.optim.warmup) == pytest.approx(
+        (1e-5, 1e-6, 0)
+    )
+    assert (recipe.data.batch, recipe.epochs, recipe.shortlist, recipe.objectives.pool) == (256, epochs, shortlist, 32)
+    assert (recipe.data.image_size, recipe.data.max_length, recipe.data.crop_scale) == (384, 30, (0.5, 1.0))
+    assert (recipe.distillation.alpha, recipe.distillation.ramp, recipe.distillation.reach) == (0.4, None, 200.0)
+    assert (recipe.objectives.duplicates, recipe.optim.weight_decay, recipe.optim.clip) == ("positive", 0.02, "none")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
+from runs import assert_same_state, metrics_of, on_two_processes
 from safetensors.torch import save_file
-from test_trainer import assert_same_state, metrics_of, on_two_processes
 from tiny_run import make, with_train
 from torch import Tensor, nn
 from torch.nn import functional as F

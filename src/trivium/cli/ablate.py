@@ -170,7 +170,11 @@ def _claimed(out: Path, name: str, wait: bool = False) -> Iterator[bool]:
 
 
 def _done(out: Path, run: str) -> bool:
-    return (out / run / "results.json").is_file()
+    """Whether it was measured for the table: `trivium evaluate RUN` writes other figures in their place."""
+    from trivium.evaluate import results
+
+    path = out / run / "results.json"
+    return path.is_file() and "updates" in results.read(path)
 
 
 def _work(runs: Sequence[AblationRun], out: Path, settings: Config, root: Path | None) -> int:
@@ -284,6 +288,8 @@ def _measured(out: Path) -> list[Measured]:
     for column in COLUMNS.values():
         for path in sorted(out.glob(f"{column.name}-seed*/results.json")):
             name, seed = path.parent.name, path.parent.name.rpartition("-seed")[2]
+            if not _done(out, name):
+                continue
             towers = [f"tower-{tower}-seed{seed}" for tower in column.starts_from]
             figures = results.read(path)
             updates = [int(results.read(out / tower / "results.json")["updates"].value) for tower in towers]

@@ -32,8 +32,8 @@ def convert(
     Args:
         path: a run folder, checkpoint, model folder, or a file or folder of another library.
         to: trivium (a model folder), hf-flava, torchmultimodal-flava, hf-clip, open-clip, hf-vit, timm-vit, dino,
-            hf-bert, albef, mmf-unit or detr; an image tokenizer alone also to dalle (encoder.safetensors and
-            decoder.safetensors).
+            hf-bert, albef, albef-retrieval (as mscoco.pth has it), albef-grounding (as refcoco.pth), mmf-unit or
+            detr; an image tokenizer alone also to dalle (encoder.safetensors and decoder.safetensors).
         out: a folder that does not exist yet, or is empty.
         from_: the layout of PATH, where its tensors' names should not decide: one of those, openai-clip or dalle.
         shard_mb: weights of more megabytes are written as several files with an index; below, as one.
@@ -133,7 +133,10 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
             f"left out: {to} has no place for pads_visible; its multimodal encoder {there} the pads of a text and this"
             f" model's {here}, so texts with pads are fused otherwise there"
         )
-    state, config = write(model, image_tokenizer)
+    whole = None
+    if adapter.write_head is not None and bundle.head is not None and bundle.head_config is not None:
+        whole = adapter.write_head(model, bundle.head, bundle.head_config, bundle.labels or ())
+    state, config = whole or write(model, image_tokenizer)
     with written_beside(out) as folder:
         apart = {name: tensor.clone() for name, tensor in state.items()}  # some stand there under two names
         if to == "open-clip":
@@ -151,7 +154,7 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
             t = bundle.transform
             settings = processor.vit_processor_to_hf(t.size, t.filter, t.crop, t.mean, t.std)
             _write_json(folder / "preprocessor_config.json", settings)
-    if bundle.head is not None:
+    if bundle.head is not None and whole is None:
         print(f"left out: {to} has no place for the head that was trained for {bundle.head_config.task}")  # type: ignore[union-attr]
 
 

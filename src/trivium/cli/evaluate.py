@@ -20,7 +20,7 @@ def evaluate(
     pairs: Annotated[tuple[str, ...], arg(metavar="PATH ...")] = (),
     image_column: Annotated[str | None, arg(metavar="NAME")] = None,
     text_column: Annotated[str | None, arg(metavar="NAME")] = None,
-    suite: Annotated[str | None, arg(metavar="flava35|albef|unit|vision|language|multimodal")] = None,
+    suite: Annotated[str | None, arg(metavar="flava35|albef|unit|vision|language|multimodal|own")] = None,
     task: Annotated[tuple[str, ...], arg(metavar="TASK ...")] = (),
     root: Annotated[Path | None, arg(name="data.root", metavar="DIR")] = None,
     fine_tuned: Annotated[tuple[Path, ...], arg(metavar="RUN ...")] = (),

@@ -138,7 +138,7 @@ def _print(run: SuiteRun) -> None:
             cell = None if published is None else published.cells.get((each.task.key, place))
             shown = f"{100 * ours.value:.2f}" if ours is not None else "–"
             beside = cell.printed if cell is not None and not cell.is_recalled else "–"
-            table.add_row(*map(Text, (each.task.name, figure.metric, shown, beside, each.state)))
+            table.add_row(*map(Text, (each.task.name, each.metric(figure), shown, beside, each.state)))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table)
     _list_absent(SuiteRun([each for each in run.tasks if each.state not in HAS_FIGURES]))

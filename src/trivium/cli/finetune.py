@@ -37,9 +37,10 @@ def finetune(
     --train.patience 3: `trivium finetune sst2 --help` lists them all with what they are for that task.
 
     Args:
-        task: cola, sst2, mrpc, stsb, qqp, mnli, qnli or rte (GLUE), vqav2, snli_ve, hateful_memes; or of your own
-            tables image_classification, text_classification, text_regression, image_text_classification. With --resume
-            the run folder.
+        task: cola, sst2, mrpc, stsb, qqp, mnli, qnli or rte (GLUE), vqav2, snli_ve, hateful_memes,
+            visual_entailment, vqa, nlvr2, retrieval_flickr30k, retrieval_coco, grounding; or of your own tables
+            image_classification, text_classification, text_regression, image_text_classification, question_answering,
+            retrieval, text_assignment. With --resume the run folder.
         init: the model: a run, a model folder, or a foreign checkpoint such as a BERT of Hugging Face.
         data: the folder of a published task in its official layout, or your own training tables (CSV, JSONL, ...).
         out: the run folder; by default runs/TASK-DATE. With it RUN/model is the fine-tuned model.
@@ -88,7 +89,11 @@ def finetune(
             f"{out} holds runs of several seeds already: continue them with --resume, or name another --out"
         )
     write_whole(out / SEEDS, json.dumps(list(range(first, first + seeds))) + "\n")
-    return _all_seeds(out, settings, changes)
+    try:
+        return _all_seeds(out, settings, changes)
+    finally:
+        if not (out / f"seed-{first}" / "config.json").is_file():  # nothing has begun: the next try starts anew
+            (out / SEEDS).unlink()
 
 
 def _all_seeds(out: Path, settings: Config | None, changes: Mapping[str, Any]) -> int:

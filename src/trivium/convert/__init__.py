@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from trivium.models.bert import Bert
 from trivium.models.clip import Clip, ClipConfig
 from trivium.models.dino import Dino
 from trivium.models.dvae import DVae
+from trivium.models.finetuned import HeadConfig
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.models.unit import Unit, UnitConfig
 from trivium.models.vit import ViT, ViTConfig
@@ -36,6 +37,9 @@ class Foreign:
     folder: Path = Path()  # where tokenizer and image settings may lie
     labels_of: dict[str, list[str]] | None = None  # names of the classes of each task
     captions: bool = False  # whether texts are read as ALBEF reads captions (see Tokenizer.for_captions)
+    head: nn.Module | None = None  # of a fine-tuned model
+    head_config: HeadConfig | None = None
+    labels: list[str] | None = None  # of its outputs
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Adapter:
     weights: str = "model.safetensors"  # how files of this layout are called, where it is written
     configs: tuple[str, ...] = ("config.json",)  # the first that lies there is read; the first of all is written
     tower_of: tuple[str, ...] = ()  # other families, of whose models it can hold the tower without the head
+    # A fine-tuned model with its head, and the names of its labels; what comes back is None where it has no place.
+    write_head: Callable[[Any, nn.Module, HeadConfig, Sequence[str]], tuple[State, dict[str, Any]] | None] | None = None
 
 
 def _flava(config: FlavaConfig, state: State, image_tokenizer: DVae | None, said: list[str]) -> Foreign:
@@ -197,23 +203,43 @@ def _write_bert(model: Bert, image_tokenizer: DVae | None) -> tuple[State, dict[
 
 def _read_albef(state: State, config: Mapping[str, Any]) -> Foreign:
     ours, tensors, layout = albef.from_official(state, config)
-    answering = [part for part in ("text_decoder.", "cls_head.") if part in layout.parts]
-    if layout.two_pictures or answering:
-        what = "two pictures" if layout.two_pictures else "answers" if answering[0] == "text_decoder." else "labels"
-        raise TriviumError(
-            f"this ALBEF was fine-tuned for {what}, which is not supported: take a pretrained one or one for retrieval"
-        )
     model, drawn = albef.build(ours, tensors)
-    beside = sorted({name.partition(".")[0] for name in tensors.keys() - model.state_dict().keys()})
+    of_head = {name: tensor.float() for name, tensor in tensors.items() if name.startswith("head.")}
+    head, head_config, labels = None, albef.head_config(ours, layout, tensors), albef.LABELS.get(layout.head)
+    if head_config is not None:
+        head = head_config.build().eval()
+        head.load_state_dict({name.removeprefix("head."): tensor for name, tensor in of_head.items()})
+    beside = sorted({n.partition(".")[0] for n in tensors.keys() - model.state_dict().keys() - of_head.keys()})
     said = [f"left out, since the model has no place for it: {', '.join(beside)}"] if beside else []
     if drawn:
         said.append(f"not in the file and therefore drawn at random (seed 0): {', '.join(drawn)}")
-    transform = {"size": ours.image_size}
-    return Foreign("albef", model, None, said, ours.max_length, captions=True, transform=transform)
+    return Foreign(
+        "albef", model, None, said, ours.max_length, {"size": ours.image_size}, captions=True, head=head,
+        head_config=head_config, labels=None if labels is None else list(labels),
+    )  # fmt: skip
 
 
 def _write_albef(model: Albef, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
-    return albef.pretrained_state(model), {"num_attention_heads": model.config.num_heads}
+    return albef.state_as(albef.PRETRAINED, model), {"num_attention_heads": model.config.num_heads}
+
+
+def _write_albef_retrieval(model: Albef, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return albef.state_as(albef.RETRIEVAL, model), {"num_attention_heads": model.config.num_heads}
+
+
+def _write_albef_grounding(model: Albef, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:
+    return albef.state_as(albef.GROUNDING, model), {"num_attention_heads": model.config.num_heads}
+
+
+def _write_albef_head(
+    model: Albef, head: nn.Module, config: HeadConfig, labels: Sequence[str]
+) -> tuple[State, dict[str, Any]] | None:
+    """As the file of its task, where the head is of the kind that it has; None where it is another."""
+    layout = albef.layout_for(config)
+    if layout is None:
+        return None
+    ordered = albef.in_official_order(head.state_dict(), labels, layout)
+    return albef.state_as(layout, model, ordered), {"num_attention_heads": model.config.num_heads}
 
 
 def _unit(config: UnitConfig, state: State, beside: Mapping[str, Any], said: list[str]) -> Foreign:
@@ -247,7 +273,9 @@ def _write_detr(model: Unit, image_tokenizer: DVae | None) -> tuple[State, dict[
 _OPEN_CLIP = ("open_clip_config.json", "config.json")  # the second is Hugging Face's
 
 ADAPTERS = {
-    "albef": Adapter("albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef),
+    "albef": Adapter("albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef, write_head=_write_albef_head),
+    "albef-retrieval": Adapter("albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef_retrieval),
+    "albef-grounding": Adapter("albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef_grounding),
     "torchmultimodal-flava": Adapter(
         "flava",
         r"(model\.)?(image|text|mm)_encoder\.(encoder|embeddings)\..*",

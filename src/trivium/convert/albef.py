@@ -5,14 +5,17 @@ ve, vqa, nlvr), each with the parts that it happens to have.
     text_encoder.      a BERT of 12 layers, the last six with          text.  fusion.  mlm_head.
                        cross-attention; under bert. where it has a
                        head of masked words
-    text_decoder.      the BERT that writes answers (vqa)              decoder.
+    text_decoder.      the BERT that writes answers (vqa)              head.
+    cls_head.          the classifier of ve and nlvr                   head.
+    ta_head.           that of text assignment, before nlvr            head.
     temp               a number without a dimension                    temperature, [1]
     image_queue        [D, Q]                                          image_queue, [Q, D]
     ..._m.             the momentum copy of a part                     teacher.
 
 What differs beside names: queries, keys and values stand apart there; the last matrix of a head of masked words is the
 word embeddings under another name, and its bias stands there twice; with two pictures (nlvr) the layers of fusion stand
-in pairs, whose keys and values of cross-attention are one tensor under two names.
+in pairs, whose keys and values of cross-attention are one tensor under two names; here the first of each pair is the
+fusion's and the second the head's.
 
 A layout is told by the names of its tensors, the sizes by their shapes; the number of heads, which no shape shows, is
 width / 64, as in every released file, unless a config.json beside says it.
@@ -23,7 +26,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +39,9 @@ from trivium.convert.vit import HEAD_WIDTH, timm_places
 from trivium.convert.weights import State, listed
 from trivium.errors import TriviumError
 from trivium.models.albef import Albef, AlbefConfig
-from trivium.models.bert import Bert, BertConfig
+from trivium.models.albef_heads import AnswerDecoder, TwoPictures, decoder_config
+from trivium.models.bert import BertConfig
+from trivium.models.finetuned import HeadConfig
 
 _IGNORED = re.compile(r"(^|\.)position_ids$")
 _LAYER = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.")
@@ -44,7 +49,7 @@ _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.(.*)")
 # Parts that not every file has: how the names of their tensors begin, theirs and ours.
 _PARTS = {
     "vision_proj.": "image_projection.", "text_proj.": "text_projection.", "itm_head.": "itm_head.",
-    "text_encoder.cls.": "mlm_head.", "text_decoder.": "decoder.", "cls_head.": "head.", "ta_head.": "assignment_head.",
+    "text_encoder.cls.": "mlm_head.", "text_decoder.": "head.", "cls_head.": "head.", "ta_head.": "head.decoder.",
 }  # fmt: skip
 _SINGLES = {
     "temp": Place("temperature", ("temp",), shape=()),
@@ -64,6 +69,12 @@ class Layout:
     under_bert: bool  # text_encoder.bert.encoder... instead of text_encoder.encoder...
     two_pictures: bool  # layers of fusion in pairs, of which the second has no keys and values of its own
 
+    @property
+    def head(self) -> str:
+        """How the names of its head begin, "" without one; of two pictures, marked."""
+        found = next((part for part in ("text_decoder.", "ta_head.", "cls_head.") if part in self.parts), "")
+        return f"pairs {found}" if self.two_pictures and found == "cls_head." else found
+
 
 _COPIED = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")  # what has a momentum copy in pretraining
 PRETRAINED = Layout(  # but for the queues
@@ -72,11 +83,33 @@ PRETRAINED = Layout(  # but for the queues
     under_bert=True,
     two_pictures=False,
 )
+RETRIEVAL = Layout(  # mscoco, flickr30k: without the head of masked words, and without the queues
+    frozenset({f"{part}{momentum}." for part in _COPIED for momentum in ("", "_m")} | {"itm_head.", "temp"}),
+    under_bert=False,
+    two_pictures=False,
+)
+GROUNDING = Layout(  # refcoco: without momentum copy too, and without the wrapper that the others have
+    frozenset({f"{part}." for part in _COPIED} | {"itm_head.", "temp"}), under_bert=False, two_pictures=False
+)
+_TUNED = frozenset({"visual_encoder.", "visual_encoder_m.", "text_encoder.", "text_encoder_m."})
+ENTAILMENT = Layout(_TUNED | {"cls_head.", "cls_head_m."}, under_bert=False, two_pictures=False)  # ve
+ANSWERS = Layout(_TUNED | {"text_decoder.", "text_decoder_m."}, under_bert=False, two_pictures=False)  # vqa
+TWO_PICTURES = replace(ENTAILMENT, two_pictures=True)  # nlvr
+ASSIGNMENT = Layout(  # pretrain_model_nlvr
+    frozenset({"visual_encoder.", "text_encoder.", "vision_proj.", "text_proj.", "temp", "ta_head."}),
+    under_bert=False,
+    two_pictures=True,
+)
+LABELS = {  # of a head (see Layout), as its outputs are numbered
+    "cls_head.": ("contradiction", "neutral", "entailment"),
+    "pairs cls_head.": ("False", "True"),
+    "ta_head.": ("first", "second", "neither"),
+}
 
 
 def from_official(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[AlbefConfig, State, Layout]:
-    """An official file -> ours: names of an Albef; beside them "teacher.", "decoder.", "head.", "assignment_head." and
-    the queues, where the file has them.
+    """An official file -> ours: names of an Albef; beside them "teacher.", "head." and the queues, where the file has
+    them.
 
     Args:
         config: the config.json beside it; {} without.
@@ -123,11 +156,60 @@ def build(config: AlbefConfig, state: Mapping[str, Tensor]) -> tuple[Albef, list
     return model, sorted({name.partition(".")[0] for name in whole if name not in state})
 
 
-def pretrained_state(model: Albef) -> State:
-    """A model as a pretrained file has it, momentum copy and all, which the public code asks for; no queues."""
-    state = dict(model.state_dict())
-    copied = {f"teacher.{n}": t for n, t in state.items() if not n.startswith(("itm_head.", "temperature"))}
-    return to_official(state | copied, model.config, PRETRAINED)
+def state_as(layout: Layout, model: Albef, head: Mapping[str, Tensor] | None = None) -> State:
+    """A model, and the head of its task, as a file of a layout has them, momentum copy and all, which the public code
+    asks for; no queues. What the layout has no place for is left out."""
+    own = dict(model.state_dict()) | {f"head.{name}": tensor for name, tensor in (head or {}).items()}
+    state = own | {f"teacher.{name}": tensor for name, tensor in own.items()}
+    named = {place.ours for place in places(model.config, layout)}
+    return to_official({n: t for n, t in state.items() if n in named}, model.config, layout)
+
+
+def head_config(config: AlbefConfig, layout: Layout, state: Mapping[str, Tensor]) -> HeadConfig | None:
+    """Of the head of a fine-tuned file, as its own task has it (recipes/tasks.py); of a writer the list of its answers
+    lies elsewhere. None of a file without one. Raises TriviumError for labels whose names nobody knows."""
+    if not layout.head:
+        return None
+    width, blocks = config.width, decoder_config(config)
+    if layout.head == "text_decoder.":
+        return HeadConfig("vqa", "states", "text", width, 0, blocks=blocks)
+    num_labels, labels = len(state["head.decoder.weight"]), LABELS[layout.head]
+    if num_labels != len(labels):
+        raise TriviumError(
+            f"this ALBEF was fine-tuned for {num_labels} labels, whose names its file does not hold:"
+            f" {', '.join(labels)} are known"
+        )
+    if layout.head == "cls_head.":
+        return HeadConfig("visual_entailment", "fused", "class", width, num_labels, width, "relu", dropout=0.0)
+    task, hidden = ("nlvr2", width) if layout.head == "pairs cls_head." else ("text_assignment", None)
+    return HeadConfig(
+        task, "two_pictures", "class", width, num_labels, hidden, "relu", 0.0, blocks=blocks, num_pictures=2
+    )
+
+
+def layout_for(head: HeadConfig) -> Layout | None:
+    """That of the files which hold such a head; None where there are none."""
+    if head.gives == "text":
+        return ANSWERS
+    if (head.gives, head.activation) != ("class", "relu"):
+        return None
+    if head.reads == "two_pictures":
+        return ASSIGNMENT if head.hidden is None else TWO_PICTURES if head.hidden == head.width else None
+    return ENTAILMENT if (head.reads, head.hidden) == ("fused", head.width) else None
+
+
+def in_official_order(head: Mapping[str, Tensor], labels: Sequence[str], layout: Layout) -> dict[str, Tensor]:
+    """A head whose outputs are numbered as in the file of a layout. Raises TriviumError for other labels."""
+    official = LABELS.get(layout.head)
+    if official is None:
+        return dict(head)
+    if sorted(labels) != sorted(official):
+        raise TriviumError(
+            f"ALBEF's files of this kind hold {', '.join(official)}, and this head {', '.join(labels)}: write it as"
+            " trivium"
+        )
+    order = torch.tensor([list(labels).index(label) for label in official])
+    return {name: t[order] if name.startswith("decoder.") else t for name, t in head.items()}
 
 
 def config_of(state: Mapping[str, Tensor], layout: Layout, config: Mapping[str, Any]) -> AlbefConfig:
@@ -162,7 +244,7 @@ def config_of(state: Mapping[str, Tensor], layout: Layout, config: Mapping[str, 
         mlp_width=inner.shape[0],
         image_layers=1 + max(images),
         text_layers=len(layers) - len(fusing),
-        fusion_layers=len(fusing),
+        fusion_layers=len(fusing) // (2 if layout.two_pictures else 1),
         image_size=math.isqrt(positions.shape[1] - 1) * patch_size,
         patch_size=patch_size,
         vocab_size=words.shape[0],
@@ -184,8 +266,8 @@ def places(config: AlbefConfig, layout: Layout) -> Iterator[Place]:
             has_head = f"text_encoder{momentum}.cls." in layout.parts
             yield from _text_places(config, layout, ours, f"text_encoder{momentum}.", has_head)
         if f"text_decoder{momentum}." in layout.parts:
-            for place in _bert_places(decoder(config), f"text_decoder{momentum}."):
-                yield replace(place, ours=f"{ours}decoder.{place.ours}")
+            for place in _bert_places(decoder_config(config), f"text_decoder{momentum}."):
+                yield replace(place, ours=f"{ours}head.{place.ours}")
         if f"cls_head{momentum}." in layout.parts:
             yield from pair(f"{ours}head.inner", f"cls_head{momentum}.0")
             yield from pair(f"{ours}head.decoder", f"cls_head{momentum}.2")
@@ -195,17 +277,11 @@ def places(config: AlbefConfig, layout: Layout) -> Iterator[Place]:
     yield from (place for name, place in _SINGLES.items() if name in layout.parts)
 
 
-def decoder(config: AlbefConfig) -> BertConfig:
-    """The BERT that writes answers: the layers of fusion, and a head of masked words."""
-    return replace(
-        config.text_tower, num_layers=config.fusion_layers, memory_width=config.width, mlm_head=True,
-    )  # fmt: skip
-
-
 def _text_places(config: AlbefConfig, layout: Layout, ours: str, theirs: str, has_head: bool) -> Iterator[Place]:
+    fused_layers = config.fusion_layers * (2 if layout.two_pictures else 1)
     whole = replace(
         config.text_tower,
-        num_layers=config.text_layers + config.fusion_layers,
+        num_layers=config.text_layers + fused_layers,
         memory_width=config.width,
         mlm_head=has_head,
     )
@@ -216,9 +292,12 @@ def _text_places(config: AlbefConfig, layout: Layout, ours: str, theirs: str, ha
             fused = number - config.text_layers
             if fused < 0 and rest.startswith("cross_attention"):
                 continue
-            if layout.two_pictures and fused % 2 and fused > 0 and rest.startswith("cross_attention.key_value"):
+            is_second = layout.two_pictures and fused >= 0 and fused % 2 == 1
+            if is_second and rest.startswith("cross_attention.key_value"):
                 continue  # its twin's
-            name = f"text.encoder.blocks.{number}.{rest}" if fused < 0 else f"fusion.blocks.{fused}.{rest}"
+            pair_or_layer = fused // 2 if layout.two_pictures else fused
+            blocks = "text.encoder.blocks" if fused < 0 else "head.seconds" if is_second else "fusion.blocks"
+            name = f"{blocks}.{number if fused < 0 else pair_or_layer}.{rest}"
         elif not name.startswith("mlm_head."):
             name = f"text.{name}"
         there = place.theirs if layout.under_bert else tuple(t.replace(".bert.", ".") for t in place.theirs)
@@ -279,9 +358,11 @@ def _twins(state: State, config: AlbefConfig) -> State:
 def _shapes(config: AlbefConfig, layout: Layout, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Of everything in ours that a file may hold; of heads and queues, whose sizes are free, as the file has them."""
     with torch.device("meta"):
-        model, writer = Albef(config).state_dict(), Bert(decoder(config)).state_dict()
+        model, writer = Albef(config).state_dict(), AnswerDecoder(decoder_config(config)).state_dict()
+        judge = TwoPictures(decoder_config(config), None, 1)
     found = {name: tuple(tensor.shape) for name, tensor in model.items()}
-    found |= {f"decoder.{name}": tuple(tensor.shape) for name, tensor in writer.items()}
+    found |= {f"head.{name}": tuple(tensor.shape) for name, tensor in writer.items()}
+    found |= {f"head.seconds.{name}": tuple(tensor.shape) for name, tensor in judge.seconds.state_dict().items()}
     found |= {f"teacher.{name}": shape for name, shape in list(found.items())}
     for place in places(config, layout):
         if place.ours not in found:

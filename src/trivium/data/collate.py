@@ -1,8 +1,9 @@
-"""From a sample to its part of a batch: decode, crop, resize, tokenize, mask; then many of them to one Batch.
+"""From a sample to its part of a batch: decode, crop, resize, mask; then many of them to one Batch.
 
 ``prepare`` runs once per sample, in a worker; every choice it makes comes from the ``Draws`` of the sample's place.
-``batch`` only stacks. With ``train=False`` nothing is cropped, flipped or recoloured; the loader then keys the draws by
-row instead of place, so that captions, masks and with them validation losses repeat.
+``batch`` stacks, and tokenizes and masks the texts, whose choices come from the same draws. With ``train=False``
+nothing is cropped, flipped or recoloured; the loader then keys the draws by row instead of place, so that captions,
+masks and with them validation losses repeat.
 
 Legend: B rows of a micro-batch, T text tokens, N image patches, C channels, H height, W width of a picture.
 """
@@ -21,6 +22,7 @@ from trivium.data.codes import CodeCache, picture_digest
 from trivium.data.decoded import Decoded
 from trivium.data.masking import block_mask, mask_tokens
 from trivium.data.order import Draws
+from trivium.data.random_augment import RandomAugment
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import color_jitter
 from trivium.data.views import WHOLE, Views
@@ -37,9 +39,8 @@ class PreparedImage(NamedTuple):
 
 
 class PreparedText(NamedTuple):
-    ids_T: list[int]
-    masked_ids_T: np.ndarray | None  # int64; None: no token is ever masked
-    selected_T: np.ndarray | None  # bool
+    text: str
+    draws: Draws  # of its mask
     same: int
 
 
@@ -51,6 +52,7 @@ class ImageInput:
     patch: int  # pixels on a side
     codes: CodeCache | None = None  # then the crops are the cache's own
     color_jitter: float = 0.0  # strength of random changes of colour, in training alone (see transforms.py)
+    changes: RandomAugment | None = None  # of shape and light, in training alone; then codes would not fit
     cache_bytes: int = 0  # memory of each worker for decoded pictures; changes the speed alone
     masked: bool = True  # False: no block mask, for a family that predicts no patches
     _decoded: Decoded = field(init=False, repr=False)
@@ -62,6 +64,7 @@ class ImageInput:
                 " choose a size that is a multiple of the patch"
             )
         self._decoded = Decoded(self.cache_bytes)
+        assert self.changes is None or not (self.masked or self.codes), "codes belong to patches at their own place"
         num_patches = (self.views.size // self.patch) ** 2
         if self.codes is not None and self.codes.num_codes_per_view != num_patches:
             raise TriviumError(
@@ -93,6 +96,9 @@ class ImageInput:
         pixels_CHW = self.views.for_model(picture_HWC, view)
         if train and self.color_jitter:
             pixels_HWC = color_jitter(draws.generator("color"), pixels_CHW.transpose(1, 2, 0), self.color_jitter)
+            pixels_CHW = np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
+        if train and self.changes is not None:
+            pixels_HWC = self.changes(draws.generator("changes"), pixels_CHW.transpose(1, 2, 0))
             pixels_CHW = np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
         return PreparedImage(pixels_CHW, codebook_CHW, mask_N, codes_N, sample["same_image"])
 
@@ -128,31 +134,31 @@ class TextInput:
         if not captions:
             raise BadSample(sample["name"], "", "has no text")
         chosen = int(draws.generator("caption").random() * len(captions)) if len(captions) > 1 else 0
-        [ids_T] = self.tokenizer.encode([captions[chosen]], self.max_length)
+        return PreparedText(captions[chosen], draws, sample["same_text"])
+
+    def batch(self, prepared: Sequence[PreparedText]) -> tuple[Texts, dict[str, Tensor]]:
+        """The texts of a Batch, unmasked, padded to its longest; targets ``masked_ids`` and ``selected`` [B, T].
+
+        They are tokenized and masked all at once, which takes a fifth of the time that one after the other does."""
+        sequences = self.tokenizer.encode([text.text for text in prepared], self.max_length)
+        ids_BT, mask_BT = self.tokenizer.pad(sequences)
+        texts = Texts(ids_BT, mask_BT, torch.tensor([text.same for text in prepared], dtype=torch.int64))
         if self.probability is None:
-            return PreparedText(ids_T, None, None, sample["same_text"])
-        masked_ids_T, selected_T = mask_tokens(
-            draws.generator("tokens"),
-            np.array(ids_T, dtype=np.int64),
+            return texts, {}
+        uniform = [
+            text.draws.generator("tokens").random((3, len(ids))) for text, ids in zip(prepared, sequences, strict=True)
+        ]
+        masked_ids, selected = mask_tokens(
+            np.concatenate(uniform, axis=1),
+            ids_BT[mask_BT].numpy(),
             self.tokenizer.special_ids,
             self.tokenizer.vocab_size,
             self.tokenizer.mask_id,
             self.probability,
             np.asarray(self.tokenizer.continues) if self.whole_words else None,
         )
-        return PreparedText(ids_T, masked_ids_T, selected_T, sample["same_text"])
-
-    def batch(self, prepared: Sequence[PreparedText]) -> tuple[Texts, dict[str, Tensor]]:
-        """The texts of a Batch, unmasked, padded to its longest; targets ``masked_ids`` and ``selected`` [B, T]."""
-        ids_BT, mask_BT = self.tokenizer.pad([text.ids_T for text in prepared])
-        texts = Texts(ids_BT, mask_BT, torch.tensor([text.same for text in prepared], dtype=torch.int64))
-        if self.probability is None:
-            return texts, {}
         masked_ids_BT, selected_BT = ids_BT.clone(), torch.zeros_like(mask_BT)
-        for row, text in enumerate(prepared):
-            assert text.masked_ids_T is not None and text.selected_T is not None
-            masked_ids_BT[row, : len(text.ids_T)] = torch.from_numpy(text.masked_ids_T)
-            selected_BT[row, : len(text.ids_T)] = torch.from_numpy(text.selected_T)
+        masked_ids_BT[mask_BT], selected_BT[mask_BT] = torch.from_numpy(masked_ids), torch.from_numpy(selected)
         return texts, {"masked_ids": masked_ids_BT, "selected": selected_BT}
 
 

@@ -11,7 +11,7 @@ Legend: N pictures, P pairs, H height, W width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -104,9 +104,22 @@ def near_across(
     What looks alike inside one set is not looked at: simple drawings do by the million. Of several near rows of the
     first set, any one is given.
     """
-    edges = np.linspace(0, BITS, DISTANCE + 3).astype(np.uint64)
+    return close_across(hashes_N, others_M, DISTANCE, lambda pairs: _alike(colours_NC, other_colours_MC, pairs))
+
+
+def close_across(
+    hashes_N: np.ndarray,
+    others_M: np.ndarray,
+    distance: int,
+    keep: Callable[[np.ndarray], np.ndarray] = lambda pairs: np.ones(len(pairs), dtype=bool),
+) -> np.ndarray:
+    """Rows whose hashes differ in at most `distance` bits: int64 [P, 2], at most one pair for each of the M.
+
+    keep: of pairs [P, 2] those that count, bool [P]; those of other rows are looked for on.
+    """
+    edges = np.linspace(0, BITS, distance + 3).astype(np.uint64)
     near_M = np.full(len(others_M), -1, dtype=np.int64)
-    for one, other in combinations(range(DISTANCE + 2), 2):
+    for one, other in combinations(range(distance + 2), 2):
         left = np.flatnonzero(near_M < 0)
         key_N, key_M = (
             (_band(hashes, edges, one) << np.uint64(32)) | _band(hashes, edges, other)
@@ -119,8 +132,8 @@ def near_across(
             row_M = np.repeat(first, count[first])
             place = np.arange(len(row_M)) - np.repeat(count[first].cumsum() - count[first], count[first])
             pairs = np.stack([order[begin[row_M] + place], left[row_M]], axis=1)
-            pairs = pairs[_bits_apart(hashes_N[pairs[:, 0]], others_M[pairs[:, 1]]) <= DISTANCE]
-            pairs = pairs[_alike(colours_NC, other_colours_MC, pairs)]
+            pairs = pairs[_bits_apart(hashes_N[pairs[:, 0]], others_M[pairs[:, 1]]) <= distance]
+            pairs = pairs[keep(pairs)]
             near_M[pairs[:, 1]] = pairs[:, 0]
     found = np.flatnonzero(near_M >= 0)
     return np.stack([near_M[found], found], axis=1)

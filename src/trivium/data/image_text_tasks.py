@@ -2,6 +2,7 @@
 
 SNLI-VE (Xie et al. 2019): snli_ve_{train,dev,test}.jsonl, pictures flickr30k_images/<id>.jpg. The field of the picture
 is spelled Flickr30K_ID or Flikr30kID; a gold label of "-" means that annotators did not agree: left out, and counted.
+Or as ALBEF has it: ve_{train,dev,test}.json, lists of {image, sentence, label}, pictures flickr30k-images/<image>.jpg.
 
 Hateful Memes (Kiela et al. 2020): train.jsonl and dev_seen, dev_unseen, test_seen, test_unseen (in older copies dev and
 test), pictures img/01235.png. The text is the one that was transcribed; the FLAVA paper reads its own OCR instead.
@@ -13,7 +14,7 @@ import os
 from collections.abc import Sequence
 
 from trivium.data.labelled import LabelledRows, Row, Splits
-from trivium.data.records import Record, json_lines
+from trivium.data.records import Record, json_elements, json_lines
 from trivium.errors import BadSample, TriviumError
 
 ENTAILMENT = ("entailment", "neutral", "contradiction")
@@ -22,7 +23,12 @@ MEME_SPLITS = ("dev_seen", "dev_unseen", "dev", "test_seen", "test_unseen", "tes
 
 
 def read_snli_ve(root: str) -> Splits:
-    """Raises TriviumError where there is no training file."""
+    """In either layout. Raises TriviumError where there is no training file."""
+    if os.path.isfile(os.path.join(root, "ve_train.json")):
+        files = {name: os.path.join(root, f"ve_{name}.json") for name in ("train", "dev", "test")}
+        there = {name: json_elements(file) for name, file in files.items() if os.path.isfile(file)}
+        read = {name: LabelledRows([_albef_ve(root, each) for each in found], "pairs") for name, found in there.items()}
+        return Splits(read.pop("train"), read, ENTAILMENT)
     splits = {name: f"snli_ve_{name}" for name in ("train", "dev", "test")}
     opened = _open(root, splits, "the files that github.com/necla-ml/SNLI-VE makes, beside flickr30k_images")
     notes = []
@@ -64,12 +70,30 @@ def _snli_ve(root: str, record: Record | BadSample) -> Row | BadSample:
         gold = record.text("gold_label")
         if gold not in ENTAILMENT:
             raise record.bad(f'its label "{gold}" is none of {", ".join(ENTAILMENT)}')
-        photo = str(record.value("Flickr30K_ID", "Flikr30kID"))
-        image = os.path.join(root, "flickr30k_images", photo if photo.endswith(".jpg") else f"{photo}.jpg")
+        image = _photo(root, str(record.value("Flickr30K_ID", "Flikr30kID")), "flickr30k_images")
         key = str(record.optional("pairID") or record.entry)
         return Row(record.file, record.entry, key, record.text("sentence2"), image=image, label=ENTAILMENT.index(gold))
     except BadSample as bad:
         return bad
+
+
+def _albef_ve(root: str, record: Record) -> Row | BadSample:
+    try:
+        label = record.text("label")
+        if label not in ENTAILMENT:
+            raise record.bad(f'its label "{label}" is none of {", ".join(ENTAILMENT)}')
+        image = _photo(root, str(record.value("image")), "flickr30k-images")
+        return Row(record.file, record.entry, record.entry, record.text("sentence"), image=image,
+                   label=ENTAILMENT.index(label))  # fmt: skip
+    except BadSample as bad:
+        return bad
+
+
+def _photo(root: str, number: str, usual: str) -> str:
+    """The path of a photo of Flickr30K, whose folder its owners and others spell differently."""
+    folders = [usual, "flickr30k_images", "flickr30k-images"]
+    folder = next((name for name in folders if os.path.isdir(os.path.join(root, name))), usual)
+    return os.path.join(root, folder, number if number.endswith(".jpg") else f"{number}.jpg")
 
 
 def _meme(root: str, record: Record | BadSample) -> Row | BadSample:

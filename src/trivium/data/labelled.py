@@ -36,10 +36,12 @@ class Row:
     text: str | None = None
     second_text: str | None = None
     image: str | None = None  # path
+    second_image: str | None = None
     label: int | None = None
     value: float | None = None
     answers: Mapping[int, float] | None = None
-    truths: tuple[str, ...] = ()  # answers as people gave them, for the metric of VQA alone
+    truths: tuple[str, ...] = ()  # answers as people gave them: what VQA is scored by, and a writer learns to write
+    weight: float = 1.0  # of them together, to a writer
 
     @property
     def is_labelled(self) -> bool:
@@ -91,6 +93,8 @@ class LabelledRows(RowSource):
         assert image_row == text_row, "a task has no false pairs"
         row = self.row(image_row)
         sample = super().read(image_row, text_row)
+        if row.second_image is not None:
+            sample["second_image"] = self.picture_file(image_row, row.second_image)
         if row.second_text is not None:
             sample["second_text"] = row.second_text
         if row.label is not None:
@@ -99,6 +103,9 @@ class LabelledRows(RowSource):
             sample["value"] = row.value
         if row.answers is not None:
             sample["answers"] = dict(row.answers)
+        if row.truths:
+            share = row.weight / len(row.truths)
+            sample["written"] = {answer: share * number for answer, number in Counter(row.truths).items()}
         return sample
 
     def good(self) -> Iterator[Row]:
@@ -128,7 +135,8 @@ class Splits:
         Raises TriviumError where nothing is left to train or to measure on.
         """
         notes = list(self.notes)
-        for name, rows in {"train": self.train, **self.held_out}.items():
+        held_out = {name: _wholly_labelled(rows) for name, rows in self.held_out.items()}
+        for name, rows in {"train": self.train, **held_out}.items():
             bad = [row for row in rows.rows if isinstance(row, BadSample)]
             if len(bad) == len(rows):
                 first = f"; the first: {bad[0]}" if bad else ""
@@ -138,19 +146,33 @@ class Splits:
         if not all(row.is_labelled for row in self.train.good()):
             row = next(row for row in self.train.good() if not row.is_labelled)
             raise TriviumError(f"{row.file} ({row.where}) has no label, and the model is trained on it: give it one")
-        if not any(is_labelled(rows) for rows in self.held_out.values()):
+        if not any(is_labelled(rows) for rows in held_out.values()):
             raise TriviumError("no held-out row has a label, so no checkpoint can be chosen: give labelled ones")
         counts = Counter(row.label for row in self.train.good())
         if self.train.rows and any(row.label is not None for row in self.train.good()):
             absent = [name for number, name in enumerate(self.labels) if not counts[number]]
             if absent:
                 notes.append(f"no row of the training split has the class {' or '.join(absent)}: it is never learned")
-        return replace(self, notes=notes)
+        return replace(self, held_out=held_out, notes=notes)
 
 
 def is_labelled(rows: LabelledRows) -> bool:
-    """Whether a split can be measured: every usable row has a label."""
-    return all(row.is_labelled for row in rows.good())
+    """Whether a split can be measured."""
+    return any(row.is_labelled for row in rows.good())
+
+
+def _wholly_labelled(rows: LabelledRows) -> LabelledRows:
+    """A row without a label among others that have one cannot be measured; where none has one, all are predicted."""
+    if not is_labelled(rows):
+        return rows
+    of = "it has no label, where others of its split have one"
+    return LabelledRows(
+        [
+            BadSample(row.file, row.where, of) if isinstance(row, Row) and not row.is_labelled else row
+            for row in rows.rows
+        ],
+        rows.kind,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ one's own tables
@@ -184,6 +206,38 @@ def read_tables(
 
     Raises TriviumError for a column that is not there, or a label that is no number in a regression.
     """
+    opened, notes = open_tables(train, dev, test, columns, kind, regression, held_out_share)
+    if regression:
+        values = [row.value for row, _ in good(opened["train"]) if row.value is not None]
+        center, scale = float(np.mean(values or [0.0])), float(np.std(values or [0.0])) or 1.0
+        splits = {name: LabelledRows([_first(each) for each in found], kind) for name, found in opened.items()}
+        return Splits(splits.pop("train"), splits, (), center, scale, notes)
+    names = {label for _, label in good(opened["train"]) if label}
+    labels = tuple(sorted(names, key=_by_number if all(map(_is_number, names)) else str))
+    if len(labels) < 2:
+        have = f"one class ({labels[0]})" if labels else "no class"
+        raise TriviumError(f"{', '.join(train)}: the training rows have {have}, and a classifier needs two at least")
+    number_of = {name: number for number, name in enumerate(labels)}
+    splits = {
+        name: LabelledRows([_numbered(each, number_of, optional=name != "train") for each in found], kind)
+        for name, found in opened.items()
+    }
+    return Splits(splits.pop("train"), splits, labels, notes=notes)
+
+
+Found = list["tuple[Row, str] | BadSample"]  # a row, and the name of its label, "" without one
+
+
+def open_tables(
+    train: Sequence[str],
+    dev: Sequence[str],
+    test: Sequence[str],
+    columns: Columns,
+    kind: Kind,
+    regression: bool,
+    held_out_share: float,
+) -> tuple[dict[str, Found], list[str]]:
+    """The rows of "train", "dev" and, where there is one, "test", and sentences on them. Raises TriviumError."""
     if not train:
         raise TriviumError("no training table is given: name one with --data.train (CSV, TSV, JSONL or Parquet)")
     opened = {name: _read(files, columns, kind, regression) for name, files in
@@ -197,25 +251,7 @@ def read_tables(
             (held if apart else kept).append(each)
         opened |= {"train": kept, "dev": held}
         notes.append(f"no --data.dev is given: {len(held):,} of {len(held) + len(kept):,} training rows are held out")
-    if regression:
-        values = [row.value for row, _ in _good(opened["train"]) if row.value is not None]
-        center, scale = float(np.mean(values or [0.0])), float(np.std(values or [0.0])) or 1.0
-        splits = {name: LabelledRows([_first(each) for each in found], kind) for name, found in opened.items()}
-        return Splits(splits.pop("train"), splits, (), center, scale, notes)
-    names = {label for _, label in _good(opened["train"]) if label}
-    labels = tuple(sorted(names, key=_by_number if all(map(_is_number, names)) else str))
-    if len(labels) < 2:
-        have = f"one class ({labels[0]})" if labels else "no class"
-        raise TriviumError(f"{', '.join(train)}: the training rows have {have}, and a classifier needs two at least")
-    number_of = {name: number for number, name in enumerate(labels)}
-    splits = {
-        name: LabelledRows([_numbered(each, number_of, optional=name != "train") for each in found], kind)
-        for name, found in opened.items()
-    }
-    return Splits(splits.pop("train"), splits, labels, notes=notes)
-
-
-Found = list["tuple[Row, str] | BadSample"]
+    return opened, notes
 
 
 def _read(files: Sequence[str], columns: Columns, kind: Kind, regression: bool) -> Found:
@@ -301,10 +337,12 @@ def _numbered(each: tuple[Row, str] | BadSample, number_of: Mapping[str, int], o
 
 
 def _is_held_out(row: Row, share: float) -> bool:
-    return hash64("held out", row.text or "", row.second_text or "", row.image or "") % 10_000 < share * 10_000
+    """By what the table says, so that the same rows are held out wherever it lies."""
+    image = "" if row.image is None else os.path.relpath(row.image, os.path.dirname(row.file))
+    return hash64("held out", row.text or "", row.second_text or "", image) % 10_000 < share * 10_000
 
 
-def _good(found: Found) -> Iterator[tuple[Row, str]]:
+def good(found: Found) -> Iterator[tuple[Row, str]]:
     return (each for each in found if not isinstance(each, BadSample))
 
 

@@ -37,7 +37,7 @@ class StreamCollate(Protocol):
     sort_by_length: bool  # inside a global batch
 
     def prepare(self, sample: Sample, draws: Draws) -> Any:
-        """One sample, decoded and tokenized and masked. Raises BadSample, DecodeError."""
+        """What of one sample is made for itself: its picture decoded and masked. Raises BadSample, DecodeError."""
         ...
 
     def batch(

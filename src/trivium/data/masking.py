@@ -1,4 +1,4 @@
-"""Which patches and which tokens are hidden: BEiT's block masks and BERT's token masks, one sample at a time.
+"""Which patches and which tokens are hidden: BEiT's block masks and BERT's token masks.
 
 Only ``Generator.random`` is drawn from: its stream is the same in every numpy.
 """
@@ -80,7 +80,7 @@ def _rectangles(grid_height: int, grid_width: int) -> list[list[int]]:
 
 
 def mask_tokens(
-    rng: np.random.Generator,
+    uniform_3T: np.ndarray,
     ids: np.ndarray,
     special: Collection[int],
     vocab_size: int,
@@ -94,11 +94,12 @@ def mask_tokens(
     token that is never a special one, 10 % stay. With `continues` (bool [vocab_size], True where a piece continues
     the word before it) whole words are selected, all pieces or none; what then becomes of a piece is drawn for each.
 
-    ids: int64 [T]. special: ids that are never selected nor drawn. Returns (masked_ids int64 [T], selected bool [T]);
-    selected may be empty.
+    uniform_3T: numbers in [0, 1), three for each token. ids: int64 [T], of one text or of several one after the other,
+    each beginning with a special token. special: ids that are never selected nor drawn. Returns (masked_ids int64 [T],
+    selected bool [T]); selected may be empty.
     """
     is_special, ordinary_ids = _vocabulary(frozenset(special), vocab_size)
-    select, fate, replacement = rng.random((3, len(ids)))
+    select, fate, replacement = uniform_3T
     maskable = ~is_special[ids]
     if continues is not None:
         begins = ~(continues[ids] & maskable)

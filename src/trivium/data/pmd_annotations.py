@@ -90,7 +90,8 @@ def coco(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
 
 def visual_genome(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
     """region_descriptions.json: regions (image_id, phrase, x, y, width, height) of each picture; and image_data.json:
-    image_id, url, width, height, coco_id. A pair is a region, cut out, with its phrase."""
+    image_id, url, width, height, coco_id. A pair is a region, cut out, with its phrase. Version 1.0 says image where
+    1.2 says image_id, and id in image_data.json."""
     images: dict[int, Record] = {}
     described = []
     for file in files:
@@ -99,13 +100,13 @@ def visual_genome(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
             if first is None or first.optional("regions") is not None:
                 described.append(file)
             else:
-                images |= {record.integer("image_id"): record for record in json_elements(file)}
+                images |= {record.integer("image_id", "id"): record for record in json_elements(file)}
     if not images or not described:
         lacking = "region_descriptions.json" if images else "image_data.json"
         raise TriviumError(f"Visual Genome comes in two files and {lacking} is not given: name both")
 
     def pairs(region: Record) -> Iterator[Pair | Dropped]:
-        number = region.integer("image_id")
+        number = region.integer("image_id", "image")
         if number not in images:
             raise region.bad(f"it is of image {number}, which image_data.json does not describe")
         image = images[number]

@@ -73,11 +73,11 @@ class Record:
             raise self.bad(f'its "{name}" is no number')
         return value
 
-    def integer(self, name: str) -> int:
+    def integer(self, *names: str) -> int:
         """Raises BadSample."""
-        value = self.value(name)
+        value = self.value(*names)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.bad(f'its "{name}" is no whole number')
+            raise self.bad(f'its "{"|".join(names)}" is no whole number')
         return value
 
     def items(self, name: str) -> list[Any]:

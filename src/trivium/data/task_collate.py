@@ -1,6 +1,6 @@
 """From a labelled sample to its part of a batch: one text or two, a picture, what the answer is to be.
 
-B rows of a micro-batch, T text tokens, K classes, C channels, H height, W width of a picture.
+B rows of a micro-batch, T text tokens, K classes, A answers of a row, C channels, H height, W width of a picture.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trivium.data.labelled import LabelledRows
 from trivium.data.order import Draws
-from trivium.data.tokenizer import Tokenizer
+from trivium.data.random_augment import RandomAugment
+from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
 from trivium.data.transforms import ImageTransform, padded
 from trivium.data.views import Views
 from trivium.errors import BadSample
@@ -25,6 +27,7 @@ class PreparedTask(NamedTuple):
     text: tuple[list[int], list[int]] | None  # ids and segments
     pixels_CHW: Tensor | None  # uint8
     sample: Sample
+    second_CHW: Tensor | None = None  # of a second picture
 
 
 @dataclass
@@ -44,21 +47,39 @@ class TaskText:
 
 @dataclass
 class TaskImage:
-    """The picture of a sample: in training a random view, where `views` is given; else as the model is used."""
+    """The picture of a sample: in training a random view, where `views` is given; else as the model is used.
+
+    blank: a grey one stands in its place, for what a model knows without it.
+    """
 
     transform: ImageTransform
     views: Views | None = None
+    blank: bool = False
+    changes: RandomAugment | None = None  # of the random view
 
     def prepare(self, sample: Sample, draws: Draws, train: bool) -> Tensor:
         """Raises BadSample, DecodeError."""
         if "image" not in sample:
             raise BadSample(sample["name"], "", "has no picture")
+        return self._view(sample["image"], draws, "crop", train)
+
+    def prepare_second(self, sample: Sample, draws: Draws, train: bool) -> Tensor | None:
+        """Of the second picture, where there is one. Raises DecodeError."""
+        return self._view(sample["second_image"], draws, "second crop", train) if "second_image" in sample else None
+
+    def _view(self, picture: bytes, draws: Draws, name: str, train: bool) -> Tensor:
+        if self.blank:
+            return torch.full((3, self.transform.size, self.transform.size), 128, dtype=torch.uint8)
         if not train or self.views is None:
-            return self.transform(sample["image"])
-        picture_HWC = self.views.decode(sample["image"])
+            return self.transform(picture)
+        picture_HWC = self.views.decode(picture)
         height, width, _ = picture_HWC.shape
-        view = self.views.draw(draws.generator("crop"), height, width)
-        return torch.from_numpy(self.views.for_model(picture_HWC, view))
+        view = self.views.draw(draws.generator(name), height, width)
+        pixels_CHW = self.views.for_model(picture_HWC, view)
+        if self.changes is not None:
+            pixels_HWC = self.changes(draws.generator(f"{name} changes"), pixels_CHW.transpose(1, 2, 0))
+            pixels_CHW = np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
+        return torch.from_numpy(pixels_CHW)
 
 
 @dataclass
@@ -66,7 +87,8 @@ class TaskCollate:
     """Samples of one task.
 
     The targets are ``label`` (int64 [B]), ``value`` (float32 [B], as the model is to give it) or ``answers`` (float32
-    [B, K]); none of a sample without a label.
+    [B, K]); with `writes` ``answer_ids`` (int64 [B, A, T], [CLS] to [SEP] and pads) and ``answer_weight`` (float32 [B,
+    A], 0 where a row has fewer answers). None of a sample without a label.
     """
 
     texts: TaskText | None
@@ -75,14 +97,17 @@ class TaskCollate:
     center: float = 0.0  # of values
     scale: float = 1.0
     sort_by_length: bool = True  # inside a global batch, for less padding
+    writes: Tokenizer | None = None  # answers are given as texts, in this vocabulary
+    answer_length: int = ANSWER_TOKENS  # tokens of an answer, special ones among them; longer ones are cut
     train: bool = True
     false_pairs: float = field(default=0.0, init=False)
 
     def prepare(self, sample: Sample, draws: Draws) -> PreparedTask:
         text = None if self.texts is None else self.texts.prepare(sample)
         pixels_CHW = None if self.images is None else self.images.prepare(sample, draws, self.train)
-        kept = Sample(**{name: value for name, value in sample.items() if name != "image"})  # type: ignore[typeddict-item]
-        return PreparedTask(text, pixels_CHW, kept)
+        second_CHW = None if self.images is None else self.images.prepare_second(sample, draws, self.train)
+        kept = {name: value for name, value in sample.items() if name not in ("image", "second_image")}
+        return PreparedTask(text, pixels_CHW, Sample(**kept), second_CHW)  # type: ignore[typeddict-item]
 
     def batch(
         self,
@@ -97,14 +122,18 @@ class TaskCollate:
         images: tuple[Images, ...] = ()
         texts: tuple[Texts, ...] = ()
         if self.images is not None:
-            pixels = [each.pixels_CHW for each in prepared if each.pixels_CHW is not None]
-            images = (stacked(pixels, samples),)
+            images = (stacked([each.pixels_CHW for each in prepared if each.pixels_CHW is not None], samples),)
+            seconds = [each.second_CHW for each in prepared if each.second_CHW is not None]
+            if seconds:
+                images = (*images, stacked(seconds, samples))
         if self.texts is not None:
             ids_BT, mask_BT, segments_BT = self.texts.tokenizer.pad_task([each.text for each in prepared if each.text])
             texts = (Texts(ids_BT, mask_BT, _same(samples, "same_text"), segments_BT if self.texts.segments else None),)
         return Batch(stream, rows_B, places_B, images, texts, self._targets(samples), number, tuple(bad))
 
     def _targets(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        if self.writes is not None:
+            return self._written(samples)
         if all("label" in sample for sample in samples):
             return {"label": torch.tensor([sample["label"] for sample in samples])}
         if all("value" in sample for sample in samples):
@@ -117,6 +146,45 @@ class TaskCollate:
                     answers_BK[row, answer] = score
             return {"answers": answers_BK}
         return {}
+
+    def encoded_answers(self, answers: Sequence[str]) -> Tensor:
+        """int64 [R, T], [CLS] to [SEP] and pads. Of a collate that `writes`."""
+        assert self.writes is not None
+        return self.writes.pad(self.writes.encode(answers, self.answer_length))[0]
+
+    def cut(self, rows: LabelledRows) -> list[str]:
+        """A sentence on texts beside pictures, and one on answers, that are longer than what is read of them."""
+        if self.texts is None or self.images is None:
+            return []
+        good = list(rows.good())
+        kinds = [("texts", self.texts.tokenizer, self.texts.max_length, [(row, row.text or "") for row in good])]
+        if self.writes is not None:
+            answers = [(row, answer) for row in good for answer in sorted(set(row.truths))]
+            kinds.append(("answers", self.writes, self.answer_length, answers))
+        found = []
+        for kind, tokenizer, limit, texts in kinds:
+            lengths = map(len, tokenizer.encode([text for _, text in texts], limit + 1))
+            longer = [row for (row, _), length in zip(texts, lengths, strict=True) if length > limit]
+            if longer:
+                found.append(
+                    f"{len(longer):,} {kind} have more than {limit} tokens and are cut there; the first:"
+                    f" {longer[0].file} ({longer[0].where})"
+                )
+        return found
+
+    def _written(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        assert self.writes is not None
+        given = [list(sample.get("written", {}).items()) for sample in samples]
+        if not all(given):
+            return {}
+        ids_RT = self.encoded_answers([text for each in given for text, _ in each])
+        most = max(map(len, given))
+        ids_BAT = torch.full((len(samples), most, ids_RT.shape[1]), self.writes.pad_id)
+        weight_BA = torch.zeros(len(samples), most)
+        for row, (each, ids_AT) in enumerate(zip(given, ids_RT.split(list(map(len, given))), strict=True)):
+            ids_BAT[row, : len(each)] = ids_AT
+            weight_BA[row, : len(each)] = torch.tensor([weight for _, weight in each])
+        return {"answer_ids": ids_BAT, "answer_weight": weight_BA}
 
 
 def stacked(pixels: Sequence[Tensor], samples: Sequence[Sample]) -> Images:

@@ -19,6 +19,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 # The library encodes a batch on threads of its own, which do not survive the fork of a loader's worker. Workers are our
@@ -39,6 +40,7 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = (
     rf"""{re.escape(CLIP_START)}|{re.escape(CLIP_END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"""
 )
+ANSWER_TOKENS = 32  # of an answer that is written (see `for_answers`), [CLS] and [SEP] among them
 CLIP_MERGES = 49152 - 256 - 2  # of the published file, which holds more lines
 # The names under which each role is usually found: BERT's; SentencePiece's and RoBERTa's; CLIP's, which has no pad of
 # its own: whatever stands after the end token, no token before it sees.
@@ -192,17 +194,26 @@ class Tokenizer:
         of punctuation, a hyphen or slash parts words; [CLS] in front and no [SEP] at the end. Its file says all that.
         """
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        steps = [
-            normalizers.Lowercase(),
-            normalizers.Replace(tokenizers.Regex(r"""[,.'!?"()*#:;~]"""), ""),
-            normalizers.Replace(tokenizers.Regex("[-/]"), " "),
-            normalizers.Replace("<person>", "person"),
-        ]
-        copy.normalizer = normalizers.Sequence([*steps, *([copy.normalizer] if copy.normalizer else [])])
+        copy.normalizer = normalizers.Sequence([*_caption_steps(), *([copy.normalizer] if copy.normalizer else [])])
         first = self._tokenizer.id_to_token(self.cls_id)
         copy.post_processor = processors.TemplateProcessing(
             single=f"{first} $A", pair=f"{first} $A $B", special_tokens=[(first, self.cls_id)]
         )
+        return Tokenizer(copy, self._origin)
+
+    def for_answers(self) -> Tokenizer:
+        """The same vocabulary as ALBEF writes answers with (the public code): marks stay, and [SEP] ends each. Where
+        texts are not read `for_captions`, answers are encoded as they are."""
+        if self._closes:
+            return self
+        state = json.loads(self._tokenizer.to_str())
+        added = json.loads(normalizers.Sequence(_caption_steps()).__getstate__())["normalizers"]
+        steps = (state["normalizer"] or {}).get("normalizers", [])
+        if steps[: len(added)] == added:
+            state["normalizer"] = {"type": "Sequence", "normalizers": steps[len(added) :]}
+        copy = tokenizers.Tokenizer.from_str(json.dumps(state))
+        ends = (self.specials["sep"], self.sep_id), (self.specials["cls"], self.cls_id)
+        copy.post_processor = processors.BertProcessing(*ends)
         return Tokenizer(copy, self._origin)
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
@@ -212,6 +223,19 @@ class Tokenizer:
         cls, end = self.cls_id, [self.sep_id] if self._closes else []
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[cls, *encoding.ids[: max_length - 1 - len(end)], *end] for encoding in encodings]
+
+    def words(self, text: str, max_length: int) -> list[tuple[str, int, int]]:
+        """Each word of a text as it is read, with the place of its first token in `encode` and that after its last."""
+        [ids] = self.encode([text], max_length)
+        room = len(ids) - 1 - (1 if self._closes else 0)
+        word_ids = self._tokenizer.encode(text, add_special_tokens=False).word_ids[:room]
+        found: list[tuple[str, int, int]] = []
+        for place, word in enumerate(word_ids, start=1):
+            if found and word == word_ids[place - 2] and word is not None:
+                found[-1] = (found[-1][0], found[-1][1], place + 1)
+            else:
+                found.append(("", place, place + 1))
+        return [(self.decode(ids[first:end]), first, end) for _, first, end in found]
 
     def encode_pair(self, first: str, second: str, max_length: int) -> tuple[list[int], list[int]]:
         """Ids of two texts as [CLS] first [SEP] second [SEP], at most `max_length` of them, and the segment of each
@@ -243,13 +267,14 @@ class Tokenizer:
 
     def pad(self, sequences: Sequence[Sequence[int]], length: int | None = None) -> tuple[Tensor, Tensor]:
         """ids_BT (int64) and mask_BT (bool, True = a real token); T is `length`, or the longest sequence."""
-        num_tokens = max(map(len, sequences), default=0) if length is None else length
-        ids_BT = torch.full((len(sequences), num_tokens), self.pad_id, dtype=torch.int64)
-        mask_BT = torch.zeros((len(sequences), num_tokens), dtype=torch.bool)
-        for row, ids in enumerate(sequences):
-            ids_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-            mask_BT[row, : len(ids)] = True
-        return ids_BT, mask_BT
+        lengths_B = np.fromiter(map(len, sequences), np.int64, len(sequences))
+        longest = int(lengths_B.max(initial=0))
+        num_tokens = longest if length is None else length
+        assert longest <= num_tokens, f"a sequence of {longest} tokens does not fit into {num_tokens}"
+        mask_BT = np.arange(num_tokens) < lengths_B[:, None]
+        ids_BT = np.full(mask_BT.shape, self.pad_id)
+        ids_BT[mask_BT] = np.fromiter(chain.from_iterable(sequences), np.int64, int(lengths_B.sum()))
+        return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
 
     def pad_task(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Tensor, Tensor, Tensor]:
         """Of what `encode_task` gave: ids_BT, mask_BT and segments_BT (int64, 0 where there is no token)."""
@@ -369,6 +394,16 @@ def _is_open(processor: object) -> bool:
     parts = json.loads(processor.__getstate__())["single"]
     names = [next(iter(part.values()))["id"] for part in parts]
     return names == [BERT_SPECIALS[2], "A"]
+
+
+def _caption_steps() -> list[normalizers.Normalizer]:
+    """What the public code of ALBEF does to a caption (see `for_captions`)."""
+    return [
+        normalizers.Lowercase(),
+        normalizers.Replace(tokenizers.Regex(r"""[,.'!?"()*#:;~]"""), ""),
+        normalizers.Replace(tokenizers.Regex("[-/]"), " "),
+        normalizers.Replace("<person>", "person"),
+    ]
 
 
 def _joined(first: str, second: str) -> bool:

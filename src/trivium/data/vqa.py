@@ -1,8 +1,15 @@
-"""VQAv2 (Goyal et al. 2017) in its official layout, below one folder:
+"""Questions on pictures: one's own tables (`read_questions`), and VQAv2 (Goyal et al. 2017) in its official layout,
+below one folder:
 
     v2_OpenEnded_mscoco_{train2014,val2014,test2015,test-dev2015}_questions.json
     v2_mscoco_{train2014,val2014}_annotations.json
     train2014/COCO_train2014_000000000009.jpg   val2014/   test2015/
+
+or in ALBEF's, whose pictures lie below the same folder (those of Visual Genome below vg/, where there is one):
+
+    vqa_train.json   vg_qa.json         both are trained on; a question of Visual Genome has one answer, of half weight
+    vqa_val.json                        to choose the checkpoint by
+    vqa_test.json    answer_list.json   the list that answers are ranked in
 
 Answers are classes: those that are the commonest answer of at least 9 questions of train and val together, in normal
 form, 3,129 of them in the whole data set (Teney et al. 2018, section 3.7). What an answer is worth as a target is said
@@ -13,12 +20,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from trivium.data.answers import normalized, soft_scores
-from trivium.data.labelled import LabelledRows, Row, Splits
-from trivium.data.records import Record, json_object
+from trivium.data.labelled import Columns, LabelledRows, Row, Splits, good, open_tables
+from trivium.data.records import Record, json_elements, json_object
 from trivium.errors import BadSample, TriviumError
 
 MIN_QUESTIONS = 9  # with an answer, for it to be a class
@@ -27,22 +35,19 @@ SPLITS = {"dev": "val2014", "test": "test2015", "test_dev": "test-dev2015"}
 
 def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
     """Train and, as "dev", val; test and test-dev where their questions are there. Raises TriviumError."""
+    if os.path.isfile(os.path.join(root, "vqa_train.json")):
+        return _read_albef(root, min_questions)
     if not os.path.isfile(_questions(root, "train2014")):
         raise TriviumError(
-            f"{root} holds no {os.path.basename(_questions(root, 'train2014'))}: give the folder with the questions,"
-            " annotations and pictures of VQAv2 as visualqa.org publishes them"
+            f"{root} holds neither {os.path.basename(_questions(root, 'train2014'))} nor vqa_train.json: give the"
+            " folder with the questions, annotations and pictures of VQAv2 as visualqa.org publishes them, or ALBEF's"
         )
     counts: Counter[str] = Counter()
     for split in ("train2014", "val2014"):
         if os.path.isfile(_annotations(root, split)):
             for each in json_object(_annotations(root, split)).items("annotations"):
                 counts[normalized(str(each.get("multiple_choice_answer", "")))] += 1
-    labels = tuple(sorted(answer for answer, number in counts.items() if answer and number >= min_questions))
-    if len(labels) < 2:
-        raise TriviumError(
-            f"{root}: only {len(labels)} answers are given to {min_questions} questions or more, which makes no"
-            " vocabulary of answers: lower --data.min-questions"
-        )
+    labels = _common(root, counts, min_questions)
     number_of = {answer: number for number, answer in enumerate(labels)}
     held_out = {name: split for name, split in SPLITS.items() if os.path.isfile(_questions(root, split))}
     return Splits(
@@ -50,6 +55,16 @@ def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
         {name: _read(root, split, number_of) for name, split in held_out.items()},
         labels,
     )
+
+
+def _common(root: str, counts: Counter[str], min_questions: int) -> tuple[str, ...]:
+    labels = tuple(sorted(answer for answer, number in counts.items() if answer and number >= min_questions))
+    if len(labels) < 2:
+        raise TriviumError(
+            f"{root}: only {len(labels)} answers are given to {min_questions} questions or more, which makes no"
+            " vocabulary of answers: lower --data.min-questions"
+        )
+    return labels
 
 
 def _questions(root: str, split: str) -> str:
@@ -105,3 +120,122 @@ def _answers(file: str) -> Iterator[tuple[int, tuple[str, ...]]]:
 def _picture(root: str, split: str, number: int) -> str:
     folder = split.replace("-dev", "")  # test-dev is a part of test
     return os.path.join(root, folder, f"COCO_{folder}_{number:012d}.jpg")
+
+
+# -------------------------------------------------------------------------------------------- one answer each
+
+
+def read_questions(
+    train: Sequence[str], dev: Sequence[str], test: Sequence[str], columns: Columns, held_out_share: float
+) -> Splits:
+    """Questions of one's own tables with one right answer each. The answers of the training rows are the list to choose
+    from; a held-out answer that is not among them is never right. Raises TriviumError."""
+    opened, notes = open_tables(train, dev, test, columns, "pairs", False, held_out_share)
+    labels = tuple(sorted({answer for _, answer in good(opened["train"]) if answer}))
+    if len(labels) < 2:
+        raise TriviumError(
+            f"{', '.join(train)}: the training rows have {len(labels)} answers, and two at least are needed"
+        )
+    number_of = {answer: number for number, answer in enumerate(labels)}
+    splits = {
+        name: LabelledRows([_one_answer(each, number_of) for each in found], "pairs") for name, found in opened.items()
+    }
+    for name, rows in splits.items():
+        outside = [row for row in rows.good() if row.truths and not row.answers]
+        if outside:
+            notes.append(
+                f"{name}: {len(outside):,} of {len(rows):,} questions have an answer that no training row has, which"
+                f' counts as not found; the first: {outside[0].file} ({outside[0].where}), "{outside[0].truths[0]}"'
+            )
+    return Splits(splits.pop("train"), splits, labels, notes=notes)
+
+
+def _one_answer(each: tuple[Row, str] | BadSample, number_of: Mapping[str, int]) -> Row | BadSample:
+    if isinstance(each, BadSample) or not each[1]:
+        return each if isinstance(each, BadSample) else each[0]
+    row, answer = each
+    answers = {number_of[answer]: 1.0} if answer in number_of else {}
+    return replace(row, answers=answers, truths=(answer,))
+
+
+# -------------------------------------------------------------------------------------------------- ALBEF's files
+
+ALBEF_SPLITS = {"train": ("vqa_train.json", "vg_qa.json"), "dev": ("vqa_val.json",), "test": ("vqa_test.json",)}
+VG_WEIGHT = 0.5  # of an answer of Visual Genome
+
+
+def _read_albef(root: str, min_questions: int) -> Splits:
+    """Raises TriviumError."""
+    found = {
+        name: [each for file in files if os.path.isfile(path := os.path.join(root, file)) for each in _albef_rows(path)]
+        for name, files in ALBEF_SPLITS.items()
+    }
+    notes = []
+    if os.path.isfile(listed := os.path.join(root, "answer_list.json")):
+        labels = _answer_list(listed)
+    else:
+        given = [row for name in ("train", "dev") for row in found[name] if isinstance(row, Row) and row.truths]
+        counts = Counter(Counter(map(normalized, row.truths)).most_common(1)[0][0] for row in given)
+        labels = _common(root, counts, min_questions)
+        notes.append(f"{root} holds no answer_list.json: {len(labels):,} answers are common enough to be ranked")
+    number_of: dict[str, int] = {}
+    for number, label in enumerate(labels):
+        number_of.setdefault(normalized(label), number)
+    splits = {
+        name: LabelledRows([_scored(row, number_of) for row in rows], "pairs") for name, rows in found.items() if rows
+    }
+    for name, rows in splits.items():
+        outside = [row for row in rows.good() if row.truths and not row.answers]
+        if outside:
+            notes.append(
+                f"{name}: {len(outside):,} of {len(rows):,} questions have no answer that is in the list; the first:"
+                f' {outside[0].file} ({outside[0].where}), "{outside[0].truths[0]}"'
+            )
+    return Splits(splits.pop("train"), splits, labels, notes=notes)
+
+
+def _answer_list(file: str) -> tuple[str, ...]:
+    """Raises TriviumError."""
+    labels = []
+    for record in json_elements(file):
+        if not isinstance(record.fields, str) or not record.fields.strip():
+            raise TriviumError(f"{file} ({record.entry}) is no answer: the file must hold a list of texts")
+        labels.append(record.fields.strip())
+    if len(labels) < 2:
+        raise TriviumError(f"{file} holds {len(labels)} answers: two at least are needed")
+    return tuple(labels)
+
+
+def _albef_rows(file: str) -> list[Row | BadSample]:
+    rows: list[Row | BadSample] = []
+    for record in json_elements(file):
+        try:
+            rows.append(_albef_row(record))
+        except BadSample as bad:
+            rows.append(bad)
+    return rows
+
+
+def _albef_row(record: Record) -> Row:
+    """Raises BadSample."""
+    root, name = os.path.split(record.file)
+    of_genome = record.optional("dataset") == "vg"
+    given = record.optional("answer")
+    truths = tuple(given) if isinstance(given, list) else () if given is None else (given,)
+    if not all(isinstance(answer, str) and answer.strip() for answer in truths):
+        raise record.bad('its "answer" is neither a text nor a list of texts')
+    if not truths and "test" not in name:
+        raise record.bad('it has no "answer"')
+    if of_genome and os.path.isdir(os.path.join(root, "vg")):
+        root = os.path.join(root, "vg")
+    return Row(
+        record.file, record.entry, str(record.value("question_id")), record.text("question"),
+        image=os.path.join(root, record.text("image")), truths=truths, weight=VG_WEIGHT if of_genome else 1.0,
+    )  # fmt: skip
+
+
+def _scored(row: Row | BadSample, number_of: Mapping[str, int]) -> Row | BadSample:
+    if isinstance(row, BadSample) or not row.truths:
+        return row
+    scores = soft_scores(row.truths) if len(row.truths) > 1 else {normalized(row.truths[0]): 1.0}
+    return replace(row, answers={number_of[answer]: score for answer, score in scores.items() if answer in number_of})

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from trivium.bundle import Bundle
-from trivium.data.decode import decode
+from trivium.data.decode import DecodeError, decode
 from trivium.data.embedded import HELD_OUT_STYLE, clipart, concept_numbers, emoji
 from trivium.data.glue import GLUE, read_glue
 from trivium.data.labelled import Row
-from trivium.evaluate import embedded, features, knn, linear_probe, metrics, pairs
+from trivium.errors import BadSample
+from trivium.evaluate import embedded, features, knn, linear_probe, matching, metrics, pairs
 from trivium.evaluate.datasets.pictures import held_out
 from trivium.evaluate.embedded import PROBE_READING, Drawings, Evaluation
 from trivium.evaluate.linear_probe import Probe, Solver
@@ -34,6 +35,7 @@ from trivium.train.protocol import Source
 
 FOLDS = 5  # of the concepts: a probe is fitted on the others
 GLUE_TASKS = {"sst2": "accuracy", "cola": "matthews", "rte": "accuracy"}
+MOST_PAIRS = 2_000  # held-out ones that are matched with a false text too
 MOST_SENTENCES = 5_000  # of a task of GLUE to train a probe on, evenly spread
 
 
@@ -76,13 +78,16 @@ def measure(
             _masked_words(found, bundle)
         if "retrieval" in abilities and pairs_held_out is not None:
             say("the held-out pairs")
-            found.results |= pairs.run(bundle, pairs_held_out).results
+            found.results |= pairs.run(bundle, pairs_held_out, shortlist=0).results
         elif "retrieval" in abilities:
             say("names and pictures")
             assert noto.of_model.projected is not None
             names_BD = features.of_texts(bundle, [record.name for record in noto.records])
             embedded.retrieve(found, noto, noto.of_model.projected, names_BD)
-        if "matching" in abilities and pairs_held_out is None:
+        if "matching" in abilities and pairs_held_out is not None:
+            say("matching of the held-out pairs")
+            _match_pairs(found, bundle, pairs_held_out, false_share)
+        elif "matching" in abilities:
             say("matching")
             validation = embedded.drawings(bundle, embedded.other_styles("val"), concept_numbers(emoji(HELD_OUT_STYLE)))
             embedded.match(found, bundle, noto, validation, false_share)
@@ -143,6 +148,39 @@ def _probed(rows_ND: Tensor, labels_N: Tensor, queries_QD: Tensor, device: torch
     rows_ND = rows_ND.to(device)
     chosen = linear_probe.sweep(Solver(rows_ND[~held_N], labels_N[~held_N]), rows_ND[held_N], labels_N[held_N])
     return Solver(rows_ND, labels_N).solve(chosen.c, chosen).predict(queries_QD).cpu()
+
+
+def _match_pairs(found: Evaluation, bundle: Bundle, source: Source, false_share: float) -> None:
+    """Each held-out picture with its first caption, and with the caption of the next that shows something else."""
+    pixels, samples = [], []
+    for row in range(min(MOST_PAIRS, len(source))):
+        try:
+            sample = source.read(row, row)
+            pixels.append(bundle.transform(sample["image"]))
+        except (BadSample, DecodeError):  # retrieval has told of it
+            continue
+        samples.append(sample)
+    own = [(sample.get("texts") or [sample["text"]])[0] for sample in samples]
+    kept, others = [], []
+    for place, sample in enumerate(samples):
+        around = [*range(place + 1, len(samples)), *range(place)]
+        strange = (
+            other
+            for other in around
+            if own[other] != own[place]
+            and samples[other]["same_image"] != sample["same_image"]
+            and samples[other]["same_text"] != sample["same_text"]
+        )
+        if (other := next(strange, None)) is not None:
+            kept.append(place)
+            others.append(own[other])
+    if not kept:
+        return
+    true_N, false_N = matching.scores(
+        bundle, torch.stack([pixels[place] for place in kept]), [own[place] for place in kept], others, false_share
+    )
+    units = [f"{samples[place].get('name', 'row')}, {place}" for place in kept]
+    found.results |= {f"itm.{name}": result for name, result in matching.balanced(true_N, false_N, units).items()}
 
 
 # ------------------------------------------------------------------------------------------------ language

@@ -35,7 +35,7 @@ class Measured:
 
     results: Results = field(default_factory=dict)  # without the task's name
     notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    is_final: bool = True  # False: a file could not be read that may be another time, so nothing of it is kept
 
 
 def classification(
@@ -67,6 +67,7 @@ def classification(
         fitted, checked, whole = train, validation, train + validation
     for part in parts:
         found.notes += part.complaints
+        found.is_final &= part.features.is_final
     found.notes += leakage(whole, test)
     device = torch.device("cpu") if bundle is None else bundle.device
     say("linear probe")
@@ -82,7 +83,7 @@ def classification(
             say("zero-shot")
             templates = data.templates or zero_shot.OF_PHOTOGRAPHS
             classes_KD = zero_shot.class_vectors(
-                data.prompts, lambda texts: encoding.of_texts(bundle, texts), templates
+                [(name,) for name in data.prompts], lambda texts: encoding.of_texts(bundle, texts), templates
             )
             predicted_N = zero_shot.predict(test.features.readings["projected"], classes_KD).numpy()
             found.results |= accuracies("zero_shot", predicted_N, test)

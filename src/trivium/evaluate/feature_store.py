@@ -28,7 +28,7 @@ from trivium.bundle import Bundle
 from trivium.data import duplicates
 from trivium.data.transforms import resize
 from trivium.errors import BadSample, TriviumError
-from trivium.evaluate.datasets.pictures import Pictures
+from trivium.evaluate.datasets.pictures import Pictures, UnreadableNow
 from trivium.manifest import file_beside
 from trivium.models.encoded import EncodesImage, EncodesText
 
@@ -126,6 +126,7 @@ class Features:
     hashes_N: np.ndarray  # uint64
     colours_NC: np.ndarray  # uint8
     bad: list[str]  # a sentence for each that could not be read
+    is_final: bool = True  # False: one of these may be readable another time, so nothing of it is kept
 
     def __len__(self) -> int:
         return len(self.rows_N)
@@ -148,7 +149,8 @@ def features(
         if piece is None:
             say(f"features of {first:,} to {rows[-1] + 1:,} of {len(pictures):,}")
             piece = _encoded(encoder, pictures, rows)
-            _write(file, piece)
+            if piece.is_final:
+                _write(file, piece)
         pieces.append(piece)
     bad = [sentence for piece in pieces for sentence in piece.bad]
     kept = [piece for piece in pieces if len(piece)]
@@ -161,6 +163,7 @@ def features(
         np.concatenate([piece.hashes_N for piece in kept]),
         np.concatenate([piece.colours_NC for piece in kept]),
         bad,
+        all(piece.is_final for piece in pieces),
     )
 
 
@@ -169,10 +172,12 @@ def _encoded(encoder: Encoder, pictures: Pictures, rows: range) -> Features:
     kept: list[int] = []
     prints: list[duplicates.Fingerprint] = []
     bad: list[str] = []
+    is_final = True
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in _decoded(pool, pictures, rows):
             good = [(row, picture, found) for row, picture, found in batch if isinstance(picture, np.ndarray)]
             bad += [str(picture) for _, picture, _ in batch if isinstance(picture, BadSample)]
+            is_final &= not any(isinstance(picture, UnreadableNow) for _, picture, _ in batch)
             if not good:
                 continue
             for name, values in encoder([picture for _, picture, _ in good]).items():
@@ -182,7 +187,7 @@ def _encoded(encoder: Encoder, pictures: Pictures, rows: range) -> Features:
     hashes_N, colours_NC = duplicates.arrays(prints)
     readings = {name: torch.cat(several) for name, several in parts.items()}
     digests = [found.pixels for found in prints]
-    return Features(readings, np.array(kept, dtype=np.int64), digests, hashes_N, colours_NC, bad)
+    return Features(readings, np.array(kept, dtype=np.int64), digests, hashes_N, colours_NC, bad, is_final)
 
 
 Decoded = tuple[int, np.ndarray | BadSample, duplicates.Fingerprint | None]

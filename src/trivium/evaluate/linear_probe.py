@@ -56,11 +56,6 @@ class Probe:
         return torch.cat(parts)
 
 
-def fit(features_ND: Tensor, labels_N: Tensor, c: float) -> Probe:
-    """The probe at one C. labels_N: int64, any values."""
-    return Solver(features_ND, labels_N).solve(c)
-
-
 def sweep(
     solver: Solver,
     validation_features_ND: Tensor,
@@ -109,7 +104,7 @@ def _right(probe: Probe, features_ND: Tensor, labels_N: Tensor) -> int:
 
 
 class Solver:
-    """One set of samples in the solver's coordinates.
+    """One set of samples in the solver's coordinates. labels_N: int64, any values.
 
     Features that do not fit beside themselves on the device stay where they are, in any dtype; each evaluation then
     takes them there a few rows at a time. The gradient is the same.

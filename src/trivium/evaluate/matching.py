@@ -13,13 +13,40 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from trivium.bundle import Bundle, Pictures
 from trivium.evaluate.outcomes import Outcomes
 from trivium.evaluate.results import Result, Results, bootstrap, mean_of
+
+BATCH = 256
+
+
+@torch.inference_mode()
+def scores(
+    bundle: Bundle, pictures: Pictures, own: Sequence[str], others: Sequence[str], false_share: float
+) -> tuple[Tensor, Tensor]:
+    """Log-odds [N] of each picture with its own text and with another's, of a model that matches.
+
+    Args:
+        pictures: several, as `Bundle.encode_image` takes them.
+        false_share: share of false pairs in training; outside (0, 1) taken as a half.
+    """
+    model: Any = bundle.model
+    share = false_share if 0 < false_share < 1 else 0.5
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for first in range(0, len(own), BATCH):
+        rows = slice(first, first + BATCH)
+        image = bundle.encode_image(pictures[rows])  # type: ignore[index]
+        for scored, texts in zip(found, (own[rows], others[rows]), strict=True):
+            fused = model.fuse(image, bundle.encode_text(list(texts)), rows=1)
+            scored.append(log_odds(model.match(fused).float().cpu(), share))
+    return torch.cat(found[0]), torch.cat(found[1])
 
 
 def log_odds(logits_N2: Tensor, false_share: float) -> Tensor:

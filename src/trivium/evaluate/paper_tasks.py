@@ -1,19 +1,20 @@
 """The tasks that the papers report, by suite: FLAVA's 35 (22 vision, 8 language, 5 multimodal), ALBEF's and UniT's.
 
-A task says which of its figures stand in which published table, and where ours come from: vision data sets and
-zero-shot retrieval are measured by the suite itself, what takes fine-tuning is read from the results of
+A task says which of its figures stand in which published table, and where ours come from: vision data sets, zero-shot
+retrieval and grounding are measured by the suite itself, what takes fine-tuning is read from the results of
 `trivium finetune`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trivium.evaluate.datasets import captions, layouts
 
 Domain = Literal["language", "vision", "multimodal"]
-Kind = Literal["classification", "retrieval", "fine-tuning"]
+Kind = Literal["classification", "retrieval", "grounding", "fine-tuning"]
 DOMAINS: tuple[Domain, ...] = ("language", "vision", "multimodal")
 GLUE_OWNERS = "https://gluebenchmark.com/tasks"
 
@@ -24,6 +25,8 @@ class Figure:
     result: str  # name of ours after the task's title; "" is the title alone
     averaged: bool = True  # into the mean of its domain
     splits: tuple[str, ...] = ()  # of published.csv, the first one that has a value; (): any
+    instead: str = ""  # name of ours on another split, where the answers of the published one are not public
+    first: str = ""  # another name that stands before `result` where a model has it
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class PaperTask:
     expected: str = ""  # of data that `trivium finetune` reads: the official layout
     owners: str = ""
     beside: tuple[str, ...] = ()  # other protocols whose numbers the paper sets beside its own
+    shortlist: int = 0  # candidates of retrieval that are re-ranked, where a model matches pictures with texts
 
     @property
     def prefix(self) -> str:
@@ -70,6 +74,15 @@ def _glue(name: str, verb: str, metric: str = "accuracy", files: str = "{train,d
     )  # fmt: skip
 
 
+# Under a name that no paper has, so nothing is set beside them and they enter no average.
+OWN = tuple(
+    PaperTask(
+        layout.name, "vision", "classification", "linear probe",
+        (Figure("accuracy", "linear_probe.accuracy", averaged=False),),
+    )
+    for layout in layouts.OWN
+)  # fmt: skip
+
 LANGUAGE = (
     _glue("MNLI", "mnli", "mean accuracy (m, mm)", "{train,dev_matched,dev_mismatched}.tsv"),
     _glue("CoLA", "cola", "Matthews"),
@@ -90,17 +103,19 @@ ENTAILMENT = ("snli_ve_{train,dev,test}.jsonl, flickr30k_images/*.jpg", "https:/
 MEMES = ("{train,dev_seen,dev_unseen}.jsonl, img/*.png", "https://www.drivendata.org/competitions/64/hateful-memes/")
 
 
-def _retrieval(name: str, protocol: str = "zero-shot") -> PaperTask:
+def _retrieval(name: str, figures: tuple[Figure, ...] = _RECALLS) -> PaperTask:
+    """The short lists of re-ranking are as long as in ALBEF's paper."""
     return PaperTask(
-        name, "multimodal", "retrieval", protocol, _RECALLS, expected=captions.BY_NAME[name].expected,
-        owners=captions.BY_NAME[name].owners,
+        name, "multimodal", "retrieval", "zero-shot", figures, expected=captions.BY_NAME[name].expected,
+        owners=captions.BY_NAME[name].owners, shortlist=256 if name.startswith("COCO") else 128,
     )  # fmt: skip
 
 
 MULTIMODAL = (
     PaperTask(
         "VQAv2", "multimodal", "fine-tuning", "fine-tune",
-        (Figure("VQA accuracy", "", splits=("not stated", "test-dev")),), "VQAv2", "vqav2", *VQA,
+        (Figure("VQA accuracy", "test_dev.accuracy", splits=("not stated", "test-dev"), instead="dev.accuracy"),),
+        "VQAv2", "vqav2", *VQA,
         ("multi-task training",),
     ),
     PaperTask(
@@ -115,40 +130,45 @@ MULTIMODAL = (
     _retrieval("COCO retrieval"),
 )  # fmt: skip
 
+_RERANKED = tuple(replace(f, first=re.sub(r"_r(\d+)$", r"_reranked_r\1", f.result)) for f in _RECALLS)
 _TUNED_RECALLS = tuple(
-    Figure(figure.metric, figure.result.replace("zero_shot", "fine_tune"), splits=figure.splits) for figure in _RECALLS
+    replace(f, result=f.result.replace("zero_shot", "test"), first=f.first.replace("zero_shot", "test"), averaged=True)
+    for f in _RERANKED
 )
 ALBEF = (
-    _retrieval("Flickr30K retrieval"),
+    _retrieval("Flickr30K retrieval", _RERANKED),
     PaperTask(
         "Flickr30K retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
-        expected=captions.BY_NAME["Flickr30K retrieval"].expected,
+        verb="retrieval_flickr30k", expected="flickr30k_{train,val,test}.json, flickr30k-images/*.jpg",
         owners=captions.BY_NAME["Flickr30K retrieval"].owners,
     ),
     PaperTask(
         "COCO retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
-        expected=captions.BY_NAME["COCO retrieval"].expected, owners=captions.BY_NAME["COCO retrieval"].owners,
+        verb="retrieval_coco", expected="coco_{train,val,test}.json, {train2014,val2014}/*.jpg",
+        owners=captions.BY_NAME["COCO retrieval"].owners,
     ),
     PaperTask(
         "VQAv2", "multimodal", "fine-tuning", "fine-tune",
-        (Figure("VQA accuracy", "test-dev.vqa", splits=("test-dev",)),
-         Figure("VQA accuracy", "test-std.vqa", splits=("test-std",))), "VQAv2", "vqav2", *VQA,
+        (Figure("VQA accuracy", "test_dev.accuracy", splits=("test-dev",), instead="dev.accuracy"),
+         Figure("VQA accuracy", "test.accuracy", splits=("test-std",))), "VQAv2", "vqav2", *VQA,
     ),
     PaperTask(
         "NLVR2", "multimodal", "fine-tuning", "fine-tune",
         (Figure("accuracy", "dev.accuracy", splits=_DEV), Figure("accuracy", "test-P.accuracy", splits=("test-P",))),
-        expected="nlvr2/data/{train,dev,test1}.json, nlvr2/images/", owners="https://lil.nlp.cornell.edu/nlvr/",
+        "NLVR2", "nlvr2", "data/{train,dev,test1}.json, images/train/, dev/, test1/",
+        "https://lil.nlp.cornell.edu/nlvr/",
     ),
     PaperTask(
         "SNLI-VE", "multimodal", "fine-tuning", "fine-tune",
         (Figure("accuracy", "dev.accuracy", splits=("val", "dev")),
          Figure("accuracy", "test.accuracy", splits=("test",))),
-        "SNLI-VE", "snli_ve", *ENTAILMENT,
+        "SNLI-VE", "visual_entailment", *ENTAILMENT,
     ),
     PaperTask(
-        "RefCOCO+", "multimodal", "fine-tuning", "weakly supervised",
+        "RefCOCO+", "multimodal", "grounding", "weakly supervised",
         tuple(Figure("accuracy at IoU 0.5", f"{name}.accuracy", splits=(name,)) for name in ("val", "testA", "testB")),
-        expected="refcoco+/{refs(unc).p,instances.json}, train2014/*.jpg", owners="https://github.com/lichengunc/refer",
+        verb="grounding", expected="refcoco+/{refs(unc).p,instances.json,dets.json}, train2014/*.jpg",
+        owners="https://github.com/lichengunc/refer; dets.json: https://github.com/salesforce/ALBEF",
     ),
 )  # fmt: skip
 
@@ -164,7 +184,9 @@ UNIT = (
     _shared("VG detection", "vision", Figure(_AP, "val.ap", splits=("val (disjoint from COCO val2017)",)),
             "instances_{train,val}_split_by_coco_2017.json, VG_100K/, VG_100K_2/",
             "https://homes.cs.washington.edu/~ranjay/visualgenome/"),
-    _shared("VQAv2", "multimodal", Figure("VQA accuracy", "val2017.vqa", splits=("val2017 images",)), *VQA, "vqav2"),
+    _shared("VQAv2", "multimodal",
+            Figure("VQA accuracy", "val2017.accuracy", splits=("val2017 images",), instead="dev.accuracy"), *VQA,
+            "vqav2"),
     _shared("SNLI-VE", "multimodal", Figure("accuracy", "dev.accuracy", splits=_DEV), *ENTAILMENT, "snli_ve"),
     *(
         _shared(name, "language", Figure(metric, result, splits=_DEV), f"glue_data/{name}/*.tsv", GLUE_OWNERS, verb)
@@ -183,4 +205,5 @@ SUITES: dict[str, tuple[PaperTask, ...]] = {
     "multimodal": MULTIMODAL,
     "albef": ALBEF,
     "unit": UNIT,
+    "own": OWN,
 }

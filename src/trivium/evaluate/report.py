@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -251,9 +252,11 @@ def _monitors(report: Report) -> list[dict[str, Any]]:
 
 def _retrieval(evaluation: Evaluation) -> list[dict[str, Any]]:
     rows = []
+    ways = (("text_to_image", "text → picture"), ("image_to_text", "picture → text"))
+    orders = (("", ""), ("_reranked", ", re-ranked by matching"))  # the second of models that match
     for protocol, title in RETRIEVAL_TITLES.items():
-        for direction, asked in (("text_to_image", "text → picture"), ("image_to_text", "picture → text")):
-            prefix = f"retrieval.{protocol}.{direction}"
+        for (direction, way), (order, how) in itertools.product(ways, orders):
+            prefix, asked = f"retrieval.{protocol}.{direction}{order}", f"{way}{how}"
             if f"{prefix}_r1" not in evaluation.results:
                 continue
             recalls = [evaluation.results[f"{prefix}_r{cutoff}"] for cutoff in (1, 5, 10)]

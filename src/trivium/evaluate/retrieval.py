@@ -54,6 +54,11 @@ def ranks_by_cosine(queries_QD: Tensor, candidates_CD: Tensor, query_labels_Q: T
     return torch.cat(parts)
 
 
+def mean_recall(found: Results, *names: str) -> float:
+    """Mean of R@1, 5 and 10 over the directions of these names: what a model is chosen by (ALBEF, section 4.1)."""
+    return float(np.mean([found[f"{name}_r{cutoff}"].value for name in names for cutoff in CUTOFFS]))
+
+
 def summary(ranks_Q: Tensor, name: str, queries: Sequence[str] | None = None) -> Results:
     """`<name>_r1`, `_r5`, `_r10`: share of queries with a right answer that high; `<name>_median_rank`.
 

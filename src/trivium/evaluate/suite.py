@@ -20,9 +20,10 @@ import torch
 
 from trivium import __version__
 from trivium.bundle import Bundle
+from trivium.data.referring import Referring, find_referring
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import features as encoding
-from trivium.evaluate import outcomes, results, retrieval
+from trivium.evaluate import grounding, outcomes, pairs, results
 from trivium.evaluate.classification import Measured, classification
 from trivium.evaluate.datasets import Missing, find, layouts
 from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
@@ -33,9 +34,13 @@ from trivium.evaluate.paper_tasks import Figure, PaperTask
 from trivium.evaluate.published import Place
 from trivium.evaluate.results import Result, Results
 from trivium.manifest import write_whole
-from trivium.models.encoded import EncodesImage, EncodesText
+from trivium.models.encoded import EncodesImage, EncodesText, Matches
+from trivium.models.grounding import Grounds
 
-VERSIONS = {"classification": 1, "retrieval": 1}  # of the protocols: a change of what they measure is another number
+# Of the protocols: a change of what they measure is another number.
+VERSIONS = {"classification": 2, "retrieval": 2, "grounding": 1}
+
+AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training expressions (trivium finetune grounding)"
 
 State = Literal["measured", "kept", "read", "missing", "not applicable", "not fine-tuned", "damaged", "failed"]
 HAS_FIGURES: tuple[State, ...] = ("measured", "kept", "read")
@@ -54,7 +59,24 @@ class TaskRun:
 
     def figure(self, figure: Figure) -> Result | None:
         """Our own value of one of its figures, as a share."""
-        return self.results.get(".".join(filter(None, (self.task.prefix, figure.result))))
+        return self._own(figure) or self.on_another_split(figure)
+
+    def on_another_split(self, figure: Figure) -> Result | None:
+        """Ours, where it is taken on another split than the published one; else None."""
+        if self._own(figure) is not None or not figure.instead:
+            return None
+        return self.results.get(self._name(figure.instead))
+
+    def _own(self, figure: Figure) -> Result | None:
+        first = self.results.get(self._name(figure.first)) if figure.first else None
+        return first or self.results.get(self._name(figure.result))
+
+    def metric(self, figure: Figure) -> str:
+        """What the figure is called, and where ours is of another split, that."""
+        return f"{figure.metric} (ours: {figure.instead})" if self.on_another_split(figure) else figure.metric
+
+    def _name(self, result: str) -> str:
+        return ".".join(filter(None, (self.task.prefix, result)))
 
 
 @dataclass
@@ -137,13 +159,15 @@ def _one(
         return TaskRun(task, "not applicable", notes=[cannot])
     if task.kind == "fine-tuning":
         return _fine_tuned(task, fine_tuned)
+    if task.kind == "grounding" and (read := _fine_tuned(task, fine_tuned)).state == "read":
+        return read
     assert encoder is not None, "who reads no pictures was turned away"
     data = _data(task, root)
     if isinstance(data, Missing):
         return TaskRun(task, "missing", missing=data)
-    if rows is not None:
+    if rows is not None and not isinstance(data, Referring):
         data = with_rows(data, rows) if isinstance(data, DataSet) else data.first(rows)
-    depends = f"{VERSIONS[task.kind]} {encoder.hash} {_identity(data)}"
+    depends = f"{VERSIONS[task.kind]} {encoder.hash} {_identity(data)} {rows if isinstance(data, Referring) else ''}"
     folder = cache / "tasks" / f"{_slug(task.name)}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     kept = _kept(task, folder)
     if kept is not None:
@@ -155,16 +179,21 @@ def _one(
 
     if isinstance(data, DataSet):
         measured = classification(data, encoder, cache / "features", bundle, tell)
+    elif isinstance(data, Referring):
+        grounded = grounding.run(bundle, data, rows=rows, say=tell)
+        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS])
     else:
-        measured = _retrieval(data, encoder, cache / "features", tell)
+        measured = zero_shot_retrieval(data, encoder, cache / "features", tell, task.shortlist)
     if rows is not None:
+        what = "expressions" if isinstance(data, Referring) else "pictures"
         measured.notes.insert(
-            0, f"at most {rows:,} pictures of each split, drawn with a fixed seed: not the papers' figures"
+            0, f"at most {rows:,} {what} of each split, drawn with a fixed seed: not the papers' figures"
         )
     found = TaskRun(
         task, "measured", {f"{task.prefix}.{name}": result for name, result in measured.results.items()}, measured.notes
     )  # fmt: skip
-    _keep(found, folder, time.perf_counter() - begun)
+    if measured.is_final:
+        _keep(found, folder, time.perf_counter() - begun)
     return found
 
 
@@ -175,16 +204,22 @@ def lacks(task: PaperTask, bundle: Bundle) -> str | None:
         return f"{name} reads no pictures"
     if task.domain in ("language", "multimodal") and not isinstance(model, EncodesText):
         return f"{name} reads no texts"
-    if task.kind == "retrieval" and bundle.tokenizer is None:
+    if task.kind == "grounding" and not isinstance(model, Grounds):
+        return f"{name} has no attention from words to patches that a matching head judges"
+    if task.kind in ("retrieval", "grounding") and bundle.tokenizer is None:
         return "this checkpoint came without a tokenizer"
     return None
 
 
-def _data(task: PaperTask, root: Path | None) -> DataSet | Captioned | Missing:
+def _data(task: PaperTask, root: Path | None) -> DataSet | Captioned | Referring | Missing:
     if task.kind == "classification":
         layout = layouts.BY_NAME[task.name]
         return Missing(layout.expected, layout.owners) if root is None else find(layout, root)
-    found = None if root is None else find_captions(CAPTIONED[task.name], root)
+    found: Captioned | Referring | None = None
+    if task.kind == "grounding":
+        found = None if root is None else find_referring(root, [task.name.lower()])
+    elif root is not None:
+        found = find_captions(CAPTIONED[task.name], root)
     return Missing(task.expected, task.owners) if found is None else found
 
 
@@ -198,10 +233,17 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
             if plain == title or plain.startswith(f"{title}."):
                 mine[task.prefix + plain.removeprefix(title)] = result
         if mine:
-            how = "picture and text vector side by side" if title != task.prefix else "the model's own states"
-            return TaskRun(
-                task, "read", mine, [f"fine-tuned: the head reads {how}"] if task.domain == "multimodal" else []
-            )
+            found = TaskRun(task, "read", mine)
+            if task.domain == "multimodal":
+                how = "picture and text vector side by side" if title != task.prefix else "the model's own states"
+                found.notes.append(f"fine-tuned: the head reads {how}")
+            found.notes += [
+                f"ours is {figure.instead}, since {figure.splits[-1]}, on which the papers' numbers rest, was not"
+                " measured here"
+                for figure in task.figures
+                if found.on_another_split(figure) is not None
+            ]
+            return found
     if task.verb:
         return TaskRun(
             task, "not fine-tuned", missing=Missing(task.expected, task.owners),
@@ -211,10 +253,14 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
     return TaskRun(task, "not fine-tuned", missing=Missing(task.expected, task.owners))
 
 
-def _retrieval(data: Captioned, encoder: ModelEncoder, store: Path, say: Callable[[str], None]) -> Measured:
-    """Recalls by cosine, five captions to a picture: TR finds the text for a picture, IR the picture for a text."""
+def zero_shot_retrieval(
+    data: Captioned, encoder: ModelEncoder, store: Path, say: Callable[[str], None], shortlist: int
+) -> Measured:
+    """Recalls, five captions to a picture: TR finds the text for a picture, IR the picture for a text; by cosine, and
+    re-ranked where the model matches."""
     found = Measured(notes=[f"{data.splits}: {len(data):,} pictures", *data.notes])
     images = features(encoder, data.pictures, store, say)
+    found.is_final = images.is_final
     if images.bad:
         found.notes.append(
             f"{len(images.bad):,} of {len(data):,} pictures cannot be read and are left out with their captions; the"
@@ -225,22 +271,25 @@ def _retrieval(data: Captioned, encoder: ModelEncoder, store: Path, say: Callabl
     captions = [(row, text) for row in images.rows_N.tolist() for text in data.captions[row]]
     say(f"{len(captions):,} captions")
     texts_BD = encoding.of_texts(encoder.bundle, [text for _, text in captions])
-    image_labels, text_labels = torch.from_numpy(images.rows_N), torch.tensor([row for row, _ in captions])
-    names = [data.pictures.name(row) for row in images.rows_N.tolist()]
-    caption_names = [f"{data.pictures.name(row)}, {number}" for row in images.rows_N.tolist()
-                     for number in range(1, len(data.captions[row]) + 1)]  # fmt: skip
-    images_BD = images.readings["projected"]
-    ranks = retrieval.ranks_by_cosine(images_BD, texts_BD, image_labels, text_labels)
-    found.results |= retrieval.summary(ranks, "zero_shot.tr", names)
-    ranks = retrieval.ranks_by_cosine(texts_BD, images_BD, text_labels, image_labels)
-    found.results |= retrieval.summary(ranks, "zero_shot.ir", caption_names)
+    rows = images.rows_N.tolist()
+    shown = pairs.Captioned(
+        images.readings["projected"], texts_BD, torch.from_numpy(images.rows_N),
+        torch.tensor([row for row, _ in captions]), [data.pictures.name(row) for row in rows],
+        [f"{data.pictures.name(row)}, {n}" for row in rows for n in range(1, len(data.captions[row]) + 1)],
+        [text for _, text in captions], lambda number: data.pictures.read(rows[number]),
+    )  # fmt: skip
+    if isinstance(encoder.bundle.model, Matches):
+        say(f"re-ranking the {shortlist} candidates in front")
+    found.results |= pairs.measure(encoder.bundle, shown, "zero_shot.tr", "zero_shot.ir", shortlist).results
     return found
 
 
 # ------------------------------------------------------------------------------------------- what is kept
 
 
-def _identity(data: DataSet | Captioned) -> str:
+def _identity(data: DataSet | Captioned | Referring) -> str:
+    if isinstance(data, Referring):
+        return "\n".join(map(stamp_of, data.tables))
     if isinstance(data, Captioned):
         return f"{identity(data.pictures)} {data.captions!r}"
     splits = [f"{identity(split.pictures)} {split.labels_N.tobytes().hex()}" for split in data.every]

@@ -78,7 +78,7 @@ def with_published(run: SuiteRun, published: Sequence[Column]) -> dict[str, Resu
         for place, figure in enumerate(each.task.figures):
             name = ".".join(filter(None, (each.task.prefix, figure.result)))
             cell = None if own is None else own.cells.get((each.task.key, place))
-            if name in found and cell is not None and not cell.is_recalled:
+            if name in found and cell is not None and not cell.is_recalled:  # a figure of another split has none
                 found[name] = replace(found[name], published=cell.value / 100)
     return found
 
@@ -107,7 +107,7 @@ def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
             numbers = [None] * 3 if ours is None else [ours.value, ours.low, ours.high]
             cells = [column.cells.get((each.task.key, place)) for column in published]
             writer.writerow([
-                each.task.domain, each.task.name, each.task.protocol, figure.metric, each.state,
+                each.task.domain, each.task.name, each.task.protocol, each.metric(figure), each.state,
                 *("" if x is None or not math.isfinite(x) else f"{100 * x:.3f}" for x in numbers),
                 "" if ours is None or ours.n is None else ours.n, f"{each.seconds:.1f}",
                 *("" if cell is None or cell.is_recalled else cell.printed for cell in cells),
@@ -122,6 +122,7 @@ def render(given: SuiteReport, published: Sequence[Column]) -> str:
     ours = run.values()
     own = papers_own(published)
     tables = [_table(run, source, group) for source, group in _by_source(published)]
+    chart, several = _chart_data(run, published)
     template = report.environment().get_template("suite.html")
     return template.render(
         given=given,
@@ -135,7 +136,8 @@ def render(given: SuiteReport, published: Sequence[Column]) -> str:
             for state, title in STATE_TITLES.items()
             if any(each.state == state for each in run.tasks)
         ],
-        chart=_chart_data(run, published),
+        chart=chart,
+        comparable=several > 1,
         first=own.name if own is not None else "",
         ours=OURS,
         domain_titles=DOMAIN_TITLES,
@@ -183,7 +185,7 @@ def _table(run: SuiteRun, source: str, group: list[Column]) -> dict[str, Any]:
                 cells = [column.cells.get((each.task.key, place)) for column in group]
                 if each.task.domain == domain and any(cells):
                     inside.append({
-                        "title": each.task.name, "metric": figure.metric, "ours": each.figure(figure),
+                        "title": each.task.name, "metric": each.metric(figure), "ours": each.figure(figure),
                         "cells": [_shown(cell) for cell in cells], "state": each.state,
                     })  # fmt: skip
         if inside:
@@ -211,11 +213,17 @@ def _shown(cell: Cell | None) -> dict[str, Any] | None:
 def _beyond(each: TaskRun) -> dict[str, Any]:
     """Every figure of a task, those that no paper prints among them."""
     prefix = f"{each.task.prefix}."
-    return {"run": each, "figures": [(name.removeprefix(prefix), result) for name, result in each.results.items()]}
+    named = {name.removeprefix(prefix): result for name, result in each.results.items()}
+    reported = named.pop(each.task.prefix, None)  # what fine-tuning reports: the task's own title
+    figures = list(named.items())
+    if reported is not None and reported not in named.values():  # a mean of several, of MNLI say
+        figures.insert(0, ("mean" if figures else "reported", reported))
+    return {"run": each, "figures": figures}
 
 
-def _chart_data(run: SuiteRun, published: Sequence[Column]) -> str:
-    """What the page's chart draws from: figures in order, and each column's values. JSON that may stand in a page."""
+def _chart_data(run: SuiteRun, published: Sequence[Column]) -> tuple[str, int]:
+    """What the page's chart draws from: figures in order, and each column's values, as JSON that may stand in a page;
+    and how many columns that are."""
     figures: list[dict[str, Any]] = []
     places: dict[Place, int] = {}
     for domain in DOMAINS:
@@ -237,4 +245,4 @@ def _chart_data(run: SuiteRun, published: Sequence[Column]) -> str:
         for column in published
     ]
     given = [column for column in given if column["values"]]
-    return json.dumps({"figures": figures, "columns": given}).replace("<", "\\u003c")
+    return json.dumps({"figures": figures, "columns": given}).replace("<", "\\u003c"), len(given)

@@ -60,7 +60,10 @@ def result(metric: str, found: Predictions) -> Result:
 
 
 def chance(metric: str, found: Predictions) -> float | None:
-    """What always giving the commonest class comes to; None where there is no such class, or it was not measured."""
+    """What always giving the commonest class or answer comes to; None where there is none, or it was not measured."""
+    if found.rows[0].answers is not None:
+        [(commonest, _)] = Counter(normalized(each) for row in found.rows for each in row.truths).most_common(1)
+        return float(np.mean([vqa.score(commonest, row.truths) for row in found.rows]))
     labels = [row.label for row in found.rows if row.label is not None]
     if metric == "auroc":
         return 0.5
@@ -101,7 +104,7 @@ def _columns(metric: str, found: Predictions) -> tuple[np.ndarray, np.ndarray]:
 def _vqa(found: Predictions) -> np.ndarray:
     """Accuracy of each answer."""
     pairs = zip(found.named(), found.rows, strict=True)
-    return np.array([vqa.accuracy(str(answer), row.truths) for answer, row in pairs])
+    return np.array([vqa.score(str(answer), row.truths) for answer, row in pairs])
 
 
 # ---------------------------------------------------------------------------------------------------------- files

@@ -18,3 +18,13 @@ def accuracy(answer: str, truths: Sequence[str]) -> float:
     if len(set(given)) > 1:
         answer, given = normalized(answer), [normalized(truth) for truth in given]
     return agreement(given.count(answer), len(given))
+
+
+def exact(answer: str, truth: str) -> float:
+    """1 or 0, of data with one answer to a question: whether it is that one, in normal form."""
+    return float(normalized(answer) == normalized(truth))
+
+
+def score(answer: str, truths: Sequence[str]) -> float:
+    """`exact` where one person answered, `accuracy` where several did."""
+    return exact(answer, truths[0]) if len(truths) == 1 else accuracy(answer, truths)

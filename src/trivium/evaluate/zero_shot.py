@@ -7,7 +7,6 @@ B pictures, K classes, P prompts of a class, D width.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,20 +17,18 @@ TEMPLATES = ("{}", "a picture of {}", "a drawing of {}")
 OF_PHOTOGRAPHS = ("a photo of {}.", "a close-up photo of {}.", "a blurry photo of {}.", "{}")
 
 
-def prompts(class_name: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """The prompts of a class, whose name goes where a template has {} or {c}.
-
-    A name that lists several things ("food & drink") gives prompts for each of them."""
-    parts = [part.strip() for part in re.split(r"[&/,]", class_name)]
-    return [template.replace("{c}", part).replace("{}", part) for part in parts if part for template in templates]
+def prompts(names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[str]:
+    """The prompts of a class, each of whose names goes where a template has {} or {c}."""
+    return [template.replace("{c}", name).replace("{}", name) for name in names for template in templates]
 
 
 def class_vectors(
-    names: Sequence[str], encode: Callable[[list[str]], Tensor], templates: Sequence[str] = TEMPLATES
+    names: Sequence[tuple[str, ...]], encode: Callable[[list[str]], Tensor], templates: Sequence[str] = TEMPLATES
 ) -> Tensor:
     """One vector of unit length per class, [K, D].
 
     Args:
+        names: of each class, one or several.
         encode: texts -> [number of texts, D], in the space that images and texts share. Called once for all prompts.
     """
     of_class = [prompts(name, templates) for name in names]

@@ -39,6 +39,7 @@ CASES: dict[str, Make] = {
     "ALBEF": albef.case,
     "UniT, boxes": partial(unit.case, "vg"),
     "UniT, answers": partial(unit.case, "vqav2"),
+    "retrieval, FLAVA": flava.retrieval_case,
 }
 
 WORLDS = (1, 2, 4)

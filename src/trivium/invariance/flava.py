@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.methods.flava import FlavaMethod, Pixels
+from trivium.methods.retrieval import RetrievalMethod
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.train.protocol import Batch, Images, Texts
 
@@ -29,6 +30,19 @@ def case(
     """One stream as `trivium.invariance` takes it. options: of FlavaMethod."""
     method = flava_method(random_flava(replace(TINY, dropout=dropout), dtype=dtype), **options)
     return method, make_batch(stream, ROWS, false_rows=false_rows, masked=masked)
+
+
+def retrieval_case(dtype: torch.dtype, dropout: float) -> tuple[RetrievalMethod, Batch]:
+    """Fine-tuning on retrieval, two rows of one picture among the pairs. As `case`."""
+    model = random_flava(replace(TINY, dropout=dropout), dtype=dtype)
+    batch = make_batch("pairs", ROWS)
+    batch.images[0].same_B = torch.where(batch.rows_B == 5, 0, batch.rows_B)
+    return retrieval_method(model, pool=ROWS // 8), batch
+
+
+def retrieval_method(model: Flava, **options: Any) -> RetrievalMethod:
+    method = RetrievalMethod(model, Pixels(mean=(0.5,) * 3, std=(0.25,) * 3), **options)
+    return method.to(model.logit_scale.dtype)
 
 
 def random_flava(config: FlavaConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float64) -> Flava:

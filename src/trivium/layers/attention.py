@@ -6,6 +6,8 @@ width; R rows that read B memories, O of them in an order of their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,43 @@ def attend(query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask: Tenso
         out: Tensor = _WithPlainBackward.apply(query_BHQE, key_BHLE, value_BHLE, mask_B1QL)
         return out
     return F.scaled_dot_product_attention(query_BHQE, key_BHLE, value_BHLE, attn_mask=mask_B1QL, dropout_p=dropout)
+
+
+def attention_weights(query_BHQE: Tensor, key_BHLE: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(E) + mask), the plain way, [B, H, Q, L]: what `attend` weighs the values with and never
+    holds. float32 at least. mask: as there."""
+    scores_BHQL = query_BHQE @ key_BHLE.transpose(-2, -1) * query_BHQE.shape[-1] ** -0.5
+    if mask is not None:
+        mask_B1QL = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        scores_BHQL = scores_BHQL.masked_fill(~mask_B1QL, float("-inf"))
+    return scores_BHQL.softmax(-1, dtype=torch.promote_types(scores_BHQL.dtype, torch.float32))
+
+
+class Attention(nn.Module):
+    """What self- and cross-attention share: how they attend, and whether somebody watches."""
+
+    dropout: float
+    _seen: list[Tensor] | None = None  # where the weights of each call are kept while somebody watches
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Tensor]]:
+        """Within it values are weighed the plain way, without dropout, and the weights [B, H, Q, L] of each call are
+        kept in the list: with a gradient recorded they are part of its graph, so that whatever comes after can be
+        differentiated by them (Grad-CAM)."""
+        self._seen = []
+        try:
+            yield self._seen
+        finally:
+            self._seen = None
+
+    def attend(self, query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask: Tensor | None) -> Tensor:
+        if self._seen is None:
+            return attend(query_BHQE, key_BHLE, value_BHLE, mask, self.dropout if self.training else 0.0)
+        weights_BHQL = attention_weights(query_BHQE, key_BHLE, mask)
+        if torch.is_grad_enabled() and not weights_BHQL.requires_grad:  # of frozen layers
+            weights_BHQL.requires_grad_()
+        self._seen.append(weights_BHQL)
+        return weights_BHQL.to(value_BHLE.dtype) @ value_BHLE
 
 
 class _WithPlainBackward(torch.autograd.Function):
@@ -61,7 +100,10 @@ class _WithPlainBackward(torch.autograd.Function):
         return grad_query_BHQE, grad_key_BHLE, grad_value_BHLE, None
 
 
-class SelfAttention(nn.Module):
+KeyValue = tuple[Tensor, Tensor]  # [B, H, L, E] each
+
+
+class SelfAttention(Attention):
     """Multi-head self-attention with one fused projection for queries, keys and values (in that order)."""
 
     def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -92,17 +134,34 @@ class SelfAttention(nn.Module):
             key, value = F.linear(x_BLD, weight_kv, bias_kv).view(B, L, 2, H, E).permute(2, 0, 3, 1, 4)
             if mask is not None and mask.ndim == 3:
                 mask = take_rows(mask.expand(B, -1, -1), rows)
-        attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)
+        attended = self.attend(query, key, value, mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 
+    def after(self, x_BQD: Tensor, before: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """Causal attention of positions that come after others, whose keys and values were kept.
+
+        Args:
+            before: of the L positions in front, [B, H, L, E] each; None: there are none.
+
+        Returns:
+            the output [B, Q, D], and keys and values of all L + Q positions.
+        """
+        B, Q, D = x_BQD.shape
+        H, E = self.num_heads, D // self.num_heads
+        query, key, value = self.qkv(x_BQD).view(B, Q, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
+        if before is not None:
+            key, value = (torch.cat([old, new], dim=2) for old, new in zip(before, (key, value), strict=True))
+        L = key.shape[2]
+        mask = None if Q == 1 else torch.ones(1, Q, L, dtype=torch.bool, device=x_BQD.device).tril(L - Q)
+        attended = attend(query, key, value, mask, self.dropout if self.training else 0.0)
+        return self.out(attended.transpose(1, 2).flatten(2)), (key, value)
+
     def maps(self, x_BLD: Tensor) -> Tensor:
-        """What `forward` weighs the values with, [B, H, L, L]: softmax(Q K^T / sqrt(E)), the plain way, for whoever
-        wants to look at it. float32 at least."""
+        """What `forward` weighs the values with, [B, H, L, L], for whoever wants to look at it."""
         B, L, D = x_BLD.shape
         H, E = self.num_heads, D // self.num_heads
         query, key, _ = self.qkv(x_BLD).view(B, L, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
-        scores_BHLL = query @ key.transpose(-2, -1) * E**-0.5
-        return scores_BHLL.softmax(-1, dtype=torch.promote_types(scores_BHLL.dtype, torch.float32))
+        return attention_weights(query, key)
 
 
 @dataclass(frozen=True)
@@ -119,7 +178,7 @@ class Memory:
     others_O: Tensor | None = None  # int64
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Multi-head attention whose keys and values (one fused projection, in that order) come from a memory."""
 
     def __init__(self, width: int, memory_width: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -143,28 +202,29 @@ class CrossAttention(nn.Module):
 
         Args:
             memory: [B, S, W], then R is B; or what `read` made of it.
-            mask: bool [B, S] or [B, Q, S], True = may be attended; where each memory is read once.
+            mask: bool [B, S], True = may be attended, or [B, Q, S] where each memory is read once. None where memories
+                are read in an order of their own.
         """
         if isinstance(memory, Tensor):
             memory = self.read(memory)
         R, Q, D = x_RQD.shape
         query = self.query(x_RQD).view(R, Q, self.num_heads, D // self.num_heads).transpose(1, 2)
-        dropout = self.dropout if self.training else 0.0
         if memory.times == 1 and memory.others_O is None:
-            attended = attend(query, memory.key_BHSE, memory.value_BHSE, mask, dropout)
+            attended = self.attend(query, memory.key_BHSE, memory.value_BHSE, mask)
         else:
-            assert mask is None, "a memory that is read several times takes no mask"
-            attended = _attend_several(query, memory, dropout)
+            assert mask is None or (mask.ndim == 2 and memory.others_O is None), "no mask of such a reading is built"
+            assert self._seen is None, "whoever watches sees one reader at a time"
+            attended = _attend_several(query, memory, mask, self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-def _attend_several(query_RHQE: Tensor, memory: Memory, dropout: float) -> Tensor:
+def _attend_several(query_RHQE: Tensor, memory: Memory, mask_BS: Tensor | None, dropout: float) -> Tensor:
     """Whoever reads a memory asks it at once: its keys and values are gone through once, and never copied but for
     `others_O`."""
     key, value, times = memory.key_BHSE, memory.value_BHSE, memory.times
     B, Q = len(key), query_RHQE.shape[2]
     asked = query_RHQE[: times * B].unflatten(0, (times, B)).permute(1, 2, 0, 3, 4).flatten(2, 3)
-    answered = attend(asked, key, value, None, dropout)
+    answered = attend(asked, key, value, mask_BS, dropout)
     attended = answered.unflatten(2, (times, Q)).permute(2, 0, 1, 3, 4).flatten(0, 1)
     if memory.others_O is None:
         return attended

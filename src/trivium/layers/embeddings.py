@@ -86,11 +86,12 @@ class BertEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, ids_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
-        T = ids_BT.shape[1]
-        assert T <= len(self.position.weight), f"{T} tokens, but positions for {len(self.position.weight)}"
+    def forward(self, ids_BT: Tensor, segments_BT: Tensor | None = None, first: int = 0) -> Tensor:
+        """first: the position of the first token; others stood in front of it."""
+        end = first + ids_BT.shape[1]
+        assert end <= len(self.position.weight), f"{end} tokens, but positions for {len(self.position.weight)}"
         segment = self.segment.weight[0] if segments_BT is None else self.segment(segments_BT)
-        return self.dropout(self.norm(self.word(ids_BT) + self.position.weight[:T] + segment))
+        return self.dropout(self.norm(self.word(ids_BT) + self.position.weight[first:end] + segment))
 
 
 def prepend(token_11D: Tensor, x_BLD: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,7 +48,8 @@ class MatchingHead(nn.Module):
 
 
 class TaskHead(nn.Module):
-    """Dropout, Linear, tanh or GELU, dropout, Linear to K outputs: RoBERTa's head for one task (Liu et al. 2019).
+    """Dropout, Linear, tanh, GELU or ReLU, dropout, Linear to K outputs: with tanh RoBERTa's head for one task (Liu et
+    al. 2019), with ReLU and no dropout ALBEF's.
 
     `hidden` None leaves a dropout and one linear map. [B, D] -> [B, K].
     """
@@ -55,8 +58,8 @@ class TaskHead(nn.Module):
         self, width: int, hidden: int | None, num_outputs: int, activation: str = "tanh", dropout: float = 0.1
     ) -> None:
         super().__init__()
-        assert activation in ("tanh", "gelu"), f"no activation {activation!r}"
-        self.activation = torch.tanh if activation == "tanh" else F.gelu
+        activations: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
+        self.activation = activations[activation]
         self.dropout = nn.Dropout(dropout)
         self.inner = None if hidden is None else nn.Linear(width, hidden)
         self.decoder = nn.Linear(hidden or width, num_outputs)

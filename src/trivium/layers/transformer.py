@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.layers.activations import ACTIVATIONS
-from trivium.layers.attention import CrossAttention, Memory, SelfAttention, take_rows
+from trivium.layers.attention import CrossAttention, KeyValue, Memory, SelfAttention, take_rows
 
 # From this width on the backward pass computes the activation again instead of keeping its output, a quarter of what a
 # block keeps: less than 1 % of the time at width 768, but 5 % at 128, where there is memory to spare.
@@ -92,7 +92,19 @@ class PostNormBlock(nn.Module):
             memory_mask: bool [B, S], True = may be attended.
         """
         attended = self.attention(x_BLD, mask, rows)
-        x_BQD = self.attention_norm((x_BLD if rows is None else take_rows(x_BLD, rows)) + self.dropout(attended))
+        return self._rest(x_BLD if rows is None else take_rows(x_BLD, rows), attended, memory, memory_mask)
+
+    def after(
+        self, x_BQD: Tensor, before: KeyValue | None, memory: Tensor | Memory | None, memory_mask: Tensor | None
+    ) -> tuple[Tensor, KeyValue]:
+        """[B, Q, D] of positions that come after others and see them (see SelfAttention), and what is kept of all."""
+        attended, kept = self.attention.after(x_BQD, before)
+        return self._rest(x_BQD, attended, memory, memory_mask), kept
+
+    def _rest(
+        self, x_BQD: Tensor, attended: Tensor, memory: Tensor | Memory | None, memory_mask: Tensor | None
+    ) -> Tensor:
+        x_BQD = self.attention_norm(x_BQD + self.dropout(attended))
         if memory is not None:
             assert self.cross_attention is not None, "this block has no cross-attention to read a memory with"
             read = self.cross_attention(x_BQD, memory, memory_mask)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trivium.methods.momentum import follow, follower
+from trivium.methods.momentum import Teaching, follow, follower
 from trivium.methods.pixels import MethodOfPictures, Pixels
 from trivium.methods.positions import needed, places
 from trivium.models.albef import TEMPERATURES, Albef, Negatives
@@ -45,29 +45,18 @@ from trivium.objectives.matching import hard_negatives, matching
 from trivium.train.protocol import Batch, Key, Rows, Sums, hash64
 
 LOSSES = ("itc", "itm", "mlm")
+FALSE_SHARE = 2 / 3  # of the pairs that ITM is asked about: beside each true one a false picture and a false text
 FOLLOWED = ("image", "text", "fusion", "mlm_head", "image_projection", "text_projection")  # by the teacher
-FALSE_SHARE = 2 / 3  # of the pairs that ITM is asked about
 _CAPTION_BASE = 0x9E3779B97F4A7C15 - 2**64  # odd, as an int64
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Teaching):
     """How the teacher teaches. The defaults are the published ones but for its dropout."""
 
     itc: float = 0.4  # its share in the targets of ITC, after the ramp; 0: it makes the keys alone
     mlm: float = 0.4  # in those of MLM; 0: no masked word is read by it
-    ramp: float | None = None  # steps over which both rise from 0; below 1: share of the run; None: one epoch
-    reach: float = 200.0  # steps that it looks back on: momentum 1 - 1 / reach, here 0.995; below 1: share of the run
-    dropout: bool = False  # True: the teacher has the student's dropout, as in the public code
     soft_labels: Literal["vocabulary", "positions"] = "vocabulary"  # "positions": normalised as first published
-
-    def ramp_at(self, step: int, num_steps: int, epoch_steps: int) -> float:
-        """What the shares are multiplied by at a step."""
-        ramp = epoch_steps if self.ramp is None else self.ramp * (num_steps if self.ramp < 1 else 1)
-        return min(1.0, step / ramp) if ramp else 1.0
-
-    def momentum(self, num_steps: int) -> float:
-        return 1 - 1 / max(1.0, self.reach * (num_steps if self.reach < 1 else 1))
 
 
 class AlbefMethod(MethodOfPictures):
@@ -142,11 +131,8 @@ class AlbefMethod(MethodOfPictures):
 
     def counts(self, batch: Batch) -> Sums:
         assert bool(batch.targets["matched"].all()), "ALBEF makes its false pairs itself"
-        return {
-            "itc": torch.tensor(len(batch)),
-            "itm": 3 * self._allowed(batch).any(1).sum(),
-            "mlm": batch.targets["selected"].sum(),
-        }
+        counts = {"itc": torch.tensor(len(batch)), "itm": 3 * self._allowed(batch).any(1).sum()}
+        return counts | {"mlm": batch.targets["selected"].sum()} if self.weights["mlm"] else counts
 
     def _same(self, batch: Batch) -> Tensor:
         """The numbers of picture and caption, int64 [B, 2]. Captions of the same words have the same number."""
@@ -219,13 +205,13 @@ class AlbefMethod(MethodOfPictures):
         sums: Sums = {}
         allowed_BB = self._allowed(batch)
         negatives = self._negatives(batch, rows, self._to(allowed_BB), key) if self.weights["itm"] else None
-        selected_BT = batch.targets["selected"]
         published = self.distillation.soft_labels == "positions"
-        if published:
-            index_BQ, masked_M = None, places(selected_BT)
-        else:
-            index_BQ, (masked_M,) = needed(selected_BT)
-        index = None if index_BQ is None else self._to(index_BQ)
+        index, masked_M = None, torch.empty(0, dtype=torch.int64)
+        if self.weights["mlm"] and published:
+            masked_M = places(batch.targets["selected"])
+        elif self.weights["mlm"]:
+            index_BQ, (masked_M,) = needed(batch.targets["selected"])
+            index = self._to(index_BQ)
         words, pairs = self.model.fuse_pairs(
             states.image, states.masked, index, None if negatives is None else states.text, negatives
         )
@@ -235,7 +221,7 @@ class AlbefMethod(MethodOfPictures):
             sums["itm"] = matching(self.model.match(pairs), self._to(true_3B), self._to(kept_3B))
             sums["stat/itm_left_out"] = self._to((~allowed_BB.any(1)).sum())
         if words is not None:
-            ids_M = self._to(batch.texts[0].ids_BT[selected_BT])
+            ids_M = self._to(batch.texts[0].ids_BT[batch.targets["selected"]])
             sums |= self._masked_words(words, index, self._to(masked_M), ids_M, states, published)
             if "stat/mlm_kl" in sums:
                 sums["stat/mlm_kl"] = sums["stat/mlm_kl"] / counts["mlm"].clamp(min=1).to(ids_M.device)

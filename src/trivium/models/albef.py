@@ -24,11 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trivium.layers.attention import Attention
 from trivium.layers.embeddings import interpolate_positions
 from trivium.layers.heads import TiedMaskedHead
 from trivium.layers.transformer import PostNormEncoder
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.encoded import Encoded
+from trivium.models.grounding import Gaze
 from trivium.models.vit import ViT, ViTConfig
 
 TEMPERATURES = (0.001, 0.5)  # lowest and highest
@@ -144,7 +146,13 @@ class Albef(nn.Module):
         return Encoded(states, mask_BT, nn.Identity(), self.text_projection)
 
     def fuse(self, image: Encoded, text: Encoded, rows: Tensor | int | None = None) -> Encoded:
-        """Texts read with their pictures, row by row. Positions of the result are the text's, its class token first."""
+        """Texts read with their pictures, row by row. Positions of the result are the text's, its class token first.
+
+        A picture that stands alone is read by every text: its keys and values are computed once.
+        """
+        if len(image.states) == 1 < len(text.states):
+            memories = [replace(memory, times=len(text.states)) for memory in self.fusion.read(image.tokens)]
+            return self._fused(self.fusion(text.states, text.mask, rows, memories), text.mask)
         return self._fused(self.fusion(text.states, text.mask, rows, image.tokens), text.mask)
 
     def fuse_pairs(
@@ -195,6 +203,18 @@ class Albef(nn.Module):
     def match(self, fused: Encoded) -> Tensor:
         """Logits [B, 2] of "do not belong together" (0) and "belong together" (1)."""
         return self.itm_head(fused.pooled)
+
+    def gaze(self, num_patches: int, block: int | None = None) -> Gaze:
+        """Cross-attention of a block of fusion, from 0; None: the middle one, of six the third, as published."""
+        blocks: Any = self.fusion.blocks
+        chosen = blocks[(len(blocks) - 1) // 2 if block is None else block]
+        return Gaze(chosen.cross_attention, slice(None), slice(1, 1 + num_patches))
+
+    def image_attention(self, block: int | None = None) -> Attention:
+        """Self-attention of a block of the picture's tower, from 0; None: the last."""
+        chosen: Any = self.image.encoder.blocks[-1 if block is None else block]
+        attention: Attention = chosen.attention
+        return attention
 
     def predict_words(self, rows: Tensor) -> Tensor:
         """Logits [..., V] of fused states [..., D]."""

@@ -86,6 +86,11 @@ class Encoded:
         marks = (None if t is None else t.expand(rows, *t.shape[1:]) for t in self._marks())
         return self._with(self.states.expand(rows, -1, -1), *marks)
 
+    def taken(self, rows_R: Tensor) -> Encoded:
+        """Those rows, int64 [R], in this order."""
+        mask, pooled_at = (None if t is None else t.index_select(0, rows_R) for t in (self.mask, self.pooled_at_B))
+        return Encoded(self.states.index_select(0, rows_R), mask, self._norm, self._projection, pooled_at)
+
     def split(self, rows: int) -> list[Encoded]:
         """Parts of so many rows, the last one may have fewer. Norm and projection are computed for each."""
         parts = [[None] * -(-len(self.states) // rows) if mark is None else mark.split(rows) for mark in self._marks()]
@@ -125,7 +130,21 @@ class EncodesText(Protocol):
 @runtime_checkable
 class Fuses(Protocol):
     def fuse(self, image: Encoded, text: Encoded, rows: Any = None) -> Encoded:
-        """Pictures and texts read together, row by row; rows: the positions that are needed, None = all."""
+        """Pictures and texts read together, row by row; a picture that stands alone is read with every text.
+
+        rows: the positions that are needed, None = all.
+        """
+        ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+    def rank(self, fused: Encoded, answers_KT: Tensor, k: int, first_word_twice: bool = False) -> Tensor:
+        """Log-likelihood [B, K] of the k likeliest answers of a list, given as tokens; -inf of the others."""
+        ...
+
+    def write(self, fused: Encoded, start: int, end: int, num: int, max_length: int) -> tuple[Tensor, Tensor]:
+        """The `num` likeliest answers in any words, ids [B, num, L], and their log-likelihoods [B, num]."""
         ...
 
 
@@ -145,6 +164,22 @@ class Found:
     boxes_BQ4: Tensor  # (left, top, right, bottom) as shares of the picture without padding
     attributes_BQ: Tensor | None = None  # int64, where the model has them
     attribute_scores_BQ: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What was found in one picture, the surest first; Q candidates, of which those with a low score are none."""
+
+    scores_Q: Tensor  # probability of the class
+    labels_Q: Tensor  # int64
+    boxes_Q4: Tensor  # (left, top, right, bottom) in pixels of the picture as it was given
+    attributes_Q: Tensor | None = None  # int64
+
+    def above(self, score: float) -> Objects:
+        """Those with at least this score."""
+        kept = self.scores_Q >= score
+        attributes = None if self.attributes_Q is None else self.attributes_Q[kept]
+        return Objects(self.scores_Q[kept], self.labels_Q[kept], self.boxes_Q4[kept], attributes)
 
 
 @runtime_checkable

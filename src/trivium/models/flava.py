@@ -22,6 +22,7 @@ from trivium.layers.embeddings import BertEmbeddings, PatchEmbedding, interpolat
 from trivium.layers.heads import MaskedHead, MatchingHead
 from trivium.layers.transformer import PreNormEncoder
 from trivium.models.encoded import Encoded
+from trivium.models.grounding import Gaze
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -227,11 +228,19 @@ class Flava(nn.Module):
         states = self.text(ids_BT, mask_BT, segments_BT, rows)
         return Encoded(states, mask_BT, self.text.norm, self.text_projection)
 
+    def gaze(self, num_patches: int, block: int | None = None) -> Gaze:
+        """Self-attention of a block of the multimodal encoder, from 0; None: the middle one."""
+        blocks: Any = self.multimodal.encoder.blocks
+        chosen = blocks[(len(blocks) - 1) // 2 if block is None else block]
+        return Gaze(chosen.attention, slice(2 + num_patches, None), slice(2, 2 + num_patches))
+
     def fuse(self, image: Encoded, text: Encoded, rows: Tensor | int | None = None) -> Encoded:
-        """Image and text states through the multimodal encoder.
+        """Image and text states through the multimodal encoder, row by row; a picture that stands alone is read with
+        every text.
 
         Positions of the result: 0 its class token, 1 the image's class token, 2.. the patches, the last T the text.
         """
+        image = image.repeated(len(text.states))
         B, N, _ = image.states.shape
         mask_BL = None
         if text.mask is not None and not self.config.pads_visible:

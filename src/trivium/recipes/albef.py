@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from trivium.bundle import Bundle
 from trivium.data.mixture import StreamMixture
+from trivium.data.random_augment import RandomAugment
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
@@ -53,6 +54,7 @@ class Pairs(PairData):
     vocabulary: str = "bert"
     mask_probability: float = 0.15  # of a token to be masked in training; held-out text is always measured at 0.15
     whole_words: bool = False  # mask whole words instead of word pieces
+    random_changes: int = 2  # of shape and light, drawn for each picture (data/random_augment.py); 0: none
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def albef(size: str = "tiny") -> AlbefRecipe:
         return AlbefRecipe(
             model,
             distillation=Distillation(ramp=0.2, reach=0.1),  # a teacher that keeps up leaves its queue behind
-            data=Pairs(batch=128, max_length=32, crop_scale=(0.9, 1.0), flip=0.0, vocabulary="learned"),
+            data=Pairs(
+                batch=128, max_length=32, crop_scale=(0.9, 1.0), flip=0.0, vocabulary="learned", random_changes=0
+            ),
             optim=Optim(lr=1.5e-3, weight_decay=0.1, warmup=0.08),
             train=Train(steps=2000, save_every=500),
             init_std=0.09,
@@ -158,7 +162,7 @@ class PreparedAlbef(PreparedPairs):
         method = changed.run.method
         assert isinstance(method, AlbefMethod)
         method.num_steps = changed.recipe.train.steps
-        _check_pools(changed.recipe)
+        check_pools(changed.recipe.rows_at_once, changed.recipe.objectives.pool)
         return changed
 
 
@@ -195,7 +199,10 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     notes += towers.start(model)
     size = recipe.data.image_size or config.image_size
     transform = replace(ImageTransform() if start is None else start.transform, size=size)
-    queue, epoch_steps = _queue(recipe, len(sources.pairs), notes), math.ceil(len(sources.pairs) / data.batch)
+    queue, epoch_steps = (
+        queue_rows(recipe.objectives.queue, len(sources.pairs), notes),
+        math.ceil(len(sources.pairs) / data.batch),
+    )
     objectives = recipe.objectives
     method = AlbefMethod(
         model, Pixels(transform.mean, transform.std), recipe.distillation, recipe.train.steps, epoch_steps, queue,
@@ -205,9 +212,11 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     bundle = Bundle("albef", model, tokenizer, transform, max_length=data.max_length, false_pairs=FALSE_SHARE)
     views = Views(size, crop_scale=data.crop_scale, flip=data.flip, scaled_decode=data.scaled_decode)
 
+    changes = RandomAugment(data.random_changes) if data.random_changes else None
+
     def streams(train: bool) -> list[Stream]:
         share = data.mask_probability if train else HELD_OUT_MASKED
-        return make_pairs(data, sources, views, config.patch_size, tokenizer, train, share, data.whole_words)
+        return make_pairs(data, sources, views, config.patch_size, tokenizer, train, share, data.whole_words, changes)
 
     def mixture_of(train: Train) -> StreamMixture:
         rows = replace(recipe, train=train).rows_at_once
@@ -256,18 +265,17 @@ def _with_vocabulary(
     return config
 
 
-def _queue(recipe: AlbefRecipe, num_pairs: int, notes: list[str]) -> int:
+def queue_rows(asked: int | None, num_pairs: int, notes: list[str]) -> int:
     """Rows of each queue. notes: gets a sentence where a row is likely to meet itself in it."""
     most = num_pairs // SHARE_IN_QUEUE
-    queue = recipe.objectives.queue
-    if queue is None:
+    if asked is None:
         return min(PUBLISHED_QUEUE, most)
-    if queue > most:
+    if asked > most:
         notes.append(
-            f"a queue of {queue:,} is more than a quarter of the {num_pairs:,} pairs: rows meet themselves in it, and"
+            f"a queue of {asked:,} is more than a quarter of the {num_pairs:,} pairs: rows meet themselves in it, and"
             f" are left out of their own loss or taken for false; --objectives.queue {most} is enough"
         )
-    return queue
+    return asked
 
 
 def _check(config: AlbefConfig, recipe: AlbefRecipe) -> None:
@@ -278,12 +286,11 @@ def _check(config: AlbefConfig, recipe: AlbefRecipe) -> None:
             f"a width of {config.width} cannot be shared by {config.num_heads} heads: choose --model.num-heads so that"
             " it divides --model.width"
         )
-    _check_pools(recipe)
+    check_pools(recipe.rows_at_once, recipe.objectives.pool)
 
 
-def _check_pools(recipe: AlbefRecipe) -> None:
+def check_pools(rows: int, pool: int) -> None:
     """Raises TriviumError where a micro-batch would cut a pool in two: negatives would come from fewer pairs there."""
-    rows, pool = recipe.rows_at_once, recipe.objectives.pool
     if rows > pool and rows % pool:
         raise TriviumError(
             f"micro-batches of {rows} pairs cut pools of {pool} in two: choose --train.micro-batch as a multiple of"

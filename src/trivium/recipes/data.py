@@ -17,6 +17,7 @@ from trivium.data.codes import CodeCache
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextCollate, TextInput
 from trivium.data.decode import DecodeError
 from trivium.data.files import TEXT_LIMIT, RowSource, TextLines
+from trivium.data.random_augment import RandomAugment
 from trivium.data.shards import TarShards
 from trivium.data.sources import Concat, open_source
 from trivium.data.tokenizer import Tokenizer
@@ -321,19 +322,21 @@ def make_pairs(
     train: bool = True,
     masked_words: float | None = None,
     whole_words: bool = False,
+    changes: RandomAugment | None = None,
 ) -> list[Stream]:
     """The stream of captioned pictures without masked patches and without false pairs; none, where there are none.
 
     Args:
         train: False for the same stream over held-out rows, without augmentation.
         masked_words: probability of a token to be masked; None: no word is predicted.
+        changes: of shape and light, in training.
     """
     source = sources.pairs if train else sources.validation_pairs
     if source is None:
         return []
     image = ImageInput(views, patch, masked=False)
     if train:
-        image = replace(image, color_jitter=data.color_jitter, cache_bytes=data.cache_megabytes << 20)
+        image = replace(image, color_jitter=data.color_jitter, changes=changes, cache_bytes=data.cache_megabytes << 20)
     text = TextInput(tokenizer, data.max_length, masked_words, whole_words)
     collate = PairCollate(image, text, sort_by_length=data.sort_by_length and train, train=train)
     return [Stream("pairs", source, collate, data.batch, data.batch)]

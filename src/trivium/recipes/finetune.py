@@ -6,8 +6,6 @@ model folder, with head and labels, is RUN/model.
 
 from __future__ import annotations
 
-import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,33 +15,41 @@ import torch
 from torch import Tensor, nn
 
 from trivium.bundle import Bundle
+from trivium.data import leakage
 from trivium.data.glue import GLUE
 from trivium.data.labelled import LabelledRows, Splits, is_labelled
 from trivium.data.mixture import StreamMixture
+from trivium.data.random_augment import RandomAugment
 from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
+from trivium.data.tokenizer import ANSWER_TOKENS
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import tasks as figures_of
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.tasks import Predictions
 from trivium.load import load, open_own
-from trivium.manifest import verify_manifest, written_beside
+from trivium.methods.answers import Answering
 from trivium.methods.finetune import FineTuning
 from trivium.methods.flava import Pixels
+from trivium.methods.momentum import SoftTargets
+from trivium.methods.text_assignment import POOL, TextAssignment
+from trivium.models.albef import Albef
+from trivium.models.albef_heads import AnswerDecoder, TwoPictures, decoder_config
+from trivium.models.bert import BertConfig
 from trivium.models.encoded import EncodesImage, EncodesText, Fuses
-from trivium.models.finetuned import FineTuned, HeadConfig, Reads, read, tells_segments_apart
+from trivium.models.finetuned import FineTuned, Gives, HeadConfig, Reads, read, tells_segments_apart
 from trivium.recipes import limits
+from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
 from trivium.recipes.data import absolute
+from trivium.recipes.grounding import GROUNDING, GroundingRecipe
 from trivium.recipes.predict import predict
 from trivium.recipes.prepared import Losses, Prepared
+from trivium.recipes.retrieval import RETRIEVAL, RetrievalRecipe
 from trivium.recipes.tasks import TASKS, Head, Task, TaskData
-from trivium.train import checkpoint
 from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
-from trivium.train.optim import Optim, warmup_steps
+from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Stream
-from trivium.train.run_folder import RunFolder
-from trivium.train.selection import Selection
 from trivium.train.trainer import Run, Train
 
 EPOCHS = 10.0  # of a task without published updates
@@ -57,6 +63,7 @@ class FinetuneRecipe:
     head: Head = field(default_factory=Head)
     data: TaskData = field(default_factory=TaskData)
     optim: Optim = field(default_factory=Optim)
+    distillation: SoftTargets = field(default_factory=SoftTargets)  # alpha 0: none
     train: Train = field(default_factory=Train)
     init: str | None = None  # the model: a run folder, a model folder or a foreign checkpoint
     dropout: float | None = None  # of the model while it is trained; None: as its checkpoint says
@@ -80,14 +87,18 @@ class FinetuneRecipe:
         return _prepare(self, name, arguments, resume_from)
 
 
-def finetune(task: str) -> FinetuneRecipe:
+def finetune(task: str) -> FinetuneRecipe | RetrievalRecipe | GroundingRecipe:
     """Fine-tune a trained model for one task, with the published settings where there are any."""
+    if task in RETRIEVAL:
+        return RETRIEVAL[task]
+    if task in GROUNDING:
+        return GROUNDING[task]
     if task not in TASKS:
-        raise TriviumError(f"there is no task {task}: use one of {', '.join(TASKS)}")
+        raise TriviumError(f"there is no task {task}: use one of {', '.join((*TASKS, *RETRIEVAL, *GROUNDING))}")
     of = TASKS[task]
-    steps, epochs, patience = (of.steps, None, None) if of.steps else (1000, EPOCHS, 3)
+    steps, epochs, patience = (of.steps or 1000, of.epochs, None) if of.steps or of.epochs else (1000, EPOCHS, 3)
     train = Train(steps=steps, patience=patience, monitor_every=0)
-    return FinetuneRecipe(task, of.head, of.data, of.optim, train, dropout=of.dropout, epochs=epochs)
+    return FinetuneRecipe(task, of.head, of.data, of.optim, of.distillation, train, dropout=of.dropout, epochs=epochs)
 
 
 @dataclass
@@ -99,27 +110,25 @@ class PreparedTask(Prepared):
     task: Task
     splits: Splits
     collate: TaskCollate
+    leaks: list[str] = field(default_factory=list)  # what held-out texts share with training
     folder: Path | None = None  # where predictions are written, once the run has chosen its checkpoint
 
     def measures(self, recipe: FinetuneRecipe) -> Callable[[Method], dict[str, Any]]:
         return _measures(self.task, self.splits, self.collate, recipe)
 
+    def with_train(self, **changes: Any) -> PreparedTask:
+        """Schedules may be shares of the run: a run of another length has others."""
+        changed = super().with_train(**changes)
+        method = changed.run.method
+        assert isinstance(method, FineTuning)
+        if method.teacher is not None:
+            method.teacher.num_steps = changed.recipe.train.steps
+        return changed
+
     def settle(self, out: Path) -> str | None:
         """Put the weights of the best checkpoint into the method, and its model folder at RUN/model."""
-        assert self.run.select is not None
-        folder = RunFolder(out)
-        selection = Selection.of_log(folder.metrics, self.run.select)
         self.folder = out
-        if selection.best_step is None:
-            return "no evaluation gave a number to choose a checkpoint by: the last one is taken"
-        best = checkpoint.folder_of(folder.checkpoints, selection.best_step)
-        verify_manifest(best)
-        checkpoint.restore(best, self.run.method, None)
-        if (out / "model").is_dir():
-            shutil.rmtree(out / "model")
-        with written_beside(out / "model") as beside:
-            shutil.copytree(best / "model", beside, dirs_exist_ok=True)
-        return f"the checkpoint of step {selection.best_step} is kept: {selection}"
+        return keep_best(self.run, out)
 
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         method = self.run.method
@@ -132,11 +141,24 @@ class PreparedTask(Prepared):
                 "what a head on the fused class token gives: this one reads the pooled picture and the pooled text side"
                 " by side"
             )
+        leaks = list(self.leaks)
+        if self.task.reads != "text":
+            say("pictures that training and held-out rows have in common")
+            for name, rows in self.splits.held_out.items():
+                leaks += leakage.of_pictures(self.splits.train, rows, name)
+        found.headline += [f"{sentence}." for sentence in leaks]
         reported = []
         for name, rows in self.splits.held_out.items():
             say(f"{self.task.title}: {name}, {len(rows):,} rows")
-            predictions = predict(method, rows, self.collate, _rows_at_once(self.recipe), self.splits.labels)
-            found.not_applicable += [f"a row of {name} that cannot be read: {bad}" for bad in predictions.bad]
+            try:
+                predictions = predict(method, rows, self.collate, _rows_at_once(self.recipe), self.splits.labels)
+            except TriviumError as error:  # the figures of the other splits are not lost for it
+                found.not_applicable.append(f"{name}: {error}")
+                continue
+            if bad := predictions.bad:
+                found.not_applicable.append(
+                    f"{len(bad):,} of {len(rows):,} rows of {name}, which cannot be read; the first: {bad[0]}"
+                )
             self._write(name, predictions)
             if not is_labelled(rows):
                 found.not_applicable.append(f"{name}: it has no labels; its predictions are written")
@@ -159,7 +181,7 @@ class PreparedTask(Prepared):
             files = GLUE[self.task.name]
             told = None if files.labels is None else list(files.labels)
             figures_of.write_glue_submission(predictions, folder / f"{files.folder}-{split}.tsv", told)
-        if self.task.gives == "answers":
+        if self.task.gives == "answers" and all(row.key.isdecimal() for row in predictions.rows):
             figures_of.write_vqa_submission(predictions, folder / f"{split}.json")
 
 
@@ -179,19 +201,42 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     splits = replace(splits, train=splits.train.capped(recipe.data.rows)).checked()
     transform = replace(start.transform, size=recipe.data.image_size or start.transform.size)
     model = _with_dropout(start.model, recipe.dropout)
-    config = _head_config(recipe.head, task, splits, reads, _width(model, reads, transform.size))
+    config = _head_config(recipe.head, task, splits, reads, model, transform.size)
     head = config.build()
     initialise(head, recipe.train.seed)
     notes = list(splits.notes)
+    leaks: list[str] = []
+    if task.reads == "text":  # pictures take their time: they are looked at when the run is done
+        for split, rows in splits.held_out.items():
+            leaks += leakage.of_texts(splits.train, rows, split)
+    notes += leaks
+    if isinstance(head, AnswerDecoder | TwoPictures) and isinstance(model, Albef):
+        head.start(model)
     if resume_from is None and start.head is not None:
         notes.append(_take_head(head, config, splits, start))
     if resume_from is None and start.image_tokenizer is not None:
         notes.append("left out is the image tokenizer of the model: fine-tuning has no use for it")
-    method = FineTuning(FineTuned(model, head, config), Pixels(transform.mean, transform.std))
+    recipe = with_steps(recipe, len(splits.train))
+    _check_pools(recipe)
     max_length = min(recipe.data.max_length or 10**9, _positions(model))
-    collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length))
+    collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length), config.gives)
+    for split, rows in {"train": splits.train, **splits.held_out}.items():
+        notes += [f"{split}: {sentence}" for sentence in collate.cut(rows)]
+    answers_KT = None
+    if collate.writes is not None:
+        answers_KT = collate.encoded_answers(splits.labels)
+        unknown = (answers_KT == collate.writes.unk_id).any(1)
+        if unknown.any():
+            notes.append(
+                f"{int(unknown.sum()):,} of {len(unknown):,} answers hold what the vocabulary has no word piece for,"
+                f' and cannot be written; the first: "{splits.labels[int(unknown.int().argmax())]}"'
+            )
+    made = Answering if config.gives == "text" else TextAssignment if task.name == "text_assignment" else FineTuning
+    method = made(
+        FineTuned(model, head, config, answers_KT), Pixels(transform.mean, transform.std), recipe.distillation,
+        recipe.train.steps, steps_per_epoch(len(splits.train), recipe.data.batch),
+    )  # fmt: skip
 
-    recipe = _with_steps(recipe, len(splits.train))
     select = recipe.select_on or f"{next(iter(_labelled(splits)))}.{task.reported}"
     if select not in (known := [f"{split}.{metric}" for split in _labelled(splits) for metric in task.metrics]):
         raise TriviumError(f"--select-on {select}: no such figure is measured: use one of {', '.join(known)}")
@@ -223,19 +268,36 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         blocks=model.blocks,  # type: ignore[arg-type]
         select=f"figures.{select}",
     )
-    return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate)
+    return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate, leaks)
 
 
-def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, width: int) -> HeadConfig:
+def _check_pools(recipe: FinetuneRecipe) -> None:
+    """Raises TriviumError where a micro-batch would cut a pool in two: pictures would come from fewer rows there."""
+    rows = _rows_at_once(recipe)
+    if recipe.task == "text_assignment" and rows > POOL and rows % POOL:
+        raise TriviumError(
+            f"micro-batches of {rows} pairs cut pools of {POOL} in two: choose --train.micro-batch as a multiple of"
+            f" {POOL}, or at most {POOL}"
+        )
+
+
+def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, model: nn.Module, side: int) -> HeadConfig:
+    blocks = None
+    if reads in ("states", "two_pictures"):
+        assert isinstance(model, Albef)
+        blocks, width = decoder_config(model.config), model.config.width
+    else:
+        width = _width(model, reads, side, task.num_pictures)
     hidden = {"width": width, "none": None}[head.hidden] if isinstance(head.hidden, str) else head.hidden
     num_outputs = 1 if task.gives == "number" else len(splits.labels)
     return HeadConfig(
-        task.name, reads, task.gives, width, num_outputs, hidden, head.activation, head.dropout, splits.center,
-        splits.scale,
+        task.name, reads, "text" if reads == "states" else task.gives, width, num_outputs, hidden, head.activation,
+        head.dropout, splits.center, splits.scale, blocks, task.num_pictures, head.ranked,
+        head.first_word_twice,
     )  # fmt: skip
 
 
-def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle) -> TaskCollate:
+def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle, gives: Gives) -> TaskCollate:
     """Raises TriviumError where the model came without a tokenizer."""
     data, texts, images = recipe.data, None, None
     if task.reads != "images":
@@ -244,11 +306,16 @@ def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle) 
         texts = TaskText(start.tokenizer, start.max_length, tells_segments_apart(start.model))
     if task.reads != "text":
         size, filter = start.transform.size, start.transform.filter
-        plain = data.crop_scale == (1.0, 1.0) and not data.flip
+        plain = data.crop_scale == (1.0, 1.0) and not data.flip and not data.random_changes
         views = None if plain else Views(size, filter, crop_scale=data.crop_scale, flip=data.flip)
-        images = TaskImage(start.transform, views)
+        changes = RandomAugment(data.random_changes) if data.random_changes else None
+        images = TaskImage(start.transform, views, data.blank_pictures, changes)
     by_length = data.sort_by_length and texts is not None
-    return TaskCollate(texts, images, max(1, len(splits.labels)), splits.center, splits.scale, by_length)
+    writes = texts.tokenizer.for_answers() if texts is not None and gives == "text" else None
+    return TaskCollate(
+        texts, images, max(1, len(splits.labels)), splits.center, splits.scale, by_length, writes,
+        min(ANSWER_TOKENS, _positions(start.model)),
+    )  # fmt: skip
 
 
 def _reads(task: Task, head: Head, start: Bundle) -> Reads:
@@ -265,6 +332,17 @@ def _reads(task: Task, head: Head, start: Bundle) -> Reads:
     if head.fusion == "fused" and not isinstance(model, Fuses):
         raise TriviumError(
             f"a model of the family {family} does not read a picture and a text together: leave out --head.fusion"
+        )
+    if task.gives == "answers" and head.answers == "written" and not isinstance(model, Albef):
+        raise TriviumError(f"a model of the family {family} writes no answers: leave out --head.answers")
+    if isinstance(model, Albef) and head.fusion != "concatenated":
+        if task.gives == "answers" and head.answers != "scored":
+            return "states"
+        if task.num_pictures == 2:
+            return "two_pictures"
+    if task.name == "text_assignment":
+        raise TriviumError(
+            f"{task.title} prepares ALBEF for two pictures, and {family} is fine-tuned for them as it is"
         )
     return "fused" if head.fusion != "concatenated" and isinstance(model, Fuses) else "concatenated"
 
@@ -285,9 +363,9 @@ def _positions(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _width(model: nn.Module, reads: Reads, side: int) -> int:
+def _width(model: nn.Module, reads: Reads, side: int, num_pictures: int) -> int:
     """Of what the head reads: found by reading one empty sample."""
-    pixels = torch.zeros(1, 3, side, side) if reads != "text" else None
+    pixels = torch.zeros(num_pictures, 3, side, side) if reads != "text" else None
     ids = torch.zeros(1, 1, dtype=torch.int64) if reads != "image" else None
     return read(model.eval(), reads, pixels, ids, None, None).shape[1]
 
@@ -297,7 +375,15 @@ def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundl
     there, old = start.head_config, start.head
     assert there is not None and old is not None
     names = tuple(start.labels or ())
-    alike = replace(there, task="", dropout=0.0) == replace(config, task="", dropout=0.0)
+    alike_blocks = there.reads == config.reads and _shape(there) == _shape(config)
+    if isinstance(head, AnswerDecoder) and alike_blocks:
+        head.load_state_dict(old.state_dict())
+        return f"the writer of answers starts as it was trained for {there.task}"
+    if isinstance(head, TwoPictures) and alike_blocks and sorted(names) != sorted(splits.labels):
+        assert isinstance(old, TwoPictures)
+        head.seconds.load_state_dict(old.seconds.state_dict())
+        return f"the second blocks start as they were trained for {there.task}, and a new classifier is drawn"
+    alike = _bare(there) == _bare(config)
     if not alike or sorted(names) != sorted(splits.labels):
         return f"the head that the model has was trained for {there.task} and does not fit: a new one is drawn"
     state = old.state_dict()
@@ -308,17 +394,14 @@ def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundl
     return f"the head starts as it was trained for {there.task}, its labels matched by name"
 
 
-def _with_steps(recipe: FinetuneRecipe, num_rows: int) -> FinetuneRecipe:
-    """Epochs as steps, and one evaluation an epoch where nothing else is said; written down as the run's own values."""
-    per_epoch = max(1, math.ceil(num_rows / recipe.data.batch))
-    steps = recipe.train.steps if recipe.epochs is None else math.ceil(recipe.epochs * per_epoch)
-    if warmup_steps(recipe.optim, steps) >= steps:
-        raise TriviumError(
-            f"a warm-up of {recipe.optim.warmup:g} steps leaves nothing of a run of {steps}: give --optim.warmup a"
-            " share, such as 0.06"
-        )
-    train = replace(recipe.train, steps=steps, evaluate_every=recipe.train.evaluate_every or min(per_epoch, steps))
-    return replace(recipe, train=train, epochs=None)
+def _bare(head: HeadConfig) -> HeadConfig:
+    """What must agree for the weights to fit."""
+    return replace(head, task="", dropout=0.0, blocks=_shape(head))
+
+
+def _shape(head: HeadConfig) -> BertConfig | None:
+    """Of its blocks."""
+    return None if head.blocks is None else replace(head.blocks, dropout=0.0)
 
 
 def _rows_at_once(recipe: FinetuneRecipe) -> int:

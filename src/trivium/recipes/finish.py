@@ -86,13 +86,12 @@ def write(
 def summary(found: Evaluation) -> list[str]:
     """The sentences that a terminal shows."""
     sentences = report.headline(found)
-    for way in ("text_to_image", "image_to_text"):
+    for way in ("text_to_image", "image_to_text", "text_to_image_reranked", "image_to_text_reranked"):
         name = f"retrieval.pairs.{way}"
         if f"{name}_r10" in found.results:
             recall, median = found.results[f"{name}_r10"], found.results[f"{name}_median_rank"]
-            chance = found.chance[f"{name}_r10"]
+            chance, told = found.chance[f"{name}_r10"], way.replace("_reranked", ", re-ranked,").replace("_", " ")
             sentences.append(
-                f"{way.replace('_', ' ')} on these pairs: R@10 {recall.value:.3f} (chance {chance:.3f}),"
-                f" median rank {median.value:g}"
+                f"{told} on these pairs: R@10 {recall.value:.3f} (chance {chance:.3f}), median rank {median.value:g}"
             )
     return sentences + [f"not measured: {sentence}" for sentence in found.not_applicable]

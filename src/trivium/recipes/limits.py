@@ -48,9 +48,10 @@ RULES: dict[str, Rule] = {
     "objectives.itc": NOT_NEGATIVE,
     "objectives.pool": (lambda value: value >= 2, "a whole number of 2 or more: one pair alone has no false one"),
     "objectives.queue": NOT_NEGATIVE,
-    **dict.fromkeys(("distillation.itc", "distillation.mlm"), SHARE),
+    **dict.fromkeys(("distillation.itc", "distillation.mlm", "distillation.alpha"), SHARE),
     "distillation.ramp": NOT_NEGATIVE,
     "distillation.reach": POSITIVE,
+    "head.ranked": SOME,
     "data.batch": SOME,
     "data.image_size": (lambda value: value is None or value >= 1, "a number of pixels of 1 or more"),
     "data.max_length": (lambda value: value >= 3, "3 tokens or more: [CLS], [SEP] and a word between them"),
@@ -58,6 +59,8 @@ RULES: dict[str, Rule] = {
     "data.mask_probability": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "data.crop_scale": SHARES,
     "data.flip": SHARE,
+    "data.random_changes": NOT_NEGATIVE,
+    "block": NOT_NEGATIVE,
     "data.color_jitter": NOT_NEGATIVE,
     "data.cache_megabytes": NOT_NEGATIVE,
     # Of DINO.
@@ -97,6 +100,7 @@ RULES: dict[str, Rule] = {
     "dropout": (lambda value: 0 <= value < 1, "0 or more and below 1"),
     "head.dropout": (lambda value: 0 <= value < 1, "0 or more and below 1"),
     "epochs": POSITIVE,
+    "shortlist": NOT_NEGATIVE,
     "init_std": POSITIVE,
     "validate": NOT_NEGATIVE,
 }

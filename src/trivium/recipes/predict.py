@@ -76,7 +76,7 @@ def predict_by(
             columns.append(torch.stack([chosen_B.double(), probability_B, answers_BK[:, 1]], dim=1).cpu())
     method.train(was_training)
     if not at:
-        raise TriviumError(f"no held-out row can be read; the first: {bad[0] if bad else 'there is none'}")
+        raise TriviumError(f"none of its rows can be read; the first: {bad[0] if bad else 'there is none'}")
     by_row = np.argsort(at)
     table = torch.cat(columns).numpy()[by_row]
     return Predictions(

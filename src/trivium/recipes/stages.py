@@ -169,14 +169,14 @@ class Stages(FlavaRecipe):
         recipe alone has --data.batch."""
         if stage == JOINT:
             return sentence
-        own = {name.replace("_", "-") for name in _names(type(getattr(self, stage)))}
+        kind = type(getattr(self, stage))
+        own = {name.replace("_", "-") for name in _names(kind)}
+        folded = ("data", "model") if kind is DinoStage else ("data",)  # whose fields stand here without their branch
 
         def renamed(flag: re.Match[str]) -> str:
             parts = flag[1].split(".")
-            for first in (0, 1):  # --train.steps; --data.batch
-                if parts[first : first + 1] and parts[first] in own:
-                    return "--" + ".".join([stage, *parts[first:]])
-            return flag[0]
+            inner = parts[1:] if parts[0] in folded else parts
+            return "--" + ".".join([stage, *inner]) if inner and inner[0] in own else flag[0]
 
         return re.sub(r"--([a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*)", renamed, sentence)
 

@@ -4,6 +4,7 @@
 |---|---|
 | fairseq's RoBERTa recipe for GLUE, which FLAVA took over without a sweep (FLAVA, appendix B.2) | the eight of GLUE |
 | FLAVA, appendix B.2 | vqav2, snli_ve, hateful_memes |
+| ALBEF, section 4 and its public code | visual_entailment (SNLI-VE again), vqa (VQAv2 again), nlvr2, its preparation |
 | our own choice | easy_vqa, daquar; classification and regression of one's own tables |
 
 The papers leave open: the head on a text (here RoBERTa's own), the inside of the two-layer head on a fused pair (here
@@ -23,8 +24,10 @@ from trivium.data.glue import read_glue
 from trivium.data.image_text_tasks import read_hateful_memes, read_snli_ve
 from trivium.data.labelled import Columns, Splits, read_tables
 from trivium.data.small_vqa import read_daquar, read_easy_vqa
-from trivium.data.vqa import read_vqa
+from trivium.data.statements import read_assignments, read_nlvr2
+from trivium.data.vqa import read_questions, read_vqa
 from trivium.errors import TriviumError
+from trivium.methods.momentum import SoftTargets
 from trivium.models.finetuned import Gives
 from trivium.recipes.data import absolute
 from trivium.train.optim import Optim
@@ -35,9 +38,12 @@ class Head:
     """What stands on top of the model."""
 
     hidden: int | Literal["width", "none"] = "width"  # of the inner layer; "width": as wide as what it reads
-    activation: Literal["tanh", "gelu"] = "tanh"
+    activation: Literal["tanh", "gelu", "relu"] = "tanh"
     dropout: float = 0.1
     fusion: Literal["auto", "fused", "concatenated"] = "auto"  # of picture and text; auto: fused where the model can
+    answers: Literal["auto", "written", "scored"] = "auto"  # of questions; auto: written where the model is an ALBEF
+    ranked: int = 128  # written answers of the list that are read to their end: those that begin most likely
+    first_word_twice: bool = False  # they are ranked as the public code does, which counts an answer's first word twice
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class TaskData:
     image_size: int | None = None  # side of the pictures in pixels; None: the model's own
     crop_scale: tuple[float, float] = (1.0, 1.0)  # share of the area that a random crop shows
     flip: float = 0.0  # probability of a mirrored picture
+    random_changes: int = 0  # of shape and light, drawn for each picture (data/random_augment.py); 0: none
+    blank_pictures: bool = False  # a grey one for each: what the text alone tells, a baseline
     sort_by_length: bool = True  # texts inside a batch, so that micro-batches are padded less
 
     def with_absolute_paths(self) -> TaskData:
@@ -86,8 +94,11 @@ class Task:
     head: Head = field(default_factory=Head)
     data: TaskData = field(default_factory=TaskData)
     optim: Optim = field(default_factory=Optim)
+    distillation: SoftTargets = field(default_factory=SoftTargets)
     steps: int | None = None  # as published; None: the recipe counts epochs
+    epochs: float | None = None  # as published; None without `steps`: as many as the recipe has, with patience
     dropout: float | None = 0.1  # of the model; None: as its checkpoint says
+    num_pictures: int = 1  # of a row, where it has any
 
 
 def glue_optim(lr: float, warmup: int) -> Optim:
@@ -141,6 +152,38 @@ def _of_pairs(
     )  # fmt: skip
 
 
+_ALBEF_DATA = TaskData(batch=256, max_length=25, image_size=384, crop_scale=(0.5, 1.0), flip=0.5, random_changes=2)
+
+
+def _as_albef(
+    name: str,
+    title: str,
+    epochs: float,
+    open: Callable[[TaskData], Splits],
+    *,
+    gives: Gives = "class",
+    warmup: int = 100,
+    final: float = 0.05,
+    data: TaskData | None = None,
+    distillation: SoftTargets | None = None,
+    num_pictures: int = 1,
+) -> Task:
+    """A task of a text and pictures with ALBEF's settings."""
+    return Task(
+        name, title, "pairs", gives, open, ("accuracy",), "accuracy",
+        head=Head(activation="relu", dropout=0.0),
+        data=data or _ALBEF_DATA,
+        optim=Optim(
+            lr=2e-5, betas=(0.9, 0.999), weight_decay=0.02, no_decay=("*bias", "*norm*"), warmup=warmup, final=final,
+            clip="none",
+        ),
+        distillation=distillation or SoftTargets(alpha=0.4),
+        dropout=None,
+        num_pictures=num_pictures,
+        epochs=epochs,
+    )  # fmt: skip
+
+
 def _root(data: TaskData, what: str) -> str:
     if data.root is None:
         raise TriviumError(f"the data of this task is not named: give {what}")
@@ -156,6 +199,27 @@ def _tables(kind: Kind, regression: bool, data: TaskData) -> Splits:
     return read_tables(
         data.train, data.dev, data.test, columns, kind=kind, regression=regression, held_out_share=data.held_out
     )
+
+
+def _visual_entailment(data: TaskData) -> Splits:
+    return read_snli_ve(_root(data, "--data.root DIR, the folder of SNLI-VE"))
+
+
+def _albef_vqa(data: TaskData) -> Splits:
+    return read_vqa(_root(data, "--data.root DIR, the folder of VQAv2"), data.min_questions)
+
+
+def _nlvr2(data: TaskData) -> Splits:
+    return read_nlvr2(_root(data, "--data.root DIR, the folder of NLVR2"))
+
+
+def _assignments(data: TaskData) -> Splits:
+    return read_assignments(data.train, data.dev, data.held_out)
+
+
+def _questions(data: TaskData) -> Splits:
+    columns = Columns(data.image_column, data.text_column, None, data.label_column)
+    return read_questions(data.train, data.dev, data.test, columns, data.held_out)
 
 
 def _own(name: str, title: str, kind: Kind, gives: Gives = "class", data: TaskData | None = None) -> Task:
@@ -200,6 +264,30 @@ _LISTED = (
     ),
     _asked("easy_vqa", "easy-VQA", read_easy_vqa),
     _asked("daquar", "DAQUAR", read_daquar),
+    _as_albef(
+        "visual_entailment",
+        "SNLI-VE",
+        5,
+        _visual_entailment,
+        data=replace(_ALBEF_DATA, max_length=None),
+        distillation=SoftTargets(alpha=0.4, ramp=0.0),
+    ),
+    _as_albef("vqa", "VQAv2", 8, _albef_vqa, gives="answers", warmup=400),
+    _as_albef("nlvr2", "NLVR2", 10, _nlvr2, num_pictures=2, data=replace(_ALBEF_DATA, batch=128, max_length=30)),
+    _as_albef(
+        "text_assignment",
+        "text assignment",
+        1,
+        _assignments,
+        num_pictures=2,
+        distillation=SoftTargets(),
+        final=0.5,
+        data=replace(_ALBEF_DATA, batch=512, image_size=None, crop_scale=(0.2, 1.0)),
+    ),
+    replace(
+        _own("question_answering", "question answering", "pairs", "answers", TaskData(label_column="answer")),
+        open=_questions,
+    ),
     _own("image_classification", "image classification", "images", data=TaskData(crop_scale=(0.5, 1.0), flip=0.5)),
     _own("text_classification", "text classification", "text"),
     _own("text_regression", "text regression", "text", "number"),

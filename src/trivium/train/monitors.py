@@ -20,8 +20,9 @@ Every figure goes to monitors.jsonl, one JSON object a line. "stream" is empty w
     {"step": 300, "stream": "pairs", "monitor": "duplicates", "subject": "same_image", "value": 0.31,
      "threshold": 0.2, "crossed": true, "sentence": "..."}
 
-Nothing here changes what is trained: no collective, no update, torch's generator is seeded before every forward of a
-step. `balance` alone computes: one forward and backward for each loss, on one micro-batch, once in BALANCE_LOOKS looks.
+Nothing here changes what is trained: no update, and torch's generator is seeded before every forward of a step.
+`balance` alone computes: one forward and backward for each loss, on one micro-batch, once in BALANCE_LOOKS looks. All
+processes look at the same steps, so that a method in parts (sharding.py) can be gathered; elsewhere no message is sent.
 
 G rows of the global batch, D width.
 """
@@ -43,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trivium.train import distributed
 from trivium.train.protocol import Batch, Key, Method, Rows, Stream, Sums
+from trivium.train.sharding import let_go
 from trivium.train.step import Context, StepResult
 
 # The thresholds, all of them. Beyond one, its monitor speaks.
@@ -93,7 +95,8 @@ def duplicate_rate(same_G: Tensor) -> float:
 def gradient_norms(
     method: Method, batch: Batch, everyone: Rows, key: Key, names: Sequence[str], autocast: Context = nullcontext
 ) -> dict[str, float]:
-    """Norm of the weighted gradient of each loss named, from one micro-batch.
+    """Norm of the weighted gradient of each loss named, from one micro-batch; of a method in parts from one micro-batch
+    of each process.
 
     A forward for each: to keep one graph for all of them would take more memory than a step, and compiled blocks do not
     allow it. Leaves no gradient behind.
@@ -108,7 +111,7 @@ def gradient_norms(
         if loss.requires_grad:
             (method.weights[name] * loss / counts[name].clamp(min=1).to(loss.device, loss.dtype)).backward()
         grads = [parameter.grad for parameter in method.parameters() if parameter.grad is not None]
-        norms[name] = float(torch.stack(torch._foreach_norm(grads)).norm()) if grads else 0.0
+        norms[name] = float(distributed.norms(grads).norm()) if grads else 0.0
         method.zero_grad(set_to_none=True)
     return norms
 
@@ -117,6 +120,7 @@ def forward_flops(method: Method, batch: Batch, everyone: Rows, key: Key, autoca
     """FLOPs of the matrix products, convolutions and attentions of one forward of a micro-batch, uncompiled."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         _forward(method, batch, everyone, key, method.divisors(method.counts(batch)), autocast)
+    let_go(method)
     return counter.get_total_flops()
 
 
@@ -147,7 +151,7 @@ def collapse(rows: Rows) -> Iterator[Finding]:
 
 def saturation(method: Method) -> Iterator[Finding]:
     for name, (value, low, high) in method.clamped().items():
-        at = value.item()
+        at = distributed.whole(value).item()
         distance = min(at - low, high - at) / (high - low)
         yield Finding(
             "saturation", name, at, high if high - at < at - low else low, distance < AT_END,
@@ -159,7 +163,7 @@ def saturation(method: Method) -> Iterator[Finding]:
 
 def health(method: Method) -> Iterator[Finding]:
     for name, watched in method.watched().items():
-        value = watched.value.item()
+        value = distributed.whole(watched.value).item()
         threshold = watched.low if abs(value - watched.low) < abs(value - watched.high) else watched.high
         yield Finding(
             "health", name, value, threshold, not watched.low <= value <= watched.high,

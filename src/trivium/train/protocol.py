@@ -33,7 +33,7 @@ def hash64(*parts: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _mix64(x: np.ndarray) -> np.ndarray:
+def mix64(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64: a bijection of 64-bit numbers whose output looks random."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -44,7 +44,7 @@ def uniform64(seed: int, index: np.ndarray) -> np.ndarray:
     """One float64 in [0, 1) for each index, a pure function of (seed, index)."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
-        bits = _mix64(_mix64(index.astype(np.uint64) * golden + np.uint64(seed)) + golden)
+        bits = mix64(mix64(index.astype(np.uint64) * golden + np.uint64(seed)) + golden)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -146,6 +146,7 @@ class Sample(TypedDict, total=False):
     """What a source yields: undecoded, untokenized. Absent keys are absent, not None."""
 
     image: bytes  # an encoded picture
+    second_image: bytes  # of a task that reads two pictures
     text: str
     texts: list[str]  # several captions of one picture: one is chosen by place
     same_image: int  # equal number = same picture or concept
@@ -158,6 +159,7 @@ class Sample(TypedDict, total=False):
     boxes: np.ndarray  # float32 [n, 4], (left, top, right, bottom) in pixels
     classes: np.ndarray  # int64 [n], of each box
     attributes: np.ndarray  # int64 [n, places], of each box; -1 where there is none
+    written: dict[str, float]  # answers as people wrote them -> the weight of each
     name: str  # how to name this sample in a message: file, line, member
 
 

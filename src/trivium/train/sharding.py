@@ -93,6 +93,13 @@ def shard(method: Method, blocks: Sequence[nn.Module], device: torch.device) -> 
     return method
 
 
+def let_go(method: Method) -> None:
+    """Of what was gathered, after a forward that no backward pass follows."""
+    for module in method.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _is_tied(module: nn.Module, method: nn.Module) -> bool:
     uses = Counter(parameter for _, parameter in method.named_parameters(remove_duplicate=False))
     inside = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))

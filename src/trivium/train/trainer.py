@@ -26,6 +26,7 @@ from trivium.train.checkpoint import Saving
 from trivium.train.compilation import compile_blocks
 from trivium.train.config import Config
 from trivium.train.logs import Log
+from trivium.train.memory import keep_freed
 from trivium.train.mishaps import Replaced, StopSignals, lost_processes_told, not_finite
 from trivium.train.monitors import Monitors
 from trivium.train.optim import Optim
@@ -60,7 +61,7 @@ class Train:
     log_every: int = 10
     bad_rate: float = 0.01  # share of unreadable samples above which the run stops; below, each is replaced
     bad_window: int = 10_000  # samples over which the share is taken
-    monitor_every: int = 100  # steps between looks of the monitors (see monitors.py); 0: none, as with `shard`
+    monitor_every: int = 100  # steps between looks of the monitors (see monitors.py); 0: none
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -135,9 +136,9 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
     monitors = Monitors(
         folder.monitors,
         log.say,
-        run.method,
+        trained.method,
         seed=settings.seed,
-        every=0 if settings.in_parts else settings.monitor_every,
+        every=settings.monitor_every,
         first=first,
         warmup=optim.warmup_steps(run.optim, settings.steps),
         workers=settings.workers,
@@ -338,6 +339,8 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
     device = precision.choose_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if device.type == "cpu":
+        keep_freed()
     run.method.to(_home(run, device))
     optimizer = optim.build(run.method, run.optim)
     distributed.first_process_does(lambda: (run_folder.reopen if resume else run_folder.create)(out, run.config))

@@ -356,10 +356,12 @@ def webdataset(folder: Path, names: Sequence[str] | None = ("a red thing", "a gr
         write(folder / "zeroshot_classification_templates.txt", "a photo of {c}.\n")
 
 
-def parquet(folder: Path) -> None:
+def parquet(
+    folder: Path, names: Sequence[str] = ("red", "green", "blue"), splits: Sequence[str] = ("train", "test")
+) -> None:
     """As Hugging Face writes it."""
-    (folder / "data").mkdir(parents=True)
-    for split in ("train", "test"):
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for split in splits:
         labels = labels_of(split, 3)
         table: Any = pa.table(
             {
@@ -367,6 +369,6 @@ def parquet(folder: Path) -> None:
                 "label": pa.array(labels, pa.int64()),
             }
         )
-        features = {"img": {"_type": "Image"}, "label": {"names": ["red", "green", "blue"], "_type": "ClassLabel"}}
+        features = {"img": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
         pq.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")

@@ -109,7 +109,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     flickr(tmp_path, "albef")
     table = tmp_path / "flickr30k" / "flickr30k_test.json"
     table.write_text("[")
-    with pytest.raises(TriviumError, match=r"flickr30k_test.json is no list of captions"):
+    with pytest.raises(TriviumError, match=r"flickr30k_test.json is no JSON"):
         find_captions(FLICKR, tmp_path)
     table.write_text(json.dumps([{"image": "elsewhere/9.jpg", "caption": ["a"]}]))
     with pytest.raises(TriviumError, match=r"names elsewhere/9.jpg, which is not below"):
@@ -120,3 +120,16 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     table.write_text(json.dumps([{"image": "1000.jpg", "caption": []}]))
     with pytest.raises(TriviumError, match=r"1000.jpg has no caption"):
         find_captions(FLICKR, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["karpathy", "albef", "flat"])
+@pytest.mark.parametrize("layout", [FLICKR, COCO], ids=["flickr30k", "coco"])
+def test_a_list_that_is_damaged_is_said(layout, form: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (flickr if layout is FLICKR else coco)(tmp_path, form)
+    [table] = [path for path in (tmp_path / layout.folders[0]).iterdir() if path.is_file()]
+    half = table.read_bytes()[: table.stat().st_size // 2] if table.suffix == ".json" else b""  # lines have no end mark
+    wrong = [b"", half, b"[1]", b"{}", b'{"images": [{}]}', b'[{"image": 3, "caption": [1]}]', b"\xff"]
+    for damaged in wrong:
+        table.write_bytes(damaged)
+        with pytest.raises(TriviumError, match=table.name):
+            find_captions(layout, tmp_path)

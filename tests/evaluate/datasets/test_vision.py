@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import pickle
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scipy.io import savemat
 
@@ -17,7 +20,7 @@ from tests.evaluate.datasets.miniatures import BUILDERS, PER_CLASS, red
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate.datasets import Missing, find
 from trivium.evaluate.datasets.layouts import BY_NAME, VISION
-from trivium.evaluate.datasets.pictures import DataSet, Split, capped, held_out
+from trivium.evaluate.datasets.pictures import SUFFIXES, DataSet, Split, UnreadableNow, capped, held_out
 
 HAS_VALIDATION = {"Aircraft", "DTD", "Flowers102", "PCAM", "RenderedSST2", "Country211"}
 CLASSES = {"CLEVR": 8, "PCAM": 2, "RenderedSST2": 2, "FER2013": 7}
@@ -66,10 +69,10 @@ def test_official_layout(name: str, tmp_path: Path) -> None:
 
 
 def test_every_layout_is_in_the_table_with_its_owners_and_no_two_take_the_same_folder() -> None:
-    assert len(VISION) == 22 and set(BUILDERS) == set(BY_NAME)
-    places = [place for layout in VISION for place in layout.places]
+    assert len(VISION) == 22 and set(BUILDERS) == {layout.name for layout in VISION}
+    places = [place for layout in BY_NAME.values() for place in layout.places]
     assert len(set(places)) == len(places)
-    assert all(layout.owners.startswith("http") for layout in VISION)
+    assert all(layout.owners.startswith("http") for layout in BY_NAME.values())
 
 
 def test_classes_and_prompts_are_words(tmp_path: Path) -> None:
@@ -177,6 +180,37 @@ def test_parquet_copy(tmp_path: Path) -> None:
     for split in data.every:
         check_pictures(split)
     assert data.classes == ("red", "green", "blue")
+
+
+def test_a_parquet_copy_whose_splits_number_their_classes_differently_is_refused(tmp_path: Path) -> None:
+    miniatures.parquet(tmp_path / "cifar10")
+    miniatures.parquet(tmp_path / "cifar10", ("red", "blue", "green"), ["test"])
+    with pytest.raises(
+        TriviumError, match=r"test-.* and train-.* differently: 1 is 'blue' in the one and 'green' in the"
+    ):
+        find(BY_NAME["CIFAR10"], tmp_path)
+    miniatures.parquet(tmp_path / "cifar10", ("red", "green"), ["test"])
+    with pytest.raises(TriviumError, match=r"2 is without a name in the one and 'blue' in the other"):
+        find(BY_NAME["CIFAR10"], tmp_path)
+
+
+def test_a_damaged_parquet_copy_is_said(tmp_path: Path) -> None:
+    miniatures.parquet(tmp_path / "cifar10")
+    for file in sorted((tmp_path / "cifar10" / "data").iterdir()):
+        whole = file.read_bytes()
+        for damaged in (b"", whole[: len(whole) // 2], whole[:4] + bytes(len(whole) - 400) + whole[-396:]):
+            file.write_bytes(damaged)
+            with pytest.raises(TriviumError, match=file.name):
+                find(BY_NAME["CIFAR10"], tmp_path)
+        for column in ("img", "label"):
+            table = pq.read_table(io.BytesIO(whole))
+            pq.write_table(table.set_column(table.schema.get_field_index(column), column, [["x"] * len(table)]), file)
+            if column == "label":
+                with pytest.raises(TriviumError, match=file.name):
+                    find(BY_NAME["CIFAR10"], tmp_path)
+            else:
+                _opened_or_told("CIFAR10", tmp_path)
+        file.write_bytes(whole)
 
 
 def test_a_users_own_names_and_templates_come_first(tmp_path: Path) -> None:
@@ -308,7 +342,10 @@ def test_a_damaged_picture_is_a_bad_sample(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match=files.name(1)):
         files.read(1)
     file.unlink()
-    with pytest.raises(BadSample, match="cannot be read"):
+    with pytest.raises(BadSample, match="does not exist"):
+        files.read(1)
+    file.mkdir()
+    with pytest.raises(UnreadableNow, match="cannot be read"):
         files.read(1)
 
 
@@ -339,3 +376,50 @@ def test_a_fifth_of_each_class_is_held_out_and_no_class_loses_its_last() -> None
     taken = held_out(labels)
     assert np.bincount(labels[taken], minlength=8).tolist() == [2, 10, 0, 0, 0, 0, 0, 0]
     assert np.array_equal(taken, held_out(labels)) and not np.array_equal(taken, held_out(labels, seed=1))
+
+
+def _opened_or_told(name: str, root: Path) -> None:
+    """Whatever is wrong with a copy is said in a sentence, or it is not there at all."""
+    told = ""
+    try:
+        found = find(BY_NAME[name], root)
+        assert isinstance(found, DataSet | Missing)
+    except TriviumError as error:
+        told = str(error)
+    assert not told or str(root) in told or name in told
+
+
+@pytest.mark.parametrize("name", [layout.name for layout in VISION])
+def test_no_part_of_a_layout_that_is_missing_or_damaged_ends_in_a_traceback(name: str, tmp_path: Path) -> None:
+    if name == "PCAM":
+        pytest.importorskip("h5py", reason="PCAM's miniature is HDF5: install trivium[vision]")
+    whole, root = tmp_path / "whole", tmp_path / "root"
+    whole.mkdir()
+    BUILDERS[name](whole)
+    if name == "ImageNet":
+        miniatures.imagenet(tmp_path / "flat", flat=True)
+        shutil.copytree(tmp_path / "flat", whole, dirs_exist_ok=True)
+        shutil.rmtree(whole / "imagenet" / "val" / "n01440764")
+    paths = sorted(path.relative_to(whole) for path in whole.rglob("*"))
+    folders = [path for path in paths if (whole / path).is_dir()]
+    tables = [path for path in paths if (whole / path).is_file() and path.suffix.lower() not in SUFFIXES]
+
+    def anew() -> None:
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(whole, root, copy_function=os.link)
+
+    for path in folders:
+        anew()
+        shutil.rmtree(root / path)
+        _opened_or_told(name, root)
+        root.joinpath(path).mkdir(parents=True, exist_ok=True)  # there, and empty
+        _opened_or_told(name, root)
+    for path in tables:
+        data = (whole / path).read_bytes()
+        half = data[: len(data) // 2]
+        for damaged in (None, b"", half, half + b"\xff\xfe{", b"\n".join(line[::-1] for line in data.splitlines())):
+            anew()
+            (root / path).unlink()
+            if damaged is not None:
+                (root / path).write_bytes(damaged)
+            _opened_or_told(name, root)

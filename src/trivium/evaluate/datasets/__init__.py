@@ -80,7 +80,7 @@ def _checked(layout: Layout, data: DataSet) -> DataSet:
         ("test", len(data.test), layout.test_size),
     ):
         if found != official:
-            notes.append(f"{found:,} {what} pictures where the published scores rest on {official:,}")
+            notes.append(f"{found:,} {what} pictures where the whole data set has {official:,}")
     return replace(data, notes=tuple(notes))
 
 

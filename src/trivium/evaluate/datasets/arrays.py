@@ -143,8 +143,8 @@ def _fer_table(path: Path) -> DataSet:
     labels: dict[str, list[int]] = {name: [] for name in pixels}
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file)
-        header = [name.strip() for name in next(lines, [])]
         try:
+            header = [name.strip() for name in next(lines, [])]
             emotion, usage, column = (header.index(name) for name in ("emotion", "Usage", "pixels"))
             for cells in lines:
                 picture = np.array(cells[column].split(), dtype=np.uint8).reshape(FER_SIDE, FER_SIDE, 1)

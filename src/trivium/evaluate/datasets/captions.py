@@ -6,17 +6,15 @@ scores (25,000 captions of 5,000 pictures, where the file has 25,010).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trivium.data.shards import TarShards
 from trivium.errors import BadSample, TriviumError
-from trivium.evaluate.datasets.pictures import PictureFiles, Pictures, ShardPictures, Some, lines_of
+from trivium.evaluate.datasets.pictures import PictureFiles, Pictures, ShardPictures, Some, json_of, lines_of
 
 CAPTIONS = 5  # of a picture
 
@@ -84,7 +82,7 @@ def find_captions(layout: CaptionLayout, root: Path) -> Captioned | None:
         folder = root / name
         for table, read in readers:
             if (folder / table).is_file():
-                return _noted(layout, _with_files(folder, folder / table, layout, read(folder / table)))
+                return _noted(layout, _with_files(folder, folder / table, layout, _entries(folder / table, read)))
     for copy in layout.copies:
         for prefix in ("wds_", ""):
             tars = sorted(
@@ -100,24 +98,23 @@ Entry = tuple[str, list[str]]  # a picture's path as the list has it, its captio
 
 def _karpathy(table: Path) -> list[Entry]:
     """{"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}]}]}"""
-    images = _json(table, "images")
     return [
         ("/".join(filter(None, (image.get("filepath"), image["filename"]))), [s["raw"] for s in image["sentences"]])
-        for image in images
+        for image in json_of(table)["images"]
         if image["split"] == "test"
     ]
 
 
 def _albef(table: Path) -> list[Entry]:
     """[{"image": path, "caption": [...]}]"""
-    return [(entry["image"], list(entry["caption"])) for entry in _json(table, None)]
+    return [(entry["image"], list(entry["caption"])) for entry in json_of(table)]
 
 
 def _flat(table: Path) -> list[Entry]:
     """A header and lines "picture.jpg,caption"; or, as .json, COCO's own form."""
     found: dict[str, list[str]] = {}
     if table.suffix == ".json":
-        content = _json(table, None)
+        content = json_of(table)
         name = {image["id"]: f"val2014/{image['file_name']}" for image in content["images"]}
         for entry in content["annotations"]:
             found.setdefault(name[entry["image_id"]], []).append(entry["caption"])
@@ -130,12 +127,16 @@ def _flat(table: Path) -> list[Entry]:
     return list(found.items())
 
 
-def _json(table: Path, key: str | None) -> Any:
+def _entries(table: Path, read: Callable[[Path], list[Entry]]) -> list[Entry]:
+    """What a list holds, checked: pictures with captions that are texts."""
     try:
-        content = json.loads(table.read_text(encoding="utf-8"))
-        return content if key is None else content[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = read(table)
+        for picture, captions in found:
+            if not isinstance(picture, str) or not all(isinstance(caption, str) for caption in captions):
+                raise TypeError(f"{picture} with {captions}")
+    except (KeyError, TypeError, AttributeError) as error:
         raise TriviumError(f"{table} is no list of captions ({error!r}): fetch it again") from None
+    return found
 
 
 def _with_files(folder: Path, table: Path, layout: CaptionLayout, entries: list[Entry]) -> Captioned:

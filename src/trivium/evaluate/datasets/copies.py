@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -64,20 +65,32 @@ def parquet(folder: Path) -> DataSet:
         found.setdefault(path.stem.split("-")[0], []).append(path)
     if not {"train", "test"} <= found.keys():
         raise TriviumError(f"{inside} must hold train*.parquet and test*.parquet: fetch both")
-    try:
-        schema = pq.read_schema(found["train"][0])
-    except (pa.ArrowException, OSError) as error:
-        raise TriviumError(f"{found['train'][0]} is no readable Parquet file: {error}") from None
+    schema = _schema(found["train"][0])
     image, label = (_column(schema, names, found["train"][0]) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
-    splits = {name: parquet_split(files, image, label) for name, files in found.items()}
     prompts, templates, tables = own_prompts(folder)
-    named = _feature_names(schema, label) or prompts
+    named = _feature_names(schema, label)
+    for path in (path for files in found.values() for path in files):
+        if (other := _feature_names(_schema(path), label)) != named:
+            number = next((n for n, (a, b) in enumerate(zip_longest(named, other)) if a != b), 0)
+            raise TriviumError(
+                f"{path} and {found['train'][0].name} number their classes differently: {number} is"
+                f" {_nth(other, number)} in the one and {_nth(named, number)} in the other; fetch both again"
+            )
+    splits = {name: parquet_split(files, image, label) for name, files in found.items()}
+    named = named or prompts
     count = 1 + max(int(split.labels_N.max()) for split in splits.values())
     validation = next((splits[name] for name in VALIDATION if name in splits), None)
     return DataSet(
         named or tuple(map(str, range(count))), splits["train"], splits["test"], validation, tables=tables,
         prompts=prompts or named, templates=templates, splits="the splits of the copy in Parquet files",
     )  # fmt: skip
+
+
+def _schema(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise TriviumError(f"{path} is no readable Parquet file ({error}): fetch it again") from None
 
 
 def _column(schema: pa.Schema, names: Sequence[str], file: Path) -> str:
@@ -94,6 +107,10 @@ def _feature_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
         return tuple(map(str, features[label]["names"]))
     except (KeyError, ValueError, TypeError):
         return ()
+
+
+def _nth(names: Sequence[str], number: int) -> str:
+    return repr(names[number]) if number < len(names) else "without a name"
 
 
 def own_prompts(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Path, ...]]:

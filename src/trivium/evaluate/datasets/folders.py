@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 
 from trivium.errors import TriviumError
 from trivium.evaluate.datasets.pictures import (
@@ -20,7 +19,9 @@ from trivium.evaluate.datasets.pictures import (
     Split,
     in_classes,
     in_words,
+    inside_of,
     lines_of,
+    mat_variable,
     same_classes,
 )
 from trivium.train.protocol import uniform64
@@ -41,10 +42,13 @@ def imagenet(folder: Path) -> DataSet:
     words: dict[str, str] = {}
     numbers: dict[int, str] = {}  # the devkit's own numbers -> wnid
     if devkit is not None:
-        for synset in loadmat(devkit / "meta.mat", squeeze_me=True)["synsets"]:
-            words[str(synset["WNID"])] = str(synset["words"]).split(",")[0]
-            numbers[int(synset["ILSVRC2012_ID"])] = str(synset["WNID"])
-    flat = sorted(path.name for path in (folder / "val").iterdir() if path.suffix.lower() in SUFFIXES)
+        try:
+            for synset in np.atleast_1d(mat_variable(devkit / "meta.mat", "synsets")):
+                words[str(synset["WNID"])] = str(synset["words"]).split(",")[0]
+                numbers[int(synset["ILSVRC2012_ID"])] = str(synset["WNID"])
+        except (ValueError, IndexError, TypeError) as error:
+            raise TriviumError(f"{devkit / 'meta.mat'} is no list of classes ({error!r}): fetch it again") from None
+    flat = sorted(path.name for path in inside_of(folder / "val") if path.suffix.lower() in SUFFIXES)
     if flat:
         truth = None if devkit is None else devkit / "ILSVRC2012_validation_ground_truth.txt"
         if truth is None or not truth.exists():
@@ -52,7 +56,10 @@ def imagenet(folder: Path) -> DataSet:
                 f"{folder / 'val'} is flat, so the devkit must tell the classes: unpack ILSVRC2012_devkit_t12 into"
                 f" {folder}, or move the pictures into folders of their classes"
             )
-        given = [numbers[int(line)] for line in lines_of(truth)]
+        try:
+            given = [numbers[int(line)] for line in lines_of(truth)]
+        except (ValueError, KeyError) as error:
+            raise TriviumError(f"{truth} names a class that meta.mat has not ({error}): fetch both again") from None
         if len(given) != len(flat):
             raise TriviumError(f"{truth} has {len(given)} lines for {len(flat)} pictures in {folder / 'val'}")
         place = {name: label for label, name in enumerate(classes)}
@@ -151,7 +158,7 @@ def listed(folder: Path, lines: Sequence[str], place: dict[str, int], where: Pat
 
 def dtd(folder: Path) -> DataSet:
     """dtd/: split 1 of 10."""
-    classes = tuple(sorted(path.name for path in (folder / "images").iterdir() if path.is_dir()))
+    classes = tuple(sorted(path.name for path in inside_of(folder / "images") if path.is_dir()))
     place = {name: label for label, name in enumerate(classes)}
     tables = [folder / "labels" / f"{name}1.txt" for name in ("train", "val", "test")]
     train, validation, test = (listed(folder / "images", lines_of(table), place, table) for table in tables)
@@ -200,8 +207,13 @@ def ucf101(folder: Path) -> DataSet:
     )
     if lists is None:
         raise TriviumError(f"{folder.parent} holds no folder ucfTrainTestlist: unpack UCF101TrainTestSplits there")
-    numbered = [line.split() for line in lines_of(lists / "classInd.txt")]
-    classes = tuple(name for _, name in sorted(numbered, key=lambda pair: int(pair[0])))
+    numbered: list[tuple[int, str]] = []
+    for line in lines_of(lists / "classInd.txt"):
+        stated, _, name = line.partition(" ")
+        if not stated.isdecimal():
+            raise TriviumError(f"{lists / 'classInd.txt'}: {line!r} is no number with its class; fetch it again")
+        numbered.append((int(stated), name.strip()))
+    classes = tuple(name for _, name in sorted(numbered))
     place = {name: label for label, name in enumerate(classes)}
     tables = [lists / "trainlist01.txt", lists / "testlist01.txt"]
     splits = []
@@ -209,7 +221,7 @@ def ucf101(folder: Path) -> DataSet:
         lines = [line.split() for line in lines_of(table)]
         for number, words in enumerate(lines, start=1):  # the training list states the number of the class as well
             name = words[0].split("/")[0]
-            if len(words) > 1 and place.get(name) != int(words[1]) - 1:
+            if len(words) > 1 and words[1] != f"{place.get(name, -1) + 1}":
                 raise TriviumError(
                     f"{table} (line {number}): {name} has another number in classInd.txt; fetch both again"
                 )

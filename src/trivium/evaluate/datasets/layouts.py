@@ -1,4 +1,5 @@
-"""The 22 vision data sets of FLAVA's evaluation: how their owners lay them out, and where they publish them.
+"""The 22 vision data sets of FLAVA's evaluation, and one of our own: how their owners lay them out, and where they
+publish them.
 
 One line each; a reader for each official layout stands in arrays.py, folders.py and lists.py, those for copies in
 copies.py. Sizes are the official ones. Names are those of the published scores.
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trivium.evaluate.datasets import arrays, folders, lists
+from trivium.evaluate.datasets import arrays, folders, lists, rendered
 from trivium.evaluate.datasets.pictures import DataSet
 
 
@@ -26,7 +27,6 @@ class Layout:
     expected: str  # the official layout in words
     owners: str  # where it is published
     copies: tuple[str, ...] = ()  # names of WebDataset copies, without "wds_"
-    not_rebuilt: str = ""  # what of the published split nobody can make again
 
 
 def _vtab(name: str) -> tuple[str, ...]:
@@ -80,7 +80,6 @@ VISION = (
         ("*/*.jpg",),
         "caltech101/101_ObjectCategories/<class>/*.jpg, BACKGROUND_Google among them",
         "https://data.caltech.edu/records/mzrjq-6wc02", _vtab("caltech101"),
-        not_rebuilt="the draw of 30 training pictures a class",
     ),
     Layout(
         "Flowers102", 102, 2040, 6149, lists.flowers102, ("flowers-102", "flowers102"), ("setid.mat",),
@@ -101,7 +100,6 @@ VISION = (
         "EuroSAT", 10, 10_000, 5000, folders.eurosat, ("eurosat/2750", "EuroSAT/2750", "2750"),
         ("*/*.jpg",),
         "eurosat/2750/<Class>/*.jpg", "https://github.com/phelber/EuroSAT", _vtab("eurosat"),
-        not_rebuilt="the draw of 1,500 pictures a class that CLIP describes",
     ),
     Layout(
         "GTSRB", 43, 26_640, 12_630, lists.gtsrb, ("gtsrb", "GTSRB"),
@@ -113,7 +111,6 @@ VISION = (
         "KITTI", 4, 5985, 1496, lists.kitti, ("Kitti/raw", "kitti", "KITTI"), ("training/label_2",),
         "Kitti/raw/training/{image_2/*.png,label_2/*.txt}",
         "https://www.cvlibs.net/datasets/kitti/eval_object.php", _vtab("kitti_closest_vehicle_distance"),
-        not_rebuilt="the draw of 1,496 test pictures, which had no seed",
     ),
     Layout(
         "PCAM", 2, 294_912, 32_768, arrays.pcam, ("pcam", "PCAM"), ("camelyonpatch_level_2_split_train_x.h5",),
@@ -143,7 +140,6 @@ VISION = (
         "SUN397", 397, 19_850, 19_850, folders.sun397, ("SUN397", "sun397/SUN397"), ("ClassName.txt",),
         "SUN397/<letter>/<class>[/<sub>]/*.jpg, SUN397/{ClassName,Training_01,Testing_01}.txt",
         "https://vision.princeton.edu/projects/2010/SUN/", ("sun397",),
-        not_rebuilt="which of the partitions was scored",
     ),
     Layout(
         "RenderedSST2", 2, 7792, 1821, folders.rendered_sst2, ("rendered-sst2",), ("train/*/*",),
@@ -156,4 +152,11 @@ VISION = (
         ("country211",),
     ),
 )  # fmt: skip
-BY_NAME = {layout.name: layout for layout in VISION}
+# Not the papers': no published score is set beside them.
+OWN = (
+    Layout(
+        "rendered_sst2_own", 2, 67_349, 872, rendered.sst2, ("glue/SST-2", "glue_data/SST-2", "SST-2"), ("train.tsv",),
+        "glue/SST-2/{train,dev}.tsv, whose sentences are drawn here", "https://gluebenchmark.com/tasks",
+    ),
+)  # fmt: skip
+BY_NAME = {layout.name: layout for layout in (*VISION, *OWN)}

@@ -7,12 +7,9 @@ the nearest vehicle; CLEVR's test set has no labels, so its validation set is th
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from scipy.io import loadmat
 
 from trivium.errors import TriviumError
 from trivium.evaluate.datasets.folders import listed
@@ -22,7 +19,9 @@ from trivium.evaluate.datasets.pictures import (
     Split,
     in_classes,
     in_words,
+    json_of,
     lines_of,
+    mat_variable,
 )
 from trivium.train.protocol import uniform64
 
@@ -49,7 +48,7 @@ SIGNS = (
 def food101(folder: Path) -> DataSet:
     """food-101/images/<class>/, meta/{train,test}.json."""
     tables = [folder / "meta" / f"{name}.json" for name in ("train", "test")]
-    content = [_json(table) for table in tables]
+    content = [json_of(table) for table in tables]
     classes = tuple(sorted(content[0]))
     place = {name: label for label, name in enumerate(classes)}
     splits = []
@@ -63,11 +62,11 @@ def food101(folder: Path) -> DataSet:
 def cars(folder: Path) -> DataSet:
     """stanford_cars/: pictures, devkit/, and cars_test_annos_withlabels.mat."""
     meta = folder / "devkit" / "cars_meta.mat"
-    classes = tuple(str(name) for name in _mat(meta, "class_names"))
+    classes = tuple(str(name) for name in mat_variable(meta, "class_names"))
     tables = [folder / "devkit" / "cars_train_annos.mat", folder / "cars_test_annos_withlabels.mat"]
     splits = []
     for table, inside in zip(tables, ("cars_train", "cars_test"), strict=True):
-        entries = np.atleast_1d(_mat(table, "annotations"))
+        entries = np.atleast_1d(mat_variable(table, "annotations"))
         if "class" not in (entries.dtype.names or ()):
             raise TriviumError(f"{table} holds no classes: fetch cars_test_annos_withlabels.mat, which does")
         labels = np.array([int(entry["class"]) - 1 for entry in entries], dtype=np.int64)
@@ -104,8 +103,13 @@ def pets(folder: Path) -> DataSet:
         for number, line in enumerate(lines_of(table), start=1):
             if line.startswith("#"):
                 continue
-            picture, given, *_ = line.split()
-            breed, label = picture.rpartition("_")[0], int(given) - 1
+            try:
+                picture, given, *_ = line.split()
+                breed, label = picture.rpartition("_")[0], int(given) - 1
+            except ValueError:
+                raise TriviumError(
+                    f"{table} (line {number}) is no picture with the number of its class; fetch it again"
+                ) from None
             if named.setdefault(label, breed) != breed:
                 raise TriviumError(
                     f"{table} (line {number}): class {given} is {named[label]} and {breed}; fetch it again"
@@ -125,10 +129,10 @@ def pets(folder: Path) -> DataSet:
 def flowers102(folder: Path) -> DataSet:
     """flowers-102/: jpg/, imagelabels.mat, setid.mat. Its files have no names for the classes."""
     tables = (folder / "imagelabels.mat", folder / "setid.mat")
-    labels = np.atleast_1d(_mat(tables[0], "labels")).astype(np.int64) - 1
+    labels = np.atleast_1d(mat_variable(tables[0], "labels")).astype(np.int64) - 1
 
     def split(key: str) -> Split:
-        numbers = np.atleast_1d(_mat(tables[1], key)).astype(np.int64)
+        numbers = np.atleast_1d(mat_variable(tables[1], key)).astype(np.int64)
         return Split(PictureFiles(folder / "jpg", [f"image_{n:05d}.jpg" for n in numbers]), labels[numbers - 1])
 
     classes = tuple(str(number) for number in range(1, int(labels.max()) + 2))
@@ -183,7 +187,7 @@ def kitti(folder: Path) -> DataSet:
 def _distance_class(table: Path) -> int:
     """0 to 3, by the depth (the 14th field) of the nearest vehicle."""
     nearest = 1000.0
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(table), start=1):
         fields = line.split()
         try:
             if fields and fields[0] in VEHICLES:
@@ -199,7 +203,7 @@ def clevr(folder: Path) -> DataSet:
     for name in ("train", "val"):
         table = folder / "scenes" / f"CLEVR_{name}_scenes.json"
         try:
-            scenes = [(scene["image_filename"], len(scene["objects"])) for scene in _json(table)["scenes"]]
+            scenes = [(scene["image_filename"], len(scene["objects"])) for scene in json_of(table)["scenes"]]
         except (KeyError, TypeError) as error:
             raise TriviumError(f"{table} is no list of CLEVR's scenes ({error!r}): fetch it again") from None
         if odd := next((scene for scene in scenes if scene[1] not in CLEVR_COUNTS), None):
@@ -213,24 +217,3 @@ def clevr(folder: Path) -> DataSet:
         prompts=tuple(f"{count} objects" for count in CLEVR_COUNTS),
         splits="train against val, since the test set has no labels",
     )  # fmt: skip
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TriviumError(f"{path} cannot be read ({error.strerror}): unpack the data set again") from None
-    except ValueError as error:
-        raise TriviumError(f"{path} is no JSON ({error}): fetch it again") from None
-
-
-def _mat(path: Path, key: str) -> Any:
-    """A variable of a .mat file, without dimensions of one."""
-    try:
-        return loadmat(path, squeeze_me=True)[key]
-    except OSError as error:
-        raise TriviumError(f"{path} cannot be read ({error}): unpack the data set again") from None
-    except KeyError:
-        raise TriviumError(f"{path} holds no {key}: fetch it again from its owners") from None
-    except Exception as error:  # scipy's reader raises nearly every type there is over damaged files
-        raise TriviumError(f"{path} is no .mat file ({error!r}): fetch it again") from None

@@ -5,6 +5,7 @@ N pictures, H height, W width, C channels.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.io import loadmat
 
 from trivium.data.decode import DecodeError, decode
 from trivium.data.files import PICTURE_LIMIT, PICTURE_SUFFIXES
@@ -41,6 +44,10 @@ class Pictures(Protocol):
         ...
 
 
+class UnreadableNow(BadSample):
+    """A file that the disk or the network does not give, though it is there: another time it may."""
+
+
 class PictureFiles:
     """Pictures that are a file each, below one folder."""
 
@@ -59,8 +66,10 @@ class PictureFiles:
             if path.stat().st_size > PICTURE_LIMIT:
                 raise BadSample(str(path), "", f"it has more than {PICTURE_LIMIT:,} bytes")
             return decode(path.read_bytes())
+        except FileNotFoundError:
+            raise BadSample(str(path), "", "it does not exist") from None
         except OSError as error:
-            raise BadSample(str(path), "", f"it cannot be read ({error.strerror})") from None
+            raise UnreadableNow(str(path), "", f"it cannot be read ({error.strerror})") from None
         except DecodeError as error:
             raise BadSample(str(path), "", str(error)) from None
 
@@ -81,7 +90,10 @@ class PictureArray:
         return f"{self.of[0].name} {row}"
 
     def read(self, row: int) -> np.ndarray:
-        pixels_HWC = np.asarray(self.pixels_NHWC[row])
+        try:
+            pixels_HWC = np.asarray(self.pixels_NHWC[row])
+        except OSError as error:  # HDF5 reads a picture when its turn comes
+            raise UnreadableNow(str(self.of[0]), f"row {row}", f"it cannot be read ({error})") from None
         return np.ascontiguousarray(np.broadcast_to(pixels_HWC, (*pixels_HWC.shape[:2], 3)))
 
     def files(self) -> Iterable[Path]:
@@ -262,7 +274,7 @@ def in_classes(folder: Path) -> tuple[tuple[str, ...], list[str], np.ndarray]:
     names: list[str] = []
     labels: list[int] = []
     classes: list[str] = []
-    for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    for inside in sorted(path for path in inside_of(folder) if path.is_dir() and not path.name.startswith(".")):
         found = sorted(path for path in inside.rglob("*") if path.suffix.lower() in SUFFIXES)
         if found:
             names += [path.relative_to(folder).as_posix() for path in found]
@@ -271,6 +283,14 @@ def in_classes(folder: Path) -> tuple[tuple[str, ...], list[str], np.ndarray]:
     if not names:
         raise TriviumError(f"{folder} holds no pictures in folders named as their classes: unpack it again")
     return tuple(classes), names, np.array(labels, dtype=np.int64)
+
+
+def inside_of(folder: Path) -> list[Path]:
+    """What a folder holds. Raises TriviumError where it is not there."""
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise TriviumError(f"{folder} cannot be read ({error.strerror}): unpack the data set again") from None
 
 
 def same_classes(one: Sequence[str], other: Sequence[str], where: Path) -> None:
@@ -292,15 +312,44 @@ def lines_of(path: Path) -> list[str]:
         raise TriviumError(f"{path} is no UTF-8 text ({error}): unpack the data set again") from None
 
 
+def json_of(path: Path) -> Any:
+    """What a JSON file holds. Raises TriviumError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TriviumError(f"{path} cannot be read ({error.strerror}): unpack the data set again") from None
+    except ValueError as error:
+        raise TriviumError(f"{path} is no JSON ({error}): fetch it again") from None
+
+
+def mat_variable(path: Path, key: str) -> Any:
+    """A variable of a .mat file, without dimensions of one. Raises TriviumError."""
+    try:
+        return loadmat(path, squeeze_me=True)[key]
+    except OSError as error:
+        raise TriviumError(f"{path} cannot be read ({error}): unpack the data set again") from None
+    except KeyError:
+        raise TriviumError(f"{path} holds no {key}: fetch it again from its owners") from None
+    except Exception as error:  # scipy's reader raises nearly every type there is over damaged files
+        raise TriviumError(f"{path} is no .mat file ({error!r}): fetch it again") from None
+
+
 def parquet_split(files: Sequence[Path], image: str, label: str) -> Split:
-    """A split of Parquet files: pictures as bytes, or as a struct with `bytes` in it; labels as numbers."""
+    """A split of Parquet files: pictures as bytes, or as a struct with `bytes` in it; labels as numbers.
+
+    Raises TriviumError.
+    """
     data: list[bytes | None] = []
     labels: list[int] = []
     for file in files:
-        table = pq.read_table(file, columns=[image, label])
-        cells = table[image].to_pylist()
-        data += [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
-        labels += table[label].to_pylist()
+        try:
+            table = pq.read_table(file, columns=[image, label])
+            data += [cell["bytes"] if isinstance(cell, dict) else cell for cell in table[image].to_pylist()]
+            labels += map(int, table[label].to_pylist())
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise TriviumError(
+                f"{file} does not hold pictures in {image} with numbers in {label} ({error}): fetch it again"
+            ) from None
     return Split(EncodedPictures(files, data), np.array(labels, dtype=np.int64))
 
 

@@ -1,0 +1,148 @@
+"""Does a tiny ALBEF look at what a text means? It is trained on scenes with what is said of them, never on a box.
+
+    python benchmarks/albef_grounding.py --minutes 15 --out runs/grounding
+    python benchmarks/albef_grounding.py --sheet SHEETS --model RUN --data.root DATA    # heat maps to look at
+
+Scenes have exact boxes, so pointing is measured on new scenes of the drawings that it saw: the hottest pixel lies
+inside the box of what is meant. Beside it a point at random (the share of the picture that the box takes), the middle
+of the picture, the same model with random weights, and the choice among the boxes of all objects of the scene. Each
+block whose words attend patches is measured; "itc" is the picture's own tower.
+
+The second form writes heat maps of photographs of Flickr8k's dev split with their captions into SHEETS. Those are for
+research and are not part of this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import side_by_side
+from PIL import Image
+
+from trivium import load
+from trivium.bundle import Bundle
+from trivium.cli import main as trivium
+from trivium.data.referring import Referring, read_referring
+from trivium.data.scene_files import write_scenes
+from trivium.data.scene_formats import FIRST_ID, FORMATS
+from trivium.data.scene_language import captions
+from trivium.data.scenes import Scenes
+from trivium.evaluate import grounding
+from trivium.explain.heat_maps import heat_wall
+from trivium.models.albef import Albef
+from trivium.train.initial import initialise
+
+SIDE = 128  # pixels of a picture, as scenes have: 8 x 8 patches of 16
+FIGURES = ("pointing", "pointing.middle", "pointing.chance", "among_annotated", "among_annotated.chance")
+SHOWN = 8  # pictures on a sheet
+
+
+def make_data(folder: Path, train: int, val: int) -> tuple[list[Path], Referring]:
+    """Scenes as RefCOCO has them, and two lists of pictures with texts: expressions, captions."""
+    for split, count in (("train", train), ("new-scenes", val)):
+        write_scenes(Scenes(split, count, seed=1), folder, ["refcoco"])  # type: ignore[arg-type]
+    data = read_referring(folder / "refcoco")
+    said: dict[str, list[str]] = {}
+    for each in data.good("train"):
+        said.setdefault(each.image, []).append(each.text)
+    scenes, pictures = Scenes("train", train, seed=1), FORMATS["refcoco"].picture
+    described = {
+        str(folder / "refcoco" / pictures("train", FIRST_ID["train"] + index)): captions(
+            scenes.scene(index), scenes.draws(index)
+        )
+        for index in range(train)
+    }
+    paths = []
+    for name, texts in (("expressions", said), ("captions", described)):
+        paths.append(folder / f"{name}.json")
+        rows = [{"image": str(Path(image).absolute()), "caption": each} for image, each in texts.items()]
+        paths[-1].write_text(json.dumps(rows))
+    return paths, data
+
+
+def train(lists: list[Path], out: Path, minutes: float, more: list[str]) -> Bundle:
+    flags = ["--size", "tiny", "--model.image-size", str(SIDE), "--data.pairs", *map(str, lists)]
+    flags += ["--train.minutes", str(minutes), "--validate", "0", "--out", str(out), *more]
+    if code := trivium(["pretrain", "albef", *flags]):
+        raise SystemExit(code)
+    return load(out)
+
+
+def untrained(bundle: Bundle) -> Bundle:
+    model = bundle.model
+    assert isinstance(model, Albef)
+    other = Albef(model.config)
+    initialise(other, 0)
+    return replace(bundle, model=other.eval())
+
+
+def measure(bundle: Bundle, data: Referring, rows: int) -> dict[str, dict[str, object]]:
+    """A line for each block, and for random weights at the block that is looked at by default."""
+    model = bundle.model
+    assert isinstance(model, Albef)
+    found: dict[str, dict[str, object]] = {}
+    blocks = model.config.fusion_layers - 1  # in the last one words are cold
+    cases: list[tuple[str, Bundle, int | None, str]]
+    cases = [(f"itm, block {n}", bundle, n, "match") for n in range(blocks)]
+    cases += [("itc, last block", bundle, None, "cosine"), ("random weights", untrained(bundle), None, "match")]
+    for name, which, block, by in cases:
+        results = grounding.run(which, data, block=block, by=by, rows=rows).results  # type: ignore[arg-type]
+        found[name] = {figure: results[f"val.{figure}"].as_json() for figure in FIGURES}
+        print(f"  {name}: " + ", ".join(f"{figure} {results[f'val.{figure}'].value:.3f}" for figure in FIGURES))
+    return found
+
+
+def scene_sheet(bundle: Bundle, data: Referring, path: Path) -> None:
+    """A few expressions on new scenes, to look at."""
+    chosen = data.good("val")
+    heat_wall(bundle, [(each.image, each.text) for each in chosen[:: max(1, len(chosen) // SHOWN)][:SHOWN]]).save(path)
+
+
+def photographs(root: Path, count: int) -> list[tuple[Image.Image, str]]:
+    found: list[tuple[Image.Image, str]] = []
+    for file in sorted((root / "flickr8k").glob("dev-*.parquet")):
+        for row in pq.read_table(file).to_pylist():
+            data = row["image"]["bytes"] if isinstance(row["image"], dict) else row["image"]
+            text = row["captions"][0] if isinstance(row["captions"], list) else row["captions"]
+            found.append((Image.open(io.BytesIO(data)).convert("RGB"), text))
+            if len(found) == count:
+                return found
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=15.0, help="of training")
+    parser.add_argument("--scenes", type=int, default=8000, help="of training")
+    parser.add_argument("--rows", type=int, default=1500, help="expressions that are measured")
+    parser.add_argument("--out", type=Path, help="a new folder for scenes and run")
+    parser.add_argument("--sheet", type=Path, help="a folder for heat maps of photographs")
+    parser.add_argument("--model", type=Path, help="whose heat maps; a run or a model folder")
+    parser.add_argument("--data.root", dest="root", type=Path, help="the folder that holds flickr8k")
+    parser.add_argument("--write", action="store_true", help="the figures into benchmarks/results")
+    arguments, more = parser.parse_known_args()
+    if arguments.sheet is not None:
+        assert arguments.model is not None and arguments.root is not None, "--sheet needs --model and --data.root"
+        arguments.sheet.mkdir(parents=True, exist_ok=True)
+        page = heat_wall(load(arguments.model), photographs(arguments.root, SHOWN))
+        page.save(arguments.sheet / "flickr8k-dev.png")
+        print(f"wrote {arguments.sheet / 'flickr8k-dev.png'}")
+        return
+    assert arguments.out is not None, "--out DIR is where scenes and run are written"
+    lists, data = make_data(arguments.out / "scenes", arguments.scenes, max(8, arguments.scenes // 10))
+    bundle = train(lists, arguments.out / "run", arguments.minutes, more)
+    found = measure(bundle, data, arguments.rows)
+    scene_sheet(bundle, data, arguments.out / "scenes.png")
+    print(f"wrote {arguments.out / 'scenes.png'}")
+    if arguments.write:
+        command = f"python benchmarks/albef_grounding.py --minutes {arguments.minutes:g} --out RUNS --write"
+        side_by_side.write("albef_grounding", found, command=command, scenes=arguments.scenes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Tiny ALBEF asked: questions on shapes (easy-VQA) and on rooms (DAQUAR), statements on two scenes (as in NLVR2).
+
+    pip download --no-deps easy-vqa --dest EASY
+    python benchmarks/albef_vqa.py --easy-vqa EASY/easy_vqa-1.0-py3-none-any.whl --data.root DATA --out runs/albef-vqa
+
+    easy-vqa      the official test questions; answers written and ranked. Beside it: the same without the pictures, and
+                  the answer that is commonest in training
+    daquar        questions with a single answer, photographs with md5(file) % 10 = 0 held out; likewise
+    nlvr2         two-picture statements of `trivium data scenes`, on new scenes; with and without text assignment on
+                  the captions of the training scenes, and without the pictures
+
+easy-VQA is read from its wheel and never installed. Runs that are done are not repeated, and one that was begun goes
+on: give the same command again. Writes results/albef_vqa.json and .md. `--init RUN` starts from an ALBEF; without it a
+tiny one is pretrained, on the embedded pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import side_by_side
+from albef_runs import TINY_TUNING, as_json, difference, per_cent, run, units, write_beside
+
+from trivium.data.scene_files import write_scenes
+from trivium.data.scenes import Scenes
+from trivium.evaluate import results, vqa
+from trivium.evaluate.results import Result, mean_of
+
+PARTS = ("easy-vqa", "daquar", "nlvr2")
+QUESTIONS = "question answering"  # how `trivium finetune` calls tables of one's own
+Row = tuple[str, str, str]  # picture below the folder, question, answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init", type=Path, help="an ALBEF; None: a tiny one is pretrained on the embedded pairs")
+    parser.add_argument("--easy-vqa", type=Path, help="the wheel of easy-VQA")
+    parser.add_argument("--data.root", dest="root", type=Path, help="the folder with daquar/")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--pretraining-steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500, help="of each fine-tuning")
+    parser.add_argument("--scenes", type=int, default=6000, help="of training; a fifth as many are held out")
+    parser.add_argument("--questions", type=int, help="at most so many of each table, for a first try in a new OUT")
+    parser.add_argument("--device", default="auto")
+    given = parser.parse_args()
+    init = given.init or run(
+        given.out / "pretrained", ["pretrain", "albef"], {"size": "tiny", "train.steps": given.pretraining_steps},
+        given.device,
+    )  # fmt: skip
+    found: dict[str, dict[str, Result]] = {}
+
+    def tuned(name: str, task: str, values: dict[str, Any]) -> Path:
+        settings = {"init": init, **TINY_TUNING, "epochs": None, "train.steps": given.steps, "train.patience": None,
+                    "train.evaluate-every": max(1, given.steps // 10), **values}  # fmt: skip
+        return run(given.out / name, ["finetune", task], settings, given.device)
+
+    for part in given.parts:
+        if part == "nlvr2":
+            found[part] = statements(given.out, given.scenes, tuned)
+        else:
+            read, where = (easy_vqa, given.easy_vqa) if part == "easy-vqa" else (daquar, given.root)
+            folder = read(where, given.out, given.questions)
+            tables = {"data.train": folder / "train.csv", "data.test": folder / "test.csv"}
+            found[part] = questions(part, folder, tables, tuned)
+        print(part, {name: per_cent(result) for name, result in found[part].items()}, flush=True)
+    command = "python benchmarks/albef_vqa.py --easy-vqa WHEEL --data.root DATA --out RUNS"
+    command += f" --steps {given.steps} --scenes {given.scenes}" + (" --init ALBEF" if given.init else "")
+    named = {part: {name: as_json(result) for name, result in row.items()} for part, row in found.items()}
+    side_by_side.write("albef_vqa", named, command=command)
+    write_beside(side_by_side.RESULTS / "albef_vqa.md", lambda beside: beside.write_text(page(found, command)))
+
+
+# ------------------------------------------------------------------------------------------------------ questions
+
+
+def easy_vqa(wheel: Path | None, out: Path, most: int | None) -> Path:
+    """Pictures and tables of easy-VQA below OUT/data, as its wheel has them."""
+    folder = out / "data" / "easy-vqa"
+    if (folder / "test.csv").is_file():
+        return folder
+    if wheel is None:
+        raise SystemExit("give --easy-vqa the wheel: pip download --no-deps easy-vqa")
+    with zipfile.ZipFile(wheel) as archive:
+        for split in ("train", "test"):  # "test" last: where it is, all is
+            rows = json.loads(archive.read(f"easy_vqa/data/{split}/questions.json"))[:most]
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            for number in sorted({row[2] for row in rows}):
+                picture = archive.read(f"easy_vqa/data/{split}/images/{number}.png")
+                (folder / split / f"{number}.png").write_bytes(picture)
+            _table(folder / f"{split}.csv", ((f"{split}/{n}.png", question, answer) for question, answer, n in rows))
+    return folder
+
+
+def daquar(root: Path | None, out: Path, most: int | None) -> Path:
+    """Pictures and tables of DAQUAR below OUT/data: its questions with one answer."""
+    folder = out / "data" / "daquar"
+    if (folder / "test.csv").is_file():
+        return folder
+    if root is None:
+        raise SystemExit("give --data.root the folder with daquar/")
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for row in pq.read_table(root / "daquar" / "train.parquet").to_pylist():
+        (folder / "pictures" / row["file"]).write_bytes(row["image"])
+    entries = [json.loads(line) for line in (root / "daquar" / "qa.jsonl").read_text().splitlines()]
+    rows: dict[str, list[Row]] = {"train": [], "test": []}
+    for entry in entries:
+        if len(entry["answer"]) == 1:
+            is_held_out = int(hashlib.md5(entry["file"].encode()).hexdigest(), 16) % 10 == 0
+            answer = entry["answer"][0].replace("_", " ")
+            rows["test" if is_held_out else "train"].append((f"pictures/{entry['file']}", entry["question"], answer))
+    for split, several in rows.items():
+        _table(folder / f"{split}.csv", several[:most])
+    return folder
+
+
+def _table(path: Path, rows: Iterable[Row]) -> None:
+    def write(beside: Path) -> None:
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("image", "question", "answer"), *rows])
+
+    write_beside(path, write)
+
+
+def _rows(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [(row["image"], row["question"], row["answer"]) for row in csv.DictReader(file)]
+
+
+def questions(part: str, folder: Path, tables: dict[str, Any], tuned: Any) -> dict[str, Result]:
+    """Accuracy on the test table: of the model, of the same without pictures, and of the commonest answer."""
+    figure = f"{QUESTIONS}.test.accuracy"
+    both = {}
+    for name, blank in (("ALBEF", "false"), ("question alone", "true")):
+        settings = {**tables, "data.blank-pictures": blank}
+        both[name] = tuned(f"{part}-{'blind' if blank == 'true' else 'whole'}", "question_answering", settings)
+    found = {name: results.read(out / "results.json")[figure] for name, out in both.items()}
+    [(commonest, _)] = Counter(answer for _, _, answer in _rows(folder / "train.csv")).most_common(1)
+    truths = [answer for _, _, answer in _rows(folder / "test.csv")]
+    found[f"always {commonest}"] = mean_of(np.array([vqa.exact(commonest, truth) for truth in truths]))
+    mine, other = (units(out, [figure]) for out in both.values())
+    return found | {"ALBEF less question alone": difference([mine], [other])}
+
+
+# ------------------------------------------------------------------------------------------------------ statements
+
+
+def statements(out: Path, count: int, tuned: Any) -> dict[str, Result]:
+    """Accuracy on statements about pairs of new scenes."""
+    folder = out / "data" / "scenes"
+    write_scenes(Scenes("train", count, 0, 0.5, "group"), folder, ("coco", "nlvr2"))
+    write_scenes(Scenes("new-scenes", max(8, count // 5), 0, 0.5, "group"), folder, ("nlvr2",))
+    captioned = json.loads((folder / "coco" / "annotations" / "captions_train2017.json").read_text())
+    file_of = {image["id"]: image["file_name"] for image in captioned["images"]}
+    pairs = folder / "coco" / "pairs.csv"
+    if not pairs.is_file():
+        lines = [(f"train2017/{file_of[a['image_id']]}", a["caption"]) for a in captioned["annotations"]]
+        with pairs.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("image", "caption"), *lines])
+    own = {"data.image-size": None, "data.crop-scale": [1, 1], "data.flip": 0, "data.max-length": 32,
+           "distillation.reach": 0.1}  # fmt: skip
+    assigned = tuned("nlvr2-assigned", "text_assignment", {"data.train": pairs, **own})
+    nlvr2 = {"data.root": folder / "nlvr2", **own}
+    runs = {
+        "after text assignment": tuned("nlvr2-prepared", "nlvr2", {**nlvr2, "init": assigned / "model"}),
+        "without it": tuned("nlvr2-plain", "nlvr2", nlvr2),
+        "statement alone": tuned("nlvr2-blind", "nlvr2", {**nlvr2, "data.blank-pictures": "true"}),
+    }
+    found = {name: results.read(each / "results.json")["NLVR2.dev.accuracy"] for name, each in runs.items()}
+    labels = [json.loads(line)["label"] for line in (folder / "nlvr2" / "data" / "dev.json").read_text().splitlines()]
+    [(commonest, number)] = Counter(labels).most_common(1)
+    found[f"always {commonest}"] = Result(number / len(labels), n=len(labels))
+    mine, other = (units(each, ["NLVR2.dev.accuracy"]) for each in list(runs.values())[:2])
+    found["what text assignment adds"] = difference([mine], [other])
+    assignment = results.read(assigned / "results.json")["text assignment.dev.accuracy"]
+    return found | {"text assignment itself": assignment}
+
+
+def page(found: dict[str, dict[str, Result]], command: str) -> str:
+    lines = ["# Tiny ALBEF, asked", "", f"`{command}`", "", "Accuracy in per cent, with its 95 % interval.", ""]
+    for part, row in found.items():
+        lines += [f"## {part}", "", "| | |", "|---|---|"]
+        lines += [f"| {name} | {per_cent(result)} |" for name, result in row.items()] + [""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

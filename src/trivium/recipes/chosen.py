@@ -1,0 +1,54 @@
+"""What runs have in common that count epochs and choose one of their checkpoints by a figure on held-out rows."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trivium.errors import TriviumError
+from trivium.manifest import verify_manifest, written_beside
+from trivium.train import checkpoint
+from trivium.train.optim import warmup_steps
+from trivium.train.run_folder import RunFolder
+from trivium.train.selection import Selection
+from trivium.train.trainer import Run
+
+Recipe = TypeVar("Recipe", bound=Any)  # with `data.batch`, `optim`, `train` and `epochs`
+
+
+def steps_per_epoch(num_rows: int, batch: int) -> int:
+    return max(1, math.ceil(num_rows / batch))
+
+
+def with_steps(recipe: Recipe, num_rows: int) -> Recipe:
+    """Epochs as steps, and one evaluation an epoch where nothing else is said; written down as the run's own values."""
+    per_epoch = steps_per_epoch(num_rows, recipe.data.batch)
+    steps = recipe.train.steps if recipe.epochs is None else math.ceil(recipe.epochs * per_epoch)
+    if warmup_steps(recipe.optim, steps) >= steps:
+        raise TriviumError(
+            f"a warm-up of {recipe.optim.warmup:g} steps leaves nothing of a run of {steps}: give --optim.warmup a"
+            " share, such as 0.06"
+        )
+    train = replace(recipe.train, steps=steps, evaluate_every=recipe.train.evaluate_every or min(per_epoch, steps))
+    return replace(recipe, train=train, epochs=None)
+
+
+def keep_best(run: Run, out: Path) -> str:
+    """Put the weights of the best checkpoint into the method, and its model folder at RUN/model. What there is to say
+    of it."""
+    assert run.select is not None
+    folder = RunFolder(out)
+    selection = Selection.of_log(folder.metrics, run.select)
+    if selection.best_step is None:
+        return "no evaluation gave a number to choose a checkpoint by: the last one is taken"
+    best = checkpoint.folder_of(folder.checkpoints, selection.best_step)
+    verify_manifest(best)
+    checkpoint.restore(best, run.method, None)
+    if (out / "model").is_dir():
+        shutil.rmtree(out / "model")
+    with written_beside(out / "model") as beside:
+        shutil.copytree(best / "model", beside, dirs_exist_ok=True)
+    return f"the checkpoint of step {selection.best_step} is kept: {selection}"

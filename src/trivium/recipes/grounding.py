@@ -1,0 +1,235 @@
+"""Fine-tuning for grounding as a recipe: a trained ALBEF or FLAVA, and referring expressions. No box is trained on.
+
+It is the fine-tuning on retrieval (recipes/retrieval.py) with expressions for captions (ALBEF, section 4.4): ITC and
+ITM, expressions of one picture answers to each other. As published, pictures are whole, mirrored half of the time
+although expressions say left and right, and changed at random. The checkpoint that counts is the one that finds best on
+the first split that is measured: by the boxes that a detector proposes, or by pointing where none are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trivium.bundle import Bundle
+from trivium.data.collate import ImageInput, PairCollate, TextInput
+from trivium.data.mixture import StreamMixture
+from trivium.data.random_augment import RandomAugment
+from trivium.data.referring import SPLITS, ExpressionRows, Referring, read_referring
+from trivium.data.views import Views
+from trivium.errors import TriviumError
+from trivium.evaluate import grounding
+from trivium.evaluate.embedded import Evaluation
+from trivium.load import load, open_own
+from trivium.methods.albef import FALSE_SHARE, AlbefMethod
+from trivium.methods.momentum import SoftTargets
+from trivium.methods.pixels import Pixels
+from trivium.models.albef import Albef
+from trivium.models.flava import Flava
+from trivium.recipes import limits
+from trivium.recipes.chosen import keep_best, with_steps
+from trivium.recipes.data import absolute
+from trivium.recipes.prepared import Losses, Prepared
+from trivium.recipes.retrieval import PUBLISHED, Objectives, method_of, pools_fit
+from trivium.train.config import Config, leaves
+from trivium.train.optim import Optim
+from trivium.train.protocol import Method, Stream
+from trivium.train.trainer import Run, Train
+
+TITLES = {"refcoco+": "RefCOCO+", "refcoco": "RefCOCO", "refcocog": "RefCOCOg"}  # as papers call them
+
+
+@dataclass(frozen=True)
+class GroundingData:
+    """Referring expressions, and what is done to each."""
+
+    root: str | None = None  # folder that holds refcoco+/refs(unc).p and instances.json, or scenes
+    rows: int | None = None  # expressions of each split that are measured, evenly spread; None: all
+    batch: int = 256  # pairs of one step, over all processes
+    max_length: int = 30  # tokens of an expression; longer ones are cut
+    image_size: int | None = 384  # side of the pictures in pixels; None: the model's own
+    flip: float = 0.5  # probability of a mirrored picture
+    random_changes: int = 2  # of shape and light, drawn for each picture (data/random_augment.py)
+    cache_megabytes: int = 256  # of decoded pictures, in each worker
+
+
+@dataclass(frozen=True)
+class GroundingRecipe:
+    """Everything that a fine-tuning for grounding is."""
+
+    objectives: Objectives = field(default_factory=Objectives)
+    distillation: SoftTargets = field(default_factory=lambda: SoftTargets(alpha=0.4))  # of ALBEF; alpha 0: none
+    data: GroundingData = field(default_factory=GroundingData)
+    optim: Optim = PUBLISHED
+    train: Train = field(default_factory=lambda: Train(monitor_every=0))
+    init: str | None = None  # the model: a run folder, a model folder or a foreign checkpoint
+    epochs: float | None = 5  # times through the training expressions, in place of train.steps
+    block: int | None = None  # whose attention is measured, from 0; None: the family's own choice, as published
+    select_on: str | None = None  # the figure that is to be highest; None: val.accuracy, or val.pointing
+
+    @property
+    def rows_at_once(self) -> int:
+        """Pairs of one forward; the whole batch until "auto" is settled."""
+        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
+
+    def with_absolute_paths(self) -> GroundingRecipe:
+        """The same for whoever stands in another folder: what a config that is kept should state."""
+        init, root = (None if path is None else absolute(path) for path in (self.init, self.data.root))
+        return replace(self, data=replace(self.data, root=root), init=init)
+
+    def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedGrounding:
+        """Open expressions and model.
+
+        Args:
+            name, arguments: of the recipe, as config.json is to state them.
+            resume_from: the model folder of a checkpoint that was checked; the trainer restores the weights.
+        """
+        return _prepare(self, name, arguments, resume_from)
+
+
+GROUNDING = {"grounding": GroundingRecipe()}
+
+
+@dataclass
+class PreparedGrounding(Prepared):
+    """A fine-tuning run with its parts in memory."""
+
+    recipe: GroundingRecipe
+    bundle: Bundle
+    expressions: Referring
+
+    def measures(self, recipe: GroundingRecipe) -> Callable[[Method], dict[str, Any]]:
+        return _measures(self.bundle, self.expressions, recipe)
+
+    def with_train(self, **changes: Any) -> PreparedGrounding:
+        """Schedules may be shares of the run: a run of another length has others."""
+        changed = super().with_train(**changes)
+        if isinstance(changed.run.method, AlbefMethod):
+            changed.run.method.num_steps = changed.recipe.train.steps
+        pools_fit(changed.recipe)
+        return changed
+
+    def settle(self, out: Path) -> str | None:
+        return keep_best(self.run, out)
+
+    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
+        recipe, title = self.recipe, TITLES[self.expressions.name]
+        measured = grounding.run(self.bundle, self.expressions, block=recipe.block, rows=recipe.data.rows, say=say)
+        found = Evaluation()
+        found.results |= {f"{title}.{name}": result for name, result in measured.results.items()}
+        found.chance |= {f"{title}.{name}": value for name, value in measured.chance.items()}
+        found.not_applicable += measured.notes
+        for name, result in measured.results.items():
+            if name in measured.chance:
+                split, _, figure = name.partition(".")
+                found.headline.append(
+                    f"{title}, {split}, {figure.replace('_', ' ')}: {result.value:.1%} of {result.n:,} expressions"
+                    f" (chance {measured.chance[name]:.1%})."
+                )
+        return found, {}
+
+
+def _measures(bundle: Bundle, data: Referring, recipe: GroundingRecipe) -> Callable[[Method], dict[str, Any]]:
+    """What a trainer calls: every figure of the split that a checkpoint is chosen by."""
+
+    def measure(method: Method) -> dict[str, Any]:
+        assert bundle.model is method.exported()
+        first = [_first(data)]
+        found = grounding.run(bundle, data, splits=first, block=recipe.block, rows=recipe.data.rows).results
+        return {"figures": {name: result.value for name, result in found.items()}}
+
+    return measure
+
+
+def _first(data: Referring) -> str:
+    """The split that a checkpoint is chosen by. Raises TriviumError where there is none."""
+    found = next((split for split in SPLITS if split in data.splits), None)
+    if found is None:
+        raise TriviumError(
+            f"{data.name} holds no split to choose a checkpoint by: there is none of {', '.join(SPLITS)}"
+        )
+    return found
+
+
+def _prepare(
+    recipe: GroundingRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None
+) -> PreparedGrounding:
+    limits.check(leaves(recipe))
+    if recipe.init is None:
+        raise TriviumError(
+            "there is no model to fine-tune: name one with --init (a run, a model folder or a checkpoint)"
+        )
+    settings = recipe.data
+    if settings.root is None:
+        raise TriviumError(
+            "no referring expressions are given: name the folder that holds refcoco+/refs(unc).p, or scenes in that"
+            " form, with --data.root"
+        )
+    start = load(recipe.init) if resume_from is None else open_own(resume_from)
+    model = start.model
+    if not isinstance(model, Albef | Flava):
+        raise TriviumError(
+            "grounding looks at the attention from words to patches, and a model of the family"
+            f" {start.family} has none: use an ALBEF or a FLAVA"
+        )
+    if start.tokenizer is None:
+        raise TriviumError(f"{recipe.init} came without a tokenizer: put its tokenizer.json or vocab.txt beside it")
+    data = read_referring(settings.root)
+    if not data.splits.get("train") or not data.good("train"):
+        raise TriviumError(f"{settings.root}: {data.name} has no usable expression of its split train to learn from")
+    size, patch = settings.image_size or start.transform.size, model.config.patch_size
+    if size % patch:
+        raise TriviumError(
+            f"a picture of {size} pixels cannot be cut into patches of {patch}: choose a multiple, such as"
+            f" --data.image-size {max(patch, round(size / patch) * patch)}"
+        )
+    train = ExpressionRows(data.good("train"))
+    recipe = with_steps(recipe, len(train))
+    pools_fit(recipe)
+    notes = list(data.notes)
+    if bad := data.bad("train"):
+        notes.append(f"train: {len(bad):,} expressions cannot be used; the first: {bad[0]}")
+    if resume_from is None and start.head is not None:
+        notes.append("left out is the head that the model has: grounding has no use for it")
+    transform = replace(start.transform, size=size)
+    method = method_of(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
+    max_length = min(settings.max_length, model.config.max_length)
+    bundle = replace(
+        start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
+        image_tokenizer=None, false_pairs=FALSE_SHARE if recipe.objectives.itm else start.false_pairs,
+    )  # fmt: skip
+    views = Views(size, transform.filter, crop_scale=(1.0, 1.0), flip=settings.flip)
+    changes = RandomAugment(settings.random_changes) if settings.random_changes else None
+    image = ImageInput(views, patch, changes=changes, cache_bytes=settings.cache_megabytes << 20, masked=False)
+    collate = PairCollate(image, TextInput(start.tokenizer, max_length, probability=None))
+
+    def mixture_of(train_settings: Train) -> StreamMixture:
+        rows = replace(recipe, train=train_settings).rows_at_once
+        stream = Stream("pairs", train, collate, settings.batch, rows)
+        return StreamMixture([stream], train_settings.seed, "ratio", train_settings.workers)
+
+    run = Run(
+        method,
+        mixture_of(recipe.train),
+        recipe.optim,
+        recipe.train,
+        export=bundle.save,
+        config=Config(name, arguments, leaves(recipe)),
+        evaluate=_measures(bundle, data, recipe),
+        blocks=model.blocks,
+        select=f"figures.{_select(recipe, data)}",
+    )
+    return PreparedGrounding(recipe, run, bundle, mixture_of, name, arguments, notes, data)
+
+
+def _select(recipe: GroundingRecipe, data: Referring) -> str:
+    """Raises TriviumError where no such figure is measured."""
+    split = _first(data)
+    known = [f"{split}.{figure}" for figure in ("accuracy", "pointing", "among_annotated")]
+    known = known if data.proposed is not None else known[1:]
+    select = recipe.select_on or known[0]
+    if select not in known:
+        raise TriviumError(f"--select-on {select}: no such figure is measured: use one of {', '.join(known)}")
+    return select

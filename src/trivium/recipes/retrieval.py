@@ -1,0 +1,377 @@
+"""Fine-tuning on retrieval as a recipe: a trained ALBEF, FLAVA or CLIP, and captioned pictures.
+
+| model | what it is trained by |
+|---|---|
+| ALBEF | ITC against the momentum encoder's keys of batch and queue, ITM with hard negatives; distillation or not |
+| FLAVA | the contrastive loss within the batch, ITM with hard negatives |
+| CLIP | the contrastive loss within the batch |
+
+The settings are those of ALBEF's section 4.1, whose public code leaves captions uncut in training, where here they are
+cut as in the evaluation; of one's own data pictures are cropped and mirrored alone. The checkpoint that finds best on
+the dev pictures is the one that counts (mean of R@1, 5 and 10, both ways; re-ranked, where the model matches).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trivium.bundle import Bundle
+from trivium.data.collate import ImageInput, PairCollate, TextInput
+from trivium.data.mixture import StreamMixture
+from trivium.data.random_augment import RandomAugment
+from trivium.data.sources import open_source
+from trivium.data.views import Views
+from trivium.errors import TriviumError
+from trivium.evaluate import pairs, retrieval
+from trivium.evaluate.embedded import Evaluation
+from trivium.evaluate.reranking import SHORTLIST
+from trivium.load import load, open_own
+from trivium.methods.albef import FALSE_SHARE, AlbefMethod, Distillation, Duplicates
+from trivium.methods.clip import ClipMethod
+from trivium.methods.momentum import SoftTargets
+from trivium.methods.pixels import Pixels
+from trivium.methods.retrieval import RetrievalMethod
+from trivium.models.albef import Albef
+from trivium.models.clip import Clip
+from trivium.models.encoded import Matches
+from trivium.models.flava import Flava
+from trivium.recipes import limits
+from trivium.recipes.albef import check_pools, queue_rows
+from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
+from trivium.recipes.data import Sources, absolute, noticed
+from trivium.recipes.prepared import Losses, Prepared
+from trivium.train.config import Config, leaves
+from trivium.train.optim import Optim
+from trivium.train.protocol import Method, Source, Stream
+from trivium.train.trainer import Run, Train
+
+SPLITS = ("train", "val", "test")  # of the official files; val chooses the checkpoint
+OFFICIAL = {  # how the official files of a folder begin -> how papers call the data set
+    "flickr30k": "Flickr30K retrieval", "coco": "COCO retrieval",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RetrievalData:
+    """Captioned pictures, and what is done to each."""
+
+    root: str | None = None  # folder with flickr30k_{train,val,test}.json or coco_{train,val,test}.json, and pictures
+    train: tuple[str, ...] = ()  # one's own: CSV, TSV, JSONL, JSON, Parquet, tar shards, a folder
+    dev: tuple[str, ...] = ()  # to choose the checkpoint by
+    test: tuple[str, ...] = ()  # measured at the end
+    image_root: str | None = None  # what paths of pictures are relative to; None: the folder of their table
+    image_column: str | None = None  # None: found by its usual names
+    text_column: str | None = None
+    rows: int = 5000  # of dev and of test, at most: the first ones
+    batch: int = 256  # pairs of one step, over all processes
+    max_length: int = 30  # tokens of a caption; longer ones are cut
+    image_size: int | None = 384  # side of the pictures in pixels; None: the model's own
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the area that a random crop shows
+    flip: float = 0.5  # probability of a mirrored picture
+    random_changes: int = 2  # of shape and light, drawn for each picture (data/random_augment.py); 0: none
+    sort_by_length: bool = False  # captions inside a batch, so that micro-batches are padded less
+    cache_megabytes: int = 256  # of decoded pictures, in each worker
+
+    def with_absolute_paths(self) -> RetrievalData:
+        root, image_root = (None if path is None else absolute(path) for path in (self.root, self.image_root))
+        train, dev, test = (tuple(map(absolute, paths)) for paths in (self.train, self.dev, self.test))
+        return replace(self, root=root, image_root=image_root, train=train, dev=dev, test=test)
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Weights of the two losses; 0 = never computed."""
+
+    contrastive: float = 1.0  # in ALBEF: ITC
+    itm: float = 1.0  # of models that match
+    duplicates: Duplicates = "positive"  # other captions of a picture, in ALBEF's ITC: see methods/albef.py
+    negatives: Literal["hard", "random"] = "hard"  # false pairs of ITM: alike, or any
+    pool: int = 32  # pairs among which these are drawn; the micro-batch, where that is smaller
+    queue: int | None = None  # rows of ALBEF's queues; None: 65,536, at most a quarter of the pairs
+
+
+@dataclass(frozen=True)
+class RetrievalRecipe:
+    """Everything that a fine-tuning on retrieval is."""
+
+    objectives: Objectives = field(default_factory=Objectives)
+    distillation: SoftTargets = field(default_factory=lambda: SoftTargets(alpha=0.4))  # of ALBEF; alpha 0: none
+    data: RetrievalData = field(default_factory=RetrievalData)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    init: str | None = None  # the model: a run folder, a model folder or a foreign checkpoint
+    epochs: float | None = None  # times through the training pairs, in place of train.steps
+    shortlist: int = SHORTLIST  # candidates of each query that are re-ranked by matching; 0: none
+    select_on: str | None = (
+        None  # the figure that is to be highest, such as dev.recall; None: re-ranked where it can be
+    )
+
+    @property
+    def rows_at_once(self) -> int:
+        """Pairs of one forward; the whole batch until "auto" is settled."""
+        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
+
+    def with_absolute_paths(self) -> RetrievalRecipe:
+        """The same for whoever stands in another folder: what a config that is kept should state."""
+        init = None if self.init is None else absolute(self.init)
+        return replace(self, data=self.data.with_absolute_paths(), init=init)
+
+    def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedRetrieval:
+        """Open pairs and model.
+
+        Args:
+            name, arguments: of the recipe, as config.json is to state them.
+            resume_from: the model folder of a checkpoint that was checked; the trainer restores the weights.
+        """
+        return _prepare(self, name, arguments, resume_from)
+
+
+PUBLISHED = Optim(  # the warm-up of the public code starts at the full rate, so it is none
+    lr=1e-5, betas=(0.9, 0.999), weight_decay=0.02, no_decay=("*bias", "*norm*"), warmup=0, final=0.1, clip="none",
+)  # fmt: skip
+
+
+def _recipe(epochs: float, shortlist: int, data: RetrievalData | None = None) -> RetrievalRecipe:
+    return RetrievalRecipe(
+        data=data or RetrievalData(), optim=PUBLISHED, train=Train(monitor_every=0), epochs=epochs,
+        shortlist=shortlist,
+    )  # fmt: skip
+
+
+RETRIEVAL = {
+    "retrieval": _recipe(10, SHORTLIST, RetrievalData(image_size=None, random_changes=0)),  # of one's own
+    "retrieval_flickr30k": _recipe(10, 128),
+    "retrieval_coco": _recipe(5, 256),
+}
+
+
+@dataclass
+class PreparedRetrieval(Prepared):
+    """A fine-tuning run with its parts in memory."""
+
+    recipe: RetrievalRecipe
+    bundle: Bundle
+    title: str
+    held: dict[str, Source]  # "dev", and "test" where there is one
+
+    def measures(self, recipe: RetrievalRecipe) -> Callable[[Method], dict[str, Any]]:
+        return _measures(self.bundle, {"dev": self.held["dev"]}, recipe)
+
+    def with_train(self, **changes: Any) -> PreparedRetrieval:
+        """Schedules may be shares of the run: a run of another length has others."""
+        changed = super().with_train(**changes)
+        if isinstance(changed.run.method, AlbefMethod):
+            changed.run.method.num_steps = changed.recipe.train.steps
+        pools_fit(changed.recipe)
+        return changed
+
+    def settle(self, out: Path) -> str | None:
+        return keep_best(self.run, out)
+
+    def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
+        found = Evaluation()
+        for split, source in self.held.items():
+            say(f"{self.title}: {split}, {min(len(source), self.recipe.data.rows):,} pictures")
+            prefix = f"{self.title}.{split}"
+            measured = _measured(self.bundle, source, self.recipe, prefix)
+            found.results |= measured.results
+            found.chance |= measured.chance
+            found.not_applicable += [f"{split}: {sentence}" for sentence in measured.not_applicable]
+            orders = ("_reranked", "") if f"{prefix}.tr_reranked_r1" in measured.results else ("",)
+            for order in orders:
+                recalls = {
+                    way: " / ".join(
+                        f"{100 * measured.results[f'{prefix}.{way}{order}_r{cutoff}'].value:.1f}"
+                        for cutoff in retrieval.CUTOFFS
+                    )
+                    for way in ("tr", "ir")
+                }
+                how = "re-ranked by matching" if order else "by cosine"
+                found.headline.append(
+                    f"{self.title}, {split}, {how}: R@1 / 5 / 10 of texts {recalls['tr']}, of pictures {recalls['ir']}."
+                )
+        return found, {}
+
+
+def _measured(bundle: Bundle, source: Source, recipe: RetrievalRecipe, prefix: str) -> Evaluation:
+    """TR finds the texts of a picture, IR the picture of a text."""
+    return pairs.run(
+        bundle, source, recipe.data.rows, image_to_text=f"{prefix}.tr", text_to_image=f"{prefix}.ir",
+        shortlist=recipe.shortlist,
+    )  # fmt: skip
+
+
+def _measures(
+    bundle: Bundle, sources: dict[str, Source], recipe: RetrievalRecipe
+) -> Callable[[Method], dict[str, Any]]:
+    """What a trainer calls: every figure of the dev pictures, and the mean recall that a checkpoint is chosen by."""
+
+    def measure(method: Method) -> dict[str, Any]:
+        assert bundle.model is method.exported(), "the bundle is of the model that is trained"
+        figures: dict[str, float] = {}
+        for split, source in sources.items():
+            found = _measured(bundle, source, recipe, split).results
+            figures |= {name: result.value for name, result in found.items()}
+            for order in ("", "_reranked"):
+                if f"{split}.tr{order}_r1" in found:
+                    names = (f"{split}.tr{order}", f"{split}.ir{order}")
+                    figures[f"{split}.recall{order}"] = retrieval.mean_recall(found, *names)
+        return {"figures": figures}
+
+    return measure
+
+
+# ----------------------------------------------------------------------------------------------------- preparing
+
+
+def _prepare(
+    recipe: RetrievalRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None
+) -> PreparedRetrieval:
+    limits.check(leaves(recipe))
+    if recipe.init is None:
+        raise TriviumError(
+            "there is no model to fine-tune: name one with --init (a run, a model folder or a checkpoint)"
+        )
+    start = load(recipe.init) if resume_from is None else open_own(resume_from)
+    model, data = start.model, recipe.data
+    if not isinstance(model, Albef | Flava | Clip):
+        raise TriviumError(
+            f"retrieval is of pictures by texts, and a model of the family {start.family} has no space that both share:"
+            " use an ALBEF, a FLAVA or a CLIP"
+        )
+    if start.tokenizer is None:
+        raise TriviumError(f"{recipe.init} came without a tokenizer: put its tokenizer.json or vocab.txt beside it")
+    title, sources = _open(data)
+    train = sources.pop("train")
+    size = data.image_size or start.transform.size
+    if size % (patch := model.config.patch_size):
+        raise TriviumError(
+            f"a picture of {size} pixels cannot be cut into patches of {patch}: choose a multiple, such as"
+            f" --data.image-size {max(patch, round(size / patch) * patch)}"
+        )
+    recipe = with_steps(recipe, len(train))
+    pools_fit(recipe)
+    notes = noticed(Sources(train, None, None, sources["dev"], None, None))
+    if resume_from is None and start.head is not None:
+        notes.append("left out is the head that the model has: retrieval has no use for it")
+    transform = replace(start.transform, size=size)
+    method = method_of(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
+    max_length = min(data.max_length, model.config.max_length)
+    bundle = replace(
+        start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
+        image_tokenizer=None, false_pairs=FALSE_SHARE if trains_matching(recipe, model) else start.false_pairs,
+    )  # fmt: skip
+    views = Views(size, transform.filter, crop_scale=data.crop_scale, flip=data.flip)
+    changes = RandomAugment(data.random_changes) if data.random_changes else None
+    image = ImageInput(views, patch, changes=changes, cache_bytes=data.cache_megabytes << 20, masked=False)
+    text = TextInput(start.tokenizer, max_length, probability=None)
+    collate = PairCollate(image, text, sort_by_length=data.sort_by_length)
+
+    def mixture_of(settings: Train) -> StreamMixture:
+        rows = replace(recipe, train=settings).rows_at_once
+        return StreamMixture([Stream("pairs", train, collate, data.batch, rows)], settings.seed, "ratio",
+                             settings.workers)  # fmt: skip
+
+    run = Run(
+        method,
+        mixture_of(recipe.train),
+        recipe.optim,
+        recipe.train,
+        export=bundle.save,
+        config=Config(name, arguments, leaves(recipe)),
+        evaluate=_measures(bundle, {"dev": sources["dev"]}, recipe),
+        blocks=model.blocks,
+        select=f"figures.{_select(recipe, model)}",
+    )
+    return PreparedRetrieval(recipe, run, bundle, mixture_of, name, arguments, notes, title, sources)
+
+
+def trains_matching(recipe: Any, model: Albef | Flava | Clip) -> bool:
+    return isinstance(model, Matches) and recipe.objectives.itm > 0
+
+
+def method_of(model: Albef | Flava | Clip, pixels: Pixels, recipe: Any, num_pairs: int, notes: list[str]) -> Method:
+    """What trains a model on pairs. recipe: of retrieval or grounding; notes: gets a sentence for each setting that the
+    family has no use for."""
+    objectives, soft = recipe.objectives, recipe.distillation
+    if not objectives.contrastive and not trains_matching(recipe, model):
+        raise TriviumError(
+            "every loss has weight 0, so nothing would be trained: set one, such as --objectives.contrastive 1"
+        )
+    if isinstance(model, Albef):
+        queue = queue_rows(objectives.queue, num_pairs, notes)
+        return AlbefMethod(
+            model, pixels, Distillation(soft.ramp, soft.reach, soft.dropout, itc=soft.alpha, mlm=0.0),
+            recipe.train.steps, steps_per_epoch(num_pairs, recipe.data.batch), queue, seed=recipe.train.seed,
+            weights={"itc": objectives.contrastive, "itm": objectives.itm, "mlm": 0.0},
+            duplicates=objectives.duplicates, negatives=objectives.negatives, pool=objectives.pool,
+        )  # fmt: skip
+    if soft.alpha:
+        notes.append("without distillation: of retrieval it is ALBEF's alone")
+    if isinstance(model, Clip):
+        if objectives.itm:
+            notes.append("without ITM: CLIP matches nothing, and is trained by the contrastive loss alone")
+        return ClipMethod(model, pixels)
+    weights = {"contrastive": objectives.contrastive, "itm": objectives.itm}
+    return RetrievalMethod(model, pixels, weights, objectives.negatives, objectives.pool)
+
+
+def _select(recipe: RetrievalRecipe, model: Albef | Flava | Clip) -> str:
+    """Raises TriviumError where no such figure is measured."""
+    reranks = recipe.shortlist > 0 and isinstance(model, Matches)
+    ways, figures = ("tr", "ir"), [f"r{cutoff}" for cutoff in retrieval.CUTOFFS]
+    known = [f"dev.recall{order}" for order in (("_reranked", "") if reranks else ("",))]
+    known += [f"dev.{way}{order}_{f}" for order in ("", "_reranked")[: 1 + reranks] for way in ways for f in figures]
+    select = recipe.select_on or known[0]
+    if select not in known:
+        raise TriviumError(f"--select-on {select}: no such figure is measured: use one of {', '.join(known)}")
+    return select
+
+
+def pools_fit(recipe: Any) -> None:
+    """Raises TriviumError where a micro-batch would cut a pool of ITM in two. recipe: of retrieval or grounding."""
+    if recipe.objectives.itm:
+        check_pools(recipe.rows_at_once, recipe.objectives.pool)
+
+
+def _open(data: RetrievalData) -> tuple[str, dict[str, Source]]:
+    """What papers call the data set, and its splits: "train", "dev" and, where there is one, "test".
+
+    Raises TriviumError where one is missing.
+    """
+    if data.root is None:
+        if not data.train:
+            raise TriviumError(
+                "no captioned pictures are given: name a table or a folder with --data.train, or with --data.root the"
+                " folder of Flickr30K or COCO in ALBEF's layout"
+            )
+        if not data.dev:
+            raise TriviumError(
+                "no checkpoint can be chosen without pictures that are not trained on: name some with --data.dev"
+            )
+        named = {"train": data.train, "dev": data.dev, "test": data.test}
+        return "retrieval", {split: _source(data, paths) for split, paths in named.items() if paths}
+    for begins, title in OFFICIAL.items():
+        files = {split: os.path.join(data.root, f"{begins}_{split}.json") for split in SPLITS}
+        if not os.path.isfile(files["train"]):
+            continue
+        if not os.path.isfile(files["val"]):
+            raise TriviumError(
+                f"{data.root} holds no {os.path.basename(files['val'])}, by which a checkpoint is chosen"
+            )
+        there = {("dev" if s == "val" else s): file for s, file in files.items() if os.path.isfile(file)}
+        return title, {split: _source(data, (file,)) for split, file in there.items()}
+    raise TriviumError(
+        f"{data.root} holds neither flickr30k_train.json nor coco_train.json: give the folder with ALBEF's annotation"
+        " files, and the pictures below it or below --data.image-root; tables of your own go to --data.train"
+    )
+
+
+def _source(data: RetrievalData, paths: tuple[str, ...]) -> Source:
+    return open_source(
+        "pairs", paths, image_column=data.image_column, text_column=data.text_column, root=data.image_root
+    )

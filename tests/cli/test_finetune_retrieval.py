@@ -1,0 +1,212 @@
+"""`trivium finetune retrieval` from end to end: the official files and one's own, three families, and mistakes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trivium
+from tests.cli.test_finetune import figures
+from tests.data.drawn import drawn_picture
+from tests.recipes.shop import checkpoint, digests, lines_of
+from tests.recipes.shop import trivium as run
+from trivium.bundle import Bundle
+from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
+from trivium.data.transforms import ImageTransform
+from trivium.evaluate import results
+from trivium.invariance import albef, clip, flava
+
+WORDS = [*BERT_SPECIALS, "a", "picture", "of", "number", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+QUICK = {
+    "data.batch": 6, "data.image-size": 32, "train.steps": 4, "train.evaluate-every": 2, "train.workers": 0,
+    "train.threads": 1, "train.precision": "fp32", "train.log-every": 1, "optim.lr": 0.003,
+}  # fmt: skip
+
+
+def saved(folder: Path, family: str) -> Path:
+    model: torch.nn.Module
+    tokenizer = Tokenizer.wordpiece(WORDS)
+    if family == "albef":
+        model = albef.random_albef(replace(albef.TINY, vocab_size=len(WORDS)), dtype=torch.float32)
+        tokenizer = tokenizer.for_captions()
+    elif family == "flava":
+        model = flava.random_flava(replace(flava.TINY, vocab_size=len(WORDS)), dtype=torch.float32)
+    else:
+        config = replace(clip.TINY, vocab_size=len(WORDS), end_id=tokenizer.sep_id)
+        model = clip.random_clip(config, dtype=torch.float32)
+    Bundle(family, model, tokenizer, ImageTransform(size=32), max_length=16).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {family: saved(folder / family, family) for family in ("albef", "flava", "clip")}
+
+
+@pytest.fixture(scope="module")
+def flickr(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Flickr30K as ALBEF's files have it: one caption an entry in training, a list of them to be measured on."""
+    root = tmp_path_factory.mktemp("flickr30k")
+    (root / "flickr30k-images").mkdir()
+    for n in range(8):
+        (root / "flickr30k-images" / f"{n}.png").write_bytes(drawn_picture(n))
+    caption = [f"A picture of number {word}." for word in WORDS[9:]]
+    train = [
+        {"image": f"flickr30k-images/{n}.png", "caption": f"{caption[n]} {more}", "image_id": n}
+        for n in range(8) for more in ("a picture", "one")
+    ]  # fmt: skip
+    held = [{"image": f"flickr30k-images/{n}.png", "caption": [caption[n], f"number {n}"]} for n in range(4)]
+    for split, entries in (("train", train), ("val", held), ("test", held[:3])):
+        (root / f"flickr30k_{split}.json").write_text(json.dumps(entries))
+    return root
+
+
+def tune(task: str, init: Path, out: Path, *words: object, **changes: object) -> dict[str, float]:
+    named = {**QUICK, **{name.replace("__", "."): value for name, value in changes.items()}}
+    flags = [word for name, value in named.items() for word in (f"--{name}", str(value))]
+    assert run("finetune", task, "--init", init, "--out", out, *flags, *words) == 0
+    return figures(out)
+
+
+def test_the_official_files_train_albef_and_both_orders_are_measured(
+    models: dict[str, Path], flickr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    found = tune("retrieval_flickr30k", models["albef"], out, "--data", flickr)
+    for split, pictures in (("dev", 4), ("test", 3)):
+        for way, queries in (("tr", pictures), ("ir", 2 * pictures)):
+            for order in ("", "_reranked"):
+                name = f"Flickr30K retrieval.{split}.{way}{order}_r1"
+                assert json.loads((out / "results.json").read_text())["results"][name]["n"] == queries
+    measured = [entry["results"]["figures"] for entry in lines_of(out / "metrics.jsonl") if "results" in entry]
+    names = [f"dev.{way}_reranked_r{cutoff}" for way in ("tr", "ir") for cutoff in (1, 5, 10)]
+    assert measured[0]["dev.recall_reranked"] == pytest.approx(np.mean([measured[0][name] for name in names]))
+    best = max(measured, key=lambda figures: figures["dev.recall_reranked"])
+    assert found["Flickr30K retrieval.dev.tr_reranked_r1"] == best["dev.tr_reranked_r1"]
+    assert found["Flickr30K retrieval.dev.ir_r1"] == best["dev.ir_r1"]
+    assert {"itc", "itm"} == set(lines_of(out / "metrics.jsonl")[0]["losses"])
+    before, after = trivium.load(models["albef"]).model.state_dict(), trivium.load(out).model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "itm_head.weight" in moved and "fusion.blocks.0.cross_attention.query.weight" in moved
+    assert not any(name.startswith("mlm_head.") for name in moved)
+    state = load_file(checkpoint(out, 4) / "training" / "method.safetensors")
+    assert len(state["image_queue"]) == 16 // 4  # a quarter of the pairs
+    capsys.readouterr()
+    assert run("evaluate", out) == 0
+    assert "test, re-ranked by matching: R@1 / 5 / 10 of texts" in capsys.readouterr().out
+    assert figures(out) == pytest.approx(found, abs=1e-9) or figures(out).keys() == found.keys()
+    assert figures(out)["Flickr30K retrieval.test.tr_reranked_r1"] == found["Flickr30K retrieval.test.tr_reranked_r1"]
+
+
+def test_a_run_that_is_resumed_ends_as_one_that_was_not(models: dict[str, Path], flickr: Path, tmp_path: Path) -> None:
+    words = ("--data", flickr, "--train.save-every", 2, "--train.keep-last", 9, "--distillation.ramp", 2)
+    tune("retrieval_flickr30k", models["albef"], tmp_path / "straight", *words)
+    out = tmp_path / "again"
+    tune("retrieval_flickr30k", models["albef"], out, *words)
+    (checkpoint(out, 4) / "manifest.json").unlink()  # as if it had not come to be
+    assert run("finetune", out, "--resume") == 0
+    assert digests(checkpoint(out, 4)) == digests(checkpoint(tmp_path / "straight", 4))
+
+
+def test_distillation_is_a_switch(models: dict[str, Path], flickr: Path, tmp_path: Path) -> None:
+    words = ("--data", flickr, "--distillation.ramp", 1, "--shortlist", 0)
+    weights = {}
+    for alpha in (0.0, 0.4):
+        out = tmp_path / str(alpha)
+        found = tune("retrieval_flickr30k", models["albef"], out, *words, distillation__alpha=alpha)
+        assert not any("reranked" in name for name in found)
+        losses = [entry["losses"] for entry in lines_of(out / "metrics.jsonl") if "losses" in entry]
+        assert losses[0]["itc"] == pytest.approx(losses[0]["itc"])
+        weights[alpha] = (losses[0]["itc"], losses[-1]["itc"])
+    assert weights[0.0][0] == weights[0.4][0]  # the ramp begins at 0
+    assert weights[0.0][1] != weights[0.4][1]
+
+
+@pytest.mark.parametrize(
+    ("family", "losses", "said"),
+    [("flava", {"contrastive", "itm"}, "without distillation"), ("clip", {"contrastive"}, "CLIP matches nothing")],
+)
+def test_other_families_train_what_they_have_on_tables_of_ones_own(
+    family: str, losses: set[str], said: str, models: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A Parquet with the pictures in it and a list of captions for each."""
+    names = WORDS[9:]
+    rows = {"image": [drawn_picture(n) for n in range(8)],
+            "captions": [[f"a picture of number {name}", f"number {name}"] for name in names]}  # fmt: skip
+    pq.write_table(pa.table(rows), tmp_path / "pairs.parquet")
+    table, out = tmp_path / "pairs.parquet", tmp_path / "run"
+    words = ("--data", table, "--data.dev", table, "--data.text-column", "captions")
+    found = tune("retrieval", models[family], out, *words, objectives__pool=6)
+    assert set(lines_of(out / "metrics.jsonl")[0]["losses"]) == losses
+    assert said in capsys.readouterr().err
+    assert ("retrieval.dev.tr_reranked_r1" in found) == (family == "flava")
+    assert results.read(out / "results.json")["retrieval.dev.ir_r10"].n == 16
+    assert 0 <= found["retrieval.dev.ir_r1"] <= found["retrieval.dev.ir_r10"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "sentence"),
+    [
+        ("retrieval", [], "no captioned pictures are given: name a table or a folder with --data.train"),
+        ("retrieval", ["--data.train", "TABLE"], "name some with --data.dev"),
+        ("retrieval_coco", ["--data", "EMPTY"], "holds neither flickr30k_train.json nor coco_train.json"),
+        ("retrieval_flickr30k", ["--data", "ROOT", "--select-on", "dev.accuracy"], "use one of dev.recall_reranked"),
+        ("retrieval_flickr30k", ["--data", "ROOT", "--data.image-size", "30"], "--data.image-size 32"),
+        ("retrieval_flickr30k", ["--data", "ROOT", "--objectives.pool", "4"], "cut pools of 4 in two"),
+        ("retrieval_flickr30k", ["--data", "ROOT", "--objectives.contrastive", "0", "--objectives.itm", "0"],
+         "every loss has weight 0"),
+        ("retrieval_flickr30k", ["--data", "ROOT", "--distillation.alpha", "1.5"], "--distillation.alpha 1.5"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence_and_nothing_is_half_written(
+    task: str, words: list[str], sentence: str, models: dict[str, Path], flickr: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    places = {"ROOT": flickr, "EMPTY": tmp_path, "TABLE": flickr / "flickr30k_train.json"}
+    given = [str(places.get(word, word)) for word in words]
+    flags = [word for name, value in QUICK.items() for word in (f"--{name}", str(value)) if f"--{name}" not in words]
+    code = run("finetune", task, "--init", models["albef"], "--out", tmp_path / "run", *flags, *given)
+    told = capsys.readouterr()
+    assert code == 2 and sentence in told.err.strip().splitlines()[-1]
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_entries_that_cannot_be_used_are_named_and_too_many_stop_the_run(
+    models: dict[str, Path], flickr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flickr30k-images").symlink_to(flickr / "flickr30k-images")
+    for split in ("train", "val"):
+        entries = json.loads((flickr / f"flickr30k_{split}.json").read_text())
+        entries[1:3] = [{"image": "flickr30k-images/0.png"}, {"image": "9.png", "caption": "a"}]
+        (tmp_path / f"flickr30k_{split}.json").write_text(json.dumps(entries))
+    words = ("--data", tmp_path, "--shortlist", 0)
+    tune("retrieval_flickr30k", models["albef"], tmp_path / "run", *words, "--train.bad-rate", 1)
+    told = capsys.readouterr().out
+    assert "flickr30k_val.json (entry 1): it has no" in told and "(entry 2): its picture" in told
+    skipped = " ".join(str(line) for line in lines_of(tmp_path / "run" / "skipped.jsonl"))
+    assert "flickr30k_train.json (entry 1)" in skipped or "flickr30k_train.json (entry 2)" in skipped
+    more = {**QUICK, "train.steps": 40, "train.bad-window": 10, "train.evaluate-every": 40}
+    flags = [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    out = tmp_path / "stopped"
+    code = run("finetune", "retrieval_flickr30k", "--init", models["albef"], "--out", out, *flags, *words)
+    assert code == 2 and "flickr30k_train.json" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "stopped" / "results.json").exists()
+
+
+def test_a_model_without_a_shared_space_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trivium.invariance.finetune import random_bert
+
+    model = random_bert(dtype=torch.float32)
+    Bundle("bert", model, Tokenizer.wordpiece(WORDS), ImageTransform()).save(tmp_path / "bert")
+    assert run("finetune", "retrieval", "--init", tmp_path / "bert") == 2
+    assert "a model of the family bert has no space that both share" in capsys.readouterr().err

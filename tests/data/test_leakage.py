@@ -1,0 +1,130 @@
+"""What held-out rows share with training is found, equal and nearly so, and nothing else is."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trivium.data import leakage
+from trivium.data.duplicates import close_across
+from trivium.data.glue import read_glue
+from trivium.data.labelled import LabelledRows, Row
+from trivium.errors import BadSample
+
+TRAIN = [
+    "a gripping , often funny film that never lets go of its audience until the very last frame has faded",
+    "the plot is thin and the actors look as if they would rather be anywhere else than in this picture",
+    "an honest and moving portrait of a family that has to learn how to live with one another again",
+]
+
+
+def texts(*rows: str | tuple[str, str], file: str = "train.tsv") -> LabelledRows:
+    pairs = [(row, None) if isinstance(row, str) else row for row in rows]
+    return LabelledRows([Row(file, f"line {n}", str(n), a, b, label=0) for n, (a, b) in enumerate(pairs, 1)], "text")
+
+
+def test_texts_that_are_equal_or_nearly_so() -> None:
+    dev = texts(
+        "something else entirely , of which no training row says a word , however long one looks for it",
+        "The plot is thin and  the actors LOOK as if they would rather be anywhere else than in this picture",
+        "an honest and moving portrait of a family that has to learn how to live with one another once again .",
+        file="dev.tsv",
+    )
+    exact, near = leakage.of_texts(texts(*TRAIN), dev, "dev")
+    assert exact == (
+        "leakage: 1 of 3 rows of dev stand, in the same letters, in training; they are counted all the same; the first:"
+        " dev.tsv (line 2) and train.tsv (line 2)"
+    )
+    assert "1 of 3 rows of dev have a near copy (at most 8 of 64 bits of the hash) in training" in near
+    assert near.endswith("dev.tsv (line 3) and train.tsv (line 3)")
+    assert leakage.of_texts(texts(*TRAIN, "!"), texts("nothing of the kind", "?"), "dev") == []
+
+
+def test_of_a_pair_both_texts_count() -> None:
+    train = texts(("it rains", "it is wet"), ("it snows", "it is cold"))
+    assert leakage.of_texts(train, texts(("it rains", "it is cold")), "dev") == []
+    [told] = leakage.of_texts(train, texts(("it snows", "it is cold")), "dev")
+    assert "1 of 1 rows" in told
+
+
+def test_rows_that_cannot_be_used_are_passed_over() -> None:
+    train = LabelledRows([BadSample("train.tsv", "line 1", "no text"), *texts(*TRAIN).rows], "text")
+    [told] = leakage.of_texts(train, texts(TRAIN[0]), "dev")
+    assert told.endswith("and train.tsv (line 1)")
+    assert leakage.of_texts(LabelledRows([BadSample("a", "", "b")], "text"), texts(TRAIN[0]), "dev") == []
+
+
+def test_pairs_across_two_sets_are_those_of_every_comparison() -> None:
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**63, 300).astype(np.uint64)
+    others = hashes[rng.integers(0, 300, 200)]
+    for row, flips in enumerate(rng.integers(0, 12, 200)):
+        for bit in rng.choice(63, flips, replace=False):
+            others[row] ^= np.uint64(1) << np.uint64(bit)
+    apart = np.array([[bin(int(a) ^ int(b)).count("1") for b in others] for a in hashes])
+    for distance in (3, 8):
+        found = close_across(hashes, others, distance)
+        assert sorted(found[:, 1]) == np.flatnonzero((apart <= distance).any(0)).tolist()
+        assert all(apart[one, other] <= distance for one, other in found)
+
+
+def photograph(seed: int) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((96, 96), Image.Resampling.BICUBIC)
+
+
+def shown(folder: Path, name: str, files: list[str]) -> LabelledRows:
+    rows = [Row(f"{name}.csv", f"line {n}", str(n), "a text", image=str(folder / file), label=0)
+            for n, file in enumerate(files, 2)]  # fmt: skip
+    return LabelledRows(rows, "pairs")
+
+
+def test_pictures_that_are_equal_or_nearly_so_whatever_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(6):
+        photograph(seed).save(tmp_path / f"{seed}.png")
+    os.link(tmp_path / "2.png", tmp_path / "copy.png")
+    buffer = io.BytesIO()
+    photograph(3).save(buffer, "JPEG", quality=60)
+    (tmp_path / "again.jpg").write_bytes(buffer.getvalue())
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    train = shown(tmp_path, "train", ["0.png", "1.png", "2.png", "3.png", "broken.png", "gone.png"])
+    dev = shown(tmp_path, "dev", ["4.png", "copy.png", "copy.png", "1.png", "again.jpg", "broken.png", "5.png"])
+    exact, near = leakage.of_pictures(train, dev, "dev")
+    assert "3 of 7 rows of dev show a picture that stands, equal to the pixel, in training" in exact
+    assert exact.endswith("dev.csv (line 3) and train.csv (line 4)")
+    assert "1 of 7 rows of dev show a near copy (at most 6 of 64 bits of the hash and 4 of 255 in colour)" in near
+    assert near.endswith("dev.csv (line 6) and train.csv (line 5)")
+    monkeypatch.setattr(leakage, "PICTURES", 5)
+    [files] = leakage.of_pictures(train, dev, "dev")
+    assert "2 of 7 rows of dev show a file, which is all that was looked for among more than 5 pictures" in files
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("task", "equal"), [("sst2", 2), ("cola", 19)])
+def test_the_sentences_that_glue_has_on_both_sides(task: str, equal: int) -> None:
+    splits = read_glue(task, str(Path(os.environ["TRIVIUM_DATA"]) / "glue"))
+    told = leakage.of_texts(splits.train, splits.held_out["dev"], "dev")
+    assert told[0].startswith(
+        f"leakage: {equal} of {len(splits.held_out['dev']):,} rows of dev stand, in the same letters"
+    )
+
+
+@pytest.mark.data
+def test_a_word_that_is_changed_is_near_and_other_sentences_are_not() -> None:
+    """On SST-2's dev sentences of twenty words or more."""
+    splits = read_glue("sst2", str(Path(os.environ["TRIVIUM_DATA"]) / "glue"))
+    sentences = [row.text or "" for row in splits.held_out["dev"].good()]
+    sentences = [sentence for sentence in sentences if len(sentence.split()) >= 20]
+    hashes = leakage.simhashes([leakage._letters(Row("", "", "", sentence)) for sentence in sentences])
+    changed = [" ".join(word for n, word in enumerate(each.split()) if n != 7) for each in sentences]
+    others = leakage.simhashes([leakage._letters(Row("", "", "", sentence)) for sentence in changed])
+    apart = np.array([[bin(int(a) ^ int(b)).count("1") for b in others[:200]] for a in hashes[:200]])
+    assert (np.diag(apart) <= leakage.TEXT_DISTANCE).mean() > 0.7
+    assert (apart[~np.eye(len(apart), dtype=bool)] > leakage.TEXT_DISTANCE).all()

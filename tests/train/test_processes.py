@@ -1,0 +1,213 @@
+"""Runs of two processes: they stop, resume, skip and fail together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+from runs import assert_same_state, metrics_of, on_two_processes, state_of, stopped_at
+from tiny_run import TinyMixture, make, real_mixture, with_train
+
+from trivium.errors import TriviumError
+from trivium.manifest import checkpoints_in, newest_checkpoint
+from trivium.train import budget, checkpoint, distributed, optim, trainer
+from trivium.train.trainer import Run, train
+
+
+def test_two_processes_stop_together_and_resume(straight: Path, tmp_path: Path) -> None:
+    """A signal that reaches the second process alone stops both after the same step; both halves make a whole."""
+
+    def whole(rank: int) -> None:
+        train(make(with_train(log_every=1)), tmp_path / "whole")
+
+    def first_half(rank: int) -> None:
+        run = make(with_train(log_every=1))
+        outcome = train(stopped_at(run, 7) if rank == 1 else run, tmp_path / "halves")
+        assert (outcome.done, outcome.signal) == (7, signal.SIGTERM)
+
+    def second_half(rank: int) -> None:
+        train(make(with_train(log_every=1)), tmp_path / "halves", resume=True)
+
+    for action in (whole, first_half, second_half):
+        on_two_processes(action)
+    assert_same_state(tmp_path / "whole", tmp_path / "halves", 20)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "halves")
+    one, two = state_of(straight, 20), state_of(tmp_path / "whole", 20)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_partial_checkpoint_in_the_way_stops_no_process(straight: Path, tmp_path: Path) -> None:
+    """Others hang for ever where the first process alone meets the folder that an interrupted save left."""
+    for name in ("step-00000010", ".tmp-step-00000010", ".tmp-step-00000020"):
+        (tmp_path / "run" / "checkpoints" / name / "model").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-00000010").rename(tmp_path / "partial")
+
+    def both(rank: int) -> None:
+        run = make(with_train(save_every=5, log_every=1))
+        if rank == 0:
+            run.method.before_accept = lambda step: put_back() if step == 7 else None  # type: ignore[assignment]
+        train(run, tmp_path / "run")
+
+    def put_back() -> None:
+        (tmp_path / "partial").rename(tmp_path / "run" / "checkpoints" / "step-00000010")
+
+    on_two_processes(both)
+    found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == ["damaged-0-step-00000010", "step-00000015", "step-00000020"]
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail) is not None
+
+
+def test_what_is_not_finite_on_one_process_changes_nothing_on_any(tmp_path: Path) -> None:
+    """The bad batch is the second process's alone; parameters, teacher, queue and optimizer stay to the bit on both."""
+
+    def action(rank: int) -> None:
+        run = make(with_train(log_every=1, steps=9), OneSided(frozenset({4, 6, 7})))
+        states: list[dict[str, torch.Tensor]] = []
+        plain = trainer.one_step
+
+        def one_step(run: Run, optimizer: torch.optim.Optimizer, step: int, *rest: Any) -> Any:
+            def state() -> dict[str, torch.Tensor]:
+                everything = run.method.state_dict() | optim.state_by_name(optimizer, run.method)
+                return {name: tensor.clone() for name, tensor in everything.items()}
+
+            before = state()
+            result = plain(run, optimizer, step, *rest)
+            changed = [name for name, tensor in state().items() if not torch.equal(tensor, before.get(name, tensor))]
+            assert result.accepted == (step not in (4, 6, 7)) == bool(changed), (step, changed)
+            if result.accepted:
+                assert {"model.head.weight", "teacher.head.weight"} <= set(changed)
+                assert ("queue" in changed) == (run.mixture.stream_at(step).name == "pairs")
+            states.append(state())
+            return result
+
+        trainer.one_step = one_step
+        assert train(run, tmp_path / "run").done == 9
+        torch.save(states, tmp_path / f"{rank}.pt")
+
+    on_two_processes(action)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(one[name], two[name]) for one, two in zip(first, second, strict=True) for name in one)
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if "skipped" in line] == [5, 7, 8]
+
+    def three(rank: int) -> None:
+        sentence = "three steps in a row, step 7 with places 32 to 39 of stream pairs, step 8"
+        with pytest.raises(TriviumError, match=sentence):
+            train(make(with_train(log_every=1), OneSided(frozenset({6, 7, 8}))), tmp_path / "stopped")
+
+    on_two_processes(three)
+
+
+class OneSided(TinyMixture):
+    """What is not finite lies in the last micro-batch alone: the second process's."""
+
+    def __init__(self, inf_at: frozenset[int]) -> None:
+        super().__init__()
+        self.inf_at = inf_at
+
+    def loader(self, step: int, rank: int, world: int, stop: int) -> Any:
+        for number, batches in enumerate(super().loader(step, rank, world, stop), start=step):
+            if number in self.inf_at and rank == world - 1:
+                batches[-1].targets["y"][0] = float("inf") if number % 2 else float("nan")
+            yield batches
+
+
+def test_from_one_process_to_two_and_back(tmp_path: Path) -> None:
+    """Every global step of the real loader holds the same samples, and the weights differ by rounding alone."""
+
+    def leg(folder: Path, rank: int, world: int, stop: int | None) -> None:
+        run = make(with_train(log_every=1), real_mixture(0))
+        plain = run.mixture.loader
+
+        def loader(*arguments: Any) -> Any:
+            for number, batches in enumerate(plain(*arguments), start=arguments[0]):
+                with (folder.parent / f"{folder.name}-{number}-{rank}.json").open("w") as file:
+                    json.dump([[batch.places_B.tolist(), batch.targets["x"].tolist()] for batch in batches], file)
+                yield batches
+
+        run.mixture.loader = loader  # type: ignore[method-assign]
+        outcome = train(run if stop is None else stopped_at(run, stop), folder, resume=folder.exists())
+        assert outcome.done == (stop or 20)
+
+    def seen(name: str, step: int) -> list[Any]:
+        files = [tmp_path / f"{name}-{step}-{rank}.json" for rank in range(2)]
+        return [batch for file in files if file.exists() for batch in json.loads(file.read_text())]
+
+    leg(tmp_path / "one", 0, 1, None)
+    leg(tmp_path / "elastic", 0, 1, 6)
+    on_two_processes(lambda rank: leg(tmp_path / "elastic", rank, 2, 13))
+    leg(tmp_path / "elastic", 0, 1, None)
+    assert all(seen("one", step) == seen("elastic", step) for step in range(20))
+    assert (tmp_path / "elastic-9-1.json").exists()
+    one, two = state_of(tmp_path / "one", 20), state_of(tmp_path / "elastic", 20)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def torchrun(folder: Path, *arguments: str) -> tuple[int, str]:
+    """tiny_run.py on two processes under torchrun, ended after a minute: exit code and what it wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(tiny_run.__file__)), str(folder), *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2] / "src"), *sys.path])}
+    with folder.with_name("log").open("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        try:
+            code = process.wait(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        log.seek(0)
+        return code, log.read()
+
+
+def test_a_process_that_is_killed_under_torchrun_ends_the_job(tmp_path: Path) -> None:
+    """SIGKILL of the second of two: the first one says so, the job ends by itself, and what follows is exact."""
+    on_two_processes(lambda rank: train(make(with_train(log_every=3, save_every=5)), tmp_path / "whole"))
+    code, text = torchrun(tmp_path / "run", "kill-second", "8")
+    assert code not in (0, -signal.SIGKILL), text
+    assert "another process of this run ended" in text
+    assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path / "run" / "checkpoints")] == [5]
+    on_two_processes(
+        lambda rank: train(make(with_train(log_every=3, save_every=5)), tmp_path / "run", resume=True) and None
+    )
+    assert_same_state(tmp_path / "whole", tmp_path / "run", 20)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "run")
+
+
+def test_a_mistake_on_the_first_process_stops_both(straight: Path) -> None:
+    def again(rank: int) -> None:
+        with pytest.raises(TriviumError, match="holds a run already" if rank == 0 else "the first process stopped"):
+            train(make(with_train(log_every=1)), straight)
+
+    on_two_processes(again)
+
+
+def test_memory_that_runs_out_on_one_process_alone_lowers_the_micro_batch_of_all() -> None:
+    def action(rank: int) -> None:
+        tried = []
+
+        def attempt(rows: int) -> None:
+            tried.append(rows)
+            run = make()
+
+            def exhaust(step: int) -> None:
+                if rank == 1 and rows > 2:
+                    torch.empty(1 << 60, dtype=torch.uint8)
+
+            run.method.before_accept = exhaust  # type: ignore[assignment]
+            trainer.try_streams(run)
+
+        distributed.start()
+        assert budget.largest_micro_batch(attempt, 16, distributed.world()) == 2
+        assert tried == [8, 4, 2]
+
+    on_two_processes(action)
