@@ -14,11 +14,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tests.data.test_detection import box, write
-from trivium.bundle import Objects
 from trivium.data.detection import DetectionRows, read_detection
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
 from trivium.evaluate.detection import FIGURES, as_coco, as_entries, attributes_right, drawn, measure, wall
+from trivium.models.encoded import Objects
 
 
 def objects(

@@ -200,7 +200,7 @@ def test_mistakes_are_one_sentence(data: Path, tmp_path: Path) -> None:
 
     assert "there is no task hateful_meme: use one of coco, vg, cola" in refused(hateful_meme=JointTask(2, root="x"))
     assert "boxes of the task vg are not named" in refused(vg=JointTask(1, train=("a.csv",)))
-    assert "STS-B asks for a number" in refused(stsb=JointTask(12, root=str(data / "glue")))
+    assert "STS-B is about a number" in refused(stsb=JointTask(12, root=str(data / "glue")))
     with pytest.raises(TriviumError, match="holds none of the folders coco, vg, vqa, snli-ve"):
         set_leaves(unit("tiny"), {"data.scenes": str(tmp_path)}).prepare("unit", {})
     with pytest.raises(TriviumError, match="there is no UniT of size huge"):

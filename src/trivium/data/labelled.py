@@ -115,7 +115,11 @@ class LabelledRows(RowSource):
         """`limit` of the rows, evenly spread over all."""
         if limit is None or limit >= len(self):
             return self
-        return LabelledRows([self.rows[n] for n in np.arange(limit) * len(self) // limit], self.kind)
+        return self.with_rows([self.rows[n] for n in np.arange(limit) * len(self) // limit])
+
+    def with_rows(self, rows: Sequence[Row | BadSample]) -> LabelledRows:
+        """Other rows of the same kind, whose pictures are where those of these are."""
+        return LabelledRows(rows, self.kind)
 
 
 @dataclass(frozen=True)
@@ -166,12 +170,11 @@ def _wholly_labelled(rows: LabelledRows) -> LabelledRows:
     if not is_labelled(rows):
         return rows
     of = "it has no label, where others of its split have one"
-    return LabelledRows(
+    return rows.with_rows(
         [
             BadSample(row.file, row.where, of) if isinstance(row, Row) and not row.is_labelled else row
             for row in rows.rows
-        ],
-        rows.kind,
+        ]
     )
 
 

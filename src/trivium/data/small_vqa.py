@@ -43,8 +43,8 @@ class PicturesInMemory(LabelledRows):
             raise self.bad(row, f"its picture {name} does not exist")
         return self.pictures[name]
 
-    def capped(self, limit: int | None) -> PicturesInMemory:
-        return PicturesInMemory(super().capped(limit).rows, self.pictures)
+    def with_rows(self, rows: Sequence[Row | BadSample]) -> PicturesInMemory:
+        return PicturesInMemory(rows, self.pictures)
 
 
 def read_easy_vqa(root: str, held_out: float = 0.1) -> Splits:

@@ -17,13 +17,14 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image, ImageDraw
 
-from trivium.bundle import Bundle, Objects
+from trivium.bundle import Bundle
 from trivium.data.decode import decode
 from trivium.data.detection import DetectionRows, corners
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import charts
 from trivium.evaluate.embedded import Figure
 from trivium.evaluate.results import Result, Results, mean_of
+from trivium.models.encoded import Objects
 
 FIGURES = {  # name -> where COCO's summary has it
     "ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5, "ar100": 8,

@@ -166,6 +166,22 @@ class Found:
     attribute_scores_BQ: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Objects:
+    """What was found in one picture, the surest first; Q candidates, of which those with a low score are none."""
+
+    scores_Q: Tensor  # probability of the class
+    labels_Q: Tensor  # int64
+    boxes_Q4: Tensor  # (left, top, right, bottom) in pixels of the picture as it was given
+    attributes_Q: Tensor | None = None  # int64
+
+    def above(self, score: float) -> Objects:
+        """Those with at least this score."""
+        kept = self.scores_Q >= score
+        attributes = None if self.attributes_Q is None else self.attributes_Q[kept]
+        return Objects(self.scores_Q[kept], self.labels_Q[kept], self.boxes_Q4[kept], attributes)
+
+
 @runtime_checkable
 class Detects(Protocol):
     def detect(self, pixels_BCHW: Tensor, sizes_B2: Tensor | None = None, task: str | None = None) -> Found:

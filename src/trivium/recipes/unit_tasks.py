@@ -204,8 +204,9 @@ def opened(tasks: Mapping[str, JointTask]) -> list[Opened]:
         if kind not in TASKS:
             raise TriviumError(f"there is no task {kind}: use one of {', '.join(known())}")
         of = TASKS[kind]
-        if of.gives == "number":
-            raise TriviumError(f"{of.title} asks for a number, and a UniT answers with classes: leave out {name}")
+        if of.gives not in ("class", "answers") or of.num_pictures > 1:
+            what = "two pictures" if of.num_pictures > 1 else f"a {of.gives}"
+            raise TriviumError(f"{of.title} is about {what}, and a UniT answers with classes: leave out {name}")
         rows = TaskData(given.root, given.train, given.dev, min_questions=given.min_questions)
         splits = of.open(rows).checked()
         found.append(Opened(name, given, of, replace(splits, train=splits.train.capped(given.rows))))
