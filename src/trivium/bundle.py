@@ -27,7 +27,7 @@ from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
 from trivium.data.transforms import ImageTransform, normalize, padded
 from trivium.errors import TriviumError
 from trivium.manifest import write_manifest, written_beside
-from trivium.models.encoded import Answers, Detects, Encoded, EncodesImage, EncodesText, Fuses, Matches
+from trivium.models.encoded import Answers, Detects, Encoded, EncodesImage, EncodesText, Fuses, Matches, Objects
 from trivium.models.finetuned import FineTuned, HeadConfig, tells_segments_apart
 from trivium.models.grounding import Compares, Grounds, picture_heat, word_heat
 from trivium.models.image_tokenizer import ImageTokenizer
@@ -54,22 +54,6 @@ class Heat:
     words: tuple[str, ...]  # as the model reads them
     words_Wnn: Tensor  # float32 on CPU: of each word, the mean over its tokens
     text_nn: Tensor  # of the whole text: the mean over all its tokens, the first and the last among them
-
-
-@dataclass(frozen=True)
-class Objects:
-    """What was found in one picture, the surest first; Q candidates, of which those with a low score are none."""
-
-    scores_Q: Tensor  # probability of the class
-    labels_Q: Tensor  # int64
-    boxes_Q4: Tensor  # (left, top, right, bottom) in pixels of the picture as it was given
-    attributes_Q: Tensor | None = None  # int64
-
-    def above(self, score: float) -> Objects:
-        """Those with at least this score."""
-        kept = self.scores_Q >= score
-        attributes = None if self.attributes_Q is None else self.attributes_Q[kept]
-        return Objects(self.scores_Q[kept], self.labels_Q[kept], self.boxes_Q4[kept], attributes)
 
 
 @dataclass
@@ -162,6 +146,37 @@ class Bundle:
         with _evaluating(self.model):
             return model.match(fused).float().softmax(-1)[:, 1]
 
+    def detect(self, pictures: Pictures, task: str | None = None, batch: int = 8) -> list[Objects]:
+        """The objects in one picture or several.
+
+        Args:
+            pictures: as `encode_image` takes them.
+            task: of a model that detects for several; None: its first.
+        """
+        model = self._able(Detects, "finds no objects")  # type: ignore[type-abstract]
+        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
+            pictures = [pictures]
+        found: list[Objects] = []
+        dtype = next(self.model.parameters()).dtype
+        rest = iter(pictures)
+        while several := list(islice(rest, batch)):
+            whole = [self._read(one, pictures, self.transform.decoded) for one in several]
+            pixels_BCHW, sizes_B2 = padded([self._pixels(one, pictures) for one in whole])
+            if pixels_BCHW.is_floating_point():
+                pixels_BCHW = pixels_BCHW * 255
+            pixels_BCHW = normalize(pixels_BCHW.to(self.device), self.transform.mean, self.transform.std, dtype)
+            with _evaluating(self.model):
+                seen = model.detect(pixels_BCHW, None if sizes_B2 is None else sizes_B2.to(self.device), task)
+            order_BQ = seen.scores_BQ.argsort(dim=1, descending=True, stable=True)
+            for row, picture in enumerate(whole):
+                height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.shape[:2]
+                order = order_BQ[row]
+                attributes = None if seen.attributes_BQ is None else seen.attributes_BQ[row][order].cpu()
+                boxes_Q4 = seen.boxes_BQ4[row][order].float().cpu() * torch.tensor([width, height, width, height])
+                found.append(Objects(seen.scores_BQ[row][order].cpu(), seen.labels_BQ[row][order].cpu(), boxes_Q4,
+                                     attributes))  # fmt: skip
+        return found
+
     def ground(
         self,
         pictures: Pictures | Encoded,
@@ -221,37 +236,6 @@ class Bundle:
                     found += list(picture_heat(model, part, text, block).float().cpu().unflatten(1, (-1, side)))
         except IndexError:
             raise TriviumError(f"the picture's tower has no block {block}: count from 0") from None
-        return found
-
-    def detect(self, pictures: Pictures, task: str | None = None, batch: int = 8) -> list[Objects]:
-        """The objects in one picture or several.
-
-        Args:
-            pictures: as `encode_image` takes them.
-            task: of a model that detects for several; None: its first.
-        """
-        model = self._able(Detects, "finds no objects")  # type: ignore[type-abstract]
-        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
-            pictures = [pictures]
-        found: list[Objects] = []
-        dtype = next(self.model.parameters()).dtype
-        rest = iter(pictures)
-        while several := list(islice(rest, batch)):
-            whole = [self._read(one, pictures, self.transform.decoded) for one in several]
-            pixels_BCHW, sizes_B2 = padded([self._pixels(one, pictures) for one in whole])
-            if pixels_BCHW.is_floating_point():
-                pixels_BCHW = pixels_BCHW * 255
-            pixels_BCHW = normalize(pixels_BCHW.to(self.device), self.transform.mean, self.transform.std, dtype)
-            with _evaluating(self.model):
-                seen = model.detect(pixels_BCHW, None if sizes_B2 is None else sizes_B2.to(self.device), task)
-            order_BQ = seen.scores_BQ.argsort(dim=1, descending=True, stable=True)
-            for row, picture in enumerate(whole):
-                height, width = picture.shape[-2:] if isinstance(picture, Tensor) else picture.shape[:2]
-                order = order_BQ[row]
-                attributes = None if seen.attributes_BQ is None else seen.attributes_BQ[row][order].cpu()
-                boxes_Q4 = seen.boxes_BQ4[row][order].float().cpu() * torch.tensor([width, height, width, height])
-                found.append(Objects(seen.scores_BQ[row][order].cpu(), seen.labels_BQ[row][order].cpu(), boxes_Q4,
-                                     attributes))  # fmt: skip
         return found
 
     def answer(
