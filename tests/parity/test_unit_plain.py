@@ -201,8 +201,8 @@ def test_tiny_agrees_in_float64(name: str, decoder: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vg", "vqav2"])
 def test_base_agrees(name: str) -> None:
-    """States and losses in float32; gradients in float64, since through fifty layers of ReLU float32 leaves those of the
-    first convolution 2e-4 to 6e-4 apart, whichever way they are computed."""
+    """States and losses in float32; gradients in float64, since through fifty layers of ReLU float32 leaves those of
+    the first convolution 2e-4 to 6e-4 apart."""
     config = replace(BASE, tasks=tuple(task for task in PUBLISHED_TASKS if task.name == name))
     sizes = [(96, 130), (128, 80)]
     found = run_both(config, name, torch.float32, sizes, 0.02)
