@@ -178,11 +178,7 @@ def without_key_bias(name: str, grad: Tensor) -> Tensor:
     return torch.cat([grad[:third], grad[2 * third :]]) if name.endswith("in_proj_bias") else grad
 
 
-@pytest.mark.parametrize("decoder", ["shared", "separate"])
-@pytest.mark.parametrize("name", ["coco", "vg", "vqav2", "snli_ve", "mnli"])
-def test_tiny_agrees_in_float64(name: str, decoder: str) -> None:
-    config = replace(TINY, decoder=decoder, num_task_tokens=16 if decoder == "shared" else 0)  # type: ignore[arg-type]
-    found = run_both(config, name, torch.float64, SIZES, 0.2)
+def assert_agrees_in_float64(found: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]) -> None:
     for kind, (mine, yours) in found.items():
         assert mine.keys() == yours.keys()
         for tensor, expected in yours.items():
@@ -195,17 +191,24 @@ def test_tiny_agrees_in_float64(name: str, decoder: str) -> None:
     assert used > 60, "most parameters take part"
 
 
+@pytest.mark.parametrize("decoder", ["shared", "separate"])
+@pytest.mark.parametrize("name", ["coco", "vg", "vqav2", "snli_ve", "mnli"])
+def test_tiny_agrees_in_float64(name: str, decoder: str) -> None:
+    config = replace(TINY, decoder=decoder, num_task_tokens=16 if decoder == "shared" else 0)  # type: ignore[arg-type]
+    assert_agrees_in_float64(run_both(config, name, torch.float64, SIZES, 0.2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vg", "vqav2"])
-def test_base_agrees_in_float32(name: str) -> None:
+def test_base_agrees(name: str) -> None:
+    """States and losses in float32; gradients in float64, since through fifty layers of ReLU float32 leaves those of
+    the first convolution 2e-4 to 6e-4 apart."""
     config = replace(BASE, tasks=tuple(task for task in PUBLISHED_TASKS if task.name == name))
-    found = run_both(config, name, torch.float32, [(96, 130), (128, 80)], 0.02)
+    sizes = [(96, 130), (128, 80)]
+    found = run_both(config, name, torch.float32, sizes, 0.02)
     for tensor, expected in found["states"][1].items():
         error = float((found["states"][0][tensor] - expected).abs().max())
         assert error <= 1e-5 * max(1.0, float(expected.abs().max())), f"{tensor}: differs by {error:.3g}"
     for tensor, expected in found["losses"][1].items():
         assert float(found["losses"][0][tensor]) == pytest.approx(float(expected), rel=1e-5)
-    for tensor, expected in found["gradients"][1].items():
-        if not tensor.endswith("self.key.bias"):
-            a, b = without_key_bias(tensor, found["gradients"][0][tensor]), without_key_bias(tensor, expected)
-            assert float((a - b).norm()) <= 1e-4 * float(b.norm()), f"{tensor}: differs"
+    assert_agrees_in_float64(run_both(config, name, torch.float64, sizes, 0.02))

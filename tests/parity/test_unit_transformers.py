@@ -142,23 +142,13 @@ def run_both(
     }  # type: ignore[return-value]
 
 
-def test_tiny_agrees_in_float64() -> None:
-    for mine, yours in run_both(TINY, torch.float64, 0.2, (64, 96)).values():
+@pytest.mark.parametrize("size", ["tiny", pytest.param("base", marks=pytest.mark.slow)])
+def test_agrees_in_float64(size: str) -> None:
+    """Base too: in float32 some of a hundred queries with drawn weights cost the same, and either may be matched."""
+    config, std, sides = (TINY, 0.2, (64, 96)) if size == "tiny" else (BASE, 0.02, (160, 192))
+    found = run_both(config, torch.float64, std, sides)
+    for mine, yours in found.values():
         for tensor, expected in yours.items():
             if not tensor.endswith("k_proj.bias"):
                 error = float((mine[tensor] - expected).abs().max())
                 assert error <= 1e-9 * float(expected.abs().max()) + 1e-15, f"{tensor}: differs by {error:.3g}"
-
-
-@pytest.mark.slow
-def test_base_agrees_in_float32() -> None:
-    found = run_both(BASE, torch.float32, 0.02, (160, 192))
-    for tensor, expected in found["states"][1].items():
-        error = float((found["states"][0][tensor] - expected).abs().max())
-        assert error <= 1e-5 * max(1.0, float(expected.abs().max())), f"{tensor}: differs by {error:.3g}"
-    for tensor, expected in found["losses"][1].items():
-        assert float(found["losses"][0][tensor]) == pytest.approx(float(expected), rel=1e-5)
-    for tensor, expected in found["gradients"][1].items():
-        if not tensor.endswith("k_proj.bias"):
-            error = float((found["gradients"][0][tensor] - expected).norm() / expected.norm())
-            assert error <= 1e-4, f"{tensor}: differs by {error:.3g}"
