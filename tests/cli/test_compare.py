@@ -29,7 +29,7 @@ def test_two_runs_side_by_side(trained: Path, other: Path, tmp_path: Path, capsy
     found = {line.split()[0]: line.split() for line in lines if line.startswith(("retrieval.", "losses."))}
     assert found["retrieval.pairs.text_to_image_r1"][-1] == "12"  # captions of goods.csv
     assert "losses.itm.final" in found
-    assert any(line.startswith("Of 8 figures that both runs were measured on, query by query") for line in lines)
+    assert any(line.startswith("Of 16 figures that both runs were measured on, query by query") for line in lines)
     assert lines[-1] == f"page: {page}"
     text = page.read_text(encoding="utf-8")
     assert Addresses(text).found == []

@@ -14,8 +14,9 @@ import pytest
 from tests.recipes.shop import LOSSES, THINGS, checkpoint, data_of, flags, flip_a_bit, trivium
 
 PAIR_NAMES = {
-    f"retrieval.pairs.{way}_{figure}"
+    f"retrieval.pairs.{way}_{order}{figure}"
     for way in ("text_to_image", "image_to_text")
+    for order in ("", "reranked_")
     for figure in ("r1", "r5", "r10", "median_rank")
 }
 

@@ -31,7 +31,7 @@ def transform_from_hf(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_processor_to_hf(
-    size: int, filter: str, crop: str, mean: Sequence[float], std: Sequence[float]
+    size: int, filter: str, crop: str, mean: Sequence[float], std: Sequence[float], longest: None = None
 ) -> dict[str, Any]:
     """The fields of an image transform as the preprocessor_config.json of a FLAVA or a CLIP."""
     square = {"height": size, "width": size}
@@ -68,7 +68,7 @@ def masks_and_codebook_to_hf(grid: int, codebook_size: int) -> dict[str, Any]:
 
 
 def open_clip_preprocessing(
-    size: int, filter: str, crop: str, mean: Sequence[float], std: Sequence[float]
+    size: int, filter: str, crop: str, mean: Sequence[float], std: Sequence[float], longest: None = None
 ) -> dict[str, Any]:
     """The fields of an image transform as the preprocess_cfg of an open_clip_config.json."""
     resize = "shortest" if crop == "center" else "squash"
@@ -88,7 +88,7 @@ def transform_from_open_clip(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vit_processor_to_hf(
-    size: int, filter: str, crop: str, mean: Sequence[float], std: Sequence[float]
+    size: int, filter: str, crop: str, mean: Sequence[float], std: Sequence[float], longest: None = None
 ) -> dict[str, Any]:
     """The preprocessor_config.json of a ViT. One that crops the middle is CLIP's processor there: ViT's own cannot."""
     square = {"height": size, "width": size}
