@@ -178,8 +178,8 @@ def statements(out: Path, count: int, tuned: Any) -> dict[str, Result]:
     }
     found = {name: results.read(each / "results.json")["NLVR2.dev.accuracy"] for name, each in runs.items()}
     labels = [json.loads(line)["label"] for line in (folder / "nlvr2" / "data" / "dev.json").read_text().splitlines()]
-    [(commonest, number)] = Counter(labels).most_common(1)
-    found[f"always {commonest}"] = Result(number / len(labels), n=len(labels))
+    [(commonest, _)] = Counter(labels).most_common(1)
+    found[f"always {commonest}"] = mean_of(np.array([float(label == commonest) for label in labels]))
     mine, other = (units(each, ["NLVR2.dev.accuracy"]) for each in list(runs.values())[:2])
     found["what text assignment adds"] = difference([mine], [other])
     assignment = results.read(assigned / "results.json")["text assignment.dev.accuracy"]

@@ -209,7 +209,7 @@ def test_text_assignment_prepares_for_two_pictures(
     assert "second blocks start as they were trained for text_assignment" in capsys.readouterr().err
     assert nlvr2["NLVR2.dev.accuracy"] >= 0
     assert run("finetune", "text_assignment", "--init", flava, "--out", tmp_path / "no", *words) == 2
-    assert "prepares ALBEF for two pictures" in capsys.readouterr().err
+    assert "prepares ALBEF for two pictures, and flava is fine-tuned" in capsys.readouterr().err
 
 
 def vqa_of_albef(root: Path, entries: list[dict]) -> Path:
