@@ -20,25 +20,26 @@ import argparse
 import csv
 import hashlib
 import json
-import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import side_by_side
 from albef_runs import TINY_TUNING, as_json, difference, per_cent, run, units, write_beside
 
+from trivium.data.labelled import LabelledRows
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
+from trivium.data.small_vqa import PicturesInMemory, read_daquar, read_easy_vqa
 from trivium.evaluate import results, vqa
 from trivium.evaluate.results import Result, mean_of
 
 PARTS = ("easy-vqa", "daquar", "nlvr2")
+ASKED = ("image", "question", "answer")  # columns
 QUESTIONS = "question answering"  # how `trivium finetune` calls tables of one's own
-Row = tuple[str, str, str]  # picture below the folder, question, answer
+Line = tuple[str, str, str]  # picture below the folder, question, answer
 
 
 def main() -> None:
@@ -91,14 +92,10 @@ def easy_vqa(wheel: Path | None, out: Path, most: int | None) -> Path:
         return folder
     if wheel is None:
         raise SystemExit("give --easy-vqa the wheel: pip download --no-deps easy-vqa")
-    with zipfile.ZipFile(wheel) as archive:
-        for split in ("train", "test"):  # "test" last: where it is, all is
-            rows = json.loads(archive.read(f"easy_vqa/data/{split}/questions.json"))[:most]
-            (folder / split).mkdir(parents=True, exist_ok=True)
-            for number in sorted({row[2] for row in rows}):
-                picture = archive.read(f"easy_vqa/data/{split}/images/{number}.png")
-                (folder / split / f"{number}.png").write_bytes(picture)
-            _table(folder / f"{split}.csv", ((f"{split}/{n}.png", question, answer) for question, answer, n in rows))
+    splits = read_easy_vqa(str(wheel), held_out=0.0)
+    for split, rows in (("train", splits.train), ("test", splits.held_out["test"])):  # "test" last: where it is, all is
+        lines = _with_pictures(folder, split, rows)
+        _table(folder / f"{split}.csv", ASKED, lines[:most])
     return folder
 
 
@@ -109,30 +106,34 @@ def daquar(root: Path | None, out: Path, most: int | None) -> Path:
         return folder
     if root is None:
         raise SystemExit("give --data.root the folder with daquar/")
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    for row in pq.read_table(root / "daquar" / "train.parquet").to_pylist():
-        (folder / "pictures" / row["file"]).write_bytes(row["image"])
-    entries = [json.loads(line) for line in (root / "daquar" / "qa.jsonl").read_text().splitlines()]
-    rows: dict[str, list[Row]] = {"train": [], "test": []}
-    for entry in entries:
-        if len(entry["answer"]) == 1:
-            is_held_out = int(hashlib.md5(entry["file"].encode()).hexdigest(), 16) % 10 == 0
-            answer = entry["answer"][0].replace("_", " ")
-            rows["test" if is_held_out else "train"].append((f"pictures/{entry['file']}", entry["question"], answer))
-    for split, several in rows.items():
-        _table(folder / f"{split}.csv", several[:most])
+    parts: dict[str, list[Line]] = {"train": [], "test": []}
+    for picture, question, answer in _with_pictures(folder, "pictures", read_daquar(str(root / "daquar"), 0.0).train):
+        is_held_out = int(hashlib.md5(Path(picture).name.encode()).hexdigest(), 16) % 10 == 0
+        parts["test" if is_held_out else "train"].append((picture, question, answer.replace("_", " ")))
+    for split, lines in parts.items():
+        _table(folder / f"{split}.csv", ASKED, lines[:most])
     return folder
 
 
-def _table(path: Path, rows: Iterable[Row]) -> None:
+def _with_pictures(folder: Path, name: str, rows: LabelledRows) -> list[Line]:
+    """Each question whose row is sound, its picture written into a folder of this name."""
+    assert isinstance(rows, PicturesInMemory)
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    lines = [(f"{name}/{Path(row.image or '').name}", row.text or "", row.truths[0]) for row in rows.good()]
+    for path in {row.image for row in rows.good() if row.image in rows.pictures}:
+        (folder / name / Path(path).name).write_bytes(rows.pictures[path])
+    return lines
+
+
+def _table(path: Path, columns: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> None:
     def write(beside: Path) -> None:
         with beside.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("image", "question", "answer"), *rows])
+            csv.writer(file).writerows([columns, *lines])
 
     write_beside(path, write)
 
 
-def _rows(path: Path) -> list[Row]:
+def _lines(path: Path) -> list[Line]:
     with path.open(newline="", encoding="utf-8") as file:
         return [(row["image"], row["question"], row["answer"]) for row in csv.DictReader(file)]
 
@@ -145,8 +146,8 @@ def questions(part: str, folder: Path, tables: dict[str, Any], tuned: Any) -> di
         settings = {**tables, "data.blank-pictures": blank}
         both[name] = tuned(f"{part}-{'blind' if blank == 'true' else 'whole'}", "question_answering", settings)
     found = {name: results.read(out / "results.json")[figure] for name, out in both.items()}
-    [(commonest, _)] = Counter(answer for _, _, answer in _rows(folder / "train.csv")).most_common(1)
-    truths = [answer for _, _, answer in _rows(folder / "test.csv")]
+    [(commonest, _)] = Counter(answer for _, _, answer in _lines(folder / "train.csv")).most_common(1)
+    truths = [answer for _, _, answer in _lines(folder / "test.csv")]
     found[f"always {commonest}"] = mean_of(np.array([vqa.exact(commonest, truth) for truth in truths]))
     mine, other = (units(out, [figure]) for out in both.values())
     return found | {"ALBEF less question alone": difference([mine], [other])}
@@ -165,8 +166,7 @@ def statements(out: Path, count: int, tuned: Any) -> dict[str, Result]:
     pairs = folder / "coco" / "pairs.csv"
     if not pairs.is_file():
         lines = [(f"train2017/{file_of[a['image_id']]}", a["caption"]) for a in captioned["annotations"]]
-        with pairs.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("image", "caption"), *lines])
+        _table(pairs, ("image", "caption"), lines)
     own = {"data.image-size": None, "data.crop-scale": [1, 1], "data.flip": 0, "data.max-length": 32,
            "distillation.reach": 0.1}  # fmt: skip
     assigned = tuned("nlvr2-assigned", "text_assignment", {"data.train": pairs, **own})
