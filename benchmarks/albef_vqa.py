@@ -120,7 +120,7 @@ def _with_pictures(folder: Path, name: str, rows: LabelledRows) -> list[Line]:
     assert isinstance(rows, PicturesInMemory)
     (folder / name).mkdir(parents=True, exist_ok=True)
     lines = [(f"{name}/{Path(row.image or '').name}", row.text or "", row.truths[0]) for row in rows.good()]
-    for path in {row.image for row in rows.good() if row.image in rows.pictures}:
+    for path in {row.image or "" for row in rows.good()} & rows.pictures.keys():
         (folder / name / Path(path).name).write_bytes(rows.pictures[path])
     return lines
 
