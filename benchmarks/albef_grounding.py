@@ -127,13 +127,15 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="the figures into benchmarks/results")
     arguments, more = parser.parse_known_args()
     if arguments.sheet is not None:
-        assert arguments.model is not None and arguments.root is not None, "--sheet needs --model and --data.root"
+        if arguments.model is None or arguments.root is None:
+            parser.error("--sheet needs --model and --data.root")
         arguments.sheet.mkdir(parents=True, exist_ok=True)
         page = heat_wall(load(arguments.model), photographs(arguments.root, SHOWN))
         page.save(arguments.sheet / "flickr8k-dev.png")
         print(f"wrote {arguments.sheet / 'flickr8k-dev.png'}")
         return
-    assert arguments.out is not None, "--out DIR is where scenes and run are written"
+    if arguments.out is None:
+        parser.error("--out DIR is where scenes and run are written")
     lists, data = make_data(arguments.out / "scenes", arguments.scenes, max(8, arguments.scenes // 10))
     bundle = train(lists, arguments.out / "run", arguments.minutes, more)
     found = measure(bundle, data, arguments.rows)
