@@ -22,6 +22,7 @@ from trivium.errors import TriviumError
 from trivium.methods.albef import AlbefMethod
 from trivium.models.albef import Albef
 from trivium.models.bert import Bert
+from trivium.models.finetuned import HeadConfig
 from trivium.models.vit import ViT
 from trivium.recipes import validation
 from trivium.recipes.albef import AlbefRecipe, PreparedAlbef, albef
@@ -175,7 +176,7 @@ def test_six_and_six_steps_are_twelve(twelve: Path, tmp_path: Path) -> None:
     assert digests(checkpoint(out, 12)) == digests(checkpoint(twelve, 12))
 
 
-def test_a_model_folder_is_a_start_and_a_bundle(shop: Path, twelve: Path) -> None:
+def test_a_model_folder_is_a_start_and_a_bundle(shop: Path, twelve: Path, tmp_path: Path) -> None:
     bundle = package.load(twelve)  # type: ignore[operator]
     assert isinstance(bundle.model, Albef) and bundle.false_pairs == pytest.approx(2 / 3)
     pictures = [str(shop / "pictures" / f"{colour}-{shape}.png") for colour, shape in THINGS[:3]]
@@ -189,6 +190,9 @@ def test_a_model_folder_is_a_start_and_a_bundle(shop: Path, twelve: Path) -> Non
     teacher = started.run.method.state_dict()["teacher.image.class_token"]
     assert torch.equal(teacher, bundle.model.image.class_token)
     assert replace(started.recipe.model, dropout=0.0) == bundle.model.config
+    head = HeadConfig("colours", "fused", "class", bundle.model.config.width, 2)
+    replace(bundle, head=head.build(), head_config=head, labels=["red", "blue"]).save(tmp_path / "tuned")
+    assert "left out is the head" in recipe_on(shop, init=str(tmp_path / "tuned")).prepare("albef", {}).notes[0]
 
 
 def test_a_picture_that_is_not_there_is_replaced_and_named(shop: Path, tmp_path: Path) -> None:

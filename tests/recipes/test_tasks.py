@@ -80,6 +80,28 @@ def test_entailment_has_the_settings_of_albef() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "batch", "epochs", "final", "warmup", "alpha", "tokens"),
+    [
+        ("vqa", 256, 8, 1e-6, 400, 0.4, 25),
+        ("nlvr2", 128, 10, 1e-6, 100, 0.4, None),  # sentences are not cut there
+        ("text_assignment", 512, 1, 1e-5, 100, 0.0, 25),
+    ],
+)
+def test_questions_and_statements_have_the_settings_of_albef(
+    name: str, batch: int, epochs: float, final: float, warmup: int, alpha: float, tokens: int | None
+) -> None:
+    """Section 4 of its public code: rate 2e-5, warm-up counted in steps; alpha rises over one epoch."""
+    recipe = finetune(name)
+    assert isinstance(recipe, FinetuneRecipe)
+    assert (recipe.optim.lr, recipe.optim.lr * recipe.optim.final) == pytest.approx((2e-5, final))
+    assert (recipe.data.batch, recipe.epochs, recipe.optim.warmup, recipe.data.max_length) == (
+        batch, epochs, warmup, tokens,
+    )  # fmt: skip
+    assert (recipe.distillation.alpha, recipe.distillation.ramp, recipe.distillation.reach) == (alpha, None, 200.0)
+    assert recipe.data.random_changes == 2
+
+
+@pytest.mark.parametrize(
     ("name", "epochs", "shortlist"), [("retrieval_flickr30k", 10, 128), ("retrieval_coco", 5, 256)]
 )
 def test_retrieval_has_the_settings_of_albef(name: str, epochs: int, shortlist: int) -> None:

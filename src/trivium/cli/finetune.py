@@ -38,9 +38,9 @@ def finetune(
 
     Args:
         task: cola, sst2, mrpc, stsb, qqp, mnli, qnli or rte (GLUE), vqav2, snli_ve, hateful_memes,
-            visual_entailment, vqa, nlvr2, retrieval_flickr30k, retrieval_coco, grounding; or of your own tables
-            image_classification, text_classification, text_regression, image_text_classification, question_answering,
-            retrieval, text_assignment. With --resume the run folder.
+            visual_entailment, vqa, nlvr2, easy_vqa, daquar, retrieval_flickr30k, retrieval_coco, grounding; or of your
+            own tables image_classification, text_classification, text_regression, image_text_classification,
+            question_answering, retrieval, text_assignment. With --resume the run folder.
         init: the model: a run, a model folder, or a foreign checkpoint such as a BERT of Hugging Face.
         data: the folder of a published task in its official layout, or your own training tables (CSV, JSONL, ...).
         out: the run folder; by default runs/TASK-DATE. With it RUN/model is the fine-tuned model.

@@ -178,6 +178,8 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     assert sources.pairs is not None, "data without a path is the embedded drawings"
     tokenizer = start.tokenizer if start is not None else towers.tokenizer
     notes: list[str] = []
+    if resume_from is None and start is not None and start.head is not None:
+        notes.append("left out is the head that the model has: pretraining has no use for it")
     if tokenizer is None:
         if start is not None and data.vocabulary == "learned":
             raise TriviumError(

@@ -28,6 +28,7 @@ from trivium.load import load_image_tokenizer
 from trivium.models.flava import FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.patch_codebook import PatchCodebook
+from trivium.recipes import limits
 from trivium.train import distributed
 from trivium.train.protocol import Source, Stream, hash64
 
@@ -345,12 +346,8 @@ def make_pairs(
 def check_shapes(data: PairData, image_size: int, patch: int, max_length: int) -> None:
     """Raises TriviumError where pictures do not divide into the model's patches or texts do not fit its positions."""
     for flag, size in (("--model.image-size", image_size), ("--data.image-size", data.image_size)):
-        if size is not None and size % patch:
-            near = max(patch, round(size / patch) * patch)
-            raise TriviumError(
-                f"a picture of {size} pixels cannot be cut into patches of {patch}: choose a multiple, such as"
-                f" {flag} {near}"
-            )
+        if size is not None:
+            limits.check_patches(size, patch, flag)
     if data.max_length > max_length:
         raise TriviumError(
             f"texts of {data.max_length} tokens do not fit a model of {max_length} positions: lower"

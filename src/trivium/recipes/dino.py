@@ -271,12 +271,7 @@ def _check(recipe: DinoRecipe, config: DinoConfig) -> None:
         ("--crops.global-size", recipe.crops.global_size),
         ("--crops.local-size", recipe.crops.local_size),
     ):
-        if size % config.patch_size:
-            near = max(config.patch_size, round(size / config.patch_size) * config.patch_size)
-            raise TriviumError(
-                f"a picture of {size} pixels cannot be cut into patches of {config.patch_size}: choose a multiple, such"
-                f" as {flag} {near}"
-            )
+        limits.check_patches(size, config.patch_size, flag)
     if config.width % config.num_heads:
         raise TriviumError(
             f"a width of {config.width} cannot be shared by {config.num_heads} heads: choose --model.num-heads so that"

@@ -123,6 +123,7 @@ class PreparedTask(Prepared):
         assert isinstance(method, FineTuning)
         if method.teacher is not None:
             method.teacher.num_steps = changed.recipe.train.steps
+        _check_pools(changed.recipe)
         return changed
 
     def settle(self, out: Path) -> str | None:
@@ -200,6 +201,8 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     splits = task.open(recipe.data)
     splits = replace(splits, train=splits.train.capped(recipe.data.rows)).checked()
     transform = replace(start.transform, size=recipe.data.image_size or start.transform.size)
+    if task.reads != "text":
+        limits.check_patches(transform.size, start.model.config.patch_size)  # type: ignore[union-attr, arg-type]
     model = _with_dropout(start.model, recipe.dropout)
     config = _head_config(recipe.head, task, splits, reads, model, transform.size)
     head = config.build()
@@ -216,6 +219,9 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         notes.append(_take_head(head, config, splits, start))
     if resume_from is None and start.image_tokenizer is not None:
         notes.append("left out is the image tokenizer of the model: fine-tuning has no use for it")
+    if task.name == "text_assignment" and recipe.distillation.alpha:
+        notes.append("without distillation: of text assignment there is none")
+        recipe = replace(recipe, distillation=replace(recipe.distillation, alpha=0.0))
     recipe = with_steps(recipe, len(splits.train))
     _check_pools(recipe)
     max_length = min(recipe.data.max_length or 10**9, _positions(model))

@@ -116,6 +116,16 @@ def check(values: Mapping[str, Any]) -> None:
             raise TriviumError(f"{flag} {shown}: this must be {says}")
 
 
+def check_patches(size: int, patch: int, flag: str = "--data.image-size") -> None:
+    """Raises TriviumError where a picture of this side does not divide into patches. flag: which sets it."""
+    if size % patch:
+        near = max(patch, round(size / patch) * patch)
+        raise TriviumError(
+            f"a picture of {size} pixels cannot be cut into patches of {patch}: choose a multiple, such as {flag}"
+            f" {near}"
+        )
+
+
 def check_ranks(scope: str, num_ranks: int, batch: int) -> None:
     """Raises TriviumError where a batch cannot be cut into these ranks, or nothing asks for them."""
     if batch % num_ranks:

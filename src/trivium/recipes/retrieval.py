@@ -248,11 +248,8 @@ def _prepare(
     title, sources = _open(data)
     train = sources.pop("train")
     size = data.image_size or start.transform.size
-    if size % (patch := model.config.patch_size):
-        raise TriviumError(
-            f"a picture of {size} pixels cannot be cut into patches of {patch}: choose a multiple, such as"
-            f" --data.image-size {max(patch, round(size / patch) * patch)}"
-        )
+    patch = model.config.patch_size
+    limits.check_patches(size, patch)
     recipe = with_steps(recipe, len(train))
     pools_fit(recipe)
     notes = noticed(Sources(train, None, None, sources["dev"], None, None))

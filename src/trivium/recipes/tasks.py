@@ -240,11 +240,17 @@ def _own(name: str, title: str, kind: Kind, gives: Gives = "class", data: TaskDa
     )
 
 
-def _asked(name: str, title: str, read: Callable[[str], Splits]) -> Task:
+def _asked(name: str, title: str, read: Callable[[str], Splits], what: str) -> Task:
     """A small set of questions, with settings of our own: nobody publishes any for a pretrained model."""
-    optim = Optim(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01, warmup=0.06, schedule="linear", clip="global")
-    task = _of_pairs(name, title, optim.lr, 0, lambda root, _: read(root))
-    return replace(task, data=TaskData(), optim=optim, steps=None)
+
+    def open(data: TaskData) -> Splits:
+        return read(_root(data, f"--data.root PATH, {what}"))
+
+    return Task(
+        name, title, "pairs", "class", open, ("accuracy",), "accuracy", head=Head(hidden=1536, activation="gelu"),
+        optim=Optim(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01, warmup=0.06, schedule="linear", clip="global"),
+        dropout=None,
+    )  # fmt: skip
 
 
 _LISTED = (
@@ -271,7 +277,7 @@ _LISTED = (
         distillation=SoftTargets(alpha=0.4, ramp=0.0),
     ),
     _as_albef("vqa", "VQAv2", 8, _albef_vqa, gives="answers", warmup=400),
-    _as_albef("nlvr2", "NLVR2", 10, _nlvr2, num_pictures=2, data=replace(_ALBEF_DATA, batch=128, max_length=30)),
+    _as_albef("nlvr2", "NLVR2", 10, _nlvr2, num_pictures=2, data=replace(_ALBEF_DATA, batch=128, max_length=None)),
     _as_albef(
         "text_assignment",
         "text assignment",
@@ -286,8 +292,8 @@ _LISTED = (
         _own("question_answering", "question answering", "pairs", "answers", TaskData(label_column="answer")),
         open=_questions,
     ),
-    _asked("easy_vqa", "easy-VQA", read_easy_vqa),
-    _asked("daquar", "DAQUAR", read_daquar),
+    _asked("easy_vqa", "easy-VQA", read_easy_vqa, "the package of easy-VQA or its folder data"),
+    _asked("daquar", "DAQUAR", read_daquar, "the folder of DAQUAR"),
     _own("image_classification", "image classification", "images", data=TaskData(crop_scale=(0.5, 1.0), flip=0.5)),
     _own("text_classification", "text classification", "text"),
     _own("text_regression", "text regression", "text", "number"),
