@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -160,16 +160,7 @@ class TaskCollate:
         if self.writes is not None:
             answers = [(row, answer) for row in good for answer in sorted(set(row.truths))]
             kinds.append(("answers", self.writes, self.answer_length, answers))
-        found = []
-        for kind, tokenizer, limit, texts in kinds:
-            lengths = map(len, tokenizer.encode([text for _, text in texts], limit + 1))
-            longer = [row for (row, _), length in zip(texts, lengths, strict=True) if length > limit]
-            if longer:
-                found.append(
-                    f"{len(longer):,} {kind} have more than {limit} tokens and are cut there; the first:"
-                    f" {longer[0].file} ({longer[0].where})"
-                )
-        return found
+        return [sentence for each in kinds for sentence in cut(*each)]
 
     def _written(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         assert self.writes is not None
@@ -184,6 +175,28 @@ class TaskCollate:
             ids_BAT[row, : len(each)] = ids_AT
             weight_BA[row, : len(each)] = torch.tensor([weight for _, weight in each])
         return {"answer_ids": ids_BAT, "answer_weight": weight_BA}
+
+
+class Placed(Protocol):
+    """Whatever stands in an annotation file."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def where(self) -> str: ...
+
+
+def cut(kind: str, tokenizer: Tokenizer, limit: int, texts: Sequence[tuple[Placed, str]]) -> list[str]:
+    """A sentence on texts of more tokens than the limit, where there are any. kind: what they are, in the plural."""
+    lengths = map(len, tokenizer.encode([text for _, text in texts], limit + 1))
+    longer = [row for (row, _), length in zip(texts, lengths, strict=True) if length > limit]
+    if not longer:
+        return []
+    return [
+        f"{len(longer):,} {kind} have more than {limit} tokens and are cut there; the first: {longer[0].file}"
+        f" ({longer[0].where})"
+    ]
 
 
 def stacked(pixels: Sequence[Tensor], samples: Sequence[Sample]) -> Images:

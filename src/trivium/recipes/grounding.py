@@ -18,6 +18,7 @@ from trivium.data.collate import ImageInput, PairCollate, TextInput
 from trivium.data.mixture import StreamMixture
 from trivium.data.random_augment import RandomAugment
 from trivium.data.referring import SPLITS, ExpressionRows, Referring, read_referring
+from trivium.data.task_collate import cut
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import grounding
@@ -180,11 +181,7 @@ def _prepare(
     if not data.splits.get("train") or not data.good("train"):
         raise TriviumError(f"{settings.root}: {data.name} has no usable expression of its split train to learn from")
     size, patch = settings.image_size or start.transform.size, model.config.patch_size
-    if size % patch:
-        raise TriviumError(
-            f"a picture of {size} pixels cannot be cut into patches of {patch}: choose a multiple, such as"
-            f" --data.image-size {max(patch, round(size / patch) * patch)}"
-        )
+    limits.check_patches(size, patch)
     train = ExpressionRows(data.good("train"))
     recipe = with_steps(recipe, len(train))
     pools_fit(recipe)
@@ -196,6 +193,9 @@ def _prepare(
     transform = replace(start.transform, size=size)
     method = method_of(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
     max_length = min(settings.max_length, model.config.max_length)
+    for split in data.splits:
+        texts = [(each, each.text) for each in data.good(split)]
+        notes += [f"{split}: {sentence}" for sentence in cut("expressions", start.tokenizer, max_length, texts)]
     bundle = replace(
         start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
         image_tokenizer=None, false_pairs=FALSE_SHARE if recipe.objectives.itm else start.false_pairs,
