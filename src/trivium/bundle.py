@@ -320,6 +320,10 @@ class Bundle:
         if not writes and (answers is not None or freely):
             raise TriviumError("this model chooses among its labels and writes nothing: leave out a list of its own")
         if freely or (writes and answers is None and not self.labels):
+            if second_picture is not None:
+                raise TriviumError(
+                    f"the task {self.head_config.task} reads one picture at a time: leave out the second"
+                )
             return self._written(picture, question, k)
         asked = self if answers is None else replace(self, labels=list(answers))
         second = None if second_picture is None else [second_picture]
@@ -337,7 +341,7 @@ class Bundle:
         assert tokenizer is not None  # or there were no question
         start, end = tokenizer.cls_id, tokenizer.sep_id
         with _evaluating(self.model):
-            ids_BCL, log_BC = head.write(fused, start, end, k, ANSWER_WORDS)
+            ids_BCL, log_BC = head.write(fused, start, end, min(k, tokenizer.vocab_size), ANSWER_WORDS)
         found: list[Answer] = []
         for ids, log in zip(ids_BCL[0].tolist(), log_BC[0].tolist(), strict=True):
             text = tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)

@@ -90,6 +90,9 @@ def test_answers_are_written_ranked_and_asked_for(
     assert float(many[0, 1]) == pytest.approx(answers[0].probability, abs=1e-5)
     free = bundle.ask(data / "1.png", "what colour is it", k=2, freely=True)
     assert [each.text for each in free] == ["dark blue", "red"] and free[0].probability > free[1].probability
+    assert len(bundle.ask(data / "1.png", "what colour is it", k=10 * len(WORDS), freely=True)) > 2
+    with pytest.raises(TriviumError, match="question_answering reads one picture at a time"):
+        bundle.ask(data / "1.png", "what colour is it", second_picture=data / "0.png", freely=True)
     other = bundle.ask(data / "1.png", "what colour is it", answers=["green", "blue", "dark blue"], k=2)
     assert other[0].text == "dark blue" and len(other) == 2
     words = ("--image", data / "0.png", "--question", "what colour is it?", "-k", 1)
@@ -196,18 +199,26 @@ def test_text_assignment_prepares_for_two_pictures(
     words = ("--data", table, "--data.dev", table, "--data.image-size", 32, "--data.flip", 0, "--train.bad-rate", 1,
              "--train.patience", "null")  # fmt: skip
     found = finetune("text_assignment", albef, out, *words, optim__lr=0.01, train__steps=150, train__evaluate_every=50,
-                     data__batch=12)  # fmt: skip
+                     data__batch=12, distillation__alpha=0.4)  # fmt: skip
     assert 0 <= found["text assignment"] <= 1
     losses = [line["losses"]["text_assignment"] for line in lines_of(out / "metrics.jsonl") if "losses" in line]
     assert all(abs(loss - math.log(3)) < 0.05 for loss in losses[:5]), losses[:5]  # chance, of three
     assert all(0 < loss < 3 for loss in losses) and len(set(losses)) > 100
     told = capsys.readouterr()
     assert "never learned" not in told.err
+    assert "without distillation: of text assignment there is none" in told.err
     assert "pairs.json (entry 12)" in told.err and 'has no "caption|captions|text|title"' in told.err
     assert trivium.load(out).labels == ["first", "second", "neither"]  # type: ignore[operator]
     nlvr2 = finetune("nlvr2", out / "model", tmp_path / "run", "--data", statements(tmp_path / "nlvr2"), *NLVR2)
     assert "second blocks start as they were trained for text_assignment" in capsys.readouterr().err
     assert nlvr2["NLVR2.dev.accuracy"] >= 0
+    for more, says in (
+        (("--data.image-size", 30), "a picture of 30 pixels cannot be cut into patches of 8"),
+        (("--data.batch", 192, "--train.micro-batch", 96), "micro-batches of 96 pairs cut pools of 64 in two"),
+    ):
+        more = (*words[:4], "--optim.warmup", 0, *more)
+        assert run("finetune", "text_assignment", "--init", albef, "--out", tmp_path / "no", *more) == 2
+        assert says in capsys.readouterr().err
     assert run("finetune", "text_assignment", "--init", flava, "--out", tmp_path / "no", *words) == 2
     assert "prepares ALBEF for two pictures, and flava is fine-tuned" in capsys.readouterr().err
 

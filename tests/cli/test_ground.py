@@ -18,6 +18,7 @@ from tests.recipes.shop import lines_of
 from tests.recipes.shop import trivium as run
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
+from trivium.errors import TriviumError
 from trivium.explain.heat_maps import GAP, LETTERS, PER_LINE, SIDE, overlay, shown
 from trivium.methods.albef import AlbefMethod
 
@@ -118,6 +119,11 @@ def test_mistakes_are_sentences(
         assert run("ground", *words, "--out", out) == 2
         assert says in capsys.readouterr().err
         assert not out.exists() and not list(tmp_path.glob(".maps*"))
+    bundle = trivium.load(models["albef"])
+    with pytest.raises(TriviumError, match="there is no block -1 in which words"):
+        bundle.ground(picture, "a", block=-1)
+    with pytest.raises(TriviumError, match="the picture's tower has no block -1"):
+        bundle.ground_by_cosine(picture, "a", block=-1)
     assert run("ground", models["albef"], "--image", picture, "--text", "a", "--out", tmp_path / "maps.gif") == 2
     assert "an image is a .png or a .jpg" in capsys.readouterr().err
     assert run("ground", models["albef"], "--image", picture, "--text", "a", "--out", tmp_path / "x" / "maps.png") == 2
@@ -155,13 +161,18 @@ def test_expressions_of_one_picture_are_answers_to_each_other(
     from trivium.recipes.finetune import finetune
     from trivium.train import config
 
-    changes = {"init": str(models["albef"]), "data.root": str(scenes), "data.image_size": 32}
+    changes = {"init": str(models["albef"]), "data.root": str(scenes), "data.image_size": 32, "data.max_length": 3}
     settings = config.Config("finetune", {"task": "grounding"})
     recipe = config.set_leaves(finetune("grounding"), changes)
     prepared = recipe.prepare(settings.recipe, settings.arguments)
     method = prepared.run.method
     assert isinstance(method, AlbefMethod) and method.duplicates == "positive" and method.weights["mlm"] == 0
     assert method.distillation.itc == 0.4
+    with pytest.raises(TriviumError, match="a picture of 30 pixels cannot be cut into patches of 8"):
+        config.set_leaves(recipe, {"data.image_size": 30}).prepare(settings.recipe, settings.arguments)
+    for split in ("train", "val"):
+        [note] = [note for note in prepared.notes if note.startswith(f"{split}: ")]
+        assert "expressions have more than 3 tokens and are cut there; the first: " in note and "(entry " in note
     stream = prepared.mixture_of(prepared.recipe.train).stream_at(0)
     assert stream.collate.images.changes is not None and stream.collate.images.views.flip == 0.5
 

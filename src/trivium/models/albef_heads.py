@@ -147,6 +147,7 @@ class AnswerDecoder(Bert):
         without [CLS], filled up with `end`; and their log-likelihoods [B, num], best first.
 
         Args:
+            num: at most one for each word of the vocabulary.
             start, end: the ids of [CLS] and [SEP].
             max_length: words and [SEP] at most; what is longer has no `end`.
         """

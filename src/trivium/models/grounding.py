@@ -58,7 +58,7 @@ def word_heat(model: Grounds, image: Encoded, text: Encoded, block: int | None =
     weight of the model gets a gradient.
     """
     num_patches = image.states.shape[1] - 1
-    gaze = model.gaze(num_patches, block)
+    gaze = model.gaze(num_patches, _from_first(block))
     with torch.enable_grad(), gaze.attention.watched() as seen:
         score = model.match(model.fuse(image, text))[:, 1].float().sum()
         [weights_BHQL] = seen
@@ -74,11 +74,18 @@ def picture_heat(model: Compares, pixels_BCHW: Tensor, text_BD: Tensor, block: i
 
     The temperature would only be a factor. text_BD: `projected` of the texts.
     """
-    with torch.enable_grad(), model.image_attention(block).watched() as seen:
+    with torch.enable_grad(), model.image_attention(_from_first(block)).watched() as seen:
         score = (model.encode_image(pixels_BCHW).projected * text_BD).float().sum()
         [weights_BHLL] = seen
         [slope_BHLL] = torch.autograd.grad(score, [weights_BHLL])
     return _heat(weights_BHLL, slope_BHLL)[:, 0, 1:]
+
+
+def _from_first(block: int | None) -> int | None:
+    """Python would take a negative number for one counted from the last. Raises IndexError."""
+    if block is not None and block < 0:
+        raise IndexError(f"block {block}")
+    return block
 
 
 def _heat(weights_BHQL: Tensor, slope_BHQL: Tensor) -> Tensor:
