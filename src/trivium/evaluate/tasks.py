@@ -67,9 +67,6 @@ def chance(metric: str, found: Predictions) -> float | None:
     labels = [row.label for row in found.rows if row.label is not None]
     if metric == "auroc":
         return 0.5
-    if found.rows[0].answers is not None:
-        commonest = Counter(normalized(truth) for row in found.rows for truth in row.truths).most_common(1)[0][0]
-        return float(np.mean([vqa.accuracy(commonest, row.truths) for row in found.rows]))
     if len(labels) < len(found.rows) or metric not in METRICS:
         return None
     return float(METRICS[metric](np.full(len(labels), np.bincount(labels).argmax()), np.array(labels)))
