@@ -1,8 +1,8 @@
 """kill -9 at 100 instants of a run of 200 steps, 40 of them inside a save: what comes out is what would have come out.
 
     python benchmarks/kill.py                          # about four minutes on two cores
-    python benchmarks/kill.py --kills 5 --sizes tiny   # to see that it runs
-    python benchmarks/kill.py --kills 0                # SIGTERM alone
+    python benchmarks/kill.py --kills 5 --sizes tiny   # to see that it runs: writes nothing
+    python benchmarks/kill.py --kills 0                # SIGTERM alone; the kills in the file stay there
 
 Each kill is a run of its own (`tiny_run`: AdamW, a queue, an EMA teacher, dropout, two streams) in a process of its
 own, and a second process that resumes it. Kills in time are spread evenly over the whole run; kills inside a save come
@@ -281,19 +281,30 @@ def main() -> None:
     file = side_by_side.RESULTS / "kill.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     results, points = before.get("results", {}), before.get("points", [])
+    commands = before.get("commands", {})  # what each part of the file was made by
+    command = " ".join(["python", *sys.argv])
     more = {name: before.get(name, {}) for name in ("sigterm_seconds", "sigterm_details", "saving")}
+
+    def write() -> None:
+        if not 0 < arguments.kills < 100:
+            side_by_side.write("kill", results, commands=commands, points=points, **more)
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if arguments.kills:
             begun = time.perf_counter()
             figures, points = kill_many(folder, arguments.kills)
             results = {**figures, "seconds": round(time.perf_counter() - begun, 1)}
-            side_by_side.write("kill", results, points=points, **more)
+            commands["kills"] = command
+            print(results)
+            write()
         for size in arguments.sizes:
             more["sigterm_details"][size] = stopped(size, folder)
             more["sigterm_seconds"][size] = more["sigterm_details"][size]["seconds"]
             more["saving"][size] = a_save(size, folder)
-            side_by_side.write("kill", results, points=points, **more)
+            commands[size] = command
+            print(size, more["sigterm_details"][size], more["saving"][size])
+            write()
 
 
 if __name__ == "__main__":

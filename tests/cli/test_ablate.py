@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.shop import TINY, checkpoint, data_of, digests, trivium
+from trivium.evaluate import results
+from trivium.evaluate.results import Result
 
 STAGES = ("text", "dino", "mim")
 
@@ -114,6 +116,15 @@ def test_mistakes_are_told(ablated: Path, given: list, says: str, capsys: pytest
 def test_no_run_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert trivium("ablate", "--out", tmp_path / "out", "--table") == 2
     assert "no run of the ablation is finished yet" in capsys.readouterr().err
+
+
+def test_a_column_without_its_towers_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"updates": Result(4), "updates.pairs": Result(3)}
+    for name, found in (("flava-seed0", figures), ("tower-text-seed0", figures), ("tower-dino-seed0", {})):
+        (tmp_path / name).mkdir()
+        results.write(tmp_path / name / "results.json", found, command="", version="0", machine={}, seconds={"train": 1})
+    assert trivium("ablate", "--out", tmp_path, "--table") == 2
+    assert "flava-seed0 starts from tower-dino-seed0" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -277,7 +277,7 @@ def _table(out: Path, tree: Stages) -> int:
 
 
 def _measured(out: Path) -> list[Measured]:
-    """Every finished run of the folder, whoever made it."""
+    """Every finished run of the folder, whoever made it. Raises TriviumError where a tower of one is not finished."""
     from trivium.evaluate import outcomes, results
     from trivium.evaluate.ablation import COLUMNS, Measured
 
@@ -291,6 +291,12 @@ def _measured(out: Path) -> list[Measured]:
             if not _done(out, name):
                 continue
             towers = [f"tower-{tower}-seed{seed}" for tower in column.starts_from]
+            for tower in towers:
+                if not _done(out, tower):
+                    raise TriviumError(
+                        f"{out / name} starts from {tower}, whose results.json is not beside it or is that of `trivium"
+                        " evaluate`: put its folder there, or give the call without --table, which measures it again"
+                    )
             figures = results.read(path)
             updates = [int(results.read(out / tower / "results.json")["updates"].value) for tower in towers]
             found.append(

@@ -78,7 +78,10 @@ def measure(
             _masked_words(found, bundle)
         if "retrieval" in abilities and pairs_held_out is not None:
             say("the held-out pairs")
-            found.results |= pairs.run(bundle, pairs_held_out, shortlist=0).results
+            both_ways = pairs.run(bundle, pairs_held_out, shortlist=0)
+            found.results |= both_ways.results
+            for sentence in both_ways.not_applicable:  # what cannot be read, and what is beyond its limit
+                say(f"left out: {sentence}")
         elif "retrieval" in abilities:
             say("names and pictures")
             assert noto.of_model.projected is not None
@@ -86,7 +89,8 @@ def measure(
             embedded.retrieve(found, noto, noto.of_model.projected, names_BD)
         if "matching" in abilities and pairs_held_out is not None:
             say("matching of the held-out pairs")
-            _match_pairs(found, bundle, pairs_held_out, false_share)
+            if not _match_pairs(found, bundle, pairs_held_out, false_share):
+                say("no held-out picture has another's caption to be told from, so matching is not measured")
         elif "matching" in abilities:
             say("matching")
             validation = embedded.drawings(bundle, embedded.other_styles("val"), concept_numbers(emoji(HELD_OUT_STYLE)))
@@ -150,8 +154,9 @@ def _probed(rows_ND: Tensor, labels_N: Tensor, queries_QD: Tensor, device: torch
     return Solver(rows_ND, labels_N).solve(chosen.c, chosen).predict(queries_QD).cpu()
 
 
-def _match_pairs(found: Evaluation, bundle: Bundle, source: Source, false_share: float) -> None:
-    """Each held-out picture with its first caption, and with the caption of the next that shows something else."""
+def _match_pairs(found: Evaluation, bundle: Bundle, source: Source, false_share: float) -> bool:
+    """Each held-out picture with its first caption, and with the caption of the next that shows something else. Whether
+    there is any."""
     pixels, samples = [], []
     for row in range(min(MOST_PAIRS, len(source))):
         try:
@@ -175,12 +180,13 @@ def _match_pairs(found: Evaluation, bundle: Bundle, source: Source, false_share:
             kept.append(place)
             others.append(own[other])
     if not kept:
-        return
+        return False
     true_N, false_N = matching.scores(
         bundle, torch.stack([pixels[place] for place in kept]), [own[place] for place in kept], others, false_share
     )
     units = [f"{samples[place].get('name', 'row')}, {place}" for place in kept]
     found.results |= {f"itm.{name}": result for name, result in matching.balanced(true_N, false_N, units).items()}
+    return True
 
 
 # ------------------------------------------------------------------------------------------------ language

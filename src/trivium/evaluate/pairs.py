@@ -102,17 +102,22 @@ def run(
         for row in range(min(limit, len(source))):
             try:
                 sample = source.read(row, row)
-                pixels_CHW = bundle.transform(sample["image"])
-            except (BadSample, DecodeError) as error:
+            except BadSample as error:
                 bad.append(str(error))
+                continue
+            name = sample.get("name", f"row {row}")
+            try:
+                pixels_CHW = bundle.transform(sample["image"])
+            except DecodeError as error:
+                bad.append(f"{name}: {error}")
                 continue
             rows.append(row)
             concepts.append(sample["same_image"])
             texts = sample.get("texts") or [sample["text"]]
             captions.extend(texts)
             caption_concepts.extend([sample["same_text"]] * len(texts))
-            names.append(sample.get("name", f"row {row}"))
-            caption_names.extend(f"{names[-1]}, caption {number}" for number in range(1, len(texts) + 1))
+            names.append(name)
+            caption_names.extend(f"{name}, caption {number}" for number in range(1, len(texts) + 1))
             yield pixels_CHW
         if not concepts:
             first = bad[0] if bad else "no row"
