@@ -1,8 +1,8 @@
 """Detection as COCO measures it (Lin et al. 2014): average precision of boxes over IoU 0.50 to 0.95, 100 a picture.
 
 Everything that a model finds is submitted, ranked by its score: no threshold, no suppression of overlaps (DETR, section
-4). The counting is faster-coco-eval's, which agrees with pycocotools. Crowds count neither way. Mean AP, that at IoU 0.5
-and that at 0.75 have the interval of a bootstrap over pictures (average_precision.py).
+4). The counting is faster-coco-eval's, which agrees with pycocotools. Crowds count neither way. AP as such, at IoU 0.5
+and at 0.75 have the interval of a bootstrap over pictures (average_precision.py).
 
 Q objects found in a picture, M true ones.
 """
