@@ -17,7 +17,6 @@ from trivium.data.labelled import is_labelled
 from trivium.data.loader import evaluation_batches
 from trivium.evaluate import losses
 from trivium.methods.unit import UnitMethod
-from trivium.objectives.detection import NO_OBJECT
 from trivium.recipes.prepared import Losses
 from trivium.recipes.unit_tasks import Opened
 from trivium.train import step
@@ -77,10 +76,10 @@ def _of_classes(method: UnitMethod, name: str, seen: list[Batch]) -> float:
     """Of queries that all say the same, in every layer: the entropy of what they are to say, by its weight."""
     task = method.model.task(name)
     weight_K = torch.zeros(task.num_labels + 1, dtype=torch.float64)
+    whole = 0.0
     for batch in seen:
-        objects = method.objects(batch, task)
-        weight_K[:-1] += torch.bincount(objects.label_M, minlength=task.num_labels)
-        number_B = torch.bincount(objects.row_M, minlength=len(batch)).clamp(max=task.num_queries)
-        weight_K[-1] += NO_OBJECT * float((task.num_queries - number_B).sum())
+        weight_K[:-1] += torch.bincount(method.objects(batch, task).label_M, minlength=task.num_labels)
+        whole += float(method.counts(batch)[f"{name}.class"])
+    weight_K[-1] = max(0.0, whole - float(weight_K.sum()))  # what is left are queries that are to find nothing
     shares = [share for share in (weight_K / weight_K.sum()).tolist() if share > 0]
     return -method.model.config.decoder_layers * sum(share * math.log(share) for share in shares)
