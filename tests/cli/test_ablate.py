@@ -122,7 +122,9 @@ def test_a_column_without_its_towers_is_told(tmp_path: Path, capsys: pytest.Capt
     figures = {"updates": Result(4), "updates.pairs": Result(3)}
     for name, found in (("flava-seed0", figures), ("tower-text-seed0", figures), ("tower-dino-seed0", {})):
         (tmp_path / name).mkdir()
-        results.write(tmp_path / name / "results.json", found, command="", version="0", machine={}, seconds={"train": 1})
+        results.write(
+            tmp_path / name / "results.json", found, command="", version="0", machine={}, seconds={"train": 1}
+        )
     assert trivium("ablate", "--out", tmp_path, "--table") == 2
     assert "flava-seed0 starts from tower-dino-seed0" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trivium.data.detection import read_detection, read_val
+from trivium.data.detection import find_val, read_detection, read_val
 from trivium.data.detection_collate import Augmentation, DetectionCollate, resized
 from trivium.data.order import Draws
 from trivium.data.scene_files import write_scenes
@@ -104,6 +104,31 @@ def test_both_halves_must_list_the_same_categories(tmp_path: Path) -> None:
     write(tmp_path, [box(1, [1, 2, 3, 4], 1)], "val", categories=[{"id": 1, "name": "cup"}])
     with pytest.raises(TriviumError, match="lists other categories"):
         read_detection("coco", str(tmp_path))
+
+
+def test_attributes_without_names_may_have_other_numbers_in_the_other_half(tmp_path: Path) -> None:
+    """Numbers are all that is known of them, and one half need not use the highest."""
+    for half, most in (("train", 5), ("val", 2)):
+        file = write(tmp_path, [box(1, [1, 2, 3, 4], attribute_ids_max16=[0, most])], half)
+        file.rename(file.with_name(f"instances_{half}_split_by_coco_2017.json"))
+    assert read_detection("vg", str(tmp_path)).attributes == ("0", "1", "2", "3", "4", "5")
+    names = [{"id": n, "name": name} for n, name in enumerate(("none", "red", "blue"))]
+    for half in ("train", "val"):
+        file = write(tmp_path, [box(1, [1, 2, 3, 4], attribute_ids_max16=[1])], half, attCategories=names)
+        file.rename(file.with_name(f"instances_{half}_split_by_coco_2017.json"))
+        names = [names[0], names[1] | {"name": "green"}, names[2]]
+    with pytest.raises(TriviumError, match="lists other categories"):
+        read_detection("vg", str(tmp_path))
+
+
+def test_the_validation_half_is_found_in_the_folder_of_its_own(tmp_path: Path) -> None:
+    assert find_val("coco", str(tmp_path)) is None
+    write(tmp_path, [box(1, [1, 2, 3, 4])], "val")
+    rows, classes = find_val("coco", str(tmp_path))  # type: ignore[misc]
+    assert classes == ("", "cup", "", "mug") and len(rows) == 2
+    write(tmp_path / "COCO", [box(1, [1, 2, 3, 4])], "val")
+    rows, _ = find_val("coco", str(tmp_path))  # type: ignore[misc]
+    assert rows.path(0) == str(tmp_path / "COCO" / "val2017" / "1.png")
 
 
 def test_scenes_are_read_as_they_were_made(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -17,7 +18,8 @@ from tests.data.test_detection import box, write
 from trivium.data.detection import DetectionRows, read_detection
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
-from trivium.evaluate.detection import FIGURES, as_coco, as_entries, attributes_right, drawn, measure, wall
+from trivium.evaluate import average_precision
+from trivium.evaluate.detection import FIGURES, as_coco, as_entries, attributes_right, drawn, find, measure, wall
 from trivium.models.encoded import Objects
 
 
@@ -91,6 +93,69 @@ def test_a_perfect_and_an_empty_guess(scenes: Path) -> None:
     assert found["attributes"].value == 1.0
     nothing = {row: objects([], [], [], []) for row in range(len(rows))}
     assert measure(rows, nothing, data.classes)["ap"].value == 0.0
+
+
+def with_crowds(root: Path) -> DetectionRows:
+    rows = read_detection("coco", str(root / "coco")).train
+    rows.crowd_M = np.arange(len(rows.crowd_M)) % 7 == 0
+    return rows
+
+
+def test_what_is_drawn_again_is_the_figure_itself(scenes: Path) -> None:
+    """Each picture once is COCO's figure; some twice and some not at all, that of the pictures listed so."""
+    rows = with_crowds(scenes)
+    found, classes = guesses(rows), read_detection("coco", str(scenes / "coco")).classes
+    matched = average_precision.of_classes(rows, found)
+    whole = measure(rows, found, classes)
+    ours = average_precision.precision(matched, np.ones(len(rows)))
+    assert ours == pytest.approx([whole[name].value for name in average_precision.NAMES], abs=1e-9)
+    some = {row: found[row] for row in range(5, 20)}
+    weight_N = np.array([float(row in some) for row in range(len(rows))])
+    part = measure(rows, some, classes, has_intervals=False)
+    ours = average_precision.precision(matched, weight_N)
+    assert ours == pytest.approx([part[name].value for name in average_precision.NAMES], abs=1e-9)
+    assert average_precision.precision(matched, 3 * weight_N) == pytest.approx(ours, abs=1e-9), "thrice each"
+
+
+def test_the_interval_holds_the_figure_and_narrows_with_more_pictures(scenes: Path) -> None:
+    rows = with_crowds(scenes)
+    found, classes = guesses(rows), read_detection("coco", str(scenes / "coco")).classes
+    widths = []
+    for count in (6, 24):
+        results = measure(rows, {row: found[row] for row in range(count)}, classes)
+        for name in average_precision.NAMES:
+            result = results[name]
+            assert result.low is not None and result.high is not None and result.n == count
+            assert 0 <= result.low < result.value < result.high <= 1
+        widths.append(results["ap50"].high - results["ap50"].low)  # type: ignore[operator]
+        assert results["ar100"].low is None
+    assert widths[1] < widths[0]
+    nothing = measure(rows, {row: objects([], [], []) for row in range(3)}, classes)["ap"]
+    assert (nothing.value, nothing.low, nothing.high) == (0.0, 0.0, 0.0)
+
+
+def test_a_true_box_is_taken_once_and_a_crowd_counts_neither_way() -> None:
+    true = np.array([[0.0, 0, 10, 10], [20, 0, 40, 40]])
+    seen = np.array([[0.0, 0, 10, 10], [0, 0, 10, 9], [25, 5, 35, 15], [50, 50, 60, 60]])
+    right, on_crowd = average_precision.cover(seen, true, np.array([False, True]))
+    assert right[0].tolist() == [True, False, False, False] and on_crowd[0].tolist() == [False, False, True, False]
+    right, _ = average_precision.cover(seen[[1, 0]], true, np.array([False, True]))
+    assert right[:, 0].tolist() == [threshold <= 0.9 for threshold in average_precision.THRESHOLDS], "the surest first"
+    assert right[:, 1].tolist() == [threshold > 0.9 for threshold in average_precision.THRESHOLDS]
+
+
+def test_a_picture_of_another_size_than_its_boxes_is_named_and_left_out(tmp_path: Path) -> None:
+    write(tmp_path, [box(1, [0, 0, 10, 10])])
+    Image.new("RGB", (20, 30)).save(tmp_path / "train2017" / "2.png")
+    rows = read_detection("coco", str(tmp_path)).train
+
+    class Sees:
+        def detect(self, pictures: list[np.ndarray], task: str | None, batch: int) -> list[Objects]:
+            return [objects([], [], []) for _ in pictures]
+
+    found, bad = find(Sees(), rows)  # type: ignore[arg-type]
+    assert list(found) == [0]
+    assert bad == [f"{tmp_path / 'train2017' / '2.png'}: it has 20 x 30 pixels, not 30 x 20 as stated"]
 
 
 def test_an_attribute_is_right_on_the_box_that_covers_it(tmp_path: Path) -> None:

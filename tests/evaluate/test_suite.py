@@ -21,8 +21,12 @@ from tests.evaluate.datasets.test_captions import CAPTIONS, flickr
 from tests.test_load import new_bundle
 from trivium.bundle import Bundle
 from trivium.data import duplicates
+from trivium.data.detection import find_val
 from trivium.data.glue import GLUE
-from trivium.evaluate import feature_store, suite, suite_report
+from trivium.data.scene_files import write_scenes
+from trivium.data.scenes import Scenes
+from trivium.data.transforms import ImageTransform
+from trivium.evaluate import detection, feature_store, suite, suite_report
 from trivium.evaluate.classification import accuracies, classification, leakage
 from trivium.evaluate.datasets import find, layouts
 from trivium.evaluate.datasets.pictures import DataSet
@@ -32,6 +36,7 @@ from trivium.evaluate.results import Result
 from trivium.evaluate.suite import SuiteRun, TaskRun
 from trivium.evaluate.suite_report import SuiteReport
 from trivium.models.encoded import Matches
+from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.recipes.tasks import TASKS as TUNED
 
 TASKS = {task.name: task for task in SUITES["flava35"]}
@@ -402,6 +407,68 @@ def test_fine_tuned_retrieval_takes_the_re_ranked_figures_where_there_are_some(b
     values = {figure.metric: found.figure(figure) for figure in task.figures}
     assert found.state == "read"
     assert values["TR R@1"] == Result(0.77) and values["IR R@1"] == Result(0.5) and values["IR R@5"] is None
+
+
+# ---------------------------------------------------------------------------------------------- detection
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(Scenes("new-scenes", 6), folder, ("coco", "vg"))
+    return folder
+
+
+def detector(scenes: Path, tasks: tuple[str, ...] = ("coco", "vg")) -> Bundle:
+    torch.manual_seed(0)
+    named = {name: find_val(name, str(scenes))[1] for name in tasks}  # type: ignore[index]
+    of = tuple(UnitTask(name, "detection", "image", len(named[name]), n, 4) for n, name in enumerate(tasks))
+    model = Unit(
+        UnitConfig.of_size(
+            "tiny", tasks=of, width=16, num_heads=2, mlp_width=16, decoder_layers=1, image_width=16, image_layers=1,
+            backbone_widths=(8, 8), backbone_blocks=(1, 1), text_layers=0,
+        )
+    )  # fmt: skip
+    transform = ImageTransform(32, crop="shortest", longest=64)
+    return Bundle("unit", model, None, transform, labels_of={name: list(names) for name, names in named.items()})
+
+
+def test_boxes_are_measured_where_a_model_detects(scenes: Path, tmp_path: Path) -> None:
+    bundle = detector(scenes)
+    runs = {each.task.name: each for each in suite.run(SUITES["unit"], bundle, scenes, tmp_path).tasks}
+    for name, task, split in (("COCO detection", "coco", "val2017"), ("VG detection", "vg", "val")):
+        found = runs[name]
+        assert found.state == "measured"
+        result = found.results[f"{name}.{split}.ap"]
+        rows, classes = find_val(task, str(scenes))  # type: ignore[misc]
+        seen, _ = detection.find(bundle, rows, task)
+        assert result == detection.measure(rows, seen, classes)["ap"] and result.low is not None and result.n == 6
+        assert found.figure(found.task.figures[0]) == result
+    assert runs["COCO detection"].notes == ["6 pictures where the published figures rest on 5,000"]
+    again = suite.run(SUITES["unit"][:2], bundle, scenes, tmp_path).tasks
+    assert [each.state for each in again] == ["kept", "kept"] and again[0].results == runs["COCO detection"].results
+    few = suite.run(SUITES["unit"][:1], bundle, scenes, tmp_path, rows=2).tasks[0]
+    assert few.state == "measured" and few.results["COCO detection.val2017.ap"].n == 2
+    assert few.notes[0] == "at most 2 pictures of each split, evenly spread: not the papers' figures"
+
+
+def test_boxes_that_cannot_be_measured_are_told_why(bundle: Bundle, scenes: Path, tmp_path: Path) -> None:
+    def state_and_note(of: Bundle, root: Path | None) -> tuple[str, str]:
+        [found] = suite.run(SUITES["unit"][1:2], of, root, tmp_path).tasks
+        return found.state, " ".join(found.notes)
+
+    assert state_and_note(bundle, scenes) == ("not applicable", "Flava has no `detect`")
+    only = detector(scenes, ("coco",))
+    assert state_and_note(only, scenes) == ("not applicable", "this Unit has no task vg: it detects for coco")
+    assert state_and_note(detector(scenes), None)[0] == state_and_note(detector(scenes), tmp_path)[0] == "missing"
+    other = detector(scenes)
+    assert other.labels_of is not None
+    other.labels_of["vg"][2] = "a cat"
+    state, note = state_and_note(other, scenes)
+    assert state == "damaged" and "class 2" in note and "knows it as 'a cat'" in note
+    tuned = {"VG detection.val.ap": Result(0.1)}
+    [read] = suite.run(SUITES["unit"][1:2], detector(scenes), scenes, tmp_path, fine_tuned=tuned).tasks
+    assert read.state == "read" and read.results == tuned
 
 
 def test_a_model_without_texts_is_told_what_it_cannot_do(tmp_path: Path) -> None:

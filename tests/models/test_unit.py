@@ -181,7 +181,7 @@ def test_boxes_are_float32_under_autocast() -> None:
     assert float((seen.boxes_LBQ4 - plain.boxes_LBQ4).abs().max()) < 0.1
 
 
-def test_encodings_are_split_joined_and_repeated_with_their_places() -> None:
+def test_encodings_are_split_joined_taken_and_repeated_with_their_places() -> None:
     model = make()
     pixels, sizes_B2 = padded(pictures())
     image = model.encode_image(pixels, sizes_B2, "coco")
@@ -190,6 +190,9 @@ def test_encodings_are_split_joined_and_repeated_with_their_places() -> None:
         assert one is not None
         assert other is not None
         torch.testing.assert_close(one, other)
+    taken = image.taken(torch.tensor([2, 0]))
+    torch.testing.assert_close(taken.pooled, image.pooled[[2, 0]])
+    torch.testing.assert_close(model.decode("coco", taken), model.decode("coco", image)[:, [2, 0]])
     alone = model.encode_image(pictures()[0], None, "coco").repeated(2)
     assert torch.equal(*model.decode("coco", alone).transpose(0, 1))
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from tests.recipes.shop import digests, trivium
 from trivium.data.labelled import read_tables
+from trivium.data.order import Draws
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
 from trivium.errors import TriviumError
 from trivium.load import load
+from trivium.methods.unit import UnitMethod
 from trivium.models.unit import Unit
 from trivium.recipes import RECIPES
 from trivium.recipes.tasks import TASKS
 from trivium.recipes.unit import UnitRecipe, unit
+from trivium.recipes.unit_losses import on_held_out
 from trivium.recipes.unit_tasks import JointTask
 from trivium.train import config
 from trivium.train.config import leaves, set_leaves
@@ -80,9 +87,57 @@ def test_a_run_measures_every_task_that_has_data(trained: Path) -> None:
     assert results["SST-2.dev.accuracy.majority"]["value"] == 0.5
     page = (trained / "report.html").read_text()
     assert "COCO detection: what it finds" in page and "data:image/png" in page
+    assert results["SST-2.dev.accuracy"]["low"] <= results["SST-2.dev.accuracy"]["value"]
+    assert results["COCO detection.val2017.ap"]["low"] <= results["COCO detection.val2017.ap"]["value"]
+    for loss in ("coco.class", "coco.box", "vg.attributes", "vqav2", "snli_ve", "sst2"):
+        assert results[f"losses.{loss}.final"]["value"] > 0
+    assert results["losses.sst2.chance"]["value"] == pytest.approx(math.log(2))
+    assert "losses.coco.box.chance" not in results
+    assert "vg: giou" in page and "Training curve of the loss" in page
     streams = [line["stream"] for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
                if "stream" in line]  # fmt: skip
     assert set(streams) <= set(NAMES) and len(set(streams)) > 2
+
+
+def test_losses_on_held_out_rows_are_those_of_a_step_and_their_chances_of_a_constant_guess(data: Path) -> None:
+    recipe = replace(with_flags(unit("tiny"), data), measure=None)
+    prepared = recipe.prepare("unit", {})
+    method = prepared.run.method.eval()
+    assert isinstance(method, UnitMethod)
+    found, bad = on_held_out(method, prepared.tasks, prepared.collates, recipe.rows_at_once, None, lambda _: None)
+    assert not bad
+    for task in prepared.tasks:
+        if task.of is None:
+            continue
+        rows = task.data.held_out["dev"]
+        collate = replace(prepared.collates[task.name], train=False)
+        ready = [collate.prepare(rows.read(n, n), Draws(0, task.name, n)) for n in range(len(rows))]
+        number = torch.arange(len(rows))
+        batch = collate.batch(task.name, ready, number, number, 0, ())
+        target = batch.targets[method.targets[task.name]]
+        with torch.no_grad():
+            logits = method.logits(batch)
+        constant = target.double().mean(0) if target.ndim == 2 else torch.bincount(target).double() / len(target)
+        if target.ndim == 2:
+            mine = functional.binary_cross_entropy_with_logits(logits, target.float(), reduction="sum") / len(target)
+            guess = functional.binary_cross_entropy(constant.expand(len(target), -1), target.double(), reduction="sum")
+            guess = guess / len(target)
+        else:
+            mine = functional.cross_entropy(logits, target)
+            guess = functional.nll_loss(constant.clamp(min=1e-30).log().expand(len(target), -1), target)
+        assert found[task.name] == (pytest.approx(float(mine), rel=1e-4), pytest.approx(float(guess), rel=1e-6))
+    # A head of classes that says of every query what is true of all of them is at chance.
+    head: Any = method.model.heads["coco"]
+    of_coco = prepared.tasks[0]
+    rows = of_coco.data.held_out["val2017"]
+    wanted = np.bincount(rows.classes_M, minlength=len(of_coco.data.classes) + 1).astype(float)
+    wanted[-1] = 0.1 * (20 * len(rows) - len(rows.classes_M))
+    with torch.no_grad():
+        head.classes.weight.zero_()
+        head.classes.bias.copy_(torch.tensor(wanted / wanted.sum()).clamp(min=1e-30).log())
+    again, _ = on_held_out(method, [of_coco], prepared.collates, recipe.rows_at_once, None, lambda _: None)
+    value, chance = again["coco.class"]
+    assert chance == pytest.approx(value, rel=1e-4)
 
 
 def test_a_run_is_measured_again_to_the_same_figures(trained: Path, tmp_path: Path) -> None:
@@ -151,19 +206,18 @@ def with_flags(recipe: UnitRecipe, data: Path) -> UnitRecipe:
     return set_leaves(recipe, values)
 
 
-def test_the_verb_detect_writes_the_picture_and_what_was_found(
-    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_verb_detect_takes_a_run(trained: Path, data: Path, tmp_path: Path) -> None:
     picture = next((data / "scenes" / "coco" / "val2017").glob("*.jpg"))
     assert trivium("detect", trained, picture, "--out", tmp_path / "found.png", "--score", 0, "--task", "vg") == 0
     found = json.loads((tmp_path / "found.json").read_text())["objects"]
-    assert len(found) == 20 and (tmp_path / "found.png").is_file()
-    assert found == sorted(found, key=lambda each: -each["score"])
-    assert "20 objects with a score of 0 or more" in capsys.readouterr().out
-    assert trivium("detect", trained, picture, "--out", tmp_path / "found.png", "--task", "snli_ve") == 2
-    assert "detects nothing" in capsys.readouterr().err
-    assert trivium("detect", trained, tmp_path / "nowhere.jpg", "--out", tmp_path / "found.png") == 2
-    assert trivium("detect", trained, picture, "--out", tmp_path / "found.txt") == 2
+    assert len(found) == 20 and found == sorted(found, key=lambda each: -each["score"])
+
+
+def test_two_tasks_of_one_kind_keep_their_figures_apart(data: Path) -> None:
+    recipe = with_flags(unit("tiny"), data)
+    again = JointTask(21, task="coco", root=str(data / "scenes" / "coco"), num_queries=5, batch=4)
+    prepared = replace(recipe, tasks=recipe.tasks | {"boats": again}).prepare("unit", {})
+    assert [task.title for task in prepared.tasks if task.kind == "coco"] == ["COCO detection", "boats"]
 
 
 def test_a_task_of_ones_own_is_one_more_entry(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from trivium.errors import TriviumError
 
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by the end of a file's name, for Pillow
+
 
 def detect(path: Path, picture: Path, *, out: Path | None = None, score: float = 0.5, task: str | None = None) -> None:
     """Find the objects in a picture: write it with boxes and names, and a JSON file with the same.
@@ -27,8 +29,12 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
     from trivium.cli.embed import check_can_write, open_model
 
     out = out or Path(f"{picture.stem}-detected.png")
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise TriviumError(f"{out}: name a picture to write, such as {out.stem}.png")
+    if not picture.is_file():
+        raise TriviumError(f"{picture}: there is no such picture")
+    if out.suffix.lower() not in FORMATS:
+        raise TriviumError(f"--out {out}: name a picture to write, such as {out.stem}.png")
+    if out.resolve() == picture.resolve():
+        raise TriviumError(f"--out {out} is the picture itself, which would be lost: name another")
     if not 0 <= score <= 1:
         raise TriviumError(f"--score {score:g}: it lies between 0 and 1")
     check_can_write(out)
@@ -36,6 +42,7 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
 
     from trivium.data.decode import decode
     from trivium.evaluate.detection import drawn
+    from trivium.manifest import file_beside, write_whole
 
     bundle = open_model(path)
     [found] = bundle.detect([picture], task)
@@ -57,9 +64,11 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
         | ({} if found.attributes_Q is None else {"attribute": called(attributes, int(found.attributes_Q[row]))})
         for row in range(len(found.scores_Q))
     ]
-    Image.fromarray(drawn(decode(picture.read_bytes()), found, classes, attributes)).save(out)
+    page = Image.fromarray(drawn(decode(picture.read_bytes()), found, classes, attributes))
+    with file_beside(out) as beside:
+        page.save(beside, FORMATS[out.suffix.lower()])
     listed = out.with_suffix(".json")
-    listed.write_text(json.dumps({"picture": str(picture), "objects": objects}, indent=1, ensure_ascii=False) + "\n")
+    write_whole(listed, json.dumps({"picture": str(picture), "objects": objects}, indent=1, ensure_ascii=False) + "\n")
     for each in objects:
         left, top, right, bottom = each["box"]
         word = f"{each['attribute']} " if "attribute" in each else ""

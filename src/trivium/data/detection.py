@@ -30,6 +30,9 @@ ATTRIBUTES = "attribute_ids_max16"
 LEAST_SIDE = 1e-6  # pixels that a box keeps inside its picture; with less it has no area
 
 
+Names = tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where a data set keeps its annotations and pictures below its folder; {half} is train or val."""
@@ -41,6 +44,8 @@ class Layout:
     pictures: tuple[str, ...]
     has_attributes: bool
     owners: str
+    places: tuple[str, ...]  # its own folder below one of all data, the first that is there
+    num_validation: int | None  # pictures of the validation half; None: not known
 
     def file(self, root: str, half: str) -> str | None:
         paths = (os.path.join(root, name.format(half=half)) for name in self.annotations)
@@ -56,6 +61,8 @@ LAYOUTS = {
         ("{half}2017",),
         False,
         "https://cocodataset.org/#download",
+        ("coco", "COCO", "."),
+        5000,
     ),
     "vg": Layout(
         "Visual Genome",
@@ -65,6 +72,8 @@ LAYOUTS = {
         ("images", "VG_100K", "VG_100K_2"),
         True,
         "UniT's authors, as annotations_split_by_coco_2017.tar.gz",
+        ("visual_genome", "vg", "VG", "."),
+        None,
     ),
 }
 
@@ -199,7 +208,8 @@ def read_detection(name: str, root: str) -> Detection:
     held_out = {}
     if (other := layout.file(root, "val")) is not None:
         held_out[layout.validation], *names, more = _read(layout, root, "val", other)
-        if names[0] != classes or (names[1] and names[1] != attributes):
+        both = min(len(names[1]), len(attributes))  # where they have no names, one may have higher numbers
+        if names[0] != classes or names[1][:both] != attributes[:both]:
             raise TriviumError(f"{other} lists other categories than {file}: take both from one release")
         notes += more
     return Detection(train, held_out, classes, attributes, notes)
@@ -213,7 +223,15 @@ def read_val(name: str, root: str) -> DetectionRows:
     return _read(layout, root, "val", file)[0]
 
 
-Names = tuple[str, ...]
+def find_val(name: str, root: str) -> tuple[DetectionRows, Names] | None:
+    """The validation half from the data set's own folder below `root`, and the names of its classes; None where it is
+    not there. Raises TriviumError, as `read_detection`."""
+    layout = LAYOUTS[name]
+    for place in layout.places:
+        folder = os.path.normpath(os.path.join(root, place))
+        if (file := layout.file(folder, "val")) is not None:
+            return _read(layout, folder, "val", file)[:2]
+    return None
 
 
 def _read(layout: Layout, root: str, half: str, file: str) -> tuple[DetectionRows, Names, Names, list[str]]:

@@ -202,7 +202,7 @@ def render(found: Comparison, command: str = "") -> str:
     """One self-contained HTML page. command: that made it."""
     sides = (found.left, found.right)
     names = dict.fromkeys([*LOSS_TITLES, *(name for side in sides for name in side.curves)])
-    curves = {LOSS_TITLES.get(name, (name,))[0]: [side.curves.get(name, []) for side in sides] for name in names}
+    curves = {report.loss_title(name)[0]: [side.curves.get(name, []) for side in sides] for name in names}
     template = report.environment().get_template("compare.html")
     return template.render(
         found=found,

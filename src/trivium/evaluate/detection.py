@@ -1,7 +1,8 @@
 """Detection as COCO measures it (Lin et al. 2014): average precision of boxes over IoU 0.50 to 0.95, 100 a picture.
 
 Everything that a model finds is submitted, ranked by its score: no threshold, no suppression of overlaps (DETR, section
-4). The counting is faster-coco-eval's, which agrees with pycocotools. Crowds count neither way.
+4). The counting is faster-coco-eval's, which agrees with pycocotools. Crowds count neither way. AP as such, at IoU 0.5
+and at 0.75 have the interval of a bootstrap over pictures (average_precision.py).
 
 Q objects found in a picture, M true ones.
 """
@@ -21,7 +22,7 @@ from trivium.bundle import Bundle
 from trivium.data.decode import decode
 from trivium.data.detection import DetectionRows, corners
 from trivium.errors import BadSample, TriviumError
-from trivium.evaluate import charts
+from trivium.evaluate import average_precision, charts
 from trivium.evaluate.embedded import Figure
 from trivium.evaluate.results import Result, Results, mean_of
 from trivium.models.encoded import Objects
@@ -48,10 +49,16 @@ def find(
         several, pictures = [], []
         for row in range(first, min(first + batch, len(rows))):
             try:
-                pictures.append(decode(rows.picture(row)))
+                picture = decode(rows.picture(row))
             except (BadSample, ValueError) as error:
                 bad.append(f"{rows.path(row)}: {error}")
                 continue
+            stated = rows.pictures[row].height, rows.pictures[row].width
+            if picture.shape[:2] != stated:  # its boxes are of another picture
+                sizes = [f"{width} x {height}" for height, width in (picture.shape[:2], stated)]
+                bad.append(f"{rows.path(row)}: it has {sizes[0]} pixels, not {sizes[1]} as stated")
+                continue
+            pictures.append(picture)
             several.append(row)
         if pictures:
             found |= dict(zip(several, bundle.detect(pictures, task, batch), strict=True))
@@ -60,8 +67,14 @@ def find(
     return found, bad
 
 
-def measure(rows: DetectionRows, found: dict[int, Objects], classes: Sequence[str]) -> Results:
-    """COCO's figures over the pictures that could be read, and how often an attribute is right."""
+def measure(
+    rows: DetectionRows, found: dict[int, Objects], classes: Sequence[str], has_intervals: bool = True
+) -> Results:
+    """COCO's figures over the pictures that could be read, and how often an attribute is right.
+
+    A figure for which there is no true box (large ones, among small pictures) is left out.
+    has_intervals: also how sure they are, which takes seconds for every thousand pictures.
+    """
     results: Results = {}
     with contextlib.redirect_stdout(io.StringIO()):  # it reports on its progress
         truths = COCO(as_coco(rows, found, classes))
@@ -74,9 +87,11 @@ def measure(rows: DetectionRows, found: dict[int, Objects], classes: Sequence[st
             stats: Any = evaluation.stats
         else:  # there is nothing to read
             stats = np.zeros(12)
+    ends = average_precision.intervals(rows, found) if has_intervals else {}
     for name, place in FIGURES.items():
         if float(stats[place]) >= 0:  # -1: there is no such object
-            results[name] = Result(float(stats[place]), n=len(found))
+            low, high = ends.get(name, (None, None))
+            results[name] = Result(float(stats[place]), low, high, len(found))
     right = attributes_right(rows, found)
     if len(right):
         results["attributes"] = mean_of(right)

@@ -1,7 +1,7 @@
 """The tasks that the papers report, by suite: FLAVA's 35 (22 vision, 8 language, 5 multimodal), ALBEF's and UniT's.
 
 A task says which of its figures stand in which published table, and where ours come from: vision data sets, zero-shot
-retrieval and grounding are measured by the suite itself, what takes fine-tuning is read from the results of
+retrieval, grounding and detection are measured by the suite itself, what takes fine-tuning is read from the results of
 `trivium finetune`.
 """
 
@@ -11,10 +11,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from trivium.data.detection import LAYOUTS
 from trivium.evaluate.datasets import captions, layouts
 
 Domain = Literal["language", "vision", "multimodal"]
-Kind = Literal["classification", "retrieval", "grounding", "fine-tuning"]
+Kind = Literal["classification", "retrieval", "grounding", "detection", "fine-tuning"]
 DOMAINS: tuple[Domain, ...] = ("language", "vision", "multimodal")
 GLUE_OWNERS = "https://gluebenchmark.com/tasks"
 
@@ -37,7 +38,7 @@ class PaperTask:
     protocol: str  # likewise
     figures: tuple[Figure, ...]
     title: str = ""  # under which `trivium finetune` leaves its results; "": the name
-    verb: str = ""  # the task's name there; "": it is not built
+    verb: str = ""  # the task's name there, or of detection in the model; "": it is not built
     expected: str = ""  # of data that `trivium finetune` reads: the official layout
     owners: str = ""
     beside: tuple[str, ...] = ()  # other protocols whose numbers the paper sets beside its own
@@ -177,13 +178,20 @@ def _shared(name: str, domain: Domain, figure: Figure, expected: str, owners: st
     return PaperTask(name, domain, "fine-tuning", "multi-task training", (figure,), name, verb, expected, owners)
 
 
-_AP = "mAP 0.50:0.95"
+def _detection(task: str, split: str, expected: str) -> PaperTask:
+    """task: of the model, and of LAYOUTS. split: as published.csv calls it."""
+    layout = LAYOUTS[task]
+    figure = Figure("mAP 0.50:0.95", f"{layout.validation}.ap", splits=(split,))
+    return PaperTask(layout.figure, "vision", "detection", "multi-task training", (figure,), verb=task,
+                     expected=expected, owners=layout.owners)  # fmt: skip
+
+
 UNIT = (
-    _shared("COCO detection", "vision", Figure(_AP, "val2017.ap", splits=("val2017",)),
-            "annotations/instances_{train,val}2017.json, {train,val}2017/*.jpg", "https://cocodataset.org/#download"),
-    _shared("VG detection", "vision", Figure(_AP, "val.ap", splits=("val (disjoint from COCO val2017)",)),
-            "instances_{train,val}_split_by_coco_2017.json, VG_100K/, VG_100K_2/",
-            "https://homes.cs.washington.edu/~ranjay/visualgenome/"),
+    _detection("coco", "val2017", "coco/{annotations/instances_val2017.json, val2017/*.jpg}"),
+    _detection(
+        "vg", "val (disjoint from COCO val2017)",
+        "visual_genome/{annotations/instances_val_split_by_coco_2017.json, images/ or VG_100K/ and VG_100K_2/}",
+    ),
     _shared("VQAv2", "multimodal",
             Figure("VQA accuracy", "val2017.accuracy", splits=("val2017 images",), instead="dev.accuracy"), *VQA,
             "vqav2"),

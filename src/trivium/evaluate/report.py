@@ -41,6 +41,12 @@ LOSS_TITLES = {
     "mmm_image": ("Masked picture, with text (MMM)", "guess hidden patches from the rest and the caption"),
     "mmm_text": ("Masked text, with picture (MMM)", "guess hidden words of a caption from the rest and the picture"),
 }
+PARTS_OF_DETECTION = {  # of a loss named TASK.PART
+    "class": "say of each query what it found, or that it found nothing",
+    "box": "put each box where the object is: the distance of its four numbers",
+    "giou": "cover the object with the box and nothing else",
+    "attributes": "name what an object is like",
+}
 RETRIEVAL_TITLES = {
     "style": "Known things, unseen style",
     "concepts": "Things never seen",
@@ -78,7 +84,7 @@ class Report:
 
     title: str
     evaluation: Evaluation
-    losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # name -> (final, chance)
+    losses: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)  # name -> (final, chance)
     curves: Mapping[str, charts.Curve] = field(default_factory=dict)  # name -> (step, training loss)
     seconds: Mapping[str, float] = field(default_factory=dict)  # "train", "total" and other parts of the command
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -215,9 +221,18 @@ def _times(value: float, chance: float) -> str:
     return f"{ratio:.0f} times" if ratio >= 3 else f"{ratio:.1f} times"
 
 
+def loss_title(name: str) -> tuple[str, str]:
+    """How people read the name of a loss, and what is asked for; that is empty for a loss named after its task."""
+    task, _, part = name.rpartition(".")
+    if name in LOSS_TITLES:
+        return LOSS_TITLES[name]
+    return (f"{task}: {part}", PARTS_OF_DETECTION[part]) if part in PARTS_OF_DETECTION else (name, "")
+
+
 def _losses(report: Report) -> list[dict[str, Any]]:
     found = []
-    for name, (title, meaning) in LOSS_TITLES.items():
+    for name in dict.fromkeys([*LOSS_TITLES, *report.losses, *report.curves]):
+        title, meaning = loss_title(name)
         final, chance = report.losses.get(name, (None, None))
         curve = report.curves.get(name, [])
         if final is None and not curve:

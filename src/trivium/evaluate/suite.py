@@ -13,17 +13,19 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from trivium import __version__
 from trivium.bundle import Bundle
+from trivium.data.detection import LAYOUTS, DetectionRows, find_val
 from trivium.data.referring import Referring, find_referring
 from trivium.errors import BadSample, TriviumError
+from trivium.evaluate import detection, grounding, outcomes, pairs, results
 from trivium.evaluate import features as encoding
-from trivium.evaluate import grounding, outcomes, pairs, results
 from trivium.evaluate.classification import Measured, classification
 from trivium.evaluate.datasets import Missing, find, layouts
 from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
@@ -34,11 +36,11 @@ from trivium.evaluate.paper_tasks import Figure, PaperTask
 from trivium.evaluate.published import Place
 from trivium.evaluate.results import Result, Results
 from trivium.manifest import write_whole
-from trivium.models.encoded import EncodesImage, EncodesText, Matches
+from trivium.models.encoded import Detects, EncodesImage, EncodesText, Matches
 from trivium.models.grounding import Grounds
 
 # Of the protocols: a change of what they measure is another number.
-VERSIONS = {"classification": 2, "retrieval": 2, "grounding": 1}
+VERSIONS = {"classification": 2, "retrieval": 2, "grounding": 1, "detection": 1}
 
 AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training expressions (trivium finetune grounding)"
 
@@ -159,12 +161,14 @@ def _one(
         return TaskRun(task, "not applicable", notes=[cannot])
     if task.kind == "fine-tuning":
         return _fine_tuned(task, fine_tuned)
-    if task.kind == "grounding" and (read := _fine_tuned(task, fine_tuned)).state == "read":
+    if task.kind in ("grounding", "detection") and (read := _fine_tuned(task, fine_tuned)).state == "read":
         return read
     assert encoder is not None, "who reads no pictures was turned away"
     data = _data(task, root)
     if isinstance(data, Missing):
         return TaskRun(task, "missing", missing=data)
+    if isinstance(data, Boxes):
+        _same_classes(task, bundle, data)
     if rows is not None and not isinstance(data, Referring):
         data = with_rows(data, rows) if isinstance(data, DataSet) else data.first(rows)
     depends = f"{VERSIONS[task.kind]} {encoder.hash} {_identity(data)} {rows if isinstance(data, Referring) else ''}"
@@ -182,13 +186,14 @@ def _one(
     elif isinstance(data, Referring):
         grounded = grounding.run(bundle, data, rows=rows, say=tell)
         measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS])
+    elif isinstance(data, Boxes):
+        measured = detected(task, bundle, data, tell)
     else:
         measured = zero_shot_retrieval(data, encoder, cache / "features", tell, task.shortlist)
     if rows is not None:
         what = "expressions" if isinstance(data, Referring) else "pictures"
-        measured.notes.insert(
-            0, f"at most {rows:,} {what} of each split, drawn with a fixed seed: not the papers' figures"
-        )
+        how = "evenly spread" if isinstance(data, Referring | Boxes) else "drawn with a fixed seed"
+        measured.notes.insert(0, f"at most {rows:,} {what} of each split, {how}: not the papers' figures")
     found = TaskRun(
         task, "measured", {f"{task.prefix}.{name}": result for name, result in measured.results.items()}, measured.notes
     )  # fmt: skip
@@ -206,17 +211,39 @@ def lacks(task: PaperTask, bundle: Bundle) -> str | None:
         return f"{name} reads no texts"
     if task.kind == "grounding" and not isinstance(model, Grounds):
         return f"{name} has no attention from words to patches that a matching head judges"
+    if task.kind == "detection":
+        if not isinstance(model, Detects):
+            return f"{name} has no `detect`"
+        config: Any = model.config
+        tasks = [each.name for each in config.tasks if each.kind == "detection"]
+        if task.verb not in tasks:
+            return f"this {name} has no task {task.verb}: it detects for {', '.join(tasks) or 'none'}"
     if task.kind in ("retrieval", "grounding") and bundle.tokenizer is None:
         return "this checkpoint came without a tokenizer"
     return None
 
 
-def _data(task: PaperTask, root: Path | None) -> DataSet | Captioned | Referring | Missing:
+@dataclass(frozen=True)
+class Boxes:
+    """Pictures with boxes, and the names of their classes by number."""
+
+    rows: DetectionRows
+    classes: tuple[str, ...]
+
+    def first(self, rows: int) -> Boxes:
+        """So many of them."""
+        return replace(self, rows=self.rows.capped(rows))
+
+
+def _data(task: PaperTask, root: Path | None) -> DataSet | Captioned | Referring | Boxes | Missing:
     if task.kind == "classification":
         layout = layouts.BY_NAME[task.name]
         return Missing(layout.expected, layout.owners) if root is None else find(layout, root)
-    found: Captioned | Referring | None = None
-    if task.kind == "grounding":
+    found: Captioned | Referring | Boxes | None = None
+    if task.kind == "detection":
+        boxes = None if root is None else find_val(task.verb, str(root))
+        found = None if boxes is None else Boxes(*boxes)
+    elif task.kind == "grounding":
         found = None if root is None else find_referring(root, [task.name.lower()])
     elif root is not None:
         found = find_captions(CAPTIONED[task.name], root)
@@ -253,6 +280,31 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
     return TaskRun(task, "not fine-tuned", missing=Missing(task.expected, task.owners))
 
 
+def _same_classes(task: PaperTask, bundle: Bundle, data: Boxes) -> None:
+    """Raises TriviumError where the model means another thing by a number than the file."""
+    trained = (bundle.labels_of or {}).get(task.verb)
+    for number, (known, named) in enumerate(zip_longest(trained or [], data.classes, fillvalue="")):
+        if trained and known != named:
+            raise TriviumError(
+                f"{data.rows.file} calls class {number} {named or 'nothing'!r}, and this model knows it as"
+                f" {known or 'nothing'!r}: measure it on the data set that it was trained for"
+            )
+
+
+def detected(task: PaperTask, bundle: Bundle, data: Boxes, say: Callable[[str], None]) -> Measured:
+    """COCO's figures on the validation half."""
+    layout = LAYOUTS[task.verb]
+    say(f"{layout.validation}: {len(data.rows):,} pictures")
+    seen, bad = detection.find(bundle, data.rows, task.verb)
+    figures = detection.measure(data.rows, seen, data.classes)
+    found = Measured({f"{layout.validation}.{name}": result for name, result in figures.items()})
+    if bad:
+        found.notes.append(f"{len(bad):,} pictures cannot be read and are left out; the first: {bad[0]}")
+    if layout.num_validation not in (None, len(data.rows)):
+        found.notes.append(f"{len(data.rows):,} pictures where the published figures rest on {layout.num_validation:,}")
+    return found
+
+
 def zero_shot_retrieval(
     data: Captioned, encoder: ModelEncoder, store: Path, say: Callable[[str], None], shortlist: int
 ) -> Measured:
@@ -287,7 +339,9 @@ def zero_shot_retrieval(
 # ------------------------------------------------------------------------------------------- what is kept
 
 
-def _identity(data: DataSet | Captioned | Referring) -> str:
+def _identity(data: DataSet | Captioned | Referring | Boxes) -> str:
+    if isinstance(data, Boxes):
+        return f"{stamp_of(Path(data.rows.file))} {data.rows.folders} {len(data.rows)}"
     if isinstance(data, Referring):
         return "\n".join(map(stamp_of, data.tables))
     if isinstance(data, Captioned):

@@ -88,8 +88,8 @@ class Encoded:
 
     def taken(self, rows_R: Tensor) -> Encoded:
         """Those rows, int64 [R], in this order."""
-        mask, pooled_at = (None if t is None else t.index_select(0, rows_R) for t in (self.mask, self.pooled_at_B))
-        return Encoded(self.states.index_select(0, rows_R), mask, self._norm, self._projection, pooled_at)
+        marks = (None if t is None else t.index_select(0, rows_R) for t in self._marks())
+        return self._with(self.states.index_select(0, rows_R), *marks)
 
     def split(self, rows: int) -> list[Encoded]:
         """Parts of so many rows, the last one may have fewer. Norm and projection are computed for each."""

@@ -34,7 +34,8 @@ def evaluate(
     found, losses = prepared.held_out(say, final)
     for name, (value, guess) in losses.items():
         found.results[f"losses.{name}.final"] = Result(value)
-        found.results[f"losses.{name}.chance"] = Result(guess)
+        if guess is not None:
+            found.results[f"losses.{name}.chance"] = Result(guess)
     return found, losses
 
 

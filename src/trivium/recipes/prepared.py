@@ -19,7 +19,8 @@ from trivium.train.config import Config, leaves
 from trivium.train.protocol import Method
 from trivium.train.trainer import Run, Train
 
-Losses = dict[str, tuple[float, float]]  # name -> (on held-out samples, for a guess from the labels' frequencies)
+# name -> (on held-out samples, for a guess from the labels' frequencies; None: there is no such guess)
+Losses = dict[str, tuple[float, float | None]]
 
 NOTHING_HELD_OUT = (
     "nothing was held out: give --data.validation captioned pictures that are not trained on, or measure the run on"

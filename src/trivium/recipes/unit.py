@@ -34,7 +34,7 @@ from trivium.methods.pixels import Pixels
 from trivium.methods.unit import Labels, UnitMethod
 from trivium.models.bert import Bert
 from trivium.models.unit import SIZES, Unit, UnitConfig
-from trivium.recipes import limits
+from trivium.recipes import limits, unit_losses
 from trivium.recipes.data import absolute
 from trivium.recipes.predict import predict_by
 from trivium.recipes.prepared import Losses, Prepared
@@ -168,7 +168,11 @@ class PreparedUnit(Prepared):
                     found.results |= guesses
                 else:
                     found.not_applicable.append(f"{task.title}, {name}: it has no labels")
-        return found, {}
+        losses, bad = unit_losses.on_held_out(
+            method, self.tasks, self.collates, self.recipe.rows_at_once, self.recipe.measure, say
+        )
+        found.not_applicable += bad
+        return found, losses
 
     def _boxes(self, found: Evaluation, task: Opened, data: Detection, say: Callable[[str], None]) -> None:
         for name, rows in data.held_out.items():
@@ -178,10 +182,13 @@ class PreparedUnit(Prepared):
             found.not_applicable += [f"a picture of {name} that cannot be read: {each}" for each in bad]
             figures = detection.measure(chosen, seen, data.classes)
             found.results |= {f"{task.title}.{name}.{figure}": result for figure, result in figures.items()}
-            found.headline.append(
-                f"{task.title}, {name}: mAP {figures['ap'].value:.3f}, at IoU 0.5 {figures['ap50'].value:.3f}, over"
-                f" {len(seen):,} pictures."
-            )
+            if "ap" in figures:
+                found.headline.append(
+                    f"{task.title}, {name}: mAP {figures['ap'].value:.3f}, at IoU 0.5 {figures['ap50'].value:.3f}, over"
+                    f" {len(seen):,} pictures."
+                )
+            else:
+                found.not_applicable.append(f"{task.title}, {name}: none of {len(seen):,} pictures has a true box")
             found.figures.append(
                 detection.wall(chosen, seen, f"{task.title}: what it finds", data.classes, data.attributes)
             )
@@ -353,7 +360,7 @@ def _measures(
                 for name, rows in task.data.held_out.items():
                     chosen = rows.capped(recipe.measure)
                     seen, _ = detection.find(bundle, chosen, task.name)
-                    results = detection.measure(chosen, seen, task.data.classes)
+                    results = detection.measure(chosen, seen, task.data.classes, has_intervals=False)
                     figures |= {f"{task.name}.{name}.{each}": results[each].value for each in results}
                 continue
             assert task.of is not None

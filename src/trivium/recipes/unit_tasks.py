@@ -98,6 +98,9 @@ class Opened:
 
     @property
     def title(self) -> str:
+        """What results and pages call it: as papers do, or by its own name where it is another of the same kind."""
+        if self.name != self.kind:
+            return self.name
         return LAYOUTS[self.kind].figure if self.of is None else self.of.title
 
     @property
