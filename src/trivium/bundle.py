@@ -97,16 +97,10 @@ class Bundle:
         rest = iter(pictures)
         while several := list(islice(rest, batch)):
             pixels_BCHW, sizes_B2 = padded([self._pixels(one, pictures) for one in several])
-            pixels_BCHW = pixels_BCHW.to(self.device)
-            if pixels_BCHW.is_floating_point():
-                if not 0 <= float(pixels_BCHW.min()) <= float(pixels_BCHW.max()) <= 1:
-                    raise TriviumError("float pixels must lie in [0, 1]: divide by 255, and do not normalise them")
-                pixels_BCHW = pixels_BCHW * 255
-            dtype = next(self.model.parameters()).dtype
+            pixels_BCHW = self._normalised(pixels_BCHW)
             with _evaluating(self.model):
-                mean, std = self.transform.mean, self.transform.std
                 sizes = () if sizes_B2 is None else (sizes_B2.to(self.device),)  # of a family that pads
-                yield model.encode_image(normalize(pixels_BCHW, mean, std, dtype), *sizes).settled()
+                yield model.encode_image(pixels_BCHW, *sizes).settled()
 
     def encode_text(self, texts: Strings, batch: int = 64) -> Encoded:
         """One string or several -> `Encoded` of B rows, padded to the longest (at most `max_length` tokens)."""
@@ -157,14 +151,11 @@ class Bundle:
         if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
             pictures = [pictures]
         found: list[Objects] = []
-        dtype = next(self.model.parameters()).dtype
         rest = iter(pictures)
         while several := list(islice(rest, batch)):
             whole = [self._read(one, pictures, self.transform.decoded) for one in several]
             pixels_BCHW, sizes_B2 = padded([self._pixels(one, pictures) for one in whole])
-            if pixels_BCHW.is_floating_point():
-                pixels_BCHW = pixels_BCHW * 255
-            pixels_BCHW = normalize(pixels_BCHW.to(self.device), self.transform.mean, self.transform.std, dtype)
+            pixels_BCHW = self._normalised(pixels_BCHW)
             with _evaluating(self.model):
                 seen = model.detect(pixels_BCHW, None if sizes_B2 is None else sizes_B2.to(self.device), task)
             order_BQ = seen.scores_BQ.argsort(dim=1, descending=True, stable=True)
@@ -222,17 +213,15 @@ class Bundle:
         """Where the picture's own tower looks for each text, [n, n], row by row: the same of its class token's
         attention, for the cosine with the text (ALBEF's rows "itc")."""
         model = self._able(Compares, "has no picture's tower whose attention can be watched")  # type: ignore[type-abstract]
-        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
-            pictures = [pictures]
-        pixels = torch.stack([self._pixels(one, pictures) for one in pictures])
+        pixels = self._stacked(pictures)
         text_BD = self.encode_text(texts).projected
         if len(pixels) != len(text_BD):
             raise TriviumError(f"{len(pixels)} pictures and {len(text_BD)} texts do not pair up: give as many")
-        dtype, side, found = next(self.model.parameters()).dtype, pixels.shape[-1] // self._patch, []
+        side, found = pixels.shape[-1] // self._patch, []
         try:
             with _evaluating(self.model):
                 for part, text in zip(pixels.split(batch), text_BD.split(batch), strict=True):
-                    part = normalize(part.to(self.device), self.transform.mean, self.transform.std, dtype)
+                    part = self._normalised(part)
                     found += list(picture_heat(model, part, text, block).float().cpu().unflatten(1, (-1, side)))
         except IndexError:
             raise TriviumError(f"the picture's tower has no block {block}: count from 0") from None
@@ -283,8 +272,7 @@ class Bundle:
             if parts[0] is not None:
                 if second is not None:
                     parts[0] = torch.cat([parts[0], second[first : first + batch].to(self.device)])
-                dtype = next(self.model.parameters()).dtype
-                parts[0] = normalize(parts[0], self.transform.mean, self.transform.std, dtype)
+                parts[0] = self._normalised(parts[0])
             with _evaluating(whole):
                 answers.append(whole.answers(whole(*parts)))
         return torch.cat(answers)
@@ -427,6 +415,16 @@ class Bundle:
         """Pixels on a side."""
         patch: int = self.model.config.patch_size  # type: ignore[union-attr, assignment]
         return patch
+
+    def _normalised(self, pixels_BCHW: Tensor) -> Tensor:
+        """As the model reads them, on its device: of uint8, or of float in [0, 1]."""
+        pixels_BCHW = pixels_BCHW.to(self.device)
+        if pixels_BCHW.is_floating_point():
+            if not 0 <= float(pixels_BCHW.min()) <= float(pixels_BCHW.max()) <= 1:
+                raise TriviumError("float pixels must lie in [0, 1]: divide by 255, and do not normalise them")
+            pixels_BCHW = pixels_BCHW * 255
+        dtype = next(self.model.parameters()).dtype
+        return normalize(pixels_BCHW, self.transform.mean, self.transform.std, dtype)
 
     def _pixels(self, picture: Picture | Tensor, given: Any) -> Tensor:
         """uint8 or float [3, H, W] of one picture."""

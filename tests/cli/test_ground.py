@@ -124,6 +124,10 @@ def test_mistakes_are_sentences(
         bundle.ground(picture, "a", block=-1)
     with pytest.raises(TriviumError, match="the picture's tower has no block -1"):
         bundle.ground_by_cosine(picture, "a", block=-1)
+    size = bundle.transform.size
+    pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
+    whole, shares = (bundle.ground_by_cosine(each, "a")[0] for each in (pixels, pixels / 255))
+    torch.testing.assert_close(whole, shares)  # pixels as floats are the same pixels
     assert run("ground", models["albef"], "--image", picture, "--text", "a", "--out", tmp_path / "maps.gif") == 2
     assert "an image is a .png or a .jpg" in capsys.readouterr().err
     assert run("ground", models["albef"], "--image", picture, "--text", "a", "--out", tmp_path / "x" / "maps.png") == 2

@@ -286,10 +286,13 @@ def test_a_converted_model_answers_as_the_file_does(kind: str, tmp_path: Path) -
     pixels = torch.randint(0, 256, (2, 3, GRID * PATCH, GRID * PATCH), dtype=torch.uint8)
     second = {"second_pictures": pixels.flip(0)} if kind == "nlvr" else {}
     with pytest.warns(UserWarning, match="drawn at random"):
-        found = [
-            trivium.load(path).answer(pixels, ["w5 w6", "w7"], **second)  # type: ignore[operator]
-            for path in (tmp_path / "file.pth", tmp_path / "again")
-        ]
+        bundles = [trivium.load(path) for path in (tmp_path / "file.pth", tmp_path / "again")]  # type: ignore[operator]
+    found = [bundle.answer(pixels, ["w5 w6", "w7"], **second) for bundle in bundles]
+    shares = {name: value / 255 for name, value in second.items()}
+    as_floats = bundles[1].answer(pixels / 255, ["w5 w6", "w7"], **shares)
+    torch.testing.assert_close(as_floats, found[1])  # the same pixels
+    with pytest.raises(TriviumError, match=r"float pixels must lie in \[0, 1\]"):
+        bundles[1].answer(pixels.float(), ["w5 w6", "w7"], **second)
     assert torch.equal(found[0], found[1])
     assert torch.allclose(found[0].sum(1), torch.ones(2))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.golden.stored import hold
 from tests.golden.test_flava_tiny import LENGTH, ROWS, STEPS, generated
 from trivium.invariance import split
 from trivium.methods.clip import ClipMethod
@@ -52,14 +53,7 @@ def curve(scope: Scope) -> list[float]:
 
 
 def test_the_loss_stays_on_its_curve(request: pytest.FixtureRequest) -> None:
-    found = {scope: curve(scope) for scope in SCOPES}
-    if request.config.getoption("--regenerate-golden"):
-        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in found.items())
-        CURVES.write_text(f"{{\n{lines}\n}}\n")
-    stored = json.loads(CURVES.read_text())
-    assert set(found) == set(stored)
-    for name, values in stored.items():
-        assert found[name] == pytest.approx(values, abs=1e-3), name
+    hold({scope: curve(scope) for scope in SCOPES}, CURVES, request)
 
 
 def test_the_stored_curves_fall_and_differ() -> None:

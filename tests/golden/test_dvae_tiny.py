@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.flava_batches import split
+from tests.golden.stored import hold
 from trivium.invariance import dvae
 from trivium.methods.dvae import LOSSES, Annealing, DVaeMethod
 from trivium.models.dvae import DVae
@@ -52,13 +53,8 @@ def curves() -> dict[str, list[float]]:
 
 def test_both_terms_stay_on_their_curves(request: pytest.FixtureRequest) -> None:
     found = curves()
-    if request.config.getoption("--regenerate-golden"):
-        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in found.items())
-        CURVES.write_text(f"{{\n{lines}\n}}\n")
-    stored = json.loads(CURVES.read_text())
-    assert set(found) == set(stored) == set(LOSSES)
-    for name, values in stored.items():
-        assert found[name] == pytest.approx(values, abs=1e-3), name
+    assert set(found) == set(LOSSES)
+    hold(found, CURVES, request)
 
 
 def test_the_stored_curves_are_those_of_a_model_that_learns() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests.flava_batches import split
+from tests.golden.stored import hold
 from trivium.methods.flava import LOSSES, FlavaMethod, Pixels
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.train.initial import initialise
@@ -88,13 +89,8 @@ def curves(dtype: torch.dtype = torch.float32) -> dict[str, list[float]]:
 
 def test_every_loss_stays_on_its_curve(request: pytest.FixtureRequest) -> None:
     found = curves()
-    if request.config.getoption("--regenerate-golden"):
-        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in found.items())
-        CURVES.write_text(f"{{\n{lines}\n}}\n")
-    stored = json.loads(CURVES.read_text())
-    assert set(found) == set(stored) == set(LOSSES)
-    for name, values in stored.items():
-        assert found[name] == pytest.approx(values, abs=1e-3), name
+    assert set(found) == set(LOSSES)
+    hold(found, CURVES, request)
 
 
 def test_the_stored_curves_fall() -> None:

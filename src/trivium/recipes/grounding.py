@@ -24,16 +24,16 @@ from trivium.errors import TriviumError
 from trivium.evaluate import grounding
 from trivium.evaluate.embedded import Evaluation
 from trivium.load import load, open_own
-from trivium.methods.albef import FALSE_SHARE, AlbefMethod
+from trivium.methods.albef import FALSE_SHARE
 from trivium.methods.momentum import SoftTargets
 from trivium.methods.pixels import Pixels
 from trivium.models.albef import Albef
 from trivium.models.flava import Flava
 from trivium.recipes import limits
-from trivium.recipes.chosen import keep_best, with_steps
+from trivium.recipes.chosen import with_steps
 from trivium.recipes.data import absolute
-from trivium.recipes.prepared import Losses, Prepared
-from trivium.recipes.retrieval import PUBLISHED, Objectives, method_of, pools_fit
+from trivium.recipes.prepared import Losses
+from trivium.recipes.retrieval import PUBLISHED, Objectives, PreparedMatching, method_of, pools_fit
 from trivium.train.config import Config, leaves
 from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Stream
@@ -94,7 +94,7 @@ GROUNDING = {"grounding": GroundingRecipe()}
 
 
 @dataclass
-class PreparedGrounding(Prepared):
+class PreparedGrounding(PreparedMatching):
     """A fine-tuning run with its parts in memory."""
 
     recipe: GroundingRecipe
@@ -103,17 +103,6 @@ class PreparedGrounding(Prepared):
 
     def measures(self, recipe: GroundingRecipe) -> Callable[[Method], dict[str, Any]]:
         return _measures(self.bundle, self.expressions, recipe)
-
-    def with_train(self, **changes: Any) -> PreparedGrounding:
-        """Schedules may be shares of the run: a run of another length has others."""
-        changed = super().with_train(**changes)
-        if isinstance(changed.run.method, AlbefMethod):
-            changed.run.method.num_steps = changed.recipe.train.steps
-        pools_fit(changed.recipe)
-        return changed
-
-    def settle(self, out: Path) -> str | None:
-        return keep_best(self.run, out)
 
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         recipe, title = self.recipe, TITLES[self.expressions.name]

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from trivium.bundle import Bundle
 from trivium.data.collate import ImageInput, PairCollate, TextInput
@@ -150,18 +150,10 @@ RETRIEVAL = {
 
 
 @dataclass
-class PreparedRetrieval(Prepared):
-    """A fine-tuning run with its parts in memory."""
+class PreparedMatching(Prepared):
+    """Fine-tuning on which texts belong to which pictures, for retrieval or for grounding."""
 
-    recipe: RetrievalRecipe
-    bundle: Bundle
-    title: str
-    held: dict[str, Source]  # "dev", and "test" where there is one
-
-    def measures(self, recipe: RetrievalRecipe) -> Callable[[Method], dict[str, Any]]:
-        return _measures(self.bundle, {"dev": self.held["dev"]}, recipe)
-
-    def with_train(self, **changes: Any) -> PreparedRetrieval:
+    def with_train(self, **changes: Any) -> Self:
         """Schedules may be shares of the run: a run of another length has others."""
         changed = super().with_train(**changes)
         if isinstance(changed.run.method, AlbefMethod):
@@ -171,6 +163,19 @@ class PreparedRetrieval(Prepared):
 
     def settle(self, out: Path) -> str | None:
         return keep_best(self.run, out)
+
+
+@dataclass
+class PreparedRetrieval(PreparedMatching):
+    """A fine-tuning run with its parts in memory."""
+
+    recipe: RetrievalRecipe
+    bundle: Bundle
+    title: str
+    held: dict[str, Source]  # "dev", and "test" where there is one
+
+    def measures(self, recipe: RetrievalRecipe) -> Callable[[Method], dict[str, Any]]:
+        return _measures(self.bundle, {"dev": self.held["dev"]}, recipe)
 
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         found = Evaluation()
