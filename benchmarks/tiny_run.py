@@ -123,7 +123,7 @@ class TinyMixture:
         name = self.stream_at(step).name
         return sum(SIZES[name][0] for before in range(step) if self.stream_at(before).name == name)
 
-    def loader(self, step: int, rank: int, world: int, stop: int) -> Iterator[list[Batch]]:
+    def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:
         for number in range(step, stop):
             stream = self.stream_at(number)
             generator = torch.Generator().manual_seed(hash64(self.seed, stream.name, number) % 2**63)

@@ -100,7 +100,7 @@ class Things:
     def place_at(self, step: int) -> int:
         return step * ROWS
 
-    def loader(self, step: int, rank: int, world: int, stop: int) -> Iterator[list[Batch]]:
+    def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:
         step_took = 0.0
         for number in range(step, stop):
             time.sleep(step_took if self.slow else 0.0)

@@ -114,8 +114,8 @@ class OneSided(TinyMixture):
         super().__init__()
         self.inf_at = inf_at
 
-    def loader(self, step: int, rank: int, world: int, stop: int) -> Any:
-        for number, batches in enumerate(super().loader(step, rank, world, stop), start=step):
+    def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Any:
+        for number, batches in enumerate(super().loader(step, rank, world, stop, pinned), start=step):
             if number in self.inf_at and rank == world - 1:
                 batches[-1].targets["y"][0] = float("inf") if number % 2 else float("nan")
             yield batches

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from runs import assert_same_state, metrics_of, state_of, stopped_at
 from tiny_run import Recipe, TinyMixture, make, real_mixture, with_train
+from torch.utils.data import DataLoader
 
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in
@@ -272,7 +274,7 @@ def test_a_changed_layout_is_said_and_a_measured_precision_stays() -> None:
 
 def test_a_run_that_failed_at_once_may_be_started_anew(tmp_path: Path) -> None:
     class NoData(TinyMixture):
-        def loader(self, step: int, rank: int, world: int, stop: int) -> Any:
+        def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Any:
             raise TriviumError("no such file")
             yield
 
@@ -281,6 +283,23 @@ def test_a_run_that_failed_at_once_may_be_started_anew(tmp_path: Path) -> None:
     other = Recipe(optim=replace(Recipe().optim, lr=0.5))
     assert train(make(other), tmp_path).done == 20
     assert json.loads((tmp_path / "config.json").read_text())["values"]["optim.lr"] == 0.5
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_memory_is_pinned_for_a_run_on_a_gpu_alone(device: str, pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with --train.device cpu leaves the GPU beside it alone."""
+    asked: list[bool] = []
+
+    def recorded(*arguments: Any, pin_memory: bool, **more: Any) -> DataLoader[Any]:
+        asked.append(pin_memory)
+        return DataLoader(*arguments, **more)
+
+    monkeypatch.setattr("trivium.data.loader.DataLoader", recorded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(precision, "choose_device", torch.device)
+    with closing(trainer._steps(make(with_train(device=device), real_mixture(0)), 0, 1)) as steps:
+        next(steps)
+    assert asked == [pinned]
 
 
 @pytest.mark.slow

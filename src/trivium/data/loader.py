@@ -156,10 +156,14 @@ def _leave_stopping_to_the_trainer(worker: int) -> None:
 
 
 def micro_batches(
-    readers: dict[str, StreamReader], numbers: Callable[[], Iterable[tuple[str, int, int]]], workers: int
+    readers: dict[str, StreamReader],
+    numbers: Callable[[], Iterable[tuple[str, int, int]]],
+    workers: int,
+    pinned: bool = False,
 ) -> Iterator[Batch]:
     """The micro-batches (stream, first place, number) in the order given, read by `workers` processes (0 = this one).
 
+    pinned: with pictures where a GPU copies them from while it computes.
     Raises TriviumError where a worker found a user's mistake, or ended (killed, out of memory).
     """
     if workers:
@@ -170,7 +174,7 @@ def micro_batches(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned,
         worker_init_fn=_leave_stopping_to_the_trainer,
         generator=torch.Generator(),  # else it would draw from torch's global one
     )

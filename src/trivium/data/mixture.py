@@ -74,8 +74,8 @@ class StreamMixture:
             earlier = int(self._counts_before(cycle)[number] + np.sum(self._dealt(cycle)[:position] == number))
         return self.streams[number].batch * earlier
 
-    def loader(self, step: int, rank: int, world: int, stop: int) -> Iterator[list[Batch]]:
-        """This process's micro-batches of each step in [step, stop), in order.
+    def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:
+        """This process's micro-batches of each step in [step, stop), in order; `pinned` for a run on a GPU.
 
         Raises TriviumError where the processes cannot share the micro-batches of a stream evenly, and later where
         data cannot be read (see data/loader.py).
@@ -93,9 +93,9 @@ class StreamMixture:
                     f" ({stream.batch} rows, {stream.micro_batch} each) evenly: choose a number of processes that"
                     f" divides {num_micro_batches}, or a smaller micro-batch"
                 )
-        return self._loader(step, rank, world, stop)
+        return self._loader(step, rank, world, stop, pinned)
 
-    def _loader(self, step: int, rank: int, world: int, stop: int) -> Iterator[list[Batch]]:
+    def _loader(self, step: int, rank: int, world: int, stop: int, pinned: bool) -> Iterator[list[Batch]]:
         def share(stream: Stream) -> int:
             return stream.batch // stream.micro_batch // world
 
@@ -105,7 +105,7 @@ class StreamMixture:
                 for number in range(rank * share(stream), (rank + 1) * share(stream)):
                     yield stream.name, first_place, number
 
-        batches = micro_batches(self.readers, numbers, self.workers)
+        batches = micro_batches(self.readers, numbers, self.workers, pinned)
         for each in range(step, stop):
             yield [next(batches) for _ in range(share(self.stream_at(each)))]
 

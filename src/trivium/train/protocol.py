@@ -202,8 +202,8 @@ class Mixture(Protocol):
         """Place of the first row of this step's global batch within its stream."""
         ...
 
-    def loader(self, step: int, rank: int, world: int, stop: int) -> Iterator[list[Batch]]:
-        """This process's micro-batches of each step in [step, stop), in order."""
+    def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:
+        """This process's micro-batches of each step in [step, stop), in order; `pinned` for a run on a GPU."""
         ...
 
 

@@ -232,7 +232,9 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
 
 def _steps(run: Run, first: int, stop: int, rank: int | None = None) -> Generator[tuple[int, Stream, list[Batch]]]:
     """(number, stream, micro-batches) of each step in [first, stop). rank: of the process; None: this one."""
-    loader = run.mixture.loader(first, distributed.rank() if rank is None else rank, distributed.world(), stop)
+    rank = distributed.rank() if rank is None else rank
+    pinned = precision.choose_device(run.train.device).type == "cuda"
+    loader = run.mixture.loader(first, rank, distributed.world(), stop, pinned)
     for step, batches in enumerate(loader, start=first):
         yield step, run.mixture.stream_at(step), batches
 
