@@ -283,15 +283,10 @@ def compare(ours: side_by_side.Apart, peer: side_by_side.Apart, as_published: bo
 
 
 def ladder(size: str, rows: int, rounds: int, ours: side_by_side.Apart) -> dict[str, float]:
-    """Factor of each trick: the time without it over the time with all, both the fastest of several that alternate.
-    What disturbs a step makes it slower, never faster."""
-    rungs = {}
+    """Of the fastest steps: what disturbs one makes it slower, never faster."""
     given_back = side_by_side.Apart(Ours, size, rows, False)
-    cases = {trick: partial(ours, "without", trick) for trick in WITHOUT} | {GIVEN_BACK: partial(given_back, "step")}
-    for trick, without in cases.items():
-        whole, lacking = side_by_side.interleaved(partial(ours, "step"), without, rounds)
-        rungs[trick] = round(min(lacking) / min(whole), 3)
-        print(f"  {trick}: {rungs[trick]}", flush=True)
+    without = {trick: partial(ours, "without", trick) for trick in WITHOUT} | {GIVEN_BACK: partial(given_back, "step")}
+    rungs = side_by_side.ladder(partial(ours, "step"), without, rounds, of=min)
     given_back.end()
     return rungs
 

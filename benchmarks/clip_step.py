@@ -16,7 +16,6 @@ texts of real length.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -142,17 +141,11 @@ WITHOUT: dict[str, tuple[Callable[[], AbstractContextManager], bool]] = {
 
 
 def ladder(pair: Pair, real: Batch, padded: Batch) -> dict[str, float]:
-    rungs = {}
-    for trick, (context, is_padded) in WITHOUT.items():
-
-        def without(batch: Batch = padded if is_padded else real, patch: Callable = context) -> None:
-            with patch():
-                pair.step(batch)
-
-        times = side_by_side.interleaved(partial(pair.step, real), without, rounds=2)
-        rungs[trick] = round(statistics.median(times[1]) / statistics.median(times[0]), 3)
-        print(f"  {trick}: {rungs[trick]}", flush=True)
-    return rungs
+    without = {
+        trick: partial(side_by_side.under, patch, partial(pair.step, padded if is_padded else real))
+        for trick, (patch, is_padded) in WITHOUT.items()
+    }
+    return side_by_side.ladder(partial(pair.step, real), without)
 
 
 def main() -> None:

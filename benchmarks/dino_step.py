@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -208,18 +207,9 @@ WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
 
 
 def ladder(pair: Pair, batch: Batch) -> dict[str, float]:
-    """Factor of each trick: the time without it over the time with all."""
-    rungs = {}
-    for trick, context in WITHOUT.items():
-
-        def without(patch: Callable[[], AbstractContextManager] = context) -> None:
-            with patch():
-                pair.step(batch)
-
-        times = side_by_side.interleaved(partial(pair.step, batch), without, rounds=2)
-        rungs[trick] = round(statistics.median(times[1]) / statistics.median(times[0]), 3)
-        print(f"  {trick}: {rungs[trick]}", flush=True)
-    return rungs
+    whole = partial(pair.step, batch)
+    without = {trick: partial(side_by_side.under, patch, whole) for trick, patch in WITHOUT.items()}
+    return side_by_side.ladder(whole, without)
 
 
 def main() -> None:

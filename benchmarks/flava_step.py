@@ -17,8 +17,6 @@ The ladder takes one trick away at a time: its factor is the time without the tr
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -42,19 +40,15 @@ def compare(pair: Pair, ours: dict[str, Batch], theirs: dict[str, Batch]) -> dic
 def ladder(pair: Pair, cached: dict[str, Batch], padded: dict[str, Batch], online: dict[str, Batch]) -> dict[str, Any]:
     """Factor of each trick on each modality: the time without it over the time with all."""
     batches_of = {"equal": cached, "padded": padded, "online": online}
-    rungs: dict[str, Any] = {}
-    for trick, (context, inputs) in WITHOUT.items():
-        batches = batches_of[inputs]
-        rungs[trick] = {}
-        for modality in MODALITIES:
-
-            def without(batch: Batch = batches[modality], patch: Callable = context) -> None:
-                with patch():
-                    pair.step(batch)
-
-            times = side_by_side.interleaved(partial(pair.step, cached[modality]), without, rounds=2)
-            rungs[trick][modality] = round(statistics.median(times[1]) / statistics.median(times[0]), 3)
-        print(f"  {trick}: {rungs[trick]}", flush=True)
+    rungs: dict[str, Any] = {trick: {} for trick in WITHOUT}
+    for modality in MODALITIES:
+        print(f" ladder, {modality}", flush=True)
+        without = {
+            trick: partial(side_by_side.under, patch, partial(pair.step, batches_of[inputs][modality]))
+            for trick, (patch, inputs) in WITHOUT.items()
+        }
+        for trick, factor in side_by_side.ladder(partial(pair.step, cached[modality]), without).items():
+            rungs[trick][modality] = factor
     return rungs
 
 

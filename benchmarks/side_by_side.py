@@ -10,7 +10,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,27 @@ def interleaved(
         times[0].append(seconds(ours))
         times[1].append(seconds(peer))
     return times
+
+
+def ladder(
+    whole: Callable[[], object],
+    without: Mapping[str, Callable[[], object]],
+    rounds: int = 2,
+    of: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
+    """Factor of each trick: the time without it over the time with all; `of` several rounds that alternate."""
+    rungs = {}
+    for trick, lacking in without.items():
+        times = interleaved(whole, lacking, rounds)
+        rungs[trick] = round(of(times[1]) / of(times[0]), 3)
+        print(f"  {trick}: {rungs[trick]}", flush=True)
+    return rungs
+
+
+def under(patch: Callable[[], AbstractContextManager], function: Callable[[], object]) -> None:
+    """Call a function while a patch holds, such as one that takes a trick away."""
+    with patch():
+        function()
 
 
 class Apart:
