@@ -5,7 +5,7 @@
     similarity = image.projected @ text.projected.T
     belongs = bundle.match("mug.jpg", "a red mug")
 
-What it returns is a Bundle (bundle.py); what it opens may be of another library (convert/).
+What it returns is a Bundle (bundle/); what it opens may be of another library (convert/).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trivium.bundle import Bundle, image_tokenizer_entry
+from trivium.bundle import Bundle
+from trivium.bundle.model_folder import image_tokenizer_entry
 from trivium.convert import Foreign, flava, read_foreign
 from trivium.convert.processor import transform_from_hf
 from trivium.convert.weights import State, listed, read_json, read_weights

@@ -233,7 +233,10 @@ def test_towers_start_from_a_vit_and_a_bert(shop: Path, tmp_path: Path) -> None:
         ({"init_image": towers["init_text"]}, "starts from a ViT"),
         ({"init_text": towers["init_image"]}, "start from a BERT"),
         ({"init": "x", "init_image": "y"}, "--init starts the whole model"),
-        ({"model": replace(recipe.model, fusion_layers=1)}, "has num_layers 3, the model 2"),
+        (
+            {"model": replace(recipe.model, fusion_layers=1)},
+            r"is of another shape than the model's: set --model\.fusion-layers 2",
+        ),
     ):
         with pytest.raises(TriviumError, match=sentence):
             replace(recipe, **(towers if "model" in changes else {}) | changes).prepare("albef", {})

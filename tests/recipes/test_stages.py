@@ -163,7 +163,11 @@ def test_mistakes_of_a_start_are_told(staged: Path, shop: Path, tmp_path: Path) 
     refused("--init starts the whole model and --init-image its image side alone", init=image, init_image=image)
     refused("--init starts the whole model and --init-text its text side alone", init=image, init_text=text)
     refused(r"is of another shape than the model's: set --model\.text-layers 1", init_text=text, model__text_layers=3)
-    refused(r"image encoder: set --model\.image-layers 1$", init_image=image, model__image_layers=2)
+    refused(
+        r"the image tower is of another shape than the model's: set --model\.image-layers 1$",
+        init_image=image,
+        model__image_layers=2,
+    )
     refused("does not exist", init_image=str(tmp_path / "nothing"))
 
 

@@ -20,7 +20,8 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from trivium.bundle import Bundle, Pictures
+from trivium.bundle import Bundle
+from trivium.bundle.pictures import Pictures
 from trivium.evaluate.outcomes import Outcomes
 from trivium.evaluate.results import Result, Results, bootstrap, mean_of
 

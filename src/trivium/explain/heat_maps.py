@@ -15,7 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from trivium.bundle import Bundle, Heat, Picture
+from trivium.bundle import Bundle
+from trivium.bundle.heat import Heat
+from trivium.bundle.pictures import Picture
 from trivium.data.decode import decode, rgb
 from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError

@@ -1,4 +1,4 @@
-"""Towers that were trained alone, as the start of FLAVA's: by name, every tensor taken or said to be left out.
+"""Towers that were trained alone, as the start of a model's: FLAVA's by name, each tensor taken or said to be left out.
 
 FLAVA's image encoder is a ViT with the same blocks, so a ViT, a DeiT and a DINO come over number by number. What makes
 their features the same to the last digit besides is LayerNorm's eps (1e-6 there, 1e-12 in the published FLAVA) and
@@ -10,6 +10,7 @@ N patches, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +22,23 @@ from trivium.models.vit import ViT, ViTConfig
 
 State = dict[str, Tensor]
 TEXT = ("text.", "mlm_head.")  # the text encoder, and the head that is trained with it alone
-_FLAGS = {  # of a ViT's fields, those that must agree: field of FLAVA
-    "width": "width",
-    "num_heads": "num_heads",
-    "mlp_width": "mlp_width",
-    "num_layers": "image_layers",
-    "patch_size": "patch_size",
-}
+
+
+def check_shape(tower: str, its: Mapping[str, int], config: Any) -> None:
+    """Raises TriviumError where a tower is of another shape than the model's; the sentence names the flags to set.
+
+    its: what the tower has, by the fields of the model's config.
+    """
+    different = {name: value for name, value in its.items() if value != getattr(config, name)}
+    if different:
+        flags = " ".join(f"--model.{name.replace('_', '-')} {value}" for name, value in different.items())
+        raise TriviumError(f"{tower} is of another shape than the model's: set {flags}")
+
+
+def shape_of(vit: ViTConfig) -> dict[str, int]:
+    """What of a ViT must agree, by the fields of FLAVA's config and of ALBEF's."""
+    return {"width": vit.width, "num_heads": vit.num_heads, "mlp_width": vit.mlp_width, "image_layers": vit.num_layers,
+            "patch_size": vit.patch_size}  # fmt: skip
 
 
 def image_from_vit(state: Mapping[str, Tensor], vit: ViTConfig, config: FlavaConfig) -> tuple[State, list[str]]:
@@ -36,12 +47,7 @@ def image_from_vit(state: Mapping[str, Tensor], vit: ViTConfig, config: FlavaCon
     Raises:
         TriviumError: another shape; the sentence names the flags that make FLAVA's the same.
     """
-    different = {
-        ours: getattr(vit, theirs) for theirs, ours in _FLAGS.items() if getattr(vit, theirs) != getattr(config, ours)
-    }
-    if different:
-        flags = " ".join(f"--model.{name.replace('_', '-')} {value}" for name, value in different.items())
-        raise TriviumError(f"the image tower is of another shape than the model's image encoder: set {flags}")
+    check_shape("the image tower", shape_of(vit), config)
     taken = {f"image.{name}": tensor for name, tensor in state.items()}
     said = []
     if vit.grid != config.grid:

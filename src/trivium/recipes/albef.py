@@ -8,34 +8,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trivium.bundle import Bundle
-from trivium.data.mixture import StreamMixture
 from trivium.data.random_augment import RandomAugment
-from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
-from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
-from trivium.load import load, open_own
 from trivium.methods.albef import FALSE_SHARE, LOSSES, AlbefMethod, Distillation, Duplicates
 from trivium.methods.pixels import Pixels
 from trivium.models.albef import SIZES, Albef, AlbefConfig
-from trivium.recipes import limits, validation
-from trivium.recipes.albef_towers import Towers
-from trivium.recipes.data import (
-    PairData,
-    absolute,
-    check_shapes,
-    make_pairs,
-    make_tokenizer,
-    noticed,
-    open_sources,
-)
-from trivium.recipes.prepared import PreparedPairs
-from trivium.train.config import Config, leaves
+from trivium.recipes import limits
+from trivium.recipes.data import PairData, check_shapes, make_pairs, open_sources
+from trivium.recipes.prepared import PreparedPairs, Recipe
+from trivium.recipes.start import check_words, open_start, vocabulary
+from trivium.recipes.towers import AlbefImageTower, AlbefTextTower
+from trivium.train.config import leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
 from trivium.train.protocol import Stream
-from trivium.train.trainer import Run, Train
+from trivium.train.trainer import Train
 
 PUBLISHED_QUEUE = 65_536
 HELD_OUT_MASKED = 0.15  # of the tokens, in validation
@@ -71,7 +60,7 @@ class Objectives:
 
 
 @dataclass(frozen=True)
-class AlbefRecipe:
+class AlbefRecipe(Recipe):
     """Everything that an ALBEF pretraining is."""
 
     model: AlbefConfig  # with `init`, the file's own shape counts instead
@@ -85,19 +74,6 @@ class AlbefRecipe:
     init_text: str | None = None  # a BERT for text and fusion (the paper: bert-base-uncased); it brings its vocabulary
     init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
     validate: int = 4096  # held-out pairs that losses are measured on, up to 8 times each; 0: none
-
-    @property
-    def rows_at_once(self) -> int:
-        """Pairs of one forward, in steps and in validation; the whole batch until "auto" is settled."""
-        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
-
-    def with_absolute_paths(self) -> AlbefRecipe:
-        """The same for whoever stands in another folder: what a config that is kept should state."""
-        init, init_image, init_text = (
-            None if path is None else absolute(path) for path in (self.init, self.init_image, self.init_text)
-        )
-        data = self.data.with_absolute_paths()
-        return replace(self, data=data, init=init, init_image=init_image, init_text=init_text)
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedAlbef:
         """Open the pairs, make or read the tokenizer, build student and teacher.
@@ -171,100 +147,56 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     data, seed = recipe.data, recipe.train.seed
     if not any(getattr(recipe.objectives, loss) for loss in LOSSES):
         raise TriviumError("every loss has weight 0, so nothing would be trained: set one, such as --objectives.itc 1")
-    start, config = _open_start(recipe, resume_from)
+    if recipe.init is not None and (recipe.init_image is not None or recipe.init_text is not None):
+        raise TriviumError(
+            "--init starts the whole model, --init-image and --init-text one tower each: give it alone, or them"
+        )
+    start, config = open_start(recipe, resume_from, Albef, "ALBEF")
+    config = replace(config, dropout=recipe.model.dropout)
     _check(config, recipe)
-    towers = Towers.open(recipe.init_image, recipe.init_text, config) if start is None else Towers()
+    image = None if start is not None or recipe.init_image is None else AlbefImageTower.read(recipe.init_image)
+    text = None if start is not None or recipe.init_text is None else AlbefTextTower.read(recipe.init_text)
     sources = open_sources(data)
     assert sources.pairs is not None, "data without a path is the embedded drawings"
-    tokenizer = start.tokenizer if start is not None else towers.tokenizer
+    if text is not None and text.tokenizer is not None:
+        tokenizer = text.tokenizer
+    else:
+        tokenizer = vocabulary(recipe, start, sources, config.vocab_size)
     notes: list[str] = []
-    if resume_from is None and start is not None and start.head is not None:
-        notes.append("left out is the head that the model has: pretraining has no use for it")
-    if tokenizer is None:
-        if start is not None and data.vocabulary == "learned":
-            raise TriviumError(
-                f"{recipe.init} came without a tokenizer, and a vocabulary learned from these captions would not be the"
-                " one that it was trained with: give --data.vocabulary bert or the path of its tokenizer.json"
-            )
-        tokenizer = make_tokenizer(data, sources, config.vocab_size).for_captions()
-    elif start is None:
+    if start is None or start.tokenizer is None:
         tokenizer = tokenizer.for_captions()
+    if start is None:
+        config = replace(config, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
     elif resume_from is None:
-        notes.append(f"{recipe.init} brings its own vocabulary, so --data.vocabulary is not used")
-    config = _with_vocabulary(config, tokenizer, recipe, start)
+        check_words(recipe, tokenizer, config.vocab_size)
+        if start.head is not None:
+            notes.append("left out is the head that the model has: pretraining has no use for it")
+        if start.tokenizer is not None:
+            notes.append(f"{recipe.init} brings its own vocabulary, so --data.vocabulary is not used")
     recipe = replace(recipe, model=config)
 
     model = Albef(config)
     initialise(model, seed, recipe.init_std)
     if start is not None:
         model.load_state_dict(start.model.state_dict())
-    notes += towers.start(model)
-    size = recipe.data.image_size or config.image_size
-    transform = replace(ImageTransform() if start is None else start.transform, size=size)
-    queue, epoch_steps = (
-        queue_rows(recipe.objectives.queue, len(sources.pairs), notes),
-        math.ceil(len(sources.pairs) / data.batch),
-    )
-    objectives = recipe.objectives
+    notes += [tower.start(model) for tower in (image, text) if tower is not None]
+    views, objectives = data.views(config.image_size), recipe.objectives
+    transform = replace(ImageTransform() if start is None else start.transform, size=views.size)
+    queue = queue_rows(objectives.queue, len(sources.pairs), notes)
+    epoch_steps = math.ceil(len(sources.pairs) / data.batch)
     method = AlbefMethod(
         model, Pixels(transform.mean, transform.std), recipe.distillation, recipe.train.steps, epoch_steps, queue,
         seed=seed, weights={loss: getattr(objectives, loss) for loss in LOSSES}, duplicates=objectives.duplicates,
         negatives=objectives.negatives, pool=objectives.pool,
     )  # fmt: skip
     bundle = Bundle("albef", model, tokenizer, transform, max_length=data.max_length, false_pairs=FALSE_SHARE)
-    views = Views(size, crop_scale=data.crop_scale, flip=data.flip, scaled_decode=data.scaled_decode)
-
     changes = RandomAugment(data.random_changes) if data.random_changes else None
 
     def streams(train: bool) -> list[Stream]:
         share = data.mask_probability if train else HELD_OUT_MASKED
         return make_pairs(data, sources, views, config.patch_size, tokenizer, train, share, data.whole_words, changes)
 
-    def mixture_of(train: Train) -> StreamMixture:
-        rows = replace(recipe, train=train).rows_at_once
-        return StreamMixture([replace(s, micro_batch=rows) for s in streams(train=True)], seed, "ratio", train.workers)
-
-    held_out = validation.of_streams(streams(train=False), data.batch, recipe.validate, notes)
-    notes += noticed(sources)
-    run = Run(
-        method,
-        mixture_of(recipe.train),
-        recipe.optim,
-        recipe.train,
-        export=bundle.save,
-        config=Config(name, arguments, leaves(recipe)),
-        evaluate=validation.measures(held_out, seed, recipe.rows_at_once),
-        blocks=model.blocks,
-    )
-    return PreparedAlbef(recipe, run, bundle, mixture_of, name, arguments, notes, sources, held_out)
-
-
-def _open_start(recipe: AlbefRecipe, resume_from: Path | None) -> tuple[Bundle | None, AlbefConfig]:
-    """The model to start from and the shape of the run's. Raises TriviumError where it is of another family."""
-    if recipe.init is not None and (recipe.init_image is not None or recipe.init_text is not None):
-        raise TriviumError(
-            "--init starts the whole model, --init-image and --init-text one tower each: give it alone, or them"
-        )
-    if resume_from is None and recipe.init is None:
-        return None, recipe.model
-    start = open_own(resume_from) if resume_from is not None else load(str(recipe.init))
-    if not isinstance(start.model, Albef):
-        raise TriviumError(f"{recipe.init} holds a {start.family}, and ALBEF starts from an ALBEF: give one")
-    return start, replace(start.model.config, dropout=recipe.model.dropout)
-
-
-def _with_vocabulary(
-    config: AlbefConfig, tokenizer: Tokenizer, recipe: AlbefRecipe, start: Bundle | None
-) -> AlbefConfig:
-    """Raises TriviumError where words of the data have no place in the model."""
-    if start is None:
-        return replace(config, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise TriviumError(
-            f"the vocabulary has {tokenizer.vocab_size} words, the model of {recipe.init} {config.vocab_size}: give the"
-            " vocabulary that it was trained with"
-        )
-    return config
+    return PreparedAlbef.of(recipe, name, arguments, method, bundle, sources, streams(True), streams(False), notes)
 
 
 def queue_rows(asked: int | None, num_pairs: int, notes: list[str]) -> int:
@@ -283,11 +215,7 @@ def queue_rows(asked: int | None, num_pairs: int, notes: list[str]) -> int:
 def _check(config: AlbefConfig, recipe: AlbefRecipe) -> None:
     """Raises TriviumError where shapes do not go together."""
     check_shapes(recipe.data, config.image_size, config.patch_size, config.max_length)
-    if config.width % config.num_heads:
-        raise TriviumError(
-            f"a width of {config.width} cannot be shared by {config.num_heads} heads: choose --model.num-heads so that"
-            " it divides --model.width"
-        )
+    limits.check_heads(config.width, config.num_heads)
     check_pools(recipe.rows_at_once, recipe.objectives.pool)
 
 

@@ -7,31 +7,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trivium.bundle import Bundle
-from trivium.data.mixture import StreamMixture
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
-from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
-from trivium.load import load, open_own
 from trivium.methods.clip import ClipMethod, Scope
 from trivium.methods.pixels import Pixels
 from trivium.models.clip import SIZES, Clip, ClipConfig
 from trivium.recipes import limits, validation
-from trivium.recipes.data import (
-    PairData,
-    absolute,
-    check_shapes,
-    make_pairs,
-    make_tokenizer,
-    noticed,
-    open_sources,
-)
-from trivium.recipes.prepared import PreparedPairs
-from trivium.train.config import Config, leaves
+from trivium.recipes.data import PairData, check_shapes, make_pairs, open_sources
+from trivium.recipes.prepared import PreparedPairs, Recipe
+from trivium.recipes.start import open_start, vocabulary
+from trivium.train.config import leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
-from trivium.train.trainer import Run, Train
+from trivium.train.trainer import Train
 
 
 @dataclass(frozen=True)
@@ -44,7 +34,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class ClipRecipe:
+class ClipRecipe(Recipe):
     """Everything that a CLIP run is."""
 
     model: ClipConfig  # with `init`, the file's own shape counts instead
@@ -55,16 +45,6 @@ class ClipRecipe:
     init: str | None = None  # a model folder, run folder or foreign checkpoint to start from
     init_std: float = 0.02  # of the normal distribution that weights are drawn from
     validate: int = 4096  # held-out pairs that the loss is measured on, up to 8 times each; 0: none
-
-    @property
-    def rows_at_once(self) -> int:
-        """Samples of one forward, in steps and in validation; the whole batch until "auto" is settled."""
-        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
-
-    def with_absolute_paths(self) -> ClipRecipe:
-        """The same for whoever stands in another folder: what a config that is kept should state."""
-        init = None if self.init is None else absolute(self.init)
-        return replace(self, data=self.data.with_absolute_paths(), init=init)
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedClip:
         """Open the data, make or read the tokenizer, build model and method.
@@ -125,14 +105,13 @@ def _prepare(recipe: ClipRecipe, name: str, arguments: dict[str, Any], resume_fr
     limits.check(leaves(recipe))
     objectives, data, seed = recipe.objectives, recipe.data, recipe.train.seed
     limits.check_ranks(objectives.contrastive_scope, objectives.num_ranks, data.batch)
-    start, config = _open_start(recipe, recipe.init if resume_from is None else open_own(resume_from))
+    start, config = open_start(recipe, resume_from, Clip, "CLIP")
     _check(config, data)
     sources = open_sources(data)
+    tokenizer = vocabulary(
+        recipe, start, sources, config.vocab_size, "the path of its tokenizer.json or of its byte pairs"
+    )
     notes = []
-    if start is not None and start.tokenizer is not None:
-        tokenizer = start.tokenizer
-    else:
-        tokenizer = make_tokenizer(data, sources, config.vocab_size)
     if start is None:
         config = replace(config, vocab_size=tokenizer.vocab_size, end_id=tokenizer.sep_id)
     elif resume_from is None:
@@ -142,12 +121,7 @@ def _prepare(recipe: ClipRecipe, name: str, arguments: dict[str, Any], resume_fr
     initialise(model, seed, recipe.init_std)
     if start is not None:
         model.load_state_dict(start.model.state_dict())
-    views = Views(
-        data.image_size or config.image_size,
-        crop_scale=data.crop_scale,
-        flip=data.flip,
-        scaled_decode=data.scaled_decode,
-    )
+    views = data.views(config.image_size)
     transform = replace(ImageTransform() if start is None else start.transform, size=views.size)
     method = ClipMethod(
         model, Pixels(transform.mean, transform.std), objectives.contrastive_scope, objectives.num_ranks,
@@ -156,36 +130,9 @@ def _prepare(recipe: ClipRecipe, name: str, arguments: dict[str, Any], resume_fr
     bundle = Bundle("clip", model, tokenizer, transform, max_length=data.max_length)
     streams = make_pairs(data, sources, views, config.patch_size, tokenizer)
     assert streams, "with no path at all there are the embedded pairs"
-
-    def mixture_of(train: Train) -> StreamMixture:
-        rows = replace(recipe, train=train).rows_at_once
-        return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, "ratio", train.workers)
-
-    unseen = make_pairs(data, sources, views, config.patch_size, tokenizer, train=False)
-    held_out = validation.of_streams(unseen, data.batch, recipe.validate, notes)
-    notes += noticed(sources)
+    held_out = make_pairs(data, sources, views, config.patch_size, tokenizer, train=False)
     recipe = replace(recipe, model=config)
-    run = Run(
-        method,
-        mixture_of(recipe.train),
-        recipe.optim,
-        recipe.train,
-        export=bundle.save,
-        config=Config(name, arguments, leaves(recipe)),
-        evaluate=validation.measures(held_out, seed, recipe.rows_at_once),
-        blocks=model.blocks,
-    )
-    return PreparedClip(recipe, run, bundle, mixture_of, name, arguments, notes, sources, held_out)
-
-
-def _open_start(recipe: ClipRecipe, given: str | Bundle | None) -> tuple[Bundle | None, ClipConfig]:
-    """The model to start from and the shape of the run's. Raises TriviumError where it is of another family."""
-    if given is None:
-        return None, recipe.model
-    start = given if isinstance(given, Bundle) else load(given)
-    if not isinstance(start.model, Clip):
-        raise TriviumError(f"{recipe.init} holds a model of another family than CLIP: {type(start.model).__name__}")
-    return start, start.model.config
+    return PreparedClip.of(recipe, name, arguments, method, bundle, sources, streams, held_out, notes)
 
 
 def _fits(recipe: ClipRecipe, start: Bundle, config: ClipConfig, tokenizer: Tokenizer) -> list[str]:
@@ -193,11 +140,6 @@ def _fits(recipe: ClipRecipe, start: Bundle, config: ClipConfig, tokenizer: Toke
 
     Raises TriviumError where words of the data have no place in the model.
     """
-    if start.tokenizer is None and recipe.data.vocabulary == "learned":
-        raise TriviumError(
-            f"{recipe.init} came without a tokenizer, and a vocabulary learned from this data would not be the one that"
-            " it was trained with: give --data.vocabulary the path of its tokenizer.json or of its byte pairs"
-        )
     end_id = config.vocab_size - 1 if config.end_id is None else config.end_id
     if tokenizer.vocab_size > config.vocab_size or tokenizer.sep_id != end_id:
         raise TriviumError(
@@ -215,10 +157,5 @@ def _fits(recipe: ClipRecipe, start: Bundle, config: ClipConfig, tokenizer: Toke
 def _check(config: ClipConfig, data: PairData) -> None:
     """Raises TriviumError where shapes do not go together."""
     check_shapes(data, config.image_size, config.patch_size, config.max_length)
-    for tower, width, heads in (("image", config.image_width, config.image_heads),
-                                ("text", config.text_width, config.text_heads)):  # fmt: skip
-        if width % heads:
-            raise TriviumError(
-                f"a width of {width} cannot be shared by {heads} heads: choose --model.{tower}-heads so that it divides"
-                f" --model.{tower}-width"
-            )
+    limits.check_heads(config.image_width, config.image_heads, "image-heads", "image-width")
+    limits.check_heads(config.text_width, config.text_heads, "text-heads", "text-width")

@@ -63,6 +63,15 @@ class PairData:
     def is_embedded(self) -> bool:
         return not self.pairs
 
+    def views(self, model_size: int) -> Views:
+        """Which part of a picture is seen, and at which size: the model's, unless the data says another."""
+        return Views(
+            self.image_size or model_size,
+            crop_scale=self.crop_scale,
+            flip=self.flip,
+            scaled_decode=self.scaled_decode,
+        )
+
     def with_absolute_paths(self) -> Self:
         """The same for whoever stands in another folder."""
         return replace(

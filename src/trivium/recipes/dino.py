@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -25,7 +25,7 @@ from trivium.models.dino import SIZES, Dino, DinoConfig
 from trivium.models.vit import ViT
 from trivium.recipes import limits
 from trivium.recipes.data import absolute
-from trivium.recipes.prepared import Losses, Prepared, on_drawings
+from trivium.recipes.prepared import Losses, Prepared, Recipe, on_drawings
 from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Group, Optim
@@ -59,6 +59,10 @@ class Pictures:
     def is_embedded(self) -> bool:
         return not self.images
 
+    def with_absolute_paths(self) -> Self:
+        """The same for whoever stands in another folder."""
+        return replace(self, images=tuple(map(absolute, self.images)))
+
     def open(self) -> Source:
         """Raises TriviumError with the file and what to do."""
         if self.is_embedded:
@@ -75,7 +79,7 @@ class Objectives:
 
 
 @dataclass(frozen=True)
-class DinoRecipe:
+class DinoRecipe(Recipe):
     """Everything that a DINO run is."""
 
     model: DinoConfig  # with `init`, the file's own shape counts instead
@@ -87,11 +91,6 @@ class DinoRecipe:
     train: Train = field(default_factory=Train)
     init: str | None = None  # a model folder, run folder or foreign checkpoint: a DINO, or a ViT for its tower alone
     init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
-
-    def with_absolute_paths(self) -> DinoRecipe:
-        """The same for whoever stands in another folder: what a config that is kept should state."""
-        data = replace(self.data, images=tuple(map(absolute, self.data.images)))
-        return replace(self, data=data, init=None if self.init is None else absolute(self.init))
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedDino:
         """Open the pictures, build student and teacher.
@@ -211,9 +210,8 @@ def _prepare(recipe: DinoRecipe, name: str, arguments: dict[str, Any], resume_fr
     )
 
     def mixture_of(train: Train) -> StreamMixture:
-        batch = recipe.data.batch
-        rows = train.micro_batch if isinstance(train.micro_batch, int) else batch
-        return StreamMixture([Stream("crops", source, collate, batch, rows)], seed, workers=train.workers)
+        rows = replace(recipe, train=train).rows_at_once
+        return StreamMixture([Stream("crops", source, collate, recipe.data.batch, rows)], seed, workers=train.workers)
 
     run = Run(
         method,
@@ -272,8 +270,4 @@ def _check(recipe: DinoRecipe, config: DinoConfig) -> None:
         ("--crops.local-size", recipe.crops.local_size),
     ):
         limits.check_patches(size, config.patch_size, flag)
-    if config.width % config.num_heads:
-        raise TriviumError(
-            f"a width of {config.width} cannot be shared by {config.num_heads} heads: choose --model.num-heads so that"
-            " it divides --model.width"
-        )
+    limits.check_heads(config.width, config.num_heads)

@@ -32,7 +32,7 @@ from trivium.models.dvae import DVae, DVaeConfig, map_pixels
 from trivium.recipes import limits, validation
 from trivium.recipes.data import Sources, absolute, noticed
 from trivium.recipes.dino import Pictures as PlainPictures
-from trivium.recipes.prepared import Losses, Prepared
+from trivium.recipes.prepared import Losses, Prepared, Recipe
 from trivium.recipes.validation import Validation
 from trivium.train import distributed
 from trivium.train.config import Config, leaves
@@ -61,9 +61,12 @@ class Pictures(PlainPictures):
     flip: float = 0.5  # probability of a mirrored picture
     scaled_decode: bool = False  # decode large JPEGs at a fraction of their size: faster, not quite the same pixels
 
+    def with_absolute_paths(self) -> Self:
+        return replace(super().with_absolute_paths(), validation=tuple(map(absolute, self.validation)))
+
 
 @dataclass(frozen=True)
-class DVaeRecipe:
+class DVaeRecipe(Recipe):
     """Everything that a run of the dVAE is."""
 
     model: DVaeConfig
@@ -77,20 +80,6 @@ class DVaeRecipe:
     logit_deviation: float | None = None  # of each code's logits at the start (see `spread`); None: as drawn, published
     split_every: int = 0  # steps between splittings of frequent codes for unused ones (methods/dvae.py); 0: published
     validate: int = 4096  # held-out pictures that losses are measured on, up to 8 times each; 0: none
-
-    @property
-    def rows_at_once(self) -> int:
-        """Pictures of one forward, in steps and in validation; the whole batch until "auto" is settled."""
-        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
-
-    def with_absolute_paths(self) -> DVaeRecipe:
-        """The same for whoever stands in another folder: what a config that is kept should state."""
-        data = replace(
-            self.data,
-            images=tuple(map(absolute, self.data.images)),
-            validation=tuple(map(absolute, self.data.validation)),
-        )
-        return replace(self, data=data, init=None if self.init is None else absolute(self.init))
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedDVae:
         """Open the data, build model and method.

@@ -40,10 +40,9 @@ from trivium.models.encoded import EncodesImage, EncodesText, Fuses
 from trivium.models.finetuned import FineTuned, Gives, HeadConfig, Reads, read, tells_segments_apart
 from trivium.recipes import limits
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
-from trivium.recipes.data import absolute
 from trivium.recipes.grounding import GROUNDING, GroundingRecipe
 from trivium.recipes.predict import predict
-from trivium.recipes.prepared import Losses, Prepared
+from trivium.recipes.prepared import Losses, Prepared, Recipe
 from trivium.recipes.retrieval import RETRIEVAL, RetrievalRecipe
 from trivium.recipes.tasks import TASKS, Head, Task, TaskData
 from trivium.train.config import Config, leaves
@@ -56,7 +55,7 @@ EPOCHS = 10.0  # of a task without published updates
 
 
 @dataclass(frozen=True)
-class FinetuneRecipe:
+class FinetuneRecipe(Recipe):
     """Everything that a fine-tuning run is."""
 
     task: str
@@ -71,11 +70,6 @@ class FinetuneRecipe:
     select_on: str | None = (
         None  # the held-out figure that is to be highest, such as dev.accuracy; None: the task's own
     )
-
-    def with_absolute_paths(self) -> FinetuneRecipe:
-        """The same for whoever stands in another folder: what a config that is kept should state."""
-        init = None if self.init is None else absolute(self.init)
-        return replace(self, data=self.data.with_absolute_paths(), init=init)
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedTask:
         """Open rows and model, put the head on it.
@@ -152,7 +146,7 @@ class PreparedTask(Prepared):
         for name, rows in self.splits.held_out.items():
             say(f"{self.task.title}: {name}, {len(rows):,} rows")
             try:
-                predictions = predict(method, rows, self.collate, _rows_at_once(self.recipe), self.splits.labels)
+                predictions = predict(method, rows, self.collate, self.recipe.rows_at_once, self.splits.labels)
             except TriviumError as error:  # the figures of the other splits are not lost for it
                 found.not_applicable.append(f"{name}: {error}")
                 continue
@@ -259,7 +253,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         bundle.save(folder, of_model, head_weights=of_head)
 
     def mixture_of(train: Train) -> StreamMixture:
-        rows = _rows_at_once(replace(recipe, train=train))
+        rows = replace(recipe, train=train).rows_at_once
         stream = Stream(task.name, splits.train, collate, recipe.data.batch, rows)
         return StreamMixture([stream], train.seed, workers=train.workers)
 
@@ -279,7 +273,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
 
 def _check_pools(recipe: FinetuneRecipe) -> None:
     """Raises TriviumError where a micro-batch would cut a pool in two: pictures would come from fewer rows there."""
-    rows = _rows_at_once(recipe)
+    rows = recipe.rows_at_once
     if recipe.task == "text_assignment" and rows > POOL and rows % POOL:
         raise TriviumError(
             f"micro-batches of {rows} pairs cut pools of {POOL} in two: choose --train.micro-batch as a multiple of"
@@ -410,10 +404,6 @@ def _shape(head: HeadConfig) -> BertConfig | None:
     return None if head.blocks is None else replace(head.blocks, dropout=0.0)
 
 
-def _rows_at_once(recipe: FinetuneRecipe) -> int:
-    return recipe.train.micro_batch if isinstance(recipe.train.micro_batch, int) else recipe.data.batch
-
-
 # ----------------------------------------------------------------------------------------------------- measuring
 
 
@@ -431,7 +421,7 @@ def _measures(
 
     def measure(method: Method) -> dict[str, Any]:
         assert isinstance(method, FineTuning)
-        at_once = _rows_at_once(recipe)
+        at_once = recipe.rows_at_once
         found = {name: predict(method, split, collate, at_once, splits.labels) for name, split in rows.items()}
         figures = {f"{n}.{metric}": figures_of.figure(metric, p) for n, p in found.items() for metric in task.metrics}
         return {"figures": figures}

@@ -11,14 +11,13 @@ import torch
 
 from trivium.bundle import Bundle
 from trivium.data.codes import CodeCache
-from trivium.data.mixture import StreamMixture
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
 from trivium.evaluate.embedded import Evaluation
-from trivium.load import image_tokenizer_hash, load, open_own
+from trivium.load import image_tokenizer_hash
 from trivium.methods.flava import LOSSES, FlavaMethod, Scope
 from trivium.methods.pixels import Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
@@ -28,24 +27,22 @@ from trivium.recipes import limits, validation
 from trivium.recipes.data import (
     Data,
     Sources,
-    absolute,
     all_pictures,
     check_shapes,
     make_image_tokenizer,
     make_streams,
-    make_tokenizer,
-    noticed,
     open_sources,
 )
-from trivium.recipes.prepared import PreparedPairs, on_drawings
+from trivium.recipes.prepared import PreparedPairs, Recipe, on_drawings
 from trivium.recipes.priors import start_at_frequencies
+from trivium.recipes.start import check_words, open_start, vocabulary
 from trivium.recipes.towers import ImageTower, TextTower, read_text
 from trivium.train.budget import memory_dial_named
-from trivium.train.config import Config, leaves
+from trivium.train.config import leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
 from trivium.train.protocol import Source
-from trivium.train.trainer import Run, Train
+from trivium.train.trainer import Train
 
 HEADS = ("*_head.decoder.weight",)
 FED_BY = {"pairs": ("mmm_image", "mmm_text", "itm", "contrastive"), "images": ("mim",), "text": ("mlm",)}
@@ -77,7 +74,7 @@ class Objectives:
 
 
 @dataclass(frozen=True)
-class FlavaRecipe:
+class FlavaRecipe(Recipe):
     """Everything that a FLAVA run is."""
 
     model: FlavaConfig  # with `init`, the file's own shape counts instead
@@ -91,17 +88,6 @@ class FlavaRecipe:
     init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
     label_frequencies: bool = False  # True: the heads start at the frequencies of their labels (see priors.py)
     validate: int = 4096  # held-out samples of each stream that losses are measured on, up to 8 times each; 0: none
-
-    @property
-    def rows_at_once(self) -> int:
-        """Samples of one forward, in steps and in validation; the whole batch until "auto" is settled."""
-        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
-
-    def with_absolute_paths(self) -> FlavaRecipe:
-        """The same for whoever stands in another folder: what a config that is kept should state."""
-        starts = {name: getattr(self, name) for name in ("init", "init_text", "init_image")}
-        starts = {name: None if path is None else absolute(path) for name, path in starts.items()}
-        return replace(self, data=self.data.with_absolute_paths(), **starts)
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedFlava:
         """Open the data, make or read tokenizer and codebook, build model and method.
@@ -117,7 +103,7 @@ class FlavaRecipe:
         """What a cache of codes is made from: every picture of the run, those of validation too; which part of each
         the image tokenizer sees, and at which size; and the image tokenizer."""
         limits.check(leaves(self))
-        start, config = _open_start(self, self.init)
+        start, config = open_start(self, None, Flava, "FLAVA")
         _check(config, self.data)
         sources = open_sources(self.data)
         pictures = all_pictures(sources)
@@ -197,17 +183,15 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
             raise TriviumError(
                 f"--init starts the whole model and --init-{flag} its {flag} side alone: give one of them"
             )
-    start, model_config = _open_start(recipe, recipe.init if resume_from is None else open_own(resume_from))
+    start, model_config = open_start(recipe, resume_from, Flava, "FLAVA")
     _check(model_config, data)
     sources = open_sources(data)
     text_start = None if start is not None or recipe.init_text is None else read_text(recipe.init_text)
     image_start = None if start is not None or recipe.init_image is None else ImageTower.read(recipe.init_image)
-    if start is not None and start.tokenizer is not None:
-        tokenizer = start.tokenizer
-    elif isinstance(text_start, TextTower) or (text_start is not None and data.vocabulary == "learned"):
+    if isinstance(text_start, TextTower) or (text_start is not None and data.vocabulary == "learned"):
         tokenizer = text_start.vocabulary()
     else:
-        tokenizer = make_tokenizer(data, sources, model_config.vocab_size)
+        tokenizer = vocabulary(recipe, start, sources, model_config.vocab_size)
     views, image_tokenizer = _image_side(recipe, sources, start or image_start, model_config)
     codes = None
     if data.codes is not None and image_tokenizer is not None:
@@ -251,35 +235,9 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     if image_start is not None:
         notes += image_start.start(model, image_tokenizer)
 
-    def mixture_of(train: Train) -> StreamMixture:
-        rows = replace(recipe, train=train).rows_at_once
-        return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, data.schedule, train.workers)
-
-    unseen = make_streams(data, sources, views, patch, tokenizer, codes, stream_names, train=False)
-    held_out = validation.of_streams(unseen, data.batch, recipe.validate, notes)
-    notes += noticed(sources)
+    held_out = make_streams(data, sources, views, patch, tokenizer, codes, stream_names, train=False)
     recipe = replace(recipe, model=model_config)
-    run = Run(
-        method,
-        mixture_of(recipe.train),
-        recipe.optim,
-        recipe.train,
-        export=bundle.save,
-        config=Config(name, arguments, leaves(recipe)),
-        evaluate=validation.measures(held_out, recipe.train.seed, recipe.rows_at_once),
-        blocks=model.blocks,
-    )
-    return PreparedFlava(recipe, run, bundle, mixture_of, name, arguments, notes, sources, held_out)
-
-
-def _open_start(recipe: FlavaRecipe, given: str | Bundle | None) -> tuple[Bundle | None, FlavaConfig]:
-    """The model to start from and the shape of the run's. Raises TriviumError where it is of another family."""
-    if given is None:
-        return None, recipe.model
-    start = given if isinstance(given, Bundle) else load(given)
-    if not isinstance(start.model, Flava):
-        raise TriviumError(f"{recipe.init} holds a model of another family than FLAVA: {type(start.model).__name__}")
-    return start, start.model.config
+    return PreparedFlava.of(recipe, name, arguments, method, bundle, sources, streams, held_out, notes, data.schedule)
 
 
 def _fits(
@@ -293,16 +251,7 @@ def _fits(
 
     Raises TriviumError where words or codes of the data have no place in the model.
     """
-    if start.tokenizer is None and recipe.data.vocabulary == "learned":
-        raise TriviumError(
-            f"{recipe.init} came without a tokenizer, and a vocabulary learned from this data would not be the one that"
-            " it was trained with: give --data.vocabulary bert or the path of its tokenizer.json"
-        )
-    if tokenizer.vocab_size > config.vocab_size:
-        raise TriviumError(
-            f"the vocabulary has {tokenizer.vocab_size} words, the model of {recipe.init} {config.vocab_size}: give the"
-            " vocabulary that it was trained with"
-        )
+    check_words(recipe, tokenizer, config.vocab_size)
     if image_tokenizer is not None and image_tokenizer.num_codes > config.num_codes:
         raise TriviumError(
             f"the image tokenizer has {image_tokenizer.num_codes} codes, the model of {recipe.init} {config.num_codes}:"
@@ -322,11 +271,7 @@ def _fits(
 def _check(config: FlavaConfig, data: Data) -> None:
     """Raises TriviumError where shapes do not go together."""
     check_shapes(data, config.image_size, config.patch_size, config.max_length)
-    if config.width % config.num_heads:
-        raise TriviumError(
-            f"a width of {config.width} cannot be shared by {config.num_heads} heads: choose --model.num-heads so that"
-            " it divides --model.width"
-        )
+    limits.check_heads(config.width, config.num_heads)
 
 
 def _check_sorting(recipe: FlavaRecipe) -> None:
@@ -339,18 +284,12 @@ def _image_side(
     recipe: FlavaRecipe, sources: Sources, start: Bundle | ImageTower | None, config: FlavaConfig
 ) -> tuple[Views, ImageTokenizer | None]:
     """All that decides the codes of a picture. A run on text alone needs no image tokenizer."""
-    size = recipe.data.image_size or config.image_size
-    views = Views(
-        size,
-        crop_scale=recipe.data.crop_scale,
-        flip=recipe.data.flip,
-        scaled_decode=recipe.data.scaled_decode,
-    )
+    views = recipe.data.views(config.image_size)
     image_tokenizer = None if start is None else start.image_tokenizer
     looks = recipe.objectives.streams() != ["text"]
     if image_tokenizer is None and not (looks and (sources.pairs or sources.images or sources.validation_pairs)):
         return views, None
     if image_tokenizer is None:
         image_tokenizer = make_image_tokenizer(recipe.data, sources, views, config, recipe.train.seed)
-    codebook_size = image_tokenizer.input_size(size, config.patch_size)
-    return views if codebook_size == size else replace(views, codebook_size=codebook_size), image_tokenizer
+    codebook_size = image_tokenizer.input_size(views.size, config.patch_size)
+    return views if codebook_size == views.size else replace(views, codebook_size=codebook_size), image_tokenizer

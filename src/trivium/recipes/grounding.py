@@ -32,7 +32,7 @@ from trivium.models.flava import Flava
 from trivium.recipes import limits
 from trivium.recipes.chosen import with_steps
 from trivium.recipes.data import absolute
-from trivium.recipes.prepared import Losses
+from trivium.recipes.prepared import Losses, Recipe
 from trivium.recipes.retrieval import PUBLISHED, Objectives, PreparedMatching, method_of, pools_fit
 from trivium.train.config import Config, leaves
 from trivium.train.optim import Optim
@@ -55,9 +55,12 @@ class GroundingData:
     random_changes: int = 2  # of shape and light, drawn for each picture (data/random_augment.py)
     cache_megabytes: int = 256  # of decoded pictures, in each worker
 
+    def with_absolute_paths(self) -> GroundingData:
+        return replace(self, root=None if self.root is None else absolute(self.root))
+
 
 @dataclass(frozen=True)
-class GroundingRecipe:
+class GroundingRecipe(Recipe):
     """Everything that a fine-tuning for grounding is."""
 
     objectives: Objectives = field(default_factory=Objectives)
@@ -69,16 +72,6 @@ class GroundingRecipe:
     epochs: float | None = 5  # times through the training expressions, in place of train.steps
     block: int | None = None  # whose attention is measured, from 0; None: the family's own choice, as published
     select_on: str | None = None  # the figure that is to be highest; None: val.accuracy, or val.pointing
-
-    @property
-    def rows_at_once(self) -> int:
-        """Pairs of one forward; the whole batch until "auto" is settled."""
-        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
-
-    def with_absolute_paths(self) -> GroundingRecipe:
-        """The same for whoever stands in another folder: what a config that is kept should state."""
-        init, root = (None if path is None else absolute(path) for path in (self.init, self.data.root))
-        return replace(self, data=replace(self.data, root=root), init=init)
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedGrounding:
         """Open expressions and model.

@@ -126,6 +126,15 @@ def check_patches(size: int, patch: int, flag: str = "--data.image-size") -> Non
         )
 
 
+def check_heads(width: int, num_heads: int, heads: str = "num-heads", of: str = "width") -> None:
+    """Raises TriviumError where a width does not divide into heads. heads, of: the fields of the model."""
+    if width % num_heads:
+        raise TriviumError(
+            f"a width of {width} cannot be shared by {num_heads} heads: choose --model.{heads} so that it divides"
+            f" --model.{of}"
+        )
+
+
 def check_ranks(scope: str, num_ranks: int, batch: int) -> None:
     """Raises TriviumError where a batch cannot be cut into these ranks, or nothing asks for them."""
     if batch % num_ranks:

@@ -1,22 +1,22 @@
-"""A recipe with its parts in memory: what the verbs ask of a run, whatever its family."""
+"""What the verbs ask of a recipe, and of a run: a recipe with its parts in memory."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from trivium.bundle import Bundle
 from trivium.data.mixture import StreamMixture
 from trivium.evaluate import embedded, pairs
 from trivium.evaluate.embedded import Evaluation
 from trivium.recipes import validation
-from trivium.recipes.data import PairData, Sources
+from trivium.recipes.data import PairData, Sources, absolute, noticed
 from trivium.recipes.validation import Validation
 from trivium.train.config import Config, leaves
-from trivium.train.protocol import Method
+from trivium.train.protocol import Method, Stream
 from trivium.train.trainer import Run, Train
 
 # name -> (on held-out samples, for a guess from the labels' frequencies; None: there is no such guess)
@@ -26,6 +26,24 @@ NOTHING_HELD_OUT = (
     "nothing was held out: give --data.validation captioned pictures that are not trained on, or measure the run on"
     " some with trivium evaluate RUN --pairs"
 )
+
+
+class Recipe:
+    """What recipes have in common: dataclasses with `data` and `train`, and with models to start from."""
+
+    data: Any
+    train: Train
+
+    @property
+    def rows_at_once(self) -> int:
+        """Samples of one forward, in steps and in validation; the whole batch until "auto" is settled."""
+        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
+
+    def with_absolute_paths(self: Any) -> Any:
+        """The same for whoever stands in another folder: what a config that is kept should state."""
+        given = {name: getattr(self, name, None) for name in ("init", "init_text", "init_image")}
+        starts = {name: absolute(path) for name, path in given.items() if path is not None}
+        return replace(self, data=self.data.with_absolute_paths(), **starts)
 
 
 @dataclass
@@ -78,6 +96,42 @@ class PreparedPairs(Prepared):
 
     sources: Sources
     validation: Validation
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Any,
+        name: str,
+        arguments: dict[str, Any],
+        method: Method,
+        bundle: Bundle,
+        sources: Sources,
+        streams: Sequence[Stream],
+        held_out: Sequence[Stream],
+        notes: list[str],
+        schedule: Literal["ratio", "round-robin"] = "ratio",
+    ) -> Self:
+        """A recipe whose parts are made. streams, held_out: over rows to train on, and over those that are not."""
+        seed = recipe.train.seed
+
+        def mixture_of(train: Train) -> StreamMixture:
+            rows = replace(recipe, train=train).rows_at_once
+            return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, schedule, train.workers)
+
+        batches = validation.of_streams(held_out, recipe.data.batch, recipe.validate, notes)
+        notes += noticed(sources)
+        model: Any = bundle.model
+        run = Run(
+            method,
+            mixture_of(recipe.train),
+            recipe.optim,
+            recipe.train,
+            export=bundle.save,
+            config=Config(name, arguments, leaves(recipe)),
+            evaluate=validation.measures(batches, seed, recipe.rows_at_once),
+            blocks=model.blocks,
+        )
+        return cls(recipe, run, bundle, mixture_of, name, arguments, notes, sources, batches)
 
     @abstractmethod
     def chance(self) -> dict[str, float]:

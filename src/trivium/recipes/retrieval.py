@@ -43,7 +43,7 @@ from trivium.recipes import limits
 from trivium.recipes.albef import check_pools, queue_rows
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
 from trivium.recipes.data import Sources, absolute, noticed
-from trivium.recipes.prepared import Losses, Prepared
+from trivium.recipes.prepared import Losses, Prepared, Recipe
 from trivium.train.config import Config, leaves
 from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Source, Stream
@@ -95,7 +95,7 @@ class Objectives:
 
 
 @dataclass(frozen=True)
-class RetrievalRecipe:
+class RetrievalRecipe(Recipe):
     """Everything that a fine-tuning on retrieval is."""
 
     objectives: Objectives = field(default_factory=Objectives)
@@ -109,16 +109,6 @@ class RetrievalRecipe:
     select_on: str | None = (
         None  # the figure that is to be highest, such as dev.recall; None: re-ranked where it can be
     )
-
-    @property
-    def rows_at_once(self) -> int:
-        """Pairs of one forward; the whole batch until "auto" is settled."""
-        return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
-
-    def with_absolute_paths(self) -> RetrievalRecipe:
-        """The same for whoever stands in another folder: what a config that is kept should state."""
-        init = None if self.init is None else absolute(self.init)
-        return replace(self, data=self.data.with_absolute_paths(), init=init)
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedRetrieval:
         """Open pairs and model.

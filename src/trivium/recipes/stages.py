@@ -114,10 +114,6 @@ class Stages(FlavaRecipe):
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> Any:
         raise AssertionError("a staged run is prepared stage by stage: see `plan`")
 
-    def with_absolute_paths(self) -> Stages:
-        plain = super().with_absolute_paths()
-        return replace(self, **{name: getattr(plain, name) for name in ("data", "init", "init_text", "init_image")})
-
     def plan(self, out: Path) -> list[Planned]:
         """The stages in order, each with what it starts from. `out`: the folder that theirs lie in.
 

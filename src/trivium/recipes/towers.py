@@ -1,4 +1,4 @@
-"""FLAVA's towers started from models that were trained alone; what carries over is said, and what does not."""
+"""FLAVA's and ALBEF's towers started from models that were trained alone; what carries over is said, and what not."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.load import image_tokenizer_hash, load, model_folder
 from trivium.models import towers
+from trivium.models.albef import Albef
+from trivium.models.bert import Bert as WholeBert
 from trivium.models.dino import Dino
 from trivium.models.flava import Flava
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.towers import State
 from trivium.models.vit import ViT, ViTConfig
 from trivium.recipes.bert import Bert
+
+TEXT_FIELDS = ("width", "num_heads", "mlp_width", "max_length", "num_segments")  # that a text tower must agree in
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,9 @@ class TextTower:
     def start(self, model: Flava) -> str:
         """Give a model the tower, and say so. Raises TriviumError for another shape, with the flags to set."""
         assert isinstance(self.bundle.model, Flava)
-        its, config = self.bundle.model.config, model.config
-        fields = ("width", "num_heads", "mlp_width", "text_layers", "max_length", "num_segments")
-        different = {name: getattr(its, name) for name in fields if getattr(its, name) != getattr(config, name)}
-        if different:
-            flags = " ".join(f"--model.{name.replace('_', '-')} {value}" for name, value in different.items())
-            raise TriviumError(f"the text encoder of {self.path} is of another shape than the model's: set {flags}")
+        its = self.bundle.model.config
+        fields = (*TEXT_FIELDS, "text_layers")
+        towers.check_shape(f"the text encoder of {self.path}", {f: getattr(its, f) for f in fields}, model.config)
         taken = towers.parts_of(self.bundle.model.state_dict(), towers.TEXT)
         model.load_state_dict(taken, strict=False)
         return (
@@ -64,11 +65,9 @@ class ImageTower:
     def read(cls, path: str) -> ImageTower:
         """Raises TriviumError where there is no tower that FLAVA could take."""
         bundle = load(path)
-        model = bundle.model
-        if isinstance(model, Dino):
-            model = model.backbone
-        if isinstance(model, ViT):
-            return cls(path, model.config, model.state_dict(), bundle.transform)
+        model, vit = bundle.model, _vit(bundle)
+        if vit is not None:
+            return cls(path, vit.config, vit.state_dict(), bundle.transform)
         if not isinstance(model, Flava):
             raise TriviumError(
                 f"{path} holds a model of the family {bundle.family}: the image encoder starts from a FLAVA, a DINO, a"
@@ -112,3 +111,71 @@ def read_text(path: str) -> Bert | TextTower:
             " embeddings from a BERT in the layout of Hugging Face"
         )
     return TextTower(path, bundle)
+
+
+# ----------------------------------------------------------------------------------------------------- ALBEF's
+
+
+@dataclass(frozen=True)
+class AlbefImageTower:
+    """A ViT, alone or with DINO's head (the paper: DeiT-B/16)."""
+
+    path: str
+    vit: ViT
+
+    @classmethod
+    def read(cls, path: str) -> AlbefImageTower:
+        """Raises TriviumError where there is no ViT."""
+        bundle = load(path)
+        vit = _vit(bundle)
+        if vit is None:
+            raise TriviumError(f"{path} holds a {bundle.family}, and the picture's tower starts from a ViT: give one")
+        return cls(path, vit)
+
+    def start(self, model: Albef) -> str:
+        """Give a model the tower, and say so. Raises TriviumError for another shape, with the flags to set."""
+        towers.check_shape(f"the ViT of {self.path}", towers.shape_of(self.vit.config), model.config)
+        model.start_image(self.vit)
+        return f"the picture's tower starts from {self.path}"
+
+
+@dataclass(frozen=True)
+class AlbefTextTower:
+    """A BERT of as many blocks as text and fusion have (the paper: bert-base-uncased)."""
+
+    path: str
+    bert: WholeBert
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def read(cls, path: str) -> AlbefTextTower:
+        """Raises TriviumError where there is no BERT."""
+        bundle = load(path)
+        if not isinstance(bundle.model, WholeBert):
+            raise TriviumError(f"{path} holds a {bundle.family}, and text and fusion start from a BERT: give one")
+        return cls(path, bundle.model, bundle.tokenizer)
+
+    def start(self, model: Albef) -> str:
+        """Give a model what carries over, and say so.
+
+        Raises TriviumError for another shape, with the flags to set, and for another vocabulary.
+        """
+        its, config = self.bert.config, model.config
+        shape = {name: getattr(its, name) for name in TEXT_FIELDS}
+        if its.num_layers != config.text_layers + config.fusion_layers:  # half of them for each, as in the paper
+            shape |= {"text_layers": its.num_layers // 2, "fusion_layers": its.num_layers - its.num_layers // 2}
+        towers.check_shape(f"the BERT of {self.path}", shape, config)
+        words = len(self.bert.embeddings.word.weight)
+        if words != config.vocab_size:
+            raise TriviumError(
+                f"the BERT of {self.path} has {words:,} words, the vocabulary of this run {config.vocab_size:,}:"
+                " choose with --data.vocabulary the one that it was trained with"
+            )
+        model.start_text(self.bert)
+        head = "" if self.bert.mlm_head is not None else "; it has no head of masked words, which starts at random"
+        return f"text and fusion start from {self.path}, cross-attention at random{head}"
+
+
+def _vit(bundle: Bundle) -> ViT | None:
+    tower = bundle.model.backbone if isinstance(bundle.model, Dino) else bundle.model
+    return tower if isinstance(tower, ViT) else None

@@ -1,59 +1,36 @@
-"""A model with all that it takes to use it; pictures and strings in, tensors out.
-
-A *model folder* is a Bundle on disk: config.json, model.safetensors (or shards of it and their index),
-preprocessor.json, where there is one tokenizer.json, labels.json, image_tokenizer.safetensors and, of a fine-tuned
-model, head.safetensors, and a manifest.json with the checksum of each.
+"""A model with all that it takes to use it; pictures and strings in, tensors out. On disk it is a *model folder*.
 
 B batch, C channels, H height, W width, T text tokens.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
-from trivium.data.transforms import ImageTransform, normalize, padded
+from trivium.bundle import model_folder
+from trivium.bundle.answers import Answer, ranked_list, written
+from trivium.bundle.heat import Heat, by_words
+from trivium.bundle.pictures import Picture, Pictures, check_sides, listed, normalised, read_picture
+from trivium.data.tokenizer import Tokenizer
+from trivium.data.transforms import ImageTransform, padded
 from trivium.errors import TriviumError
-from trivium.manifest import write_manifest, written_beside
+from trivium.manifest import written_beside
 from trivium.models.encoded import Answers, Detects, Encoded, EncodesImage, EncodesText, Fuses, Matches, Objects
 from trivium.models.finetuned import FineTuned, HeadConfig, tells_segments_apart
 from trivium.models.grounding import Compares, Grounds, picture_heat, word_heat
 from trivium.models.image_tokenizer import ImageTokenizer
-from trivium.tensor_files import SHARD_BYTES, save_tensors
+from trivium.tensor_files import SHARD_BYTES
 
-Picture = str | Path | bytes | Image.Image | np.ndarray
-Pictures = Picture | Sequence[Picture] | Tensor
 Strings = str | Sequence[str]
 Ability = TypeVar("Ability")
-
-
-ANSWER_WORDS = 16  # word pieces that are written at most, [SEP] among them
-
-
-class Answer(NamedTuple):
-    text: str
-    probability: float  # of a model that scores its answers apart, how right it is
-
-
-@dataclass(frozen=True)
-class Heat:
-    """Where in a picture a text is looked for. Not negative; of n x n patches, from the top left."""
-
-    words: tuple[str, ...]  # as the model reads them
-    words_Wnn: Tensor  # float32 on CPU: of each word, the mean over its tokens
-    text_nn: Tensor  # of the whole text: the mean over all its tokens, the first and the last among them
 
 
 @dataclass
@@ -87,9 +64,7 @@ class Bundle:
                 tensor [B, 3, H, W], uint8 or float in [0, 1], taken as it is.
             batch: pictures that go through the model at once.
         """
-        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
-            pictures = [pictures]
-        return self._joined(list(self.images(pictures, batch)), "no picture to encode")
+        return self._joined(list(self.images(listed(pictures), batch)), "no picture to encode")
 
     def images(self, pictures: Iterable[Picture] | Tensor, batch: int = 32) -> Iterator[Encoded]:
         """`encode_image` piece by piece, reading pictures only when their turn comes: for more than memory holds."""
@@ -148,8 +123,7 @@ class Bundle:
             task: of a model that detects for several; None: its first.
         """
         model = self._able(Detects, "finds no objects")  # type: ignore[type-abstract]
-        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
-            pictures = [pictures]
+        pictures = listed(pictures)
         found: list[Objects] = []
         rest = iter(pictures)
         while several := list(islice(rest, batch)):
@@ -193,19 +167,9 @@ class Bundle:
                 heat_BTP = torch.cat([word_heat(model, *part, block).float().cpu() for part in parts])
         except IndexError:
             raise TriviumError(f"there is no block {block} in which words attend patches: count from 0") from None
-        side = math.isqrt(heat_BTP.shape[2])
-        if side**2 != heat_BTP.shape[2]:
-            raise TriviumError("heat maps are of square pictures: give files, or tensors of equal sides")
         assert self.tokenizer is not None, "who encodes text has one"
-        found = []
-        for row, (text_of_row, heat_TP) in enumerate(zip(texts, heat_BTP, strict=True)):
-            length = heat_TP.shape[0] if text.mask is None else int(text.mask[row].sum())
-            heat_Tnn = heat_TP[:length].view(length, side, side)
-            words = self.tokenizer.words(text_of_row, self.max_length)
-            maps = [heat_Tnn[first:end].mean(0) for _, first, end in words]
-            by_word_Wnn = torch.stack(maps) if maps else heat_Tnn[:0]
-            found.append(Heat(tuple(word for word, _, _ in words), by_word_Wnn, heat_Tnn.mean(0)))
-        return found
+        words = [self.tokenizer.words(each, self.max_length) for each in texts]
+        return by_words(heat_BTP, text.mask, words)
 
     def ground_by_cosine(
         self, pictures: Pictures, texts: Strings, block: int | None = None, batch: int = 16
@@ -242,7 +206,10 @@ class Bundle:
         """
         if self.head is None or self.head_config is None:
             raise TriviumError("this model has no head for a task: fine-tune it first, with trivium finetune")
-        whole = FineTuned(self.model, self.head, self.head_config, self._list())
+        ranked = None
+        if isinstance(self.head, Answers):
+            ranked = ranked_list(self.labels, self.tokenizer, int(self.model.config.max_length))  # type: ignore[union-attr, arg-type]
+        whole = FineTuned(self.model, self.head, self.head_config, ranked)
         whole.to(self.device)
         pixels = second = ids = mask = segments = None
         if self.head_config.reads != "text":
@@ -312,7 +279,11 @@ class Bundle:
                 raise TriviumError(
                     f"the task {self.head_config.task} reads one picture at a time: leave out the second"
                 )
-            return self._written(picture, question, k)
+            fused = self.fuse(self.encode_image([picture]), self.encode_text([question]))
+            assert self.tokenizer is not None  # or there were no question
+            assert isinstance(self.head, Answers)
+            with _evaluating(self.model):
+                return written(self.head, fused, self.tokenizer, k)
         asked = self if answers is None else replace(self, labels=list(answers))
         second = None if second_picture is None else [second_picture]
         found_K = asked.answer([picture], [question], second_pictures=second)[0]
@@ -322,36 +293,8 @@ class Bundle:
         best = found_K.topk(min(k, int((found_K > 0).sum()), len(labels)))
         return [Answer(labels[n], p) for p, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
-    def _written(self, picture: Picture, question: str, k: int) -> list[Answer]:
-        tokenizer, head = self.tokenizer, self.head
-        assert isinstance(head, Answers)
-        fused = self.fuse(self.encode_image([picture]), self.encode_text([question]))
-        assert tokenizer is not None  # or there were no question
-        start, end = tokenizer.cls_id, tokenizer.sep_id
-        with _evaluating(self.model):
-            ids_BCL, log_BC = head.write(fused, start, end, min(k, tokenizer.vocab_size), ANSWER_WORDS)
-        found: list[Answer] = []
-        for ids, log in zip(ids_BCL[0].tolist(), log_BC[0].tolist(), strict=True):
-            text = tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
-            if text not in [answer.text for answer in found]:
-                found.append(Answer(text, math.exp(log)))
-        return found
-
-    def _list(self) -> Tensor | None:
-        """The answers that a writer ranks, as tokens."""
-        if not isinstance(self.head, Answers):
-            return None
-        if not self.labels or self.tokenizer is None:
-            raise TriviumError(
-                "this model ranks a list of answers, and has none: set bundle.labels, put answer_list.json beside its"
-                " file, or let it write freely"
-            )
-        tokenizer, positions = self.tokenizer.for_answers(), self.model.config.max_length
-        return tokenizer.pad(tokenizer.encode(self.labels, min(ANSWER_TOKENS, int(positions))))[0]
-
     def _stacked(self, pictures: Pictures) -> Tensor:
-        if isinstance(pictures, str | Path | bytes | Image.Image | np.ndarray):
-            pictures = [pictures]
+        pictures = listed(pictures)
         return torch.stack([self._pixels(one, pictures) for one in pictures])
 
     def _task_texts(self, texts: Strings, second_texts: Strings | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -383,32 +326,9 @@ class Bundle:
         Raises:
             TriviumError: the folder holds something, or cannot be written; nothing half-written stays.
         """
+        weights = self.model.state_dict() if weights is None else weights
         with written_beside(Path(folder)) as beside:
-            config = {
-                "family": self.family,
-                "model": self.model.config_dict(),  # type: ignore[operator]
-                "max_length": self.max_length,
-                "false_pairs": self.false_pairs,
-                "image_tokenizer": image_tokenizer_entry(self.image_tokenizer),
-            }
-            if self.head is not None and self.head_config is not None:
-                config["head"] = asdict(self.head_config)
-                head_weights = self.head.state_dict() if head_weights is None else head_weights
-                save_tensors(head_weights, beside / "head.safetensors")
-            (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            weights = self.model.state_dict() if weights is None else weights
-            save_tensors(weights, beside / "model.safetensors", shard_bytes)
-            if isinstance(self.model, EncodesImage):
-                (beside / "preprocessor.json").write_text(self.transform.to_json(), encoding="utf-8")
-            if self.tokenizer is not None:
-                self.tokenizer.save(beside / "tokenizer.json")
-            named = self.labels if self.labels_of is None else self.labels_of
-            if named is not None:
-                labels = json.dumps(named, indent=1, ensure_ascii=False) + "\n"
-                (beside / "labels.json").write_text(labels, encoding="utf-8")
-            if self.image_tokenizer is not None:
-                save_tensors(self.image_tokenizer.state_dict(), beside / "image_tokenizer.safetensors")
-            write_manifest(beside)
+            model_folder.write(beside, self, weights, shard_bytes, head_weights)
 
     @property
     def _patch(self) -> int:
@@ -417,47 +337,18 @@ class Bundle:
         return patch
 
     def _normalised(self, pixels_BCHW: Tensor) -> Tensor:
-        """As the model reads them, on its device: of uint8, or of float in [0, 1]."""
-        pixels_BCHW = pixels_BCHW.to(self.device)
-        if pixels_BCHW.is_floating_point():
-            if not 0 <= float(pixels_BCHW.min()) <= float(pixels_BCHW.max()) <= 1:
-                raise TriviumError("float pixels must lie in [0, 1]: divide by 255, and do not normalise them")
-            pixels_BCHW = pixels_BCHW * 255
-        dtype = next(self.model.parameters()).dtype
-        return normalize(pixels_BCHW, self.transform.mean, self.transform.std, dtype)
+        return normalised(pixels_BCHW, self.transform, next(self.model.parameters()))
 
     def _pixels(self, picture: Picture | Tensor, given: Any) -> Tensor:
         """uint8 or float [3, H, W] of one picture."""
         return self._read(picture, given, self.transform)
 
     def _read(self, picture: Picture | Tensor, given: Any, read: Callable[[Any], Any]) -> Any:
-        """What `read` makes of one picture; a tensor as it is."""
+        """What `read` makes of one of the pictures that were given; of a tensor, its row as it is."""
         if isinstance(given, Tensor):
-            assert isinstance(picture, Tensor)
-            if given.ndim != 4 or given.shape[1] != 3:
-                raise TriviumError(f"a tensor of pictures is [B, 3, H, W], this one {list(given.shape)}")
-            patch = self._patch
-            if given.shape[2] % patch or given.shape[3] % patch:
-                raise TriviumError(
-                    f"pictures of {given.shape[2]} x {given.shape[3]} pixels cannot be cut into patches of {patch}:"
-                    " resize them to multiples of it"
-                )
+            check_sides(given, self._patch)
             return picture
-        if isinstance(picture, str | Path):
-            try:
-                return read(Path(picture).read_bytes())
-            except (OSError, ValueError) as error:
-                raise TriviumError(f"{picture}: cannot be read as a picture ({error}): leave it out") from None
-        if isinstance(picture, np.ndarray) and not (picture.dtype == np.uint8 and picture.shape[2:] == (3,)):
-            raise TriviumError(f"an array is uint8 [H, W, 3], this one {picture.dtype} {list(picture.shape)}")
-        if not isinstance(picture, bytes | np.ndarray | Image.Image):
-            raise TriviumError(
-                f"a picture is a path, bytes, a Pillow picture or an array, not {type(picture).__name__}"
-            )
-        try:
-            return read(picture)
-        except ValueError as error:
-            raise TriviumError(f"a picture cannot be decoded ({error}): leave it out") from None
+        return read_picture(picture, read)
 
     def _joined(self, parts: list[Encoded], nothing: str) -> Encoded:
         if not parts:
@@ -470,10 +361,6 @@ class Bundle:
         if not isinstance(self.model, ability):
             raise TriviumError(f"this model ({self.family}) {lacking}: use one of a family that does")
         return self.model
-
-
-def image_tokenizer_entry(tokenizer: ImageTokenizer | None) -> dict[str, Any] | None:
-    return None if tokenizer is None else {"kind": tokenizer.kind, **tokenizer.config_dict()}
 
 
 @contextmanager
