@@ -39,11 +39,12 @@ class Recipe:
         """Samples of one forward, in steps and in validation; the whole batch until "auto" is settled."""
         return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
 
-    def with_absolute_paths(self: Any) -> Any:
+    def with_absolute_paths(self) -> Self:
         """The same for whoever stands in another folder: what a config that is kept should state."""
+        recipe: Any = self
         given = {name: getattr(self, name, None) for name in ("init", "init_text", "init_image")}
         starts = {name: absolute(path) for name, path in given.items() if path is not None}
-        return replace(self, data=self.data.with_absolute_paths(), **starts)
+        return replace(recipe, data=self.data.with_absolute_paths(), **starts)
 
 
 @dataclass
