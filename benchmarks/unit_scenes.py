@@ -118,12 +118,12 @@ def main() -> int:
     words = of_words(content["results"])
     splits = on_scenes(out, run)
     missed = misses(splits, words)
-    length = "" if arguments.steps is None else f" --steps {arguments.steps}"
+    command = "python benchmarks/unit_scenes.py --data $TRIVIUM_DATA --easy-vqa WHEEL --out runs/unit-scenes"
+    command += "" if arguments.steps is None else f" --steps {arguments.steps}"
     figures = {name: entry for name, entry in content["results"].items() if not name.startswith("seconds.")}
     side_by_side.write(
         "unit_scenes", {"detection": splits, "tasks": figures},
-        command="python benchmarks/unit_scenes.py --data $TRIVIUM_DATA --easy-vqa WHEEL --out runs/unit-scenes" + length,
-        floors=FLOORS, goals=GOALS, missed=missed, seconds=content["seconds"], scenes=arguments.scenes,
+        command=command, floors=FLOORS, goals=GOALS, missed=missed, seconds=content["seconds"], scenes=arguments.scenes,
     )  # fmt: skip
     for sentence in missed:
         print(f"missed: {sentence}")

@@ -74,3 +74,12 @@ def test_queries_attend_what_lies_near_them() -> None:
     expected_Q2 = chance_QN @ centre_N2
     assert float((expected_Q2 - CENTRES).norm(dim=1).mean()) < 0.2
     assert float((centre_N2.mean(0) - CENTRES).norm(dim=1).mean()) > 0.3  # what looking everywhere would give
+
+
+@torch.no_grad()
+def test_a_point_has_the_places_of_the_feature_map_at_it() -> None:
+    model = started(0)
+    places_ND = model.encode_image(torch.zeros(1, 3, 128, 128)).places
+    assert places_ND is not None
+    point_P2 = torch.tensor([[3 / 8, 6 / 8]])  # the third column, the sixth row
+    torch.testing.assert_close(model.places_of(point_P2)[0], places_ND[0, 5 * 8 + 2], atol=1e-4, rtol=1e-4)

@@ -21,7 +21,7 @@ How it is used, by name of a task in `config.tasks`:
     found = model.heads["coco"](model.decode("coco", image))  # Detections: logits_LBQK, boxes_LBQ4
 
 B batch, C channels, H height, W width, N image tokens, T text tokens, S positions of the decoder's memory, L decoder
-layers, Q queries, E width of the image encoder, D width of the decoder, K classes.
+layers, Q queries, P points, E width of the image encoder, D width of the decoder, K classes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.errors import TriviumError
-from trivium.layers.embeddings import sine_positions
+from trivium.layers.embeddings import sine_positions, sines
 from trivium.layers.heads import MaskedHead
 from trivium.layers.resnet import ResNet, inside
 from trivium.models.bert import Bert, BertConfig
@@ -283,6 +283,13 @@ class Unit(nn.Module):
         states, places, mask_BN = self.image(pixels_BCHW, sizes_B2, number)
         places_BND = self.image_places(places).expand(len(states), -1, -1)
         return Encoded(self.image_to_decoder(states), mask_BN, nn.Identity(), None, places=places_BND, mean=True)
+
+    def places_of(self, points_P2: Tensor) -> Tensor:
+        """[P, D]: what tells the decoder where points of a picture are. points_P2: (x, y) as shares of its sides."""
+        half, temperature = self.config.image_width // 2, self.config.place_temperature
+        along = [sines(points_P2[:, axis], half, temperature) for axis in (1, 0)]
+        places_PD: Tensor = self.image_places(self.config.place_scale * torch.cat(along, dim=1))
+        return places_PD
 
     def encode_text(
         self,

@@ -1,6 +1,6 @@
 """What a UniT begins with: a random start, a trained UniT, a BERT for its text encoder.
 
-Q queries, D width of the decoder, E width of the image encoder.
+Q queries, D width of the decoder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from trivium.bundle import Bundle
 from trivium.errors import TriviumError
-from trivium.layers.embeddings import sines
 from trivium.models.unit import Unit
 from trivium.train.initial import initialise
 
@@ -47,9 +46,7 @@ def _anchor(model: Unit, seed: int) -> None:
             queries: Any = model.queries[task.name]
             head: Any = model.heads[task.name]
             centre_Q2 = _grid(task.num_queries)
-            along = [sines(centre_Q2[:, axis], config.image_width // 2, config.place_temperature) for axis in (1, 0)]
-            places_QE = config.place_scale * torch.cat(along, dim=1)
-            queries.weight.mul_(QUERY_NOISE).add_(model.image_places(places_QE))
+            queries.weight.mul_(QUERY_NOISE).add_(model.places_of(centre_Q2))
             head.anchors.copy_(torch.cat([centre_Q2, torch.full_like(centre_Q2, ANCHOR_SIDE)], dim=1).logit())
             head.boxes[-1].weight.mul_(CORRECTION)
     decoders: Iterable[Any] = model.decoders.values()
