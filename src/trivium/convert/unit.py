@@ -93,8 +93,10 @@ def to_mmf(state: Mapping[str, Tensor], config: UnitConfig) -> State:
         TriviumError: a model that MMF has no place for.
     """
     unknown = [task.name for task in config.tasks if task.name not in MMF_NAMES]
-    if unknown or config.backbone_norm != "frozen" or not config.bottleneck or not config.text_layers:
-        why = f"no data set for the task {unknown[0]}" if unknown else "no place for such a backbone or text encoder"
+    has_shape = config.backbone_norm == "frozen" and config.bottleneck and config.text_layers
+    if unknown or not has_shape or not config.has_published_places:
+        what = "such a backbone or text encoder" if not has_shape else "anchors or such positions"
+        why = f"no data set for the task {unknown[0]}" if unknown else f"no place for {what}"
         raise TriviumError(f"MMF's UniT has {why}: only models of the released shape can be written in its layout")
     found = give(state, mmf_places(config))
     found["bert_model.module.embeddings.position_ids"] = torch.arange(config.max_length)[None]
@@ -136,6 +138,7 @@ def to_detr(state: Mapping[str, Tensor], config: UnitConfig) -> State:
         "task tokens": bool(config.num_task_tokens), "a residual around its encoder": config.residual,
         "a decoder of another width": config.width != config.image_width,
         "a backbone that trains its norms": config.backbone_norm != "frozen" or not config.bottleneck,
+        "anchors or positions of its own": not config.has_published_places,
     }  # fmt: skip
     if any(wrong.values()):
         raise TriviumError(f"this UniT has {next(what for what, is_so in wrong.items() if is_so)}, and DETR has not:"

@@ -52,7 +52,9 @@ def interpolate_positions(
     return table.permute(0, 2, 3, 1).reshape(new_grid[0] * new_grid[1], -1)
 
 
-def sine_positions(sizes_B2: Tensor, height: int, width: int, channels: int, dtype: torch.dtype) -> Tensor:
+def sine_positions(
+    sizes_B2: Tensor, height: int, width: int, channels: int, dtype: torch.dtype, temperature: float = 10000.0
+) -> Tensor:
     """Where each place of a feature map lies in its picture, as sines and cosines (DETR, Carion et al. 2020,
     appendix A.4): [B, height * width, channels], row-major, the half that tells the row first.
 
@@ -60,17 +62,26 @@ def sine_positions(sizes_B2: Tensor, height: int, width: int, channels: int, dty
     for places beyond has no meaning.
     """
     assert channels % 4 == 0, f"{channels} channels are no multiple of 4"
-    half = channels // 2
-    frequency = 10000 ** (-2 * torch.arange(half // 2, dtype=dtype, device=sizes_B2.device) / half)
     reach_B2 = sizes_B2.to(dtype)
-    sides = []
-    for axis, side in enumerate((height, width)):
-        place_BS = torch.arange(1, side + 1, dtype=dtype, device=sizes_B2.device) / (reach_B2[:, axis, None] + 1e-6)
-        angle_BSF = 2 * math.pi * place_BS[:, :, None] * frequency
-        sides.append(torch.stack([angle_BSF.sin(), angle_BSF.cos()], dim=-1).flatten(2))
-    rows_BHWC = sides[0][:, :, None].expand(-1, -1, width, -1)
-    columns_BHWC = sides[1][:, None].expand(-1, height, -1, -1)
-    return torch.cat([rows_BHWC, columns_BHWC], dim=-1).flatten(1, 2)
+    rows_BHX, columns_BWX = (
+        sines(
+            torch.arange(1, side + 1, dtype=dtype, device=sizes_B2.device) / (reach_B2[:, axis, None] + 1e-6),
+            channels // 2,
+            temperature,
+        )
+        for axis, side in enumerate((height, width))
+    )
+    rows_BHWX = rows_BHX[:, :, None].expand(-1, -1, width, -1)
+    columns_BHWX = columns_BWX[:, None].expand(-1, height, -1, -1)
+    return torch.cat([rows_BHWX, columns_BHWX], dim=-1).flatten(1, 2)
+
+
+def sines(share: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
+    """[..., channels]: how far along a picture's side something lies, sine and cosine by turns. The first turn once
+    round over the whole side, the last `temperature` times as slowly."""
+    frequency = temperature ** (-2 * torch.arange(channels // 2, dtype=share.dtype, device=share.device) / channels)
+    angle = 2 * math.pi * share[..., None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
 class BertEmbeddings(nn.Module):

@@ -21,7 +21,7 @@ How it is used, by name of a task in `config.tasks`:
     found = model.heads["coco"](model.decode("coco", image))  # Detections: logits_LBQK, boxes_LBQ4
 
 B batch, C channels, H height, W width, N image tokens, T text tokens, S positions of the decoder's memory, L decoder
-layers, Q queries, E width of the image encoder, D width of the decoder, K classes.
+layers, Q queries, P points, E width of the image encoder, D width of the decoder, K classes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.errors import TriviumError
-from trivium.layers.attention import attend
-from trivium.layers.embeddings import sine_positions
+from trivium.layers.embeddings import sine_positions, sines
 from trivium.layers.heads import MaskedHead
 from trivium.layers.resnet import ResNet, inside
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.encoded import Encoded, Found
 from trivium.models.unit_heads import DetectionHead, likeliest
+from trivium.models.unit_transformer import Decoder, EncoderBlock
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ class UnitConfig:
     dropout: float = 0.1
     num_task_tokens: int = 256  # rows in the tables of task tokens; 0: no task tokens
     residual: bool = True  # the encoder's input is added to its output (False: DETR)
+    place_temperature: float = 10000.0  # of the sines that tell places; less is finer
+    place_scale: float = 1.0  # what they are multiplied by
+    # Each query of detection has a box of its own, which its head corrects (Conditional DETR's idea, Meng et al., ICCV
+    # 2021). Published queries are to find their places by themselves, for which small data and minutes do not suffice.
+    anchored: bool = False
     attribute_width: int = 256  # of the class embedding that the head of attributes reads; its inside is twice that
 
     def __post_init__(self) -> None:
@@ -142,6 +147,11 @@ class UnitConfig:
         return 1
 
     @property
+    def has_published_places(self) -> bool:
+        """Whether places and anchors are as in DETR, which has none of the latter."""
+        return (self.place_temperature, self.place_scale, self.anchored) == (10000.0, 1.0, False)
+
+    @property
     def text_encoder(self) -> BertConfig:
         return BertConfig(
             width=self.text_width, num_heads=self.text_heads, mlp_width=self.text_mlp_width,
@@ -155,107 +165,16 @@ SIZES = {
         width=128, num_heads=4, mlp_width=512, decoder_layers=3, image_width=128, image_layers=2,
         backbone_widths=(32, 64, 128, 256), backbone_blocks=(1, 1, 1, 1), bottleneck=False, backbone_norm="group",
         text_width=128, text_heads=4, text_mlp_width=512, text_layers=3, vocab_size=4096, max_length=64, dropout=0.0,
+        place_temperature=20.0, place_scale=4.0, anchored=True,
     ),
     "small": UnitConfig(
         width=256, mlp_width=1024, decoder_layers=4, image_layers=4,
         backbone_blocks=(2, 2, 2, 2), bottleneck=False, backbone_norm="group",
         text_width=384, text_mlp_width=1536, text_layers=6, max_length=128,
+        place_temperature=20.0, place_scale=4.0, anchored=True,
     ),
     "base": UnitConfig(),
 }  # fmt: skip
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose queries and keys carry places that the values lack. One matrix with the rows of
-    queries, keys and values in that order, as torch's MultiheadAttention has it."""
-
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, query_BQD: Tensor, key_BSD: Tensor, value_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-        """[B, Q, D]. mask_BS: bool, True = may be attended."""
-        D = query_BQD.shape[2]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        if query_BQD is key_BSD:
-            query, key = F.linear(query_BQD, weight[: 2 * D], bias[: 2 * D]).chunk(2, dim=-1)
-        else:
-            query = F.linear(query_BQD, weight[:D], bias[:D])
-            key = F.linear(key_BSD, weight[D : 2 * D], bias[D : 2 * D])
-        value = F.linear(value_BSD, weight[2 * D :], bias[2 * D :])
-        query, key, value = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-        attended = attend(query, key, value, mask_BS, self.dropout if self.training else 0.0)
-        return self.out(attended.transpose(1, 2).flatten(2))
-
-
-class EncoderBlock(nn.Module):
-    """DETR's: LN(x + Attention(x)), then LN(x + MLP(x)), with ReLU."""
-
-    def __init__(self, width: int, num_heads: int, mlp_width: int, eps: float, dropout: float) -> None:
-        super().__init__()
-        self.attention = Attention(width, num_heads, dropout)
-        self.attention_norm = nn.LayerNorm(width, eps)
-        self.mlp_in = nn.Linear(width, mlp_width)
-        self.mlp_out = nn.Linear(mlp_width, width)
-        self.mlp_norm = nn.LayerNorm(width, eps)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x_BNE: Tensor, places_BNE: Tensor, mask_BN: Tensor | None) -> Tensor:
-        placed_BNE = x_BNE + places_BNE
-        x_BNE = self.attention_norm(x_BNE + self.dropout(self.attention(placed_BNE, placed_BNE, x_BNE, mask_BN)))
-        return self._mlp(x_BNE)
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        inside = self.dropout(F.relu(self.mlp_in(x), inplace=True))
-        return self.mlp_norm(x + self.dropout(self.mlp_out(inside)))
-
-
-class DecoderBlock(EncoderBlock):
-    """The same with LN(x + Attention(x, memory)) between the two."""
-
-    def __init__(self, width: int, num_heads: int, mlp_width: int, eps: float, dropout: float) -> None:
-        super().__init__(width, num_heads, mlp_width, eps, dropout)
-        self.cross_attention = Attention(width, num_heads, dropout)
-        self.cross_attention_norm = nn.LayerNorm(width, eps)
-
-    def forward(  # type: ignore[override]
-        self, x_BQD: Tensor, query_QD: Tensor, memory_BSD: Tensor, placed_BSD: Tensor, mask: Tensor | None, rows: int
-    ) -> Tensor:
-        """Of the first `rows` queries. placed_BSD: the memory with its places; mask: bool [B, S]."""
-        keys_BQD = asking_BQD = x_BQD + query_QD
-        if rows < len(query_QD):
-            asking_BQD = keys_BQD[:, :rows]
-        attended = self.attention(asking_BQD, keys_BQD, x_BQD, None)
-        x_BQD = self.attention_norm(x_BQD[:, :rows] + self.dropout(attended))
-        read = self.cross_attention(x_BQD + query_QD[:rows], placed_BSD, memory_BSD, mask)
-        return self._mlp(self.cross_attention_norm(x_BQD + self.dropout(read)))
-
-
-class Decoder(nn.Module):
-    """Blocks and the norm that each one's output passes on its way to a head."""
-
-    def __init__(self, config: UnitConfig) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            DecoderBlock(config.width, config.num_heads, config.mlp_width, config.eps, config.dropout)
-            for _ in range(config.decoder_layers)
-        )
-        self.norm = nn.LayerNorm(config.width, config.eps)
-
-    def forward(
-        self, query_QD: Tensor, memory_BSD: Tensor, placed_BSD: Tensor, mask: Tensor | None, last: bool, rows: int
-    ) -> Tensor:
-        """[L, B, Q, D], or with `last` [1, B, rows, D]: the last layer alone, of the first `rows` queries."""
-        x_BQD = memory_BSD.new_zeros(len(memory_BSD), *query_QD.shape)
-        hidden = []
-        for block in self.blocks[:-1]:
-            x_BQD = block(x_BQD, query_QD, memory_BSD, placed_BSD, mask, len(query_QD))
-            hidden.append(x_BQD)
-        x_BQD = self.blocks[-1](x_BQD, query_QD, memory_BSD, placed_BSD, mask, rows if last else len(query_QD))
-        return self.norm(x_BQD[None] if last else torch.stack([*hidden, x_BQD]))
 
 
 class ImageEncoder(nn.Module):
@@ -263,6 +182,8 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: UnitConfig) -> None:
         super().__init__()
+        self.place_temperature = config.place_temperature
+        self.place_scale = config.place_scale
         self.residual = config.residual
         self.backbone = ResNet(
             config.backbone_widths, config.backbone_blocks, config.bottleneck, config.backbone_norm,
@@ -284,7 +205,8 @@ class ImageEncoder(nn.Module):
         source_BNE = self.projection(map_BCHW.flatten(2).transpose(1, 2))
         mask_BN = None if sizes_B2 is None else inside(sizes_B2, height, width).flatten(1)
         whole_B2 = torch.tensor([[height, width]], device=source_BNE.device) if sizes_B2 is None else sizes_B2
-        places = sine_positions(whole_B2, height, width, source_BNE.shape[2], self.projection.weight.dtype)
+        channels, dtype = source_BNE.shape[2], self.projection.weight.dtype
+        places = self.place_scale * sine_positions(whole_B2, height, width, channels, dtype, self.place_temperature)
         x, x_places, x_mask = source_BNE, places, mask_BN
         if self.task_tokens is not None:
             token_E = self.task_tokens.weight[number].to(x.dtype)
@@ -317,10 +239,14 @@ class Unit(nn.Module):
             self.text_to_decoder = nn.Linear(config.text_width, width)
             self.text_places = nn.Linear(config.text_width, width)
         names = [task.name for task in config.tasks] if config.decoder == "separate" else ["shared"]
-        self.decoders = nn.ModuleDict({name: Decoder(config) for name in names})
+        self.decoders = nn.ModuleDict({
+            name: Decoder(config.decoder_layers, width, config.num_heads, config.mlp_width, config.eps, config.dropout)
+            for name in names
+        })  # fmt: skip
         self.queries = nn.ModuleDict({task.name: nn.Embedding(task.num_queries, width) for task in config.tasks})
         self.heads = nn.ModuleDict({
-            task.name: DetectionHead(width, task.num_labels, task.num_attributes, config.attribute_width)
+            task.name: DetectionHead(width, task.num_labels, task.num_attributes, config.attribute_width,
+                                     task.num_queries if config.anchored else 0)
             if task.kind == "detection"
             else MaskedHead(width, task.num_labels, config.text_eps)
             for task in config.tasks
@@ -357,6 +283,13 @@ class Unit(nn.Module):
         states, places, mask_BN = self.image(pixels_BCHW, sizes_B2, number)
         places_BND = self.image_places(places).expand(len(states), -1, -1)
         return Encoded(self.image_to_decoder(states), mask_BN, nn.Identity(), None, places=places_BND, mean=True)
+
+    def places_of(self, points_P2: Tensor) -> Tensor:
+        """[P, D]: what tells the decoder where points of a picture are. points_P2: (x, y) as shares of its sides."""
+        half, temperature = self.config.image_width // 2, self.config.place_temperature
+        along = [sines(points_P2[:, axis], half, temperature) for axis in (1, 0)]
+        places_PD: Tensor = self.image_places(self.config.place_scale * torch.cat(along, dim=1))
+        return places_PD
 
     def encode_text(
         self,

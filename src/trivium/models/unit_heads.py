@@ -24,10 +24,16 @@ class Detections:
 
 
 class DetectionHead(nn.Module):
-    """Of each query a class, "no object" the last, and a box."""
+    """Of each query a class, "no object" the last, and a box.
 
-    def __init__(self, width: int, num_labels: int, num_attributes: int | None, attribute_width: int) -> None:
+    num_anchors: of queries that have a box of their own to correct (see `UnitConfig.anchored`); 0: they have none.
+    """
+
+    def __init__(
+        self, width: int, num_labels: int, num_attributes: int | None, attribute_width: int, num_anchors: int = 0
+    ) -> None:
         super().__init__()
+        self.anchors = nn.Parameter(torch.zeros(num_anchors, 4)) if num_anchors else None  # logits of shares
         self.classes = nn.Linear(width, num_labels + 1)
         self.boxes = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 4)])
         self.attributes = None
@@ -41,7 +47,8 @@ class DetectionHead(nn.Module):
         last = self.boxes[-1]
         # Outside of autocast: in bfloat16 a share of 0.5 has steps of a pixel in five hundred.
         with torch.autocast(x.device.type, enabled=False):
-            boxes_LBQ4 = last(x.to(last.weight.dtype)).sigmoid()  # type: ignore[arg-type]
+            boxes_LBQ4 = last(x.to(last.weight.dtype))  # type: ignore[arg-type]
+            boxes_LBQ4 = (boxes_LBQ4 if self.anchors is None else boxes_LBQ4 + self.anchors).sigmoid()
         return Detections(self.classes(hidden_LBQD), boxes_LBQ4, hidden_LBQD)
 
 

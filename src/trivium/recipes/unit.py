@@ -8,13 +8,10 @@ Which tasks there are: recipes/unit_tasks.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from trivium.bundle import Bundle
 from trivium.data.detection import Detection
@@ -38,6 +35,7 @@ from trivium.recipes import limits, unit_losses
 from trivium.recipes.data import absolute
 from trivium.recipes.predict import predict_by
 from trivium.recipes.prepared import Losses, Prepared
+from trivium.recipes.unit_start import at_random, from_bert, from_unit
 from trivium.recipes.unit_tasks import (
     PUBLISHED,
     JointData,
@@ -49,7 +47,6 @@ from trivium.recipes.unit_tasks import (
     with_data,
 )
 from trivium.train.config import Config, leaves
-from trivium.train.initial import initialise
 from trivium.train.optim import Group, Optim
 from trivium.train.protocol import Method, Stream
 from trivium.train.trainer import Run, Train
@@ -118,7 +115,7 @@ def _small(model: UnitConfig, tiny: bool) -> UnitRecipe:
     """Trained from a random start, on pictures of 128 or 320 pixels."""
     optim = Optim(
         lr=8e-4 if tiny else 2e-4, betas=(0.9, 0.99), weight_decay=0.02, warmup=0.05, clip_norm=1.0,
-        no_decay=(*Optim().no_decay, "*task_tokens*", "queries.*"),
+        no_decay=(*Optim().no_decay, "*task_tokens*", "queries.*", "*anchors"),
     )  # fmt: skip
     if not tiny:
         shorts = tuple(range(224, 353, 32))
@@ -218,11 +215,11 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     recipe = replace(recipe, model=replace(config, text_layers=config.text_layers or recipe.model.text_layers))
 
     model = Unit(config)
-    _initialise(model, recipe.train.seed)
+    at_random(model, recipe.train.seed)
     if text is not None:
-        notes.append(_take_text(model, text, str(recipe.init_text)))
+        notes.append(from_bert(model, text, str(recipe.init_text)))
     if start is not None:
-        taken = _take(model, start, str(recipe.init))
+        taken = from_unit(model, start, str(recipe.init))
         notes += taken if resume_from is None else []
     transform = recipe.data.transform
     targets: dict[str, Labels] = {
@@ -290,47 +287,6 @@ def _config(
             " vocabulary that it was trained with"
         )
     return replace(config, tasks=of_tasks)
-
-
-@torch.no_grad()
-def _initialise(model: Unit, seed: int) -> None:
-    """Weights at the scale of their inputs; queries and task tokens of N(0, 1), as published."""
-    initialise(model, seed, std="fan in")
-    for name, parameter in model.named_parameters():
-        if name.startswith("queries.") or "task_tokens" in name:
-            parameter.mul_(math.sqrt(parameter.shape[1]))
-
-
-def _take(model: Unit, start: Bundle, path: str) -> list[str]:
-    """Give the model what fits of a trained one; a decoder of its own for one task fills a shared one, as the paper's
-    start from detection does (section 4.2)."""
-    state = dict(start.model.state_dict())
-    decoders = sorted({name.split(".")[1] for name in state if name.startswith("decoders.")})
-    if model.config.decoder == "shared" and "shared" not in decoders and len(decoders) == 1:
-        old = f"decoders.{decoders[0]}."
-        state = {f"decoders.shared.{n.removeprefix(old)}" if n.startswith(old) else n: t for n, t in state.items()}
-    if model.config.decoder == "separate" and decoders == ["shared"]:
-        of_start: Any = start.model.config
-        shared = {name: tensor for name, tensor in state.items() if name.startswith("decoders.shared.")}
-        for task in of_start.tasks:
-            state |= {name.replace("shared", task.name, 1): tensor for name, tensor in shared.items()}
-    own = model.state_dict()
-    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
-    if not fitting:
-        raise TriviumError(f"{path} has no tensor that fits this model: give a run of the same --size")
-    model.load_state_dict(fitting, strict=False)
-    new = sorted({".".join(name.split(".")[:2]) for name in own.keys() - fitting.keys()})
-    notes = [f"{len(fitting):,} of {len(own):,} tensors start as {path} has them"]
-    return notes + ([f"new are {', '.join(new)}"] if new else [])
-
-
-def _take_text(model: Unit, text: Bundle, path: str) -> str:
-    """Give the text encoder what a BERT has for it. Raises TriviumError where no task reads text."""
-    if model.text is None:
-        raise TriviumError(f"--init-text {path}: none of these tasks reads a text: leave it out")
-    own, state = model.text.state_dict(), text.model.state_dict()
-    model.text.load_state_dict({name: state[name] for name in own})
-    return f"the text encoder starts as {path} has it, with its shape and its vocabulary"
 
 
 # ----------------------------------------------------------------------------------------------------- measuring

@@ -1,0 +1,104 @@
+"""The transformer of DETR (Carion et al., ECCV 2020, appendix A.3), which UniT takes over: positions are added to
+queries and keys in every layer, never to values; norms stand after what they norm.
+
+B batch, N image tokens, S positions of the decoder's memory, L decoder layers, Q queries, E width of the image encoder,
+D width of the decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trivium.layers.attention import attend
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose queries and keys carry places that the values lack. One matrix with the rows of
+    queries, keys and values in that order, as torch's MultiheadAttention has it."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, query_BQD: Tensor, key_BSD: Tensor, value_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+        """[B, Q, D]. mask_BS: bool, True = may be attended."""
+        D = query_BQD.shape[2]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if query_BQD is key_BSD:
+            query, key = F.linear(query_BQD, weight[: 2 * D], bias[: 2 * D]).chunk(2, dim=-1)
+        else:
+            query = F.linear(query_BQD, weight[:D], bias[:D])
+            key = F.linear(key_BSD, weight[D : 2 * D], bias[D : 2 * D])
+        value = F.linear(value_BSD, weight[2 * D :], bias[2 * D :])
+        query, key, value = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+        attended = attend(query, key, value, mask_BS, self.dropout if self.training else 0.0)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class EncoderBlock(nn.Module):
+    """DETR's: LN(x + Attention(x)), then LN(x + MLP(x)), with ReLU."""
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, num_heads, dropout)
+        self.attention_norm = nn.LayerNorm(width, eps)
+        self.mlp_in = nn.Linear(width, mlp_width)
+        self.mlp_out = nn.Linear(mlp_width, width)
+        self.mlp_norm = nn.LayerNorm(width, eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BNE: Tensor, places_BNE: Tensor, mask_BN: Tensor | None) -> Tensor:
+        placed_BNE = x_BNE + places_BNE
+        x_BNE = self.attention_norm(x_BNE + self.dropout(self.attention(placed_BNE, placed_BNE, x_BNE, mask_BN)))
+        return self._mlp(x_BNE)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        inside = self.dropout(F.relu(self.mlp_in(x), inplace=True))
+        return self.mlp_norm(x + self.dropout(self.mlp_out(inside)))
+
+
+class DecoderBlock(EncoderBlock):
+    """The same with LN(x + Attention(x, memory)) between the two."""
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int, eps: float, dropout: float) -> None:
+        super().__init__(width, num_heads, mlp_width, eps, dropout)
+        self.cross_attention = Attention(width, num_heads, dropout)
+        self.cross_attention_norm = nn.LayerNorm(width, eps)
+
+    def forward(  # type: ignore[override]
+        self, x_BQD: Tensor, query_QD: Tensor, memory_BSD: Tensor, placed_BSD: Tensor, mask: Tensor | None, rows: int
+    ) -> Tensor:
+        """Of the first `rows` queries. placed_BSD: the memory with its places; mask: bool [B, S]."""
+        keys_BQD = asking_BQD = x_BQD + query_QD
+        if rows < len(query_QD):
+            asking_BQD = keys_BQD[:, :rows]
+        attended = self.attention(asking_BQD, keys_BQD, x_BQD, None)
+        x_BQD = self.attention_norm(x_BQD[:, :rows] + self.dropout(attended))
+        read = self.cross_attention(x_BQD + query_QD[:rows], placed_BSD, memory_BSD, mask)
+        return self._mlp(self.cross_attention_norm(x_BQD + self.dropout(read)))
+
+
+class Decoder(nn.Module):
+    """Blocks and the norm that each one's output passes on its way to a head."""
+
+    def __init__(self, num_layers: int, width: int, num_heads: int, mlp_width: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(DecoderBlock(width, num_heads, mlp_width, eps, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width, eps)
+
+    def forward(
+        self, query_QD: Tensor, memory_BSD: Tensor, placed_BSD: Tensor, mask: Tensor | None, last: bool, rows: int
+    ) -> Tensor:
+        """[L, B, Q, D], or with `last` [1, B, rows, D]: the last layer alone, of the first `rows` queries."""
+        x_BQD = memory_BSD.new_zeros(len(memory_BSD), *query_QD.shape)
+        hidden = []
+        for block in self.blocks[:-1]:
+            x_BQD = block(x_BQD, query_QD, memory_BSD, placed_BSD, mask, len(query_QD))
+            hidden.append(x_BQD)
+        x_BQD = self.blocks[-1](x_BQD, query_QD, memory_BSD, placed_BSD, mask, rows if last else len(query_QD))
+        return self.norm(x_BQD[None] if last else torch.stack([*hidden, x_BQD]))

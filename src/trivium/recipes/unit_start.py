@@ -1,0 +1,100 @@
+"""What a UniT begins with: a random start, a trained UniT, a BERT for its text encoder.
+
+Q queries, D width of the decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trivium.bundle import Bundle
+from trivium.errors import TriviumError
+from trivium.models.unit import Unit
+from trivium.train.initial import initialise
+
+QUERY_NOISE = 0.3  # deviation of a query beside its place
+ANCHOR_SIDE = 0.3  # of a query's first box, as a share of the picture's
+CORRECTION = 0.1  # factor on the weights that correct it, so that boxes begin as their anchors
+
+
+@torch.no_grad()
+def at_random(model: Unit, seed: int) -> None:
+    """Weights at the scale of their inputs; queries and task tokens of N(0, 1), as published; with anchors a decoder
+    that looks where they are."""
+    initialise(model, seed, std="fan in")
+    for name, parameter in model.named_parameters():
+        if name.startswith("queries.") or "task_tokens" in name:
+            parameter.mul_(math.sqrt(parameter.shape[1]))
+    if model.config.anchored:
+        _anchor(model, seed)
+
+
+def _anchor(model: Unit, seed: int) -> None:
+    """Queries of detection, spread over the picture, that attend what is near them and begin with a box there.
+
+    Without it each begins anywhere and is given any object, so that for hundreds of steps or for good, as the seed will
+    have it, none learns anything but the frequencies.
+    """
+    config = model.config
+    for task in config.tasks:
+        if task.kind == "detection":
+            queries: Any = model.queries[task.name]
+            head: Any = model.heads[task.name]
+            centre_Q2 = _grid(task.num_queries)
+            queries.weight.mul_(QUERY_NOISE).add_(model.places_of(centre_Q2))
+            head.anchors.copy_(torch.cat([centre_Q2, torch.full_like(centre_Q2, ANCHOR_SIDE)], dim=1).logit())
+            head.boxes[-1].weight.mul_(CORRECTION)
+    decoders: Iterable[Any] = model.decoders.values()
+    for decoder in decoders:
+        for block in decoder.blocks:
+            query, key, _ = block.cross_attention.qkv.weight.chunk(3)
+            key.copy_(query)  # so that what lies near is alike
+        # The first self-attention reads zeros. Were its output zero too, the norm after it would multiply gradients by
+        # 1 / sqrt(eps), and clipping would silence all others.
+        bias = decoder.blocks[0].attention.out.bias
+        bias.copy_(torch.empty_like(bias).normal_(generator=torch.Generator().manual_seed(seed)))
+
+
+def _grid(count: int) -> Tensor:
+    """[count, 2]: (x, y) of points that are spread evenly over a picture, as shares of it."""
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    number = torch.arange(count)
+    return torch.stack([(number % columns + 0.5) / columns, (number // columns + 0.5) / rows], dim=1)
+
+
+def from_unit(model: Unit, start: Bundle, path: str) -> list[str]:
+    """Give the model what fits of a trained one; a decoder of its own for one task fills a shared one, as the paper's
+    start from detection does (section 4.2)."""
+    state = dict(start.model.state_dict())
+    decoders = sorted({name.split(".")[1] for name in state if name.startswith("decoders.")})
+    if model.config.decoder == "shared" and "shared" not in decoders and len(decoders) == 1:
+        old = f"decoders.{decoders[0]}."
+        state = {f"decoders.shared.{n.removeprefix(old)}" if n.startswith(old) else n: t for n, t in state.items()}
+    if model.config.decoder == "separate" and decoders == ["shared"]:
+        of_start: Any = start.model.config
+        shared = {name: tensor for name, tensor in state.items() if name.startswith("decoders.shared.")}
+        for task in of_start.tasks:
+            state |= {name.replace("shared", task.name, 1): tensor for name, tensor in shared.items()}
+    own = model.state_dict()
+    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    if not fitting:
+        raise TriviumError(f"{path} has no tensor that fits this model: give a run of the same --size")
+    model.load_state_dict(fitting, strict=False)
+    new = sorted({".".join(name.split(".")[:2]) for name in own.keys() - fitting.keys()})
+    notes = [f"{len(fitting):,} of {len(own):,} tensors start as {path} has them"]
+    return notes + ([f"new are {', '.join(new)}"] if new else [])
+
+
+def from_bert(model: Unit, text: Bundle, path: str) -> str:
+    """Give the text encoder what a BERT has for it. Raises TriviumError where no task reads text."""
+    if model.text is None:
+        raise TriviumError(f"--init-text {path}: none of these tasks reads a text: leave it out")
+    own, state = model.text.state_dict(), text.model.state_dict()
+    model.text.load_state_dict({name: state[name] for name in own})
+    return f"the text encoder starts as {path} has it, with its shape and its vocabulary"

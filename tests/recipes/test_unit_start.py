@@ -1,0 +1,85 @@
+"""A random start from which detection learns: each query has its place, and is given what lies there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from trivium.models.unit import Unit, UnitConfig, UnitTask
+from trivium.objectives.detection import Objects, match
+from trivium.recipes.unit_start import at_random
+
+TASK = UnitTask("vg", "detection", "image", 6, 1, num_queries=20, num_attributes=7)
+CENTRES = torch.tensor([[(column + 0.5) / 5, (row + 0.5) / 4] for row in range(4) for column in range(5)])
+
+
+def started(seed: int, **changes: Any) -> Unit:
+    model = Unit(UnitConfig.of_size("tiny", tasks=(TASK,), text_layers=0, **changes)).eval()
+    at_random(model, seed)
+    return model
+
+
+@torch.no_grad()
+def found(model: Unit) -> Any:
+    pixels_BCHW = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    return model.heads["vg"](model.decode("vg", model.encode_image(pixels_BCHW)))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_boxes_begin_spread_over_the_picture_in_every_layer(seed: int) -> None:
+    boxes_LBQ4 = found(started(seed)).boxes_LBQ4
+    assert float((boxes_LBQ4[..., :2] - CENTRES).abs().max()) < 0.06
+    assert float((boxes_LBQ4[..., 2:] - 0.3).abs().max()) < 0.06
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_object_is_given_to_the_query_of_its_place_at_once(seed: int) -> None:
+    """Without anchors to whichever has the likeliest class by chance, another in every picture."""
+    shift_M2 = torch.linspace(-0.04, 0.04, 40).view(20, 2)
+    box_M4 = torch.cat([CENTRES + shift_M2, torch.full((20, 2), 0.25)], dim=1)
+    label_M = torch.arange(20) % 5 + 1
+    objects = Objects(torch.arange(2).repeat_interleave(20), label_M.repeat(2), box_M4.repeat(2, 1))
+
+    def right(**changes: Any) -> float:
+        seen = found(started(seed, **changes))
+        matches = match(seen.logits_LBQK, seen.boxes_LBQ4, objects)
+        return float((matches.query_P == matches.object_P % 20).float().mean())
+
+    assert right() > 0.95
+    assert right(anchored=False) < 0.5
+
+
+@torch.no_grad()
+def test_queries_attend_what_lies_near_them() -> None:
+    """The first layer's attention to a picture without content, from the query in the upper left corner."""
+    model = started(0)
+    decoder: Any = model.decoders["shared"]
+    block, places_NE = decoder.blocks[0], model.image(torch.zeros(1, 3, 128, 128), None, 1)[1][0]
+    queries: Any = model.queries["vg"]
+    width = model.config.width
+    query_QD, key_ND = (
+        x @ w.T
+        for x, w in zip((queries.weight, places_NE), block.cross_attention.qkv.weight.split(width)[:2], strict=True)
+    )
+    heads = model.config.num_heads
+    scores_HQN = torch.einsum(
+        "qhd,nhd->hqn", query_QD.unflatten(1, (heads, -1)), key_ND.unflatten(1, (heads, -1))
+    ) / math.sqrt(width // heads)
+    chance_QN = scores_HQN.softmax(-1).mean(0)
+    side = torch.arange(8)
+    centre_N2 = torch.stack([side.repeat(8), side.repeat_interleave(8)], dim=1).add(1) / 8
+    expected_Q2 = chance_QN @ centre_N2
+    assert float((expected_Q2 - CENTRES).norm(dim=1).mean()) < 0.2
+    assert float((centre_N2.mean(0) - CENTRES).norm(dim=1).mean()) > 0.3  # what looking everywhere would give
+
+
+@torch.no_grad()
+def test_a_point_has_the_places_of_the_feature_map_at_it() -> None:
+    model = started(0)
+    places_ND = model.encode_image(torch.zeros(1, 3, 128, 128)).places
+    assert places_ND is not None
+    point_P2 = torch.tensor([[3 / 8, 6 / 8]])  # the third column, the sixth row
+    torch.testing.assert_close(model.places_of(point_P2)[0], places_ND[0, 5 * 8 + 2], atol=1e-4, rtol=1e-4)
