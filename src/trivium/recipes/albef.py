@@ -25,6 +25,7 @@ from trivium.recipes.data import (
     PairData,
     absolute,
     check_shapes,
+    cut_captions,
     make_pairs,
     make_tokenizer,
     noticed,
@@ -226,6 +227,8 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
 
     held_out = validation.of_streams(streams(train=False), data.batch, recipe.validate, notes)
     notes += noticed(sources)
+    for pairs, source in (("data.pairs", sources.pairs), ("data.validation", sources.validation_pairs)):
+        notes += cut_captions(pairs, source, tokenizer, data.max_length)
     run = Run(
         method,
         mixture_of(recipe.train),
