@@ -189,9 +189,11 @@ def test_entries_that_cannot_be_used_are_named_and_too_many_stop_the_run(
         entries = json.loads((flickr / f"flickr30k_{split}.json").read_text())
         entries[1:3] = [{"image": "flickr30k-images/0.png"}, {"image": "9.png", "caption": "a"}]
         (tmp_path / f"flickr30k_{split}.json").write_text(json.dumps(entries))
-    words = ("--data", tmp_path, "--shortlist", 0)
+    words = ("--data", tmp_path, "--shortlist", 0, "--data.max-length", 7)
     tune("retrieval_flickr30k", models["albef"], tmp_path / "run", *words, "--train.bad-rate", 1)
-    told = capsys.readouterr().out
+    told, err = capsys.readouterr()
+    assert "train: 7 captions have more than 7 tokens and are cut there; the first: " in err
+    assert "flickr30k_train.json (entry 0)" in err and "dev: " not in err
     assert "flickr30k_val.json (entry 1): it has no" in told and "(entry 2): its picture" in told
     skipped = " ".join(str(line) for line in lines_of(tmp_path / "run" / "skipped.jsonl"))
     assert "flickr30k_train.json (entry 1)" in skipped or "flickr30k_train.json (entry 2)" in skipped

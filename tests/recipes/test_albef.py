@@ -93,6 +93,13 @@ def test_a_queue_holds_a_quarter_of_the_pairs(shop: Path, prepared: PreparedAlbe
     assert "more than a quarter of the 24 pairs" in longer.notes[0] and "--objectives.queue 6" in longer.notes[0]
 
 
+def test_captions_that_are_cut_are_told_before_the_first_step(shop: Path) -> None:
+    said = recipe_on(shop, data__max_length=3).prepare("albef", {}).notes
+    assert len(said) == 2, "of the pairs and of those held out"
+    assert "data.pairs: 36 captions have more than 3 tokens and are cut there; the first: " in said[0]
+    assert "goods.csv (line 2)" in said[0] and said[1].startswith("data.validation: 36 captions")
+
+
 def test_what_runs_is_a_function_of_the_recipe_and_its_seed(shop: Path, prepared: PreparedAlbef) -> None:
     again = recipe_on(shop).prepare("albef", {"size": "tiny"}).run.method.state_dict()
     for name, tensor in prepared.run.method.state_dict().items():

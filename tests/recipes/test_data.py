@@ -25,7 +25,8 @@ from trivium.errors import TriviumError
 from trivium.load import image_tokenizer_hash, load_image_tokenizer, save_image_tokenizer
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.patch_codebook import PatchCodebook
-from trivium.recipes.data import Data, Sources, make_tokenizer, noticed, open_sources
+from trivium.recipes import data as data_recipe
+from trivium.recipes.data import Data, Sources, cut_captions, make_tokenizer, noticed, open_sources
 from trivium.recipes.flava import FlavaRecipe, PreparedFlava, flava
 from trivium.train import trainer
 
@@ -208,6 +209,26 @@ def test_a_long_caption_that_is_no_text_does_not_stop_the_notices(tmp_path: Path
         drawing("red", "bar").save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_bytes(caption)
     assert noticed(sources_of(pairs=tmp_path)) == []
+
+
+def test_captions_that_are_cut_are_counted_and_the_first_is_named(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "long.csv"
+    lines = [f"pictures/red-bar.png,{'red ' * (n + 1)}" for n in range(10)]  # n + 1 words and [CLS], with [SEP]
+    table.write_text("image,caption\n" + "\n".join([*lines, "pictures/red-bar.png,"]) + "\n")
+    pairs = sources_of(pairs=table).pairs
+    tokenizer = Tokenizer.wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red"])
+    assert cut_captions("train", pairs, tokenizer, 12) == []
+    assert cut_captions("train", pairs, tokenizer, 9) == [
+        f"train: 3 captions have more than 9 tokens and are cut there; the first: {table} (line 9)"
+    ]
+    [said] = cut_captions("train", pairs, tokenizer.for_captions(), 10)  # which has no [SEP]
+    assert said.startswith("train: 1 captions have more than 10 tokens") and "(line 11)" in said
+    monkeypatch.setattr(data_recipe, "ROWS_LOOKED_AT", 6)
+    [said] = cut_captions("train", pairs, tokenizer, 9)
+    assert said.startswith("train: of 6 rows that were looked at, 11 in all, 2 captions have more than 9 tokens")
+    assert cut_captions("train", None, tokenizer, 9) == []
 
 
 def test_notices_stand_at_the_start_of_a_run(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from trivium.evaluate.paper_tasks import SUITES, PaperTask
 from trivium.evaluate.results import Results
 from trivium.evaluate.suite import HAS_FIGURES, SuiteRun
 from trivium.load import load
+from trivium.recipes.own_head import open_own
 from trivium.train import run_folder
 from trivium.train.precision import choose_device
 
@@ -50,7 +51,7 @@ def evaluate_suite(
     def say(sentence: str) -> None:
         print(sentence, file=sys.stderr)
 
-    run = suite.run(tasks, bundle, root, cache_root(), fine_tuned=tuned, rows=rows, say=say)
+    run = suite.run(tasks, bundle, root, cache_root(), fine_tuned=tuned, rows=rows, say=say, own=open_own)
     if not any(each.state in HAS_FIGURES for each in run.tasks):
         _list_absent(run)
         if not any(each.state in ("damaged", "failed") for each in run.tasks):

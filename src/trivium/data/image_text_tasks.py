@@ -23,12 +23,12 @@ MEME_SPLITS = ("dev_seen", "dev_unseen", "dev", "test_seen", "test_unseen", "tes
 
 
 def read_snli_ve(root: str) -> Splits:
-    """In either layout. Raises TriviumError where there is no training file."""
-    if os.path.isfile(os.path.join(root, "ve_train.json")):
-        files = {name: os.path.join(root, f"ve_{name}.json") for name in ("train", "dev", "test")}
-        there = {name: json_elements(file) for name, file in files.items() if os.path.isfile(file)}
+    """In either layout, the splits whose files are there. Raises TriviumError where none is."""
+    files = {name: os.path.join(root, f"ve_{name}.json") for name in ("train", "dev", "test")}
+    there = {name: json_elements(file) for name, file in files.items() if os.path.isfile(file)}
+    if there:
         read = {name: LabelledRows([_albef_ve(root, each) for each in found], "pairs") for name, found in there.items()}
-        return Splits(read.pop("train"), read, ENTAILMENT)
+        return Splits(read.pop("train", LabelledRows([], "pairs")), read, ENTAILMENT)
     splits = {name: f"snli_ve_{name}" for name in ("train", "dev", "test")}
     opened = _open(root, splits, "the files that github.com/necla-ml/SNLI-VE makes, beside flickr30k_images")
     notes = []
@@ -38,15 +38,15 @@ def read_snli_ve(root: str) -> Splits:
         if undecided := len(records) - len(decided):
             notes.append(f"{name}: {undecided} rows are left out, since their annotators did not agree")
         read[name] = LabelledRows([_snli_ve(root, each) for each in decided], "pairs")
-    return Splits(read.pop("train"), read, ENTAILMENT, notes=notes)
+    return Splits(read.pop("train", LabelledRows([], "pairs")), read, ENTAILMENT, notes=notes)
 
 
 def read_hateful_memes(root: str) -> Splits:
-    """Raises TriviumError where there is no training file."""
+    """The splits whose files are there. Raises TriviumError where none is."""
     splits = {name: name for name in ("train", *MEME_SPLITS)}
     opened = _open(root, splits, "the files of the Hateful Memes Challenge (drivendata.org), beside img")
     read = {name: LabelledRows([_meme(root, each) for each in found], "pairs") for name, found in opened.items()}
-    return Splits(read.pop("train"), read, HATEFUL)
+    return Splits(read.pop("train", LabelledRows([], "pairs")), read, HATEFUL)
 
 
 Records = Sequence["Record | BadSample"]
@@ -54,9 +54,10 @@ Records = Sequence["Record | BadSample"]
 
 def _open(root: str, splits: dict[str, str], published: str) -> dict[str, Records]:
     paths = {name: os.path.join(root, f"{file}.jsonl") for name, file in splits.items()}
-    if not os.path.isfile(paths["train"]):
+    there: dict[str, Records] = {n: list(json_lines(path)) for n, path in paths.items() if os.path.isfile(path)}
+    if not there:
         raise TriviumError(f"{root} holds no {os.path.basename(paths['train'])}: give the folder with {published}")
-    return {name: list(json_lines(path)) for name, path in paths.items() if os.path.isfile(path)}
+    return there
 
 
 def _gold(record: Record) -> str:

@@ -139,7 +139,10 @@ class Splits:
         Raises TriviumError where nothing is left to train or to measure on.
         """
         notes = list(self.notes)
-        held_out = {name: _wholly_labelled(rows) for name, rows in self.held_out.items()}
+        if not len(self.train):
+            beside = "".join(f", beside {rows.where(0)[0]}" for rows in list(self.held_out.values())[:1] if len(rows))
+            raise TriviumError(f"there are no training rows{beside}: put the training file there, or give it")
+        held_out = {name: wholly_labelled(rows) for name, rows in self.held_out.items()}
         for name, rows in {"train": self.train, **held_out}.items():
             bad = [row for row in rows.rows if isinstance(row, BadSample)]
             if len(bad) == len(rows):
@@ -165,7 +168,7 @@ def is_labelled(rows: LabelledRows) -> bool:
     return any(row.is_labelled for row in rows.good())
 
 
-def _wholly_labelled(rows: LabelledRows) -> LabelledRows:
+def wholly_labelled(rows: LabelledRows) -> LabelledRows:
     """A row without a label among others that have one cannot be measured; where none has one, all are predicted."""
     if not is_labelled(rows):
         return rows

@@ -29,27 +29,24 @@ OF_ALBEF = {"train": "train", "dev": "dev", "test-P": "test"}
 
 
 def read_nlvr2(root: str) -> Splits:
-    """Raises TriviumError where there is no training file."""
+    """The splits whose files are there. Raises TriviumError where none is."""
     files = {name: os.path.join(root, "data", f"{file}.json") for name, file in OFFICIAL.items()}
     of_albef = {name: os.path.join(root, f"nlvr_{file}.json") for name, file in OF_ALBEF.items()}
-    if os.path.isfile(files["train"]):
-        read = {
-            name: _rows(json_lines(path), partial(_official, root, OFFICIAL[name]))
-            for name, path in files.items()
-            if os.path.isfile(path)
-        }
-    elif os.path.isfile(of_albef["train"]):
-        read = {
-            name: _rows(json_elements(path), partial(_of_albef, root))
-            for name, path in of_albef.items()
-            if os.path.isfile(path)
-        }
-    else:
+    read = {
+        name: _rows(json_lines(path), partial(_official, root, OFFICIAL[name]))
+        for name, path in files.items()
+        if os.path.isfile(path)
+    } or {
+        name: _rows(json_elements(path), partial(_of_albef, root))
+        for name, path in of_albef.items()
+        if os.path.isfile(path)
+    }
+    if not read:
         raise TriviumError(
             f"{root} holds neither data/train.json nor nlvr_train.json: give the folder of NLVR2 as"
             " github.com/lil-lab/nlvr publishes it, or with ALBEF's files"
         )
-    return Splits(read.pop("train"), read, TRUTH)
+    return Splits(read.pop("train", LabelledRows([], "pairs")), read, TRUTH)
 
 
 def _rows(found: Iterator[Record | BadSample] | Iterator[Record], row: Callable[[Record], Row]) -> LabelledRows:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -155,10 +155,10 @@ class TaskCollate:
         """A sentence on texts beside pictures, and one on answers, that are longer than what is read of them."""
         if self.texts is None or self.images is None:
             return []
-        good = list(rows.good())
-        kinds = [("texts", self.texts.tokenizer, self.texts.max_length, [(row, row.text or "") for row in good])]
+        good = [(f"{row.file} ({row.where})", row) for row in rows.good()]
+        kinds = [("texts", self.texts.tokenizer, self.texts.max_length, [(name, row.text or "") for name, row in good])]
         if self.writes is not None:
-            answers = [(row, answer) for row in good for answer in sorted(set(row.truths))]
+            answers = [(name, answer) for name, row in good for answer in sorted(set(row.truths))]
             kinds.append(("answers", self.writes, self.answer_length, answers))
         return [sentence for each in kinds for sentence in cut(*each)]
 
@@ -177,26 +177,18 @@ class TaskCollate:
         return {"answer_ids": ids_BAT, "answer_weight": weight_BA}
 
 
-class Placed(Protocol):
-    """Whatever stands in an annotation file."""
+def cut(kind: str, tokenizer: Tokenizer, limit: int, texts: Sequence[tuple[str, str]]) -> list[str]:
+    """A sentence on texts of more tokens than the limit, where there are any.
 
-    @property
-    def file(self) -> str: ...
-
-    @property
-    def where(self) -> str: ...
-
-
-def cut(kind: str, tokenizer: Tokenizer, limit: int, texts: Sequence[tuple[Placed, str]]) -> list[str]:
-    """A sentence on texts of more tokens than the limit, where there are any. kind: what they are, in the plural."""
+    Args:
+        kind: what they are, in the plural.
+        texts: each with its name in front: file and place.
+    """
     lengths = map(len, tokenizer.encode([text for _, text in texts], limit + 1))
-    longer = [row for (row, _), length in zip(texts, lengths, strict=True) if length > limit]
+    longer = [name for (name, _), length in zip(texts, lengths, strict=True) if length > limit]
     if not longer:
         return []
-    return [
-        f"{len(longer):,} {kind} have more than {limit} tokens and are cut there; the first: {longer[0].file}"
-        f" ({longer[0].where})"
-    ]
+    return [f"{len(longer):,} {kind} have more than {limit} tokens and are cut there; the first: {longer[0]}"]
 
 
 def stacked(pixels: Sequence[Tensor], samples: Sequence[Sample]) -> Images:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,10 +34,12 @@ SPLITS = {"dev": "val2014", "test": "test2015", "test_dev": "test-dev2015"}
 
 
 def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
-    """Train and, as "dev", val; test and test-dev where their questions are there. Raises TriviumError."""
-    if os.path.isfile(os.path.join(root, "vqa_train.json")):
+    """Train and, as "dev", val; test and test-dev; each where its questions are there. Raises TriviumError."""
+    if any(os.path.isfile(os.path.join(root, file)) for files in ALBEF_SPLITS.values() for file in files):
         return _read_albef(root, min_questions)
-    if not os.path.isfile(_questions(root, "train2014")):
+    held_out = {name: split for name, split in SPLITS.items() if os.path.isfile(_questions(root, split))}
+    trains = os.path.isfile(_questions(root, "train2014"))
+    if not trains and not held_out:
         raise TriviumError(
             f"{root} holds neither {os.path.basename(_questions(root, 'train2014'))} nor vqa_train.json: give the"
             " folder with the questions, annotations and pictures of VQAv2 as visualqa.org publishes them, or ALBEF's"
@@ -47,19 +49,19 @@ def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
         if os.path.isfile(_annotations(root, split)):
             for each in json_object(_annotations(root, split)).items("annotations"):
                 counts[normalized(str(each.get("multiple_choice_answer", "")))] += 1
-    labels = _common(root, counts, min_questions)
+    labels = _common(root, counts, min_questions, trains)
     number_of = {answer: number for number, answer in enumerate(labels)}
-    held_out = {name: split for name, split in SPLITS.items() if os.path.isfile(_questions(root, split))}
     return Splits(
-        _read(root, "train2014", number_of),
+        _read(root, "train2014", number_of) if trains else LabelledRows([], "pairs"),
         {name: _read(root, split, number_of) for name, split in held_out.items()},
         labels,
     )
 
 
-def _common(root: str, counts: Counter[str], min_questions: int) -> tuple[str, ...]:
+def _common(root: str, counts: Counter[str], min_questions: int, trains: bool) -> tuple[str, ...]:
+    """trains: whether these are to be learned. Raises TriviumError where they are, and are too few."""
     labels = tuple(sorted(answer for answer, number in counts.items() if answer and number >= min_questions))
-    if len(labels) < 2:
+    if trains and len(labels) < 2:
         raise TriviumError(
             f"{root}: only {len(labels)} answers are given to {min_questions} questions or more, which makes no"
             " vocabulary of answers: lower --data.min-questions"
@@ -176,7 +178,7 @@ def _read_albef(root: str, min_questions: int) -> Splits:
     else:
         given = [row for name in ("train", "dev") for row in found[name] if isinstance(row, Row) and row.truths]
         counts = Counter(Counter(map(normalized, row.truths)).most_common(1)[0][0] for row in given)
-        labels = _common(root, counts, min_questions)
+        labels = _common(root, counts, min_questions, bool(found["train"]))
         notes.append(f"{root} holds no answer_list.json: {len(labels):,} answers are common enough to be ranked")
     number_of: dict[str, int] = {}
     for number, label in enumerate(labels):
@@ -184,14 +186,20 @@ def _read_albef(root: str, min_questions: int) -> Splits:
     splits = {
         name: LabelledRows([_scored(row, number_of) for row in rows], "pairs") for name, rows in found.items() if rows
     }
-    for name, rows in splits.items():
-        outside = [row for row in rows.good() if row.truths and not row.answers]
-        if outside:
-            notes.append(
-                f"{name}: {len(outside):,} of {len(rows):,} questions have no answer that is in the list; the first:"
-                f' {outside[0].file} ({outside[0].where}), "{outside[0].truths[0]}"'
-            )
-    return Splits(splits.pop("train"), splits, labels, notes=notes)
+    notes += [sentence for name, rows in splits.items() for sentence in outside_list(name, rows, number_of)]
+    return Splits(splits.pop("train", LabelledRows([], "pairs")), splits, labels, notes=notes)
+
+
+def outside_list(name: str, rows: LabelledRows, answers: Collection[str]) -> list[str]:
+    """A sentence on questions of a split none of whose answers is in a list, where there are any. answers: in normal
+    form."""
+    outside = [row for row in rows.good() if row.truths and not any(normalized(a) in answers for a in row.truths)]
+    if not outside:
+        return []
+    return [
+        f"{name}: {len(outside):,} of {len(rows):,} questions have no answer that is in the list; the first:"
+        f' {outside[0].file} ({outside[0].where}), "{outside[0].truths[0]}"'
+    ]
 
 
 def _answer_list(file: str) -> tuple[str, ...]:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -83,10 +83,20 @@ def model_hash(bundle: Bundle) -> str:
     """A name for exactly this model: sha256 over its settings, its transform, its tokenizer and its tensors."""
     settings = {"family": bundle.family, "transform": asdict(bundle.transform), "max_length": bundle.max_length}
     settings["model"] = bundle.model.config_dict()  # type: ignore[operator]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     if bundle.tokenizer is not None:
-        digest.update(bundle.tokenizer.to_json().encode())
-    for name, tensor in sorted(bundle.model.state_dict().items()):
+        settings["tokenizer"] = bundle.tokenizer.to_json()
+    return _hash(settings, bundle.model)
+
+
+def head_hash(bundle: Bundle) -> str:
+    """Likewise for the head of a fine-tuned model: its settings, its labels and its tensors."""
+    assert bundle.head is not None and bundle.head_config is not None
+    return _hash({"head": asdict(bundle.head_config), "labels": bundle.labels}, bundle.head)
+
+
+def _hash(settings: Mapping[str, Any], module: torch.nn.Module) -> str:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trivium.bundle import Bundle
 from trivium.data.decode import DecodeError
+from trivium.data.task_collate import cut
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import features, retrieval
 from trivium.evaluate.embedded import Evaluation
@@ -61,6 +62,12 @@ def measure(
         for cutoff in retrieval.CUTOFFS:
             chance = retrieval.chance_recall(right, len(candidates), cutoff)
             found.chance[f"{name}_r{cutoff}"] = chance
+    assert bundle.tokenizer is not None, "who encodes text has one"
+    named = list(zip(shown.caption_names, shown.captions, strict=True))
+    found.not_applicable += [
+        f"the ends of long captions: {sentence}"
+        for sentence in cut("captions", bundle.tokenizer, bundle.max_length, named)
+    ]
     if not shortlist or not isinstance(bundle.model, Matches):
         return found
     cosine_IT = retrieval.scores(shown.images_ID, shown.texts_TD)

@@ -141,12 +141,12 @@ ALBEF = (
     PaperTask(
         "Flickr30K retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
         verb="retrieval_flickr30k", expected="flickr30k_{train,val,test}.json, flickr30k-images/*.jpg",
-        owners=captions.BY_NAME["Flickr30K retrieval"].owners,
+        owners=captions.BY_NAME["Flickr30K retrieval"].owners, shortlist=128,
     ),
     PaperTask(
         "COCO retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
         verb="retrieval_coco", expected="coco_{train,val,test}.json, {train2014,val2014}/*.jpg",
-        owners=captions.BY_NAME["COCO retrieval"].owners,
+        owners=captions.BY_NAME["COCO retrieval"].owners, shortlist=256,
     ),
     PaperTask(
         "VQAv2", "multimodal", "fine-tuning", "fine-tune",

@@ -11,6 +11,7 @@ import json
 import re
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -31,7 +32,7 @@ from trivium.evaluate.datasets import Missing, find, layouts
 from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
 from trivium.evaluate.datasets.captions import Captioned, find_captions
 from trivium.evaluate.datasets.pictures import DataSet, with_rows
-from trivium.evaluate.feature_store import ModelEncoder, features, identity, stamp_of
+from trivium.evaluate.feature_store import ModelEncoder, features, identity, model_hash, stamp_of
 from trivium.evaluate.paper_tasks import Figure, PaperTask
 from trivium.evaluate.published import Place
 from trivium.evaluate.results import Result, Results
@@ -40,9 +41,9 @@ from trivium.models.encoded import Detects, EncodesImage, EncodesText, Matches
 from trivium.models.grounding import Grounds
 
 # Of the protocols: a change of what they measure is another number.
-VERSIONS = {"classification": 2, "retrieval": 2, "grounding": 1, "detection": 1}
+VERSIONS = {"classification": 2, "retrieval": 2, "grounding": 1, "detection": 1, "fine-tuning": 1}
 
-AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training expressions (trivium finetune grounding)"
+AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training {} (trivium finetune {})"
 
 State = Literal["measured", "kept", "read", "missing", "not applicable", "not fine-tuned", "damaged", "failed"]
 HAS_FIGURES: tuple[State, ...] = ("measured", "kept", "read")
@@ -111,6 +112,29 @@ class SuiteRun:
         ]
 
 
+class OwnTask(ABC):
+    """Rows of the task that a model was fine-tuned for, and the head that it has for them."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Of everything beside the model that its figures depend on."""
+
+    @abstractmethod
+    def first(self, rows: int) -> OwnTask:
+        """At most so many rows of each split, evenly spread."""
+
+    @abstractmethod
+    def measure(self, folder: Path, say: Callable[[str], None]) -> Measured:
+        """Its figures, under the names that `trivium finetune` gives them after its title; "" is the title alone.
+
+        folder: where the predictions are written.
+        """
+
+
+OpenOwn = Callable[[PaperTask, Bundle, Path | None], OwnTask | Missing | None]  # None: the model has no head for it
+
+
 def run(
     tasks: Sequence[PaperTask],
     bundle: Bundle,
@@ -120,6 +144,7 @@ def run(
     fine_tuned: Mapping[str, Result] | None = None,
     rows: int | None = None,
     say: Callable[[str], None] = lambda _: None,
+    own: OpenOwn = lambda *_: None,
 ) -> SuiteRun:
     """Measure every task whose data is below `root`, and say of each other what it lacks.
 
@@ -127,13 +152,14 @@ def run(
         cache: folder of features and of what was measured before.
         fine_tuned: results of `trivium finetune`, by name.
         rows: at most so many pictures of each split; such figures are not those of the papers.
+        own: opens the rows of a task that takes fine-tuning, for the head that a model has (recipes/own_head.py).
     """
     encoder = ModelEncoder(bundle) if isinstance(bundle.model, EncodesImage) else None
     done = []
     for task in tasks:
         begun = time.perf_counter()
         try:
-            found = _one(task, bundle, encoder, root, cache, fine_tuned or {}, rows, say)
+            found = _one(task, bundle, encoder, root, cache, fine_tuned or {}, rows, say, own)
         except (TriviumError, BadSample) as error:
             found = TaskRun(task, "damaged", notes=[str(error)])
             say(f"{task.name}: {error}")
@@ -155,23 +181,33 @@ def _one(
     fine_tuned: Mapping[str, Result],
     rows: int | None,
     say: Callable[[str], None],
+    own: OpenOwn,
 ) -> TaskRun:
     cannot = lacks(task, bundle)
     if cannot is not None:
         return TaskRun(task, "not applicable", notes=[cannot])
+    data: Data | None = None
+    if task.kind in ("grounding", "detection", "fine-tuning"):
+        read = _fine_tuned(task, fine_tuned)
+        if read.state == "read":
+            return read
     if task.kind == "fine-tuning":
-        return _fine_tuned(task, fine_tuned)
-    if task.kind in ("grounding", "detection") and (read := _fine_tuned(task, fine_tuned)).state == "read":
-        return read
-    assert encoder is not None, "who reads no pictures was turned away"
-    data = _data(task, root)
+        if task.name in CAPTIONED:
+            found = _one(replace(task, kind="retrieval"), bundle, encoder, root, cache, {}, rows, say, own)
+            return _as_fine_tuned(found, task) if found.state in HAS_FIGURES else read
+        data = own(task, bundle, root)
+        if data is None:
+            return read
+    else:
+        data = _data(task, root)
     if isinstance(data, Missing):
         return TaskRun(task, "missing", missing=data)
     if isinstance(data, Boxes):
         _same_classes(task, bundle, data)
     if rows is not None and not isinstance(data, Referring):
         data = with_rows(data, rows) if isinstance(data, DataSet) else data.first(rows)
-    depends = f"{VERSIONS[task.kind]} {encoder.hash} {_identity(data)} {rows if isinstance(data, Referring) else ''}"
+    model = model_hash(bundle) if encoder is None else encoder.hash
+    depends = f"{VERSIONS[task.kind]} {model} {_identity(data)} {rows if isinstance(data, Referring) else ''}"
     folder = cache / "tasks" / f"{_slug(task.name)}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     kept = _kept(task, folder)
     if kept is not None:
@@ -181,22 +217,27 @@ def _one(
     def tell(part: str) -> None:
         say(f"{task.name}: {part}")
 
-    if isinstance(data, DataSet):
+    if isinstance(data, OwnTask):
+        measured = data.measure(folder, say)
+    elif encoder is None:
+        raise AssertionError("who reads no pictures was turned away")
+    elif isinstance(data, DataSet):
         measured = classification(data, encoder, cache / "features", bundle, tell)
     elif isinstance(data, Referring):
         grounded = grounding.run(bundle, data, rows=rows, say=tell)
-        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS])
+        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS.format("expressions", task.verb)])
     elif isinstance(data, Boxes):
         measured = detected(task, bundle, data, tell)
     else:
         measured = zero_shot_retrieval(data, encoder, cache / "features", tell, task.shortlist)
     if rows is not None:
         what = "expressions" if isinstance(data, Referring) else "pictures"
-        how = "evenly spread" if isinstance(data, Referring | Boxes) else "drawn with a fixed seed"
+        what = "rows" if isinstance(data, OwnTask) else what
+        how = "evenly spread" if isinstance(data, Referring | Boxes | OwnTask) else "drawn with a fixed seed"
         measured.notes.insert(0, f"at most {rows:,} {what} of each split, {how}: not the papers' figures")
-    found = TaskRun(
-        task, "measured", {f"{task.prefix}.{name}": result for name, result in measured.results.items()}, measured.notes
-    )  # fmt: skip
+    named = {".".join(filter(None, (task.prefix, name))): result for name, result in measured.results.items()}
+    found = TaskRun(task, "measured", named, measured.notes)
+    found.notes += _on_other_splits(found)
     if measured.is_final:
         _keep(found, folder, time.perf_counter() - begun)
     return found
@@ -235,7 +276,10 @@ class Boxes:
         return replace(self, rows=self.rows.capped(rows))
 
 
-def _data(task: PaperTask, root: Path | None) -> DataSet | Captioned | Referring | Boxes | Missing:
+Data = DataSet | Captioned | Referring | Boxes | OwnTask | Missing
+
+
+def _data(task: PaperTask, root: Path | None) -> Data:
     if task.kind == "classification":
         layout = layouts.BY_NAME[task.name]
         return Missing(layout.expected, layout.owners) if root is None else find(layout, root)
@@ -264,12 +308,7 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
             if task.domain == "multimodal":
                 how = "picture and text vector side by side" if title != task.prefix else "the model's own states"
                 found.notes.append(f"fine-tuned: the head reads {how}")
-            found.notes += [
-                f"ours is {figure.instead}, since {figure.splits[-1]}, on which the papers' numbers rest, was not"
-                " measured here"
-                for figure in task.figures
-                if found.on_another_split(figure) is not None
-            ]
+            found.notes += _on_other_splits(found)
             return found
     if task.verb:
         return TaskRun(
@@ -278,6 +317,20 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
                    " --fine-tuned"],
         )  # fmt: skip
     return TaskRun(task, "not fine-tuned", missing=Missing(task.expected, task.owners))
+
+
+def _on_other_splits(found: TaskRun) -> list[str]:
+    return [
+        f"ours is {figure.instead}, since {figure.splits[-1]}, on which the papers' numbers rest, was not measured here"
+        for figure in found.task.figures
+        if found.on_another_split(figure) is not None
+    ]
+
+
+def _as_fine_tuned(found: TaskRun, task: PaperTask) -> TaskRun:
+    """Retrieval as any model does it, under the names of a fine-tuned one: nothing in the weights says which it is."""
+    renamed = {name.replace(".zero_shot.", ".test."): result for name, result in found.results.items()}
+    return replace(found, task=task, results=renamed, notes=[*found.notes, AS_IT_IS.format("pairs", task.verb)])
 
 
 def _same_classes(task: PaperTask, bundle: Bundle, data: Boxes) -> None:
@@ -332,14 +385,18 @@ def zero_shot_retrieval(
     )  # fmt: skip
     if isinstance(encoder.bundle.model, Matches):
         say(f"re-ranking the {shortlist} candidates in front")
-    found.results |= pairs.measure(encoder.bundle, shown, "zero_shot.tr", "zero_shot.ir", shortlist).results
+    measured = pairs.measure(encoder.bundle, shown, "zero_shot.tr", "zero_shot.ir", shortlist)
+    found.results |= measured.results
+    found.notes += measured.not_applicable
     return found
 
 
 # ------------------------------------------------------------------------------------------- what is kept
 
 
-def _identity(data: DataSet | Captioned | Referring | Boxes) -> str:
+def _identity(data: DataSet | Captioned | Referring | Boxes | OwnTask) -> str:
+    if isinstance(data, OwnTask):
+        return data.identity
     if isinstance(data, Boxes):
         return f"{stamp_of(Path(data.rows.file))} {data.rows.folders} {len(data.rows)}"
     if isinstance(data, Referring):

@@ -18,8 +18,10 @@ from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextColl
 from trivium.data.decode import DecodeError
 from trivium.data.files import TEXT_LIMIT, RowSource, TextLines
 from trivium.data.random_augment import RandomAugment
+from trivium.data.remote import is_remote
 from trivium.data.shards import TarShards
 from trivium.data.sources import Concat, open_source
+from trivium.data.task_collate import cut
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.views import WHOLE, Views
 from trivium.errors import BadSample, TriviumError
@@ -33,6 +35,7 @@ from trivium.train import distributed
 from trivium.train.protocol import Source, Stream, hash64
 
 TEXTS_FOR_VOCABULARY = 200_000
+ROWS_LOOKED_AT = 10_000  # of each source of pairs, for captions that are cut
 PICTURES_FOR_CODEBOOK = 4_000
 
 
@@ -224,6 +227,29 @@ def noticed(sources: Sources) -> list[str]:
     for source in (sources.pairs, sources.images, sources.text, sources.validation_pairs):
         sentences += [note for part in _parts(source) if isinstance(part, TarShards) for note in part.notes]
     return list(dict.fromkeys(sentences))
+
+
+def cut_captions(name: str, source: Source | None, tokenizer: Tokenizer, limit: int) -> list[str]:
+    """A sentence on captions of more tokens than the limit, where there are any. name: of these pairs, in it.
+
+    All captions of ROWS_LOOKED_AT rows, evenly spread: of fewer rows all, so that then the number is exact. Shards at
+    an address are left alone, where each row is a request (`trivium data doctor` looks at them).
+    """
+    texts: list[tuple[str, str]] = []
+    rows = 0
+    for part in _parts(source):
+        assert source is not None
+        if isinstance(part, RowSource) and len(part) and is_remote(part.where(0)[0]):
+            continue
+        for row in _spread(part, -(-ROWS_LOOKED_AT * len(part) // len(source))):
+            named = "{} ({})".format(*part.where(row)) if isinstance(part, RowSource) else f"row {row}"
+            with suppress(BadSample):  # the loader reports it when its place comes
+                texts += [(named, caption) for caption in _captions(part, row)]
+            rows += 1
+    told = cut("captions", tokenizer, limit, texts)
+    if told and source is not None and rows < len(source):
+        return [f"{name}: of {rows:,} rows that were looked at, {len(source):,} in all, {told[0]}"]
+    return [f"{name}: {sentence}" for sentence in told]
 
 
 def _counted(number: int, one: str, many: str) -> str:

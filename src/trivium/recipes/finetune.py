@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from trivium.bundle import Bundle
 from trivium.data import leakage
-from trivium.data.glue import GLUE
 from trivium.data.labelled import LabelledRows, Splits, is_labelled
 from trivium.data.mixture import StreamMixture
 from trivium.data.random_augment import RandomAugment
@@ -26,7 +25,6 @@ from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import tasks as figures_of
 from trivium.evaluate.embedded import Evaluation
-from trivium.evaluate.tasks import Predictions
 from trivium.load import load, open_own
 from trivium.methods.answers import Answering
 from trivium.methods.finetune import FineTuning
@@ -41,7 +39,7 @@ from trivium.models.finetuned import FineTuned, Gives, HeadConfig, Reads, read, 
 from trivium.recipes import limits
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
 from trivium.recipes.grounding import GROUNDING, GroundingRecipe
-from trivium.recipes.predict import predict
+from trivium.recipes.predict import predict, tell_held_out
 from trivium.recipes.prepared import Losses, Prepared, Recipe
 from trivium.recipes.retrieval import RETRIEVAL, RetrievalRecipe
 from trivium.recipes.tasks import TASKS, Head, Task, TaskData
@@ -130,7 +128,6 @@ class PreparedTask(Prepared):
         assert isinstance(method, FineTuning)
         found = Evaluation()
         head = method.model.config
-        title = self.task.title + (" (concatenated)" if head.reads == "concatenated" else "")
         if head.reads == "concatenated":
             found.not_applicable.append(
                 "what a head on the fused class token gives: this one reads the pooled picture and the pooled text side"
@@ -142,42 +139,11 @@ class PreparedTask(Prepared):
             for name, rows in self.splits.held_out.items():
                 leaks += leakage.of_pictures(self.splits.train, rows, name)
         found.headline += [f"{sentence}." for sentence in leaks]
-        reported = []
-        for name, rows in self.splits.held_out.items():
-            say(f"{self.task.title}: {name}, {len(rows):,} rows")
-            try:
-                predictions = predict(method, rows, self.collate, self.recipe.rows_at_once, self.splits.labels)
-            except TriviumError as error:  # the figures of the other splits are not lost for it
-                found.not_applicable.append(f"{name}: {error}")
-                continue
-            if bad := predictions.bad:
-                found.not_applicable.append(
-                    f"{len(bad):,} of {len(rows):,} rows of {name}, which cannot be read; the first: {bad[0]}"
-                )
-            self._write(name, predictions)
-            if not is_labelled(rows):
-                found.not_applicable.append(f"{name}: it has no labels; its predictions are written")
-                continue
-            results = figures_of.tell(found, title, name, self.task.metrics, predictions)
-            if name.startswith("dev"):
-                reported.append(results[self.task.reported])
-        if reported:  # of MNLI a mean over both
-            mean = sum(result.value for result in reported) / len(reported)
-            found.results[title] = reported[0] if len(reported) == 1 else replace(reported[0], value=mean, low=None,
-                high=None, n=sum(result.n or 0 for result in reported), outcomes=None)  # fmt: skip
+        tell_held_out(
+            found, self.task, method, self.splits.held_out, self.collate, self.recipe.rows_at_once,
+            self.splits.labels, None if self.folder is None else self.folder / "predictions", say,
+        )  # fmt: skip
         return found, {}
-
-    def _write(self, split: str, predictions: Predictions) -> None:
-        if self.folder is None:
-            return
-        folder = self.folder / "predictions"
-        figures_of.write_predictions(predictions, folder / f"{split}.jsonl")
-        if self.task.name in GLUE and split.startswith("test"):
-            files = GLUE[self.task.name]
-            told = None if files.labels is None else list(files.labels)
-            figures_of.write_glue_submission(predictions, folder / f"{files.folder}-{split}.tsv", told)
-        if self.task.gives == "answers" and all(row.key.isdecimal() for row in predictions.rows):
-            figures_of.write_vqa_submission(predictions, folder / f"{split}.json")
 
 
 # ----------------------------------------------------------------------------------------------------- preparing
@@ -219,7 +185,8 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     recipe = with_steps(recipe, len(splits.train))
     _check_pools(recipe)
     max_length = min(recipe.data.max_length or 10**9, _positions(model))
-    collate = _collate(recipe, task, splits, replace(start, transform=transform, max_length=max_length), config.gives)
+    reads_with = replace(start, transform=transform, max_length=max_length)
+    collate = collate_of(recipe.data, task, splits, reads_with, config.gives)
     for split, rows in {"train": splits.train, **splits.held_out}.items():
         notes += [f"{split}: {sentence}" for sentence in collate.cut(rows)]
     answers_KT = None
@@ -297,12 +264,12 @@ def _head_config(head: Head, task: Task, splits: Splits, reads: Reads, model: nn
     )  # fmt: skip
 
 
-def _collate(recipe: FinetuneRecipe, task: Task, splits: Splits, start: Bundle, gives: Gives) -> TaskCollate:
+def collate_of(data: TaskData, task: Task, splits: Splits, start: Bundle, gives: Gives) -> TaskCollate:
     """Raises TriviumError where the model came without a tokenizer."""
-    data, texts, images = recipe.data, None, None
+    texts, images = None, None
     if task.reads != "images":
         if start.tokenizer is None:
-            raise TriviumError(f"{recipe.init} came without a tokenizer: put its tokenizer.json or vocab.txt beside it")
+            raise TriviumError("the model came without a tokenizer: put its tokenizer.json or vocab.txt beside it")
         texts = TaskText(start.tokenizer, start.max_length, tells_segments_apart(start.model))
     if task.reads != "text":
         size, filter = start.transform.size, start.transform.filter

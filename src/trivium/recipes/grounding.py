@@ -176,7 +176,7 @@ def _prepare(
     method = method_of(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
     max_length = min(settings.max_length, model.config.max_length)
     for split in data.splits:
-        texts = [(each, each.text) for each in data.good(split)]
+        texts = [(f"{each.file} ({each.where})", each.text) for each in data.good(split)]
         notes += [f"{split}: {sentence}" for sentence in cut("expressions", start.tokenizer, max_length, texts)]
     bundle = replace(
         start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,

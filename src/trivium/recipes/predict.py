@@ -1,25 +1,86 @@
-"""What a model with a head for a task says of labelled rows.
+"""What a model with a head for a task says of labelled rows, and how right it is.
 
 B rows at once, N rows in all, K outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trivium.data.labelled import LabelledRows
+from trivium.data.glue import GLUE
+from trivium.data.labelled import LabelledRows, is_labelled
 from trivium.data.loader import read
 from trivium.data.order import Draws
 from trivium.data.task_collate import TaskCollate
 from trivium.errors import BadSample, TriviumError
+from trivium.evaluate import tasks as figures_of
+from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.tasks import Predictions
 from trivium.methods.finetune import FineTuning
+from trivium.recipes.tasks import Task
 from trivium.train.protocol import Batch, Method
+
+
+def tell_held_out(
+    found: Evaluation,
+    task: Task,
+    method: FineTuning,
+    held_out: Mapping[str, LabelledRows],
+    collate: TaskCollate,
+    batch: int,
+    labels: tuple[str, ...],
+    folder: Path | None,
+    say: Callable[[str], None],
+) -> bool:
+    """Put the figures of every split that has labels into an evaluation, under the task's title, and of the dev splits
+    the one that papers print under the title alone.
+
+    folder: where the predictions of every split are written; None: nowhere. Returns whether any row could be read.
+    """
+    found_any = False
+    title = task.title + (" (concatenated)" if method.model.config.reads == "concatenated" else "")
+    reported = []
+    for name, rows in held_out.items():
+        say(f"{task.title}: {name}, {len(rows):,} rows")
+        try:
+            predictions = predict(method, rows, collate, batch, labels)
+        except TriviumError as error:  # the figures of the other splits are not lost for it
+            found.not_applicable.append(f"{name}: {error}")
+            continue
+        found_any = True
+        if bad := predictions.bad:
+            found.not_applicable.append(
+                f"{len(bad):,} of {len(rows):,} rows of {name}, which cannot be read; the first: {bad[0]}"
+            )
+        if folder is not None:
+            _write(task, name, predictions, folder)
+        if not is_labelled(rows):
+            found.not_applicable.append(f"{name}: it has no labels; its predictions are written")
+            continue
+        results = figures_of.tell(found, title, name, task.metrics, predictions)
+        if name.startswith("dev"):
+            reported.append(results[task.reported])
+    if reported:  # of MNLI a mean over both
+        mean = sum(result.value for result in reported) / len(reported)
+        found.results[title] = reported[0] if len(reported) == 1 else replace(reported[0], value=mean, low=None,
+            high=None, n=sum(result.n or 0 for result in reported), outcomes=None)  # fmt: skip
+    return found_any
+
+
+def _write(task: Task, split: str, predictions: Predictions, folder: Path) -> None:
+    figures_of.write_predictions(predictions, folder / f"{split}.jsonl")
+    if task.name in GLUE and split.startswith("test"):
+        files = GLUE[task.name]
+        told = None if files.labels is None else list(files.labels)
+        figures_of.write_glue_submission(predictions, folder / f"{files.folder}-{split}.tsv", told)
+    if task.gives == "answers" and all(row.key.isdecimal() for row in predictions.rows):
+        figures_of.write_vqa_submission(predictions, folder / f"{split}.json")
 
 
 def predict(

@@ -42,7 +42,7 @@ from trivium.models.flava import Flava
 from trivium.recipes import limits
 from trivium.recipes.albef import check_pools, queue_rows
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
-from trivium.recipes.data import Sources, absolute, noticed
+from trivium.recipes.data import Sources, absolute, cut_captions, noticed
 from trivium.recipes.prepared import Losses, Prepared, Recipe
 from trivium.train.config import Config, leaves
 from trivium.train.optim import Optim
@@ -253,6 +253,8 @@ def _prepare(
     transform = replace(start.transform, size=size)
     method = method_of(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
     max_length = min(data.max_length, model.config.max_length)
+    for split, source in {"train": train, **sources}.items():
+        notes += cut_captions(split, source, start.tokenizer, max_length)
     bundle = replace(
         start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
         image_tokenizer=None, false_pairs=FALSE_SHARE if trains_matching(recipe, model) else start.false_pairs,

@@ -109,7 +109,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     flickr(tmp_path, "albef")
     table = tmp_path / "flickr30k" / "flickr30k_test.json"
     table.write_text("[")
-    with pytest.raises(TriviumError, match=r"flickr30k_test.json is no JSON"):
+    with pytest.raises(TriviumError, match=r"flickr30k_test\.json \(entry 0\) is no JSON"):
         find_captions(FLICKR, tmp_path)
     table.write_text(json.dumps([{"image": "elsewhere/9.jpg", "caption": ["a"]}]))
     with pytest.raises(TriviumError, match=r"names elsewhere/9.jpg, which is not below"):
@@ -133,3 +133,33 @@ def test_a_list_that_is_damaged_is_said(layout, form: str, tmp_path: Path) -> No
         table.write_bytes(damaged)
         with pytest.raises(TriviumError, match=table.name):
             find_captions(layout, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"caption": None}, r'coco_test\.json \(entry 1\): it has no "caption"'),
+        ({"caption": ["a dog", 3]}, r'\(entry 1\): its "caption" is neither a text nor a list of texts'),
+        ({"image": 7}, r'\(entry 1\): its "image" holds no text'),
+    ],
+)
+def test_an_entry_of_albefs_list_that_is_wrong_is_named(change: dict[str, object], says: str, tmp_path: Path) -> None:
+    coco(tmp_path, "albef")
+    table = tmp_path / "coco" / "coco_test.json"
+    entries = json.loads(table.read_text())
+    table.write_text(json.dumps([entries[0], {**entries[1], **change}]))
+    with pytest.raises(TriviumError, match=says):
+        find_captions(COCO, tmp_path)
+    table.write_text(json.dumps([{**entries[0], "caption": "one alone"}]))
+    found = find_captions(COCO, tmp_path)
+    assert found is not None and found.captions == (("one alone",),)
+
+
+def test_a_picture_of_karpathys_list_that_is_wrong_is_named(tmp_path: Path) -> None:
+    flickr(tmp_path, "karpathy")
+    table = tmp_path / "flickr30k" / "dataset_flickr30k.json"
+    content = json.loads(table.read_text())
+    del content["images"][2]["sentences"][1]["raw"]
+    table.write_text(json.dumps(content))
+    with pytest.raises(TriviumError, match=r'dataset_flickr30k\.json \(image 2\): it has no "raw"'):
+        find_captions(FLICKR, tmp_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trivium.data.records import Record, json_elements
 from trivium.data.shards import TarShards
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate.datasets.pictures import PictureFiles, Pictures, ShardPictures, Some, json_of, lines_of
@@ -98,16 +99,26 @@ Entry = tuple[str, list[str]]  # a picture's path as the list has it, its captio
 
 def _karpathy(table: Path) -> list[Entry]:
     """{"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}]}]}"""
-    return [
-        ("/".join(filter(None, (image.get("filepath"), image["filename"]))), [s["raw"] for s in image["sentences"]])
-        for image in json_of(table)["images"]
-        if image["split"] == "test"
-    ]
+    found = []
+    for number, fields in enumerate(json_of(table)["images"]):
+        image = Record(str(table), f"image {number}", fields)
+        if image.value("split") == "test":
+            path = "/".join(filter(None, (image.optional("filepath"), image.text("filename"))))
+            captions = [Record(str(table), f"image {number}", each).text("raw") for each in image.items("sentences")]
+            found.append((path, captions))
+    return found
 
 
 def _albef(table: Path) -> list[Entry]:
-    """[{"image": path, "caption": [...]}]"""
-    return [(entry["image"], list(entry["caption"])) for entry in json_of(table)]
+    """[{"image": path, "caption": [...]}]; a single caption may stand without a list."""
+    found = []
+    for entry in json_elements(str(table)):
+        caption = entry.value("caption")
+        captions = [caption] if isinstance(caption, str) else caption
+        if not isinstance(captions, list) or not all(isinstance(each, str) and each.strip() for each in captions):
+            raise entry.bad('its "caption" is neither a text nor a list of texts')
+        found.append((entry.text("image"), captions))
+    return found
 
 
 def _flat(table: Path) -> list[Entry]:
@@ -134,6 +145,8 @@ def _entries(table: Path, read: Callable[[Path], list[Entry]]) -> list[Entry]:
         for picture, captions in found:
             if not isinstance(picture, str) or not all(isinstance(caption, str) for caption in captions):
                 raise TypeError(f"{picture} with {captions}")
+    except BadSample as bad:
+        raise TriviumError(f"{bad}: mend it, or fetch the list again") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise TriviumError(f"{table} is no list of captions ({error!r}): fetch it again") from None
     return found

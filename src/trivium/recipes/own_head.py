@@ -1,0 +1,143 @@
+"""A fine-tuned model on the official files of its own task, read by the head that it has: what the evaluation suite
+asks of a model whose weights come from elsewhere, and of one whose run is not at hand.
+
+Rows, collate, figures and their names are those of `trivium finetune` (tasks.py, finetune.py, predict.py). Easy to get
+wrong: the files number their labels in another order than some heads, so they are matched by name; a writer of answers
+ranks the list that came with its weights, and without one the list of the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trivium.bundle import Bundle
+from trivium.data.answers import normalized
+from trivium.data.glue import GLUE
+from trivium.data.labelled import LabelledRows, Row, Splits, wholly_labelled
+from trivium.data.vqa import outside_list
+from trivium.errors import TriviumError
+from trivium.evaluate.classification import Measured
+from trivium.evaluate.datasets import Missing
+from trivium.evaluate.embedded import Evaluation
+from trivium.evaluate.feature_store import head_hash, stamp_of
+from trivium.evaluate.paper_tasks import PaperTask
+from trivium.evaluate.suite import OwnTask
+from trivium.methods.finetune import FineTuning
+from trivium.methods.pixels import Pixels
+from trivium.models.finetuned import FineTuned
+from trivium.recipes.finetune import collate_of
+from trivium.recipes.predict import tell_held_out
+from trivium.recipes.tasks import TASKS, Task, TaskData
+
+ROWS_AT_ONCE = 32
+# By a task's title: folders below the root of all data, and patterns of which one must match there.
+PLACES = {
+    "VQAv2": (("vqav2", "VQAv2", "vqa", "coco", "."), ("v2_OpenEnded_mscoco_*_questions.json", "vqa_*.json")),
+    "SNLI-VE": (("snli_ve", "SNLI-VE", "snli-ve", "."), ("snli_ve_*.jsonl", "ve_*.json")),
+    "NLVR2": (("nlvr2", "NLVR2", "nlvr", "."), ("data/dev.json", "data/test1.json", "nlvr_*.json")),
+    "Hateful Memes": (("hateful_memes", "hateful-memes", "."), ("dev*.jsonl", "test*.jsonl")),
+} | {files.folder: (("glue_data", "glue", "."), (f"{files.folder}/dev*.tsv",)) for files in GLUE.values()}
+
+
+def open_own(asked: PaperTask, bundle: Bundle, root: Path | None) -> OwnTask | Missing | None:
+    """The held-out rows of a task below `root`; None where the model has no head for it.
+
+    Raises TriviumError: they are there and cannot be read, or hold other labels than the head.
+    """
+    head = bundle.head_config
+    if head is None or head.task not in TASKS or TASKS[head.task].title != asked.prefix:
+        return None
+    task = TASKS[head.task]
+    folders, patterns = PLACES[task.title]
+    places = [] if root is None else [root / folder for folder in folders]
+    found = next((place for place in places for pattern in patterns if next(place.glob(pattern), None)), None)
+    if found is None:
+        return Missing(asked.expected, asked.owners)
+    splits = task.open(TaskData(root=str(found)))
+    held_out = {name: wholly_labelled(rows) for name, rows in splits.held_out.items()}
+    if not held_out:
+        raise TriviumError(f"{found} holds the training rows of {task.title} alone: put those to measure on there")
+    if head.gives == "class":
+        held_out = {name: _numbered(rows, splits.labels, bundle) for name, rows in held_out.items()}
+    elif head.gives != "number" and not bundle.labels:
+        if len(splits.labels) < 2:
+            raise TriviumError(
+                f"this model ranks a list of answers, and has none: put answer_list.json into {found}, or beside the"
+                " file of the model"
+            )
+        bundle = replace(bundle, labels=list(splits.labels))
+    return OwnHead(task, bundle, replace(splits, held_out=held_out))
+
+
+@dataclass(frozen=True)
+class OwnHead(OwnTask):
+    """Rows and model. splits.held_out: with the labels as the head numbers them."""
+
+    task: Task
+    bundle: Bundle
+    splits: Splits
+
+    @property
+    def identity(self) -> str:
+        rows = [each for some in self.splits.held_out.values() for each in some.rows]
+        digest = hashlib.sha256(head_hash(self.bundle).encode())
+        for each in rows:
+            digest.update(f"\n{each!r}".encode())
+        pictures = {each.image for each in rows if isinstance(each, Row)}
+        pictures |= {each.second_image for each in rows if isinstance(each, Row)}
+        for picture in sorted(filter(None, pictures)):
+            digest.update(stamp_of(Path(picture)).encode())
+        return digest.hexdigest()
+
+    def first(self, rows: int) -> OwnHead:
+        held_out = {name: some.capped(rows) for name, some in self.splits.held_out.items()}
+        return replace(self, splits=replace(self.splits, held_out=held_out))
+
+    def measure(self, folder: Path, say: Callable[[str], None]) -> Measured:
+        bundle, head, labels = self.bundle, self.bundle.head_config, tuple(self.bundle.labels or ())
+        assert head is not None and bundle.head is not None
+        splits = replace(self.splits, labels=labels, center=head.center, scale=head.scale)
+        collate = collate_of(TaskData(), self.task, splits, bundle, head.gives)
+        ranked = None if collate.writes is None else collate.encoded_answers(labels)
+        whole = FineTuned(bundle.model, bundle.head, head, ranked)
+        method = FineTuning(whole, Pixels(bundle.transform.mean, bundle.transform.std)).to(bundle.device).eval()
+        found = Evaluation(not_applicable=self._notes())
+        for name, rows in splits.held_out.items():
+            found.not_applicable += [f"{name}: {sentence}" for sentence in collate.cut(rows)]
+        predictions = folder / "predictions"
+        if not tell_held_out(
+            found, self.task, method, splits.held_out, collate, ROWS_AT_ONCE, labels, predictions, say
+        ):
+            raise TriviumError(f"{self.task.title}: nothing can be measured: {found.not_applicable[-1]}")
+        beside = "picture and text vector side by side" if head.reads == "concatenated" else "the model's own states"
+        notes = [f"by the model's own head, trained for {head.task}, which reads {beside}", *found.not_applicable]
+        notes.append(f"what it says of each row: {predictions}")
+        title = self.task.title + (" (concatenated)" if head.reads == "concatenated" else "")
+        return Measured({name[len(title) :].lstrip("."): each for name, each in found.results.items()}, notes)
+
+    def _notes(self) -> list[str]:
+        """What the reader says of these rows; of answers outside a list, where it is that of the model."""
+        if self.task.gives != "answers":
+            return [sentence for sentence in self.splits.notes if not sentence.startswith("train: ")]
+        known = set(map(normalized, self.bundle.labels or ()))
+        return [told for name, rows in self.splits.held_out.items() for told in outside_list(name, rows, known)]
+
+
+def _numbered(rows: LabelledRows, theirs: Sequence[str], bundle: Bundle) -> LabelledRows:
+    """The same rows, their labels numbered as the head's are."""
+    ours = bundle.labels or []
+    if sorted(ours) != sorted(theirs):
+        raise TriviumError(
+            f"these files hold the labels {', '.join(theirs)}, and this model's head knows"
+            f" {', '.join(ours) or 'none by name'}: measure it on the data that it was trained for"
+        )
+    number = [ours.index(label) for label in theirs]
+    return rows.with_rows(
+        [
+            replace(row, label=number[row.label]) if isinstance(row, Row) and row.label is not None else row
+            for row in rows.rows
+        ]
+    )
