@@ -83,3 +83,24 @@ def test_a_point_has_the_places_of_the_feature_map_at_it() -> None:
     assert places_ND is not None
     point_P2 = torch.tensor([[3 / 8, 6 / 8]])  # the third column, the sixth row
     torch.testing.assert_close(model.places_of(point_P2)[0], places_ND[0, 5 * 8 + 2], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_words_pass_the_text_encoder_little_changed_at_first() -> None:
+    """So that each task finds them there; at full scale it is the average over a sentence that comes out."""
+    task = UnitTask("sst2", "labels", "text", 2, 7)
+    model = Unit(UnitConfig.of_size("tiny", tasks=(task,))).eval()
+    at_random(model, 0)
+    assert model.text is not None
+    ids_BT = torch.randint(5, 4000, (4, 12), generator=torch.Generator().manual_seed(0))
+
+    def likeness() -> float:
+        assert model.text is not None
+        words_BTE = model.text.embeddings(ids_BT)
+        return float(torch.cosine_similarity(words_BTE, model.text.encoder(words_BTE), dim=-1).mean())
+
+    assert likeness() > 0.9
+    for name, parameter in model.text.encoder.named_parameters():
+        if parameter.ndim > 1:
+            parameter.div_(0.3)
+    assert likeness() < 0.6

@@ -125,7 +125,7 @@ def _small(model: UnitConfig, tiny: bool) -> UnitRecipe:
     # Without crops scenes keep one size and need no padding, which takes as long as half of a step.
     augmentation = Augmentation(shorts=(128,), crop=0.0, before_crop=(128, 144, 160), crop_sides=(96, 128))
     tasks = {
-        name: replace(task, num_queries=min(task.num_queries, 20), batch=32 if name in ("coco", "vg") else 64,
+        name: replace(task, num_queries=min(task.num_queries, 20), batch=32,
                       max_length=min(task.max_length, 48))
         for name, task in PUBLISHED.items()
     }  # fmt: skip

@@ -17,6 +17,7 @@ from trivium.errors import TriviumError
 from trivium.models.unit import Unit
 from trivium.train.initial import initialise
 
+TEXT = 0.3  # factor on the weights of the text encoder beside its words, so that its blocks begin by changing little
 QUERY_NOISE = 0.3  # deviation of a query beside its place
 ANCHOR_SIDE = 0.3  # of a query's first box, as a share of the picture's
 CORRECTION = 0.1  # factor on the weights that correct it, so that boxes begin as their anchors
@@ -24,12 +25,14 @@ CORRECTION = 0.1  # factor on the weights that correct it, so that boxes begin a
 
 @torch.no_grad()
 def at_random(model: Unit, seed: int) -> None:
-    """Weights at the scale of their inputs; queries and task tokens of N(0, 1), as published; with anchors a decoder
+    """Weights at the scale of their inputs, smaller ones in the text encoder; queries and task tokens of N(0, 1), as published; with anchors a decoder
     that looks where they are."""
     initialise(model, seed, std="fan in")
     for name, parameter in model.named_parameters():
         if name.startswith("queries.") or "task_tokens" in name:
             parameter.mul_(math.sqrt(parameter.shape[1]))
+        elif name.startswith("text.") and parameter.ndim > 1 and not name.endswith("word.weight"):
+            parameter.mul_(TEXT)
     if model.config.anchored:
         _anchor(model, seed)
 
