@@ -25,8 +25,8 @@ CORRECTION = 0.1  # factor on the weights that correct it, so that boxes begin a
 
 @torch.no_grad()
 def at_random(model: Unit, seed: int) -> None:
-    """Weights at the scale of their inputs, smaller ones in the text encoder; queries and task tokens of N(0, 1), as published; with anchors a decoder
-    that looks where they are."""
+    """Weights at the scale of their inputs, smaller ones in the text encoder; queries and task tokens of N(0, 1), as
+    published; with anchors a decoder that looks where they are."""
     initialise(model, seed, std="fan in")
     for name, parameter in model.named_parameters():
         if name.startswith("queries.") or "task_tokens" in name:
