@@ -119,10 +119,9 @@ def main() -> int:
     splits = on_scenes(out, run)
     missed = misses(splits, words)
     command = "python benchmarks/unit_scenes.py --data $TRIVIUM_DATA --easy-vqa WHEEL --out runs/unit-scenes"
-    if arguments.steps is not None:
-        command += f" --steps {arguments.steps}"
-    elif arguments.minutes != parser.get_default("minutes"):
-        command += f" --minutes {arguments.minutes:g}"
+    for flag in ("steps", "minutes", "scenes", "measured"):
+        if (value := getattr(arguments, flag)) != parser.get_default(flag):
+            command += f" --{flag} {value:g}"
     figures = {name: entry for name, entry in content["results"].items() if not name.startswith("seconds.")}
     side_by_side.write(
         "unit_scenes", {"detection": splits, "tasks": figures},

@@ -277,3 +277,21 @@ def test_a_run_without_any_data_makes_scenes_for_itself(tmp_path: Path, monkeypa
     prepared = recipe.prepare("unit", {})
     assert [task.name for task in prepared.tasks] == ["coco", "vg", "vqav2", "snli_ve"]
     assert len(prepared.tasks[0].data.train) == 8
+
+
+def test_a_start_keeps_the_places_and_anchors_that_its_weights_know(data: Path, tmp_path: Path) -> None:
+    """As of one from the time before there were any, whose config says nothing of them."""
+    plain = {"model__anchored": "false", "model__place_scale": 1, "model__place_temperature": 10000, "train__steps": 1}
+    words = ["--tasks.vg.root", str(data / "scenes" / "vg"), "--tasks.vg.batch", "4"]
+    assert trivium("pretrain", "unit", "--out", tmp_path / "old", *words, *flags(**plain)) == 0
+    asked = unit("tiny")
+    asked = set_leaves(asked, {"tasks.vg.root": str(data / "scenes" / "vg"), "init": str(tmp_path / "old")})
+    shape = replace(load(tmp_path / "old").model.config, tasks=(), text_layers=1, anchored=True)  # type: ignore[arg-type]
+    [kept] = (tmp_path / "old" / "checkpoints").glob("*/model")
+    for given, resumed in ((asked, None), (replace(asked, init=None), kept)):
+        shaped = replace(given, model=shape)
+        model = shaped.prepare("unit", {"size": "tiny"}, resumed).run.method.model
+        assert isinstance(model, Unit)
+        assert not model.config.anchored and model.config.place_scale == 1
+        expected = load(tmp_path / "old").model.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from trivium.bundle import Bundle
+from trivium.data.transforms import ImageTransform
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.objectives.detection import Objects, match
-from trivium.recipes.unit_start import at_random
+from trivium.recipes.unit_start import at_random, from_unit
 
 TASK = UnitTask("vg", "detection", "image", 6, 1, num_queries=20, num_attributes=7)
 CENTRES = torch.tensor([[(column + 0.5) / 5, (row + 0.5) / 4] for row in range(4) for column in range(5)])
@@ -81,7 +84,7 @@ def test_a_point_has_the_places_of_the_feature_map_at_it() -> None:
     model = started(0)
     places_ND = model.encode_image(torch.zeros(1, 3, 128, 128)).places
     assert places_ND is not None
-    point_P2 = torch.tensor([[3 / 8, 6 / 8]])  # the third column, the sixth row
+    point_P2 = torch.tensor([[3 / 8, 6 / 8]])  # the far corner of the third column in the sixth row
     torch.testing.assert_close(model.places_of(point_P2)[0], places_ND[0, 5 * 8 + 2], atol=1e-4, rtol=1e-4)
 
 
@@ -104,3 +107,19 @@ def test_words_pass_the_text_encoder_little_changed_at_first() -> None:
         if parameter.ndim > 1:
             parameter.div_(0.3)
     assert likeness() < 0.6
+
+
+@torch.no_grad()
+def test_queries_of_a_new_task_are_spread_as_the_trained_decoder_sees_places() -> None:
+    """Where a decoder is wider than the picture's encoder, what maps places into it was trained too."""
+    config = UnitConfig.of_size("tiny", tasks=(TASK,), text_layers=0, image_width=64)
+    trained = Unit(config)
+    at_random(trained, 5)
+    other = Unit(replace(config, tasks=(replace(TASK, name="coco"),)))
+    at_random(other, 0)
+    from_unit(other, Bundle("unit", trained, None, ImageTransform()), "it", seed=0)
+    queries: Any = other.queries["coco"]
+    gap_QD = queries.weight - trained.places_of(CENTRES)
+    assert float(gap_QD.std()) == pytest.approx(0.3, abs=0.03)
+    heads: Any = other.heads["coco"]
+    assert float((heads.anchors.sigmoid()[:, :2] - CENTRES).abs().max()) < 1e-6

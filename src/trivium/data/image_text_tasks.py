@@ -26,7 +26,7 @@ def read_snli_ve(root: str) -> Splits:
     """In either layout, the splits whose files are there. Raises TriviumError where none is."""
     files = {name: os.path.join(root, f"ve_{name}.json") for name in ("train", "dev", "test")}
     there = {name: json_elements(file) for name, file in files.items() if os.path.isfile(file)}
-    if there:
+    if "train" in there or (there and not os.path.isfile(os.path.join(root, "snli_ve_train.jsonl"))):
         read = {name: LabelledRows([_albef_ve(root, each) for each in found], "pairs") for name, found in there.items()}
         return Splits(read.pop("train", LabelledRows([], "pairs")), read, ENTAILMENT)
     splits = {name: f"snli_ve_{name}" for name in ("train", "dev", "test")}

@@ -32,15 +32,17 @@ def read_nlvr2(root: str) -> Splits:
     """The splits whose files are there. Raises TriviumError where none is."""
     files = {name: os.path.join(root, "data", f"{file}.json") for name, file in OFFICIAL.items()}
     of_albef = {name: os.path.join(root, f"nlvr_{file}.json") for name, file in OF_ALBEF.items()}
-    read = {
+    official = {
         name: _rows(json_lines(path), partial(_official, root, OFFICIAL[name]))
         for name, path in files.items()
         if os.path.isfile(path)
-    } or {
+    }
+    theirs = {
         name: _rows(json_elements(path), partial(_of_albef, root))
         for name, path in of_albef.items()
         if os.path.isfile(path)
     }
+    read = theirs if not official or ("train" in theirs and "train" not in official) else official
     if not read:
         raise TriviumError(
             f"{root} holds neither data/train.json nor nlvr_train.json: give the folder of NLVR2 as"

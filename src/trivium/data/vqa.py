@@ -35,10 +35,11 @@ SPLITS = {"dev": "val2014", "test": "test2015", "test_dev": "test-dev2015"}
 
 def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
     """Train and, as "dev", val; test and test-dev; each where its questions are there. Raises TriviumError."""
-    if any(os.path.isfile(os.path.join(root, file)) for files in ALBEF_SPLITS.values() for file in files):
+    trains = os.path.isfile(_questions(root, "train2014"))
+    of_albef = [name for name, files in ALBEF_SPLITS.items() for f in files if os.path.isfile(os.path.join(root, f))]
+    if "train" in of_albef or (of_albef and not trains):
         return _read_albef(root, min_questions)
     held_out = {name: split for name, split in SPLITS.items() if os.path.isfile(_questions(root, split))}
-    trains = os.path.isfile(_questions(root, "train2014"))
     if not trains and not held_out:
         raise TriviumError(
             f"{root} holds neither {os.path.basename(_questions(root, 'train2014'))} nor vqa_train.json: give the"

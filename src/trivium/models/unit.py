@@ -285,7 +285,10 @@ class Unit(nn.Module):
         return Encoded(self.image_to_decoder(states), mask_BN, nn.Identity(), None, places=places_BND, mean=True)
 
     def places_of(self, points_P2: Tensor) -> Tensor:
-        """[P, D]: what tells the decoder where points of a picture are. points_P2: (x, y) as shares of its sides."""
+        """[P, D]: what tells the decoder where points of a picture are. points_P2: (x, y) as shares of its sides.
+
+        A feature map counts its places from 1, so each has the places of its far corner.
+        """
         half, temperature = self.config.image_width // 2, self.config.place_temperature
         along = [sines(points_P2[:, axis], half, temperature) for axis in (1, 0)]
         places_PD: Tensor = self.image_places(self.config.place_scale * torch.cat(along, dim=1))

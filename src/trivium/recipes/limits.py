@@ -63,6 +63,8 @@ RULES: dict[str, Rule] = {
     "block": NOT_NEGATIVE,
     "data.color_jitter": NOT_NEGATIVE,
     "data.cache_megabytes": NOT_NEGATIVE,
+    "model.place_temperature": (lambda value: value > 1, "a number above 1"),
+    "model.place_scale": NOT_NEGATIVE,
     # Of DINO.
     **dict.fromkeys(("model.num_layers", "model.head_width", "model.bottleneck_width", "model.num_prototypes"), SOME),
     "model.drop_path": (lambda value: 0 <= value < 1, "0 or more and below 1"),

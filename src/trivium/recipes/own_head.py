@@ -18,7 +18,7 @@ from trivium.data.answers import normalized
 from trivium.data.glue import GLUE
 from trivium.data.labelled import LabelledRows, Row, Splits, wholly_labelled
 from trivium.data.vqa import outside_list
-from trivium.errors import TriviumError
+from trivium.errors import BadSample, TriviumError
 from trivium.evaluate.classification import Measured
 from trivium.evaluate.datasets import Missing
 from trivium.evaluate.embedded import Evaluation
@@ -38,7 +38,7 @@ PLACES = {
     "VQAv2": (("vqav2", "VQAv2", "vqa", "coco", "."), ("v2_OpenEnded_mscoco_*_questions.json", "vqa_*.json")),
     "SNLI-VE": (("snli_ve", "SNLI-VE", "snli-ve", "."), ("snli_ve_*.jsonl", "ve_*.json")),
     "NLVR2": (("nlvr2", "NLVR2", "nlvr", "."), ("data/dev.json", "data/test1.json", "nlvr_*.json")),
-    "Hateful Memes": (("hateful_memes", "hateful-memes", "."), ("dev*.jsonl", "test*.jsonl")),
+    "Hateful Memes": (("hateful_memes", "hateful-memes"), ("dev*.jsonl", "test*.jsonl")),
 } | {files.folder: (("glue_data", "glue", "."), (f"{files.folder}/dev*.tsv",)) for files in GLUE.values()}
 
 
@@ -62,8 +62,11 @@ def open_own(asked: PaperTask, bundle: Bundle, root: Path | None) -> OwnTask | M
         raise TriviumError(f"{found} holds the training rows of {task.title} alone: put those to measure on there")
     if head.gives == "class":
         held_out = {name: _numbered(rows, splits.labels, bundle) for name, rows in held_out.items()}
+    elif head.gives == "answers":  # they are scored by their names, and the files number them in another order
+        held_out = {name: rows.with_rows([_unnumbered(row) for row in rows.rows]) for name, rows in held_out.items()}
     elif head.gives != "number" and not bundle.labels:
-        if len(splits.labels) < 2:
+        is_listed = bool(splits.train.rows) or (found / "answer_list.json").is_file()
+        if not is_listed or len(splits.labels) < 2:  # not one drawn from what is to be answered
             raise TriviumError(
                 f"this model ranks a list of answers, and has none: put answer_list.json into {found}, or beside the"
                 " file of the model"
@@ -124,6 +127,10 @@ class OwnHead(OwnTask):
             return [sentence for sentence in self.splits.notes if not sentence.startswith("train: ")]
         known = set(map(normalized, self.bundle.labels or ()))
         return [told for name, rows in self.splits.held_out.items() for told in outside_list(name, rows, known)]
+
+
+def _unnumbered(row: Row | BadSample) -> Row | BadSample:
+    return replace(row, answers={}) if isinstance(row, Row) and row.answers is not None else row
 
 
 def _numbered(rows: LabelledRows, theirs: Sequence[str], bundle: Bundle) -> LabelledRows:

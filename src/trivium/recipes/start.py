@@ -26,9 +26,10 @@ def open_start(recipe: Any, resume_from: Path | None, family: type[nn.Module], n
         return None, recipe.model
     start = load(recipe.init) if resume_from is None else open_own(resume_from)
     if not isinstance(start.model, family):
+        path = resume_from or recipe.init
         raise TriviumError(
-            f"{recipe.init} holds a model of another family than {name}: {type(start.model).__name__}; start from one"
-            " of its own family"
+            f"{path} holds a model of another family than {name}: {type(start.model).__name__}; start from one of its"
+            " own family"
         )
     return start, start.model.config
 

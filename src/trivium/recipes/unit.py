@@ -219,7 +219,7 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     if text is not None:
         notes.append(from_bert(model, text, str(recipe.init_text)))
     if start is not None:
-        taken = from_unit(model, start, str(recipe.init))
+        taken = from_unit(model, start, str(recipe.init), recipe.train.seed)
         notes += taken if resume_from is None else []
     transform = recipe.data.transform
     targets: dict[str, Labels] = {
@@ -266,6 +266,11 @@ def _config(
     Raises TriviumError where words of the data have no place in the model.
     """
     config, of_tasks = recipe.model, tuple(task.for_model for task in tasks)
+    if start is not None:  # its weights know places as it has them
+        own: Any = start.model.config
+        config = replace(
+            config, place_temperature=own.place_temperature, place_scale=own.place_scale, anchored=own.anchored
+        )
     reads_text = any(task.reads != "image" for task in of_tasks)
     if not reads_text:
         return replace(config, tasks=of_tasks, text_layers=0)

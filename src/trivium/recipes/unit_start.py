@@ -6,7 +6,7 @@ Q queries, D width of the decoder.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from trivium.bundle import Bundle
 from trivium.errors import TriviumError
 from trivium.models.unit import Unit
 from trivium.train.initial import initialise
+from trivium.train.protocol import hash64
 
 TEXT = 0.3  # factor on the weights of the text encoder beside its words, so that its blocks begin by changing little
 QUERY_NOISE = 0.3  # deviation of a query beside its place
@@ -33,34 +34,42 @@ def at_random(model: Unit, seed: int) -> None:
             parameter.mul_(math.sqrt(parameter.shape[1]))
         elif name.startswith("text.") and parameter.ndim > 1 and not name.endswith("word.weight"):
             parameter.mul_(TEXT)
-    if model.config.anchored:
-        _anchor(model, seed)
-
-
-def _anchor(model: Unit, seed: int) -> None:
-    """Queries of detection, spread over the picture, that attend what is near them and begin with a box there.
-
-    Without it each begins anywhere and is given any object, so that for hundreds of steps or for good, as the seed will
-    have it, none learns anything but the frequencies.
-    """
-    config = model.config
-    for task in config.tasks:
+    if not model.config.anchored:
+        return
+    for task in model.config.tasks:
         if task.kind == "detection":
-            queries: Any = model.queries[task.name]
-            head: Any = model.heads[task.name]
-            centre_Q2 = _grid(task.num_queries)
-            queries.weight.mul_(QUERY_NOISE).add_(model.places_of(centre_Q2))
-            head.anchors.copy_(torch.cat([centre_Q2, torch.full_like(centre_Q2, ANCHOR_SIDE)], dim=1).logit())
-            head.boxes[-1].weight.mul_(CORRECTION)
-    decoders: Iterable[Any] = model.decoders.values()
-    for decoder in decoders:
+            spread_queries(model, task.name, seed)
+    decoders: Mapping[str, Any] = dict(model.decoders.items())
+    for name, decoder in decoders.items():
         for block in decoder.blocks:
             query, key, _ = block.cross_attention.qkv.weight.chunk(3)
             key.copy_(query)  # so that what lies near is alike
         # The first self-attention reads zeros. Were its output zero too, the norm after it would multiply gradients by
         # 1 / sqrt(eps), and clipping would silence all others.
         bias = decoder.blocks[0].attention.out.bias
-        bias.copy_(torch.empty_like(bias).normal_(generator=torch.Generator().manual_seed(seed)))
+        bias.copy_(_drawn(bias, seed, f"decoders.{name}.blocks.0.attention.out.bias"))
+
+
+@torch.no_grad()
+def spread_queries(model: Unit, task: str, seed: int) -> None:
+    """Queries of detection, spread over the picture: each attends what is near it and begins with a box there.
+
+    Without it each begins anywhere and is given any object, so that for hundreds of steps or for good, as the seed will
+    have it, none learns anything but the frequencies.
+    """
+    queries: Any = model.queries[task]
+    head: Any = model.heads[task]
+    centre_Q2 = _grid(len(queries.weight))
+    noise_QD = QUERY_NOISE * _drawn(queries.weight, seed, f"queries.{task}.weight")
+    queries.weight.copy_(model.places_of(centre_Q2) + noise_QD)
+    head.anchors.copy_(torch.cat([centre_Q2, torch.full_like(centre_Q2, ANCHOR_SIDE)], dim=1).logit())
+    last = head.boxes[-1].weight
+    last.copy_(_drawn(last, seed, f"heads.{task}.boxes.weight") * CORRECTION / math.sqrt(last.shape[1]))
+
+
+def _drawn(like: Tensor, seed: int, name: str) -> Tensor:
+    """N(0, 1), of a generator of its own."""
+    return torch.empty_like(like).normal_(generator=torch.Generator().manual_seed(hash64(seed, name) % 2**63))
 
 
 def _grid(count: int) -> Tensor:
@@ -71,9 +80,10 @@ def _grid(count: int) -> Tensor:
     return torch.stack([(number % columns + 0.5) / columns, (number // columns + 0.5) / rows], dim=1)
 
 
-def from_unit(model: Unit, start: Bundle, path: str) -> list[str]:
+def from_unit(model: Unit, start: Bundle, path: str, seed: int) -> list[str]:
     """Give the model what fits of a trained one; a decoder of its own for one task fills a shared one, as the paper's
-    start from detection does (section 4.2)."""
+    start from detection does (section 4.2). Queries of another task of detection are spread as its decoder sees
+    places."""
     state = dict(start.model.state_dict())
     decoders = sorted({name.split(".")[1] for name in state if name.startswith("decoders.")})
     if model.config.decoder == "shared" and "shared" not in decoders and len(decoders) == 1:
@@ -89,6 +99,9 @@ def from_unit(model: Unit, start: Bundle, path: str) -> list[str]:
     if not fitting:
         raise TriviumError(f"{path} has no tensor that fits this model: give a run of the same --size")
     model.load_state_dict(fitting, strict=False)
+    for task in model.config.tasks:
+        if model.config.anchored and task.kind == "detection" and f"queries.{task.name}.weight" not in fitting:
+            spread_queries(model, task.name, seed)
     new = sorted({".".join(name.split(".")[:2]) for name in own.keys() - fitting.keys()})
     notes = [f"{len(fitting):,} of {len(own):,} tensors start as {path} has them"]
     return notes + ([f"new are {', '.join(new)}"] if new else [])
