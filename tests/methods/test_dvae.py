@@ -161,6 +161,7 @@ def test_twins_of_frequent_codes_leave_the_network_as_it_was(monkeypatch: pytest
     mapped = map_pixels(batch.images[0].pixels_BCHW.double() / 255)
 
     counts = torch.tensor([50.0, 0, 0, 40, 10, 10, 10, 10, 10, 10, 0, 10, 10])  # 1, 2 and 10 are not used
+    features = torch.rand(13, model.encoder.head.in_channels, dtype=torch.float64) * counts[:, None]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected_share = model.logits(mapped).softmax(1)
     expected_share[:, [1, 2, 10]] = 0
@@ -168,17 +169,21 @@ def test_twins_of_frequent_codes_leave_the_network_as_it_was(monkeypatch: pytest
     expected_picture = torch.cat(model.distribution(expected_share), dim=1)
     with monkeypatch.context() as patched:
         patched.setattr(module, "TWIN_NOISE", 0.0)
-        assert module.split_codes(model, counts, seed=1) == 3
+        assert module.split_codes([model], counts, features, seed=1) == 3
     share = model.logits(mapped).softmax(1)
     for frequent, twin in ((0, 1), (3, 2), (4, 10)):
         assert torch.allclose(share[:, frequent], expected_share[:, frequent] / 2, atol=1e-12)
         assert torch.equal(share[:, frequent], share[:, twin])
     assert torch.allclose(torch.cat(model.distribution(share), dim=1), expected_picture, atol=1e-9)
     model.load_state_dict(before)
-    module.split_codes(model, counts, seed=1)
+    module.split_codes([model], counts, features, seed=1)
     head = model.encoder.head.weight
     assert not torch.allclose(head[0], head[1])
     assert torch.allclose((head[0] + head[1]) / 2, before["encoder.head.weight"][0])
+    mean = (features[0] / counts[0])[None, :, None, None]
+    twins = model.encoder.head(mean)[0, [0, 1], 0, 0]
+    expected = (before["encoder.head.weight"][0] * mean[0]).sum() + before["encoder.head.bias"][0] - math.log(2)
+    assert torch.allclose(twins, expected)  # where the code is chosen on the mean, neither twin is ahead
     untouched = [4, 5, 6, 7, 8, 9, 11, 12]
     assert sum(torch.equal(head[code], before["encoder.head.weight"][code]) for code in untouched) == 7  # one was split
 
@@ -193,11 +198,29 @@ def test_a_run_splits_at_its_steps_and_keeps_its_counts() -> None:
     assert unused
     step(method, [batch], replace(KEY, step=31), optimizer)
     assert not method.counts_K.any()
-    head = method.model.encoder.head.bias
-    assert len(head.detach().unique()) < len(head)  # twins have one bias
+    assert not method.features_KD.any()
+    for model in (method.model, method.average):
+        assert len(model.decoder.stem.weight[:, :, 0, 0].detach().unique(dim=1).T) < 13  # twins are read alike
     late, _ = dvae.case(torch.float64, 0.0, split_every=2)
-    step(late, [batch], replace(KEY, step=71), optimizer_of(late))  # after 0.7 of 100 steps
-    assert len(late.model.encoder.head.bias.detach().unique()) == len(head)
+    step(late, [batch], replace(KEY, step=91), optimizer_of(late))  # after 0.9 of 100 steps
+    assert len(late.model.decoder.stem.weight[:, :, 0, 0].detach().unique(dim=1).T) == 13
+
+
+def test_both_twins_are_chosen() -> None:
+    """Features are never negative, so a plane through zero would leave one twin nothing."""
+    torch.manual_seed(0)
+    method, _ = dvae.case(torch.float64, 0.0)
+    head = method.model.encoder.head.requires_grad_(False)
+    features_PD = torch.rand(500, head.in_channels, dtype=torch.float64) + 1
+    codes_P = head(features_PD[..., None, None])[..., 0, 0].argmax(1)
+    counts_K = codes_P.bincount(minlength=13).double()
+    frequent = int(counts_K.argmax())
+    features_KD = torch.zeros(13, head.in_channels, dtype=torch.float64).index_add_(0, codes_P, features_PD)
+    module.split_codes([method.model], counts_K, features_KD, seed=1)
+    after_K = head(features_PD[..., None, None])[..., 0, 0].argmax(1).bincount(minlength=13)
+    twins = [code for code in range(13) if code == frequent or counts_K[code] == 0]
+    shares = (after_K[twins] / counts_K[frequent]).tolist()
+    assert sum(share > 0.2 for share in shares) >= 2
 
 
 def test_perplexity_counts_evenly_used_codes() -> None:

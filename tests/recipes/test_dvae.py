@@ -84,7 +84,8 @@ def test_what_is_kept_is_the_average_of_the_weights(trained: Path) -> None:
     folder = checkpoint(trained, 6)
     kept = load_file(folder / "model" / "image_tokenizer.safetensors")
     training = load_file(folder / "training" / "method.safetensors")
-    assert set(training) == {f"model.{name}" for name in kept} | {"counts_K"}  # the average is not stored twice
+    counts = {"counts_K", "features_KD"}  # of the splitting of codes; the average is not stored twice
+    assert set(training) == {f"model.{name}" for name in kept} | counts
     assert not torch.equal(training["model.encoder.stem.weight"], kept["encoder.stem.weight"])
 
 

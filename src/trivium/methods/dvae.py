@@ -8,12 +8,13 @@ wrong:
 * the noise and the temperature enter the decoder's input, never the KL;
 * the logits and what the decoder makes of codes first are computed in float32 whatever the precision, as published.
 
-B rows, C channels, H height, W width, K codes, h and w the grid of codes.
+B rows, C channels, H height, W width, K codes, D features that logits are made of, h and w the grid of codes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from trivium.train.protocol import Batch, Key, Rows, Sums, Watched, hash64
 LOSSES = ("likelihood", "kl")
 # Of splitting codes: until which share of the run; below and above which share, in units of even use, a code is given
 # away or split; and how far twins are set apart, in units of the deviation of a code's weights.
-SPLIT_UNTIL, UNUSED, FREQUENT, TWIN_NOISE = 0.7, 0.02, 0.5, 0.1
+SPLIT_UNTIL, UNUSED, FREQUENT, TWIN_NOISE = 0.9, 0.02, 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class DVaeMethod(MethodOfPictures):
     average: DVae
     usage: Tensor
     counts_K: Tensor
+    features_KD: Tensor
 
     def __init__(
         self,
@@ -103,7 +105,9 @@ class DVaeMethod(MethodOfPictures):
         self.momentum = average
         self.least_log_scale = least_log_scale
         self.split_every = split_every
-        self.register_buffer("counts_K", torch.zeros(model.num_codes) if split_every else None)  # since the last one
+        head = model.encoder.head  # counted since the last one:
+        self.register_buffer("counts_K", torch.zeros(head.out_channels) if split_every else None)
+        self.register_buffer("features_KD", torch.zeros(head.weight.shape[:2]) if split_every else None)
         self.weights = dict.fromkeys(LOSSES, 1.0)
         self.register_buffer("usage", torch.full((), torch.nan), persistent=False)  # of the last step, to be watched
         self.schedule(0)
@@ -123,7 +127,8 @@ class DVaeMethod(MethodOfPictures):
     def separate(self, batch: Batch, rows: Rows, states: Any, counts: Sums, key: Key) -> Sums:
         model = self.model if self.training else self.average
         mapped_BCHW = map_pixels(self.pixels(batch.images[0].pixels_BCHW))
-        logits_BKhw = model.logits(mapped_BCHW)
+        features_BDhw = model.features(mapped_BCHW)
+        logits_BKhw = model.logits_of(features_BDhw)
         codes_Bhw = logits_BKhw.argmax(1)
         if self.training:
             noise_BKhw = gumbel_noise(key, batch.rows_B, logits_BKhw)
@@ -133,21 +138,28 @@ class DVaeMethod(MethodOfPictures):
         location_BCHW, log_scale_BCHW = model.distribution(soft_BKhw)
         if self.least_log_scale is not None:
             log_scale_BCHW = log_scale_BCHW.clamp(min=self.least_log_scale)
-        return {
+        sums = {
             "likelihood": logit_laplace(location_BCHW, log_scale_BCHW, mapped_BCHW.to(location_BCHW)),
             "kl": kl_to_uniform(logits_BKhw),
             "stat/codes": codes_Bhw.flatten().bincount(minlength=model.num_codes).to(logits_BKhw),
         }
+        if self.split_every:
+            rows_PD = features_BDhw.detach().permute(0, 2, 3, 1).flatten(0, 2)
+            zeros_KD = rows_PD.new_zeros(self.features_KD.shape)
+            sums["stat/features"] = zeros_KD.index_add_(0, codes_Bhw.flatten(), rows_PD)
+        return sums
 
     def after_step(self, step: int, everyone: Rows, stats: Sums) -> None:
         follow(self.average, self.model, self.momentum)
         self.usage.copy_(perplexity(stats["stat/codes"]) / self.model.num_codes)
         if self.split_every:
             self.counts_K += stats["stat/codes"].to(self.counts_K)
+            self.features_KD += stats["stat/features"].to(self.features_KD)
             if (step + 1) % self.split_every == 0:
                 if step < SPLIT_UNTIL * self.num_steps:
-                    split_codes(self.model, self.counts_K, step)
+                    split_codes((self.model, self.average), self.counts_K, self.features_KD, step)
                 self.counts_K.zero_()
+                self.features_KD.zero_()
 
     def watched(self) -> dict[str, Watched]:
         return {
@@ -170,34 +182,40 @@ def gumbel_noise(key: Key, rows_B: Tensor, logits_BKhw: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def split_codes(model: DVae, counts_K: Tensor, seed: int) -> int:
+def split_codes(models: Sequence[DVae], counts_K: Tensor, features_KD: Tensor, seed: int) -> int:
     """Give codes that are not used to places that are: each becomes the twin of a frequent one. Returns how many.
 
     The twins' logits are the frequent code's less ln 2, and the decoder reads both alike: what the network computes
     stays as it was, but for a little noise that sets the twins apart, and from there on they may learn different
-    things. How vector quantizers have been grown since Linde, Buzo and Gray (1980).
+    things. The noise is a plane through the mean of the features at which the code was chosen, so that each twin gets a
+    part of them: features are never negative, and about a plane through zero one twin takes all and the other dies. How
+    vector quantizers have been grown since Linde, Buzo and Gray (1980).
 
     Args:
-        counts_K: how often each code was the likeliest.
+        models: the one that is trained and its average, in which the place of a code that is given away means nothing.
+        counts_K: how often each code was the likeliest, in the first of them.
+        features_KD: the sum of the features there.
         seed: of the noise.
     """
-    assert model.decoder is not None
-    head, stem = model.encoder.head, model.decoder.stem
-    assert head.bias is not None
     share_K = counts_K * len(counts_K) / counts_K.sum().clamp(min=1)  # 1 = as often as all would be, used evenly
     unused = (share_K < UNUSED).nonzero()[:, 0]
     frequent = share_K.argsort(descending=True, stable=True)
     frequent = frequent[share_K[frequent] > FREQUENT]
     num_split = min(len(unused), len(frequent))
     unused, frequent = unused[:num_split], frequent[:num_split]
-    weights = head.weight[frequent]
+    weights = models[0].encoder.head.weight[frequent]
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(weights.shape, generator=generator).to(weights)
     noise *= TWIN_NOISE * weights.std((1, 2, 3), keepdim=True)
-    head.weight[unused], head.weight[frequent] = weights + noise, weights - noise
-    head.bias[frequent] -= math.log(2)
-    head.bias[unused] = head.bias[frequent]
-    stem.weight[:, unused] = stem.weight[:, frequent]
+    at_mean = (noise[:, :, 0, 0] * features_KD[frequent] / counts_K[frequent, None]).sum(1)
+    for model in models:
+        assert model.decoder is not None
+        head, codebook = model.encoder.head, model.decoder.stem.weight
+        assert head.bias is not None
+        weights, bias = head.weight[frequent], head.bias[frequent] - math.log(2)
+        head.weight[unused], head.weight[frequent] = weights + noise, weights - noise
+        head.bias[unused], head.bias[frequent] = bias - at_mean, bias + at_mean
+        codebook[:, unused] = codebook[:, frequent]
     return num_split
 
 

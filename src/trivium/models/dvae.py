@@ -145,11 +145,19 @@ class DVae(nn.Module):
 
     # Training: codes are not one-hot yet, and gradients flow.
 
+    def features(self, mapped_BCHW: Tensor) -> Tensor:
+        """Mapped pixels -> what logits are made of, [B, D, H / stride, W / stride]."""
+        features_BDhw = self.encoder.features(mapped_BCHW.to(memory_format=torch.channels_last))
+        return features_BDhw.to(mapped_BCHW.dtype)
+
+    def logits_of(self, features_BDhw: Tensor) -> Tensor:
+        """-> logits [B, K, h, w]; this last convolution in the precision of what comes in."""
+        with torch.autocast(features_BDhw.device.type, enabled=False):
+            return self.encoder.head(features_BDhw)
+
     def logits(self, mapped_BCHW: Tensor) -> Tensor:
         """Mapped pixels -> logits [B, K, H / stride, W / stride], the last convolution in full precision."""
-        features = self.encoder.features(mapped_BCHW.to(memory_format=torch.channels_last))
-        with torch.autocast(features.device.type, enabled=False):
-            return self.encoder.head(features.to(mapped_BCHW.dtype))
+        return self.logits_of(self.features(mapped_BCHW))
 
     def distribution(self, codes_BKHW: Tensor) -> tuple[Tensor, Tensor]:
         """One-hot or soft codes -> location and log-scale of mapped pixels' logits, [B, 3, H, W] each; the first
