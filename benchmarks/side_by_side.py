@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from trivium.manifest import write_whole
-from trivium.train import precision
+from trivium.train import config, precision, run_folder
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -145,6 +145,12 @@ def status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def is_as(run: Path, recipe: object, *but: str) -> bool:
+    """Whether a run that is there was trained as the recipe says, but for some fields; how samples are read is free."""
+    values, ours = config.load(run).values, config.leaves(recipe)
+    return all(values.get(path) == value for path, value in ours.items() if path not in (*run_folder.FREE, *but))
 
 
 def row(ours: list[float], peer: list[float], memory: tuple[int, int] | None = None) -> dict[str, Any]:
