@@ -10,8 +10,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,19 @@ def interleaved(
     return times
 
 
+TWO_ROUNDS = partial(interleaved, rounds=2)
+
+
 def ladder(
     whole: Callable[[], object],
     without: Mapping[str, Callable[[], object]],
-    rounds: int = 2,
     of: Callable[[list[float]], float] = statistics.median,
+    timed: Callable[[Callable[[], object], Callable[[], object]], Sequence[list[float]]] = TWO_ROUNDS,
 ) -> dict[str, float]:
-    """Factor of each trick: the time without it over the time with all; `of` several rounds that alternate."""
+    """Factor of each trick: the time without it over the time with all; `of` what `timed` finds of both in turns."""
     rungs = {}
     for trick, lacking in without.items():
-        times = interleaved(whole, lacking, rounds)
+        times = timed(whole, lacking)
         rungs[trick] = round(of(times[1]) / of(times[0]), 3)
         print(f"  {trick}: {rungs[trick]}", flush=True)
     return rungs

@@ -12,7 +12,6 @@ import torch
 from trivium.bundle import Bundle
 from trivium.data import embedded
 from trivium.data.crops import CropCollate, MultiCrop
-from trivium.data.mixture import StreamMixture
 from trivium.data.sources import Concat, open_source
 from trivium.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from trivium.errors import TriviumError
@@ -25,7 +24,7 @@ from trivium.models.dino import SIZES, Dino, DinoConfig
 from trivium.models.vit import ViT
 from trivium.recipes import limits
 from trivium.recipes.data import absolute
-from trivium.recipes.prepared import Losses, Prepared, Recipe, on_drawings
+from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures, on_drawings
 from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Group, Optim
@@ -212,10 +211,7 @@ def _prepare(recipe: DinoRecipe, name: str, arguments: dict[str, Any], resume_fr
         recipe.crops, config.patch_size, recipe.objectives.ibot > 0, cache_bytes=recipe.data.cache_megabytes << 20
     )
 
-    def mixture_of(train: Train) -> StreamMixture:
-        rows = replace(recipe, train=train).rows_at_once
-        return StreamMixture([Stream("crops", source, collate, recipe.data.batch, rows)], seed, workers=train.workers)
-
+    mixture_of = mixtures(recipe, [Stream("crops", source, collate, recipe.data.batch, recipe.rows_at_once)])
     run = Run(
         method,
         mixture_of(recipe.train),
