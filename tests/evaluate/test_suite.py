@@ -33,8 +33,8 @@ from trivium.evaluate.datasets.pictures import DataSet
 from trivium.evaluate.feature_store import Features, ModelEncoder, PixelEncoder, features, model_hash
 from trivium.evaluate.paper_tasks import SUITES
 from trivium.evaluate.results import Result
-from trivium.evaluate.suite import SuiteRun, TaskRun
 from trivium.evaluate.suite_report import SuiteReport
+from trivium.evaluate.task_runs import SuiteRun, TaskRun
 from trivium.models.encoded import Matches
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.recipes.tasks import TASKS as TUNED

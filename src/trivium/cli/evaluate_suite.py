@@ -14,7 +14,7 @@ from trivium.evaluate import results, suite, suite_report
 from trivium.evaluate.feature_store import cache_root
 from trivium.evaluate.paper_tasks import SUITES, PaperTask
 from trivium.evaluate.results import Results
-from trivium.evaluate.suite import HAS_FIGURES, SuiteRun
+from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun
 from trivium.load import load
 from trivium.recipes.own_head import open_own
 from trivium.train import run_folder

@@ -16,7 +16,7 @@ from trivium.evaluate import report, results
 from trivium.evaluate.paper_tasks import DOMAINS
 from trivium.evaluate.published import Averages, Cell, Column, Place, averages, columns
 from trivium.evaluate.results import Result
-from trivium.evaluate.suite import HAS_FIGURES, SuiteRun, TaskRun
+from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun, TaskRun
 from trivium.manifest import write_whole
 
 OURS = "this model"
