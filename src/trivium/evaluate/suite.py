@@ -34,14 +34,15 @@ from trivium.evaluate.datasets.pictures import DataSet, with_rows
 from trivium.evaluate.feature_store import ModelEncoder, features, identity, model_hash, stamp_of
 from trivium.evaluate.paper_tasks import PaperTask
 from trivium.evaluate.results import Result
-from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun, TaskRun
+from trivium.evaluate.task_runs import SuiteRun, TaskRun
 from trivium.models.encoded import Detects, EncodesImage, EncodesText, Matches
 from trivium.models.grounding import Grounds
 
 # Of the protocols: a change of what they measure is another number.
 VERSIONS = {"classification": 2, "retrieval": 2, "grounding": 1, "detection": 1, "fine-tuning": 1}
 
-AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training {} (trivium finetune {})"
+AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training expressions (trivium finetune {})"
+NOT_TUNED = "nothing says that this model was fine-tuned for {}, and zero-shot figures do not stand in such a row"
 
 
 class OwnTask(ABC):
@@ -58,7 +59,8 @@ class OwnTask(ABC):
 
     @abstractmethod
     def measure(self, folder: Path, say: Callable[[str], None]) -> Measured:
-        """Its figures, under the names that `trivium finetune` gives them after its title; "" is the title alone.
+        """Its figures, under the names that `trivium finetune` gives them after its title; "" is the title alone. None
+        where no row has a label, and then the first note says so.
 
         folder: where the predictions are written.
         """
@@ -125,8 +127,10 @@ def _one(
             return read
     if task.kind == "fine-tuning":
         if task.name in CAPTIONED:
+            if task.name not in bundle.tuned_for:
+                return replace(read, notes=[f"{NOT_TUNED.format(task.name)}: {' '.join(read.notes)}"])
             found = _one(replace(task, kind="retrieval"), bundle, encoder, root, cache, {}, rows, say, own)
-            return _as_fine_tuned(found, task) if found.state in HAS_FIGURES else read
+            return _as_fine_tuned(found, task, bundle.tuned_for)
         data = own(task, bundle, root)
         if data is None:
             return read
@@ -157,7 +161,7 @@ def _one(
         measured = classification(data, encoder, cache / "features", bundle, tell)
     elif isinstance(data, Referring):
         grounded = grounding.run(bundle, data, rows=rows, say=tell)
-        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS.format("expressions", task.verb)])
+        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS.format(task.verb)])
     elif isinstance(data, Boxes):
         measured = detected(task, bundle, data, tell)
     else:
@@ -167,6 +171,8 @@ def _one(
         what = "rows" if isinstance(data, OwnTask) else what
         how = "evenly spread" if isinstance(data, Referring | Boxes | OwnTask) else "drawn with a fixed seed"
         measured.notes.insert(0, f"at most {rows:,} {what} of each split, {how}: not the papers' figures")
+    if not measured.results:  # is not kept: whoever adds the labels wants figures, who reads the predictions, them
+        return TaskRun(task, "unscored", notes=measured.notes, missing=Missing(task.expected, task.owners))
     named = {".".join(filter(None, (task.prefix, name))): result for name, result in measured.results.items()}
     found = TaskRun(task, "measured", named, measured.notes)
     found.notes += _on_other_splits(found)
@@ -259,10 +265,13 @@ def _on_other_splits(found: TaskRun) -> list[str]:
     ]
 
 
-def _as_fine_tuned(found: TaskRun, task: PaperTask) -> TaskRun:
-    """Retrieval as any model does it, under the names of a fine-tuned one: nothing in the weights says which it is."""
+def _as_fine_tuned(found: TaskRun, task: PaperTask, tuned_for: Sequence[str]) -> TaskRun:
+    """Retrieval as any model does it, under the names of a fine-tuned one."""
     renamed = {name.replace(".zero_shot.", ".test."): result for name, result in found.results.items()}
-    return replace(found, task=task, results=renamed, notes=[*found.notes, AS_IT_IS.format("pairs", task.verb)])
+    notes = list(found.notes)
+    if len(tuned_for) > 1:
+        notes.append(f"it was fine-tuned for {' or '.join(tuned_for)}: its file does not say for which of them")
+    return replace(found, task=task, results=renamed, notes=notes)
 
 
 def _same_classes(task: PaperTask, bundle: Bundle, data: Boxes) -> None:

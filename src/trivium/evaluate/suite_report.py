@@ -29,6 +29,7 @@ PAPERS_OWN = (
 )
 DOMAIN_TITLES = {"language": "Language", "vision": "Vision", "multimodal": "Multimodal"}
 STATE_TITLES = {
+    "unscored": "Predicted, and without labels to score by",
     "missing": "Not on the disk",
     "not fine-tuned": "To be fine-tuned first",
     "not applicable": "Not applicable",

@@ -15,7 +15,9 @@ from trivium.evaluate.published import Place
 from trivium.evaluate.results import Result, Results
 from trivium.manifest import write_whole
 
-State = Literal["measured", "kept", "read", "missing", "not applicable", "not fine-tuned", "damaged", "failed"]
+State = Literal[
+    "measured", "kept", "read", "unscored", "missing", "not applicable", "not fine-tuned", "damaged", "failed"
+]
 HAS_FIGURES: tuple[State, ...] = ("measured", "kept", "read")
 
 

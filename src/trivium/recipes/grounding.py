@@ -180,7 +180,7 @@ def _prepare(
         notes += [f"{split}: {sentence}" for sentence in cut("expressions", start.tokenizer, max_length, texts)]
     bundle = replace(
         start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
-        image_tokenizer=None, false_pairs=FALSE_SHARE if recipe.objectives.itm else start.false_pairs,
+        image_tokenizer=None, false_pairs=FALSE_SHARE if recipe.objectives.itm else start.false_pairs, tuned_for=(),
     )  # fmt: skip
     views = Views(size, transform.filter, crop_scale=(1.0, 1.0), flip=settings.flip)
     changes = RandomAugment(settings.random_changes) if settings.random_changes else None

@@ -258,6 +258,7 @@ def _prepare(
     bundle = replace(
         start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
         image_tokenizer=None, false_pairs=FALSE_SHARE if trains_matching(recipe, model) else start.false_pairs,
+        tuned_for=(title,),
     )  # fmt: skip
     views = Views(size, transform.filter, crop_scale=data.crop_scale, flip=data.flip)
     changes = RandomAugment(data.random_changes) if data.random_changes else None
