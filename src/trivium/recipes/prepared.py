@@ -13,7 +13,8 @@ from trivium.data.mixture import StreamMixture
 from trivium.evaluate import embedded, pairs
 from trivium.evaluate.embedded import Evaluation
 from trivium.recipes import validation
-from trivium.recipes.data import PairData, Sources, absolute, noticed
+from trivium.recipes.data import PairData, Sources, absolute
+from trivium.recipes.notices import cut_in_streams, noticed
 from trivium.recipes.validation import Validation
 from trivium.train.config import Config, leaves
 from trivium.train.protocol import Method, Stream
@@ -120,7 +121,7 @@ class PreparedPairs(Prepared):
             return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, schedule, train.workers)
 
         batches = validation.of_streams(held_out, recipe.data.batch, recipe.validate, notes)
-        notes += noticed(sources)
+        notes += [*noticed(sources), *cut_in_streams(streams, held_out, bundle.tokenizer, bundle.max_length)]
         model: Any = bundle.model
         run = Run(
             method,

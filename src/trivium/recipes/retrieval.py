@@ -42,7 +42,8 @@ from trivium.models.flava import Flava
 from trivium.recipes import limits
 from trivium.recipes.albef import check_pools, queue_rows
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
-from trivium.recipes.data import Sources, absolute, cut_captions, noticed
+from trivium.recipes.data import Sources, absolute
+from trivium.recipes.notices import cut_captions, noticed
 from trivium.recipes.prepared import Losses, Prepared, Recipe
 from trivium.train.config import Config, leaves
 from trivium.train.optim import Optim
