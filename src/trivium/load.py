@@ -185,6 +185,7 @@ def open_own(folder: Path) -> Bundle:
         false_pairs=config.get("false_pairs"),  # folders of older versions do not say it
         head=None if head is None else head.eval(),
         head_config=head_config,
+        tuned_for=tuple(config.get("tuned_for", ())),
     )
 
 
@@ -258,6 +259,7 @@ def bundle_of(foreign: Foreign) -> Bundle:
         head=foreign.head,
         head_config=foreign.head_config,
         labels_of=foreign.labels_of,
+        tuned_for=foreign.tuned_for,
     )
 
 

@@ -100,6 +100,8 @@ def test_the_official_files_train_albef_and_both_orders_are_measured(
     assert not any(name.startswith("mlm_head.") for name in moved)
     state = load_file(checkpoint(out, 4) / "training" / "method.safetensors")
     assert len(state["image_queue"]) == 16 // 4  # a quarter of the pairs
+    assert trivium.load(out).tuned_for == ("Flickr30K retrieval",)  # which a suite asks for
+    assert trivium.load(models["albef"]).tuned_for == ()
     capsys.readouterr()
     assert run("evaluate", out) == 0
     assert "test, re-ranked by matching: R@1 / 5 / 10 of texts" in capsys.readouterr().out

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from drawn import caption, drawn_picture
-from drawn import tokenizer as drawn_tokenizer
-from test_shards import write_shard
 
+from tests.data.drawn import caption, drawn_picture
+from tests.data.drawn import tokenizer as drawn_tokenizer
+from tests.data.test_shards import write_shard
 from trivium.data import remote
 from trivium.data.collate import ImageInput, PairCollate, TextInput
 from trivium.data.mixture import StreamMixture

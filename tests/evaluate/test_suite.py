@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,13 @@ from trivium.data.transforms import ImageTransform
 from trivium.evaluate import detection, feature_store, suite, suite_report
 from trivium.evaluate.classification import accuracies, classification, leakage
 from trivium.evaluate.datasets import find, layouts
+from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
 from trivium.evaluate.datasets.pictures import DataSet
 from trivium.evaluate.feature_store import Features, ModelEncoder, PixelEncoder, features, model_hash
 from trivium.evaluate.paper_tasks import SUITES
 from trivium.evaluate.results import Result
-from trivium.evaluate.suite import SuiteRun, TaskRun
 from trivium.evaluate.suite_report import SuiteReport
+from trivium.evaluate.task_runs import SuiteRun, TaskRun
 from trivium.models.encoded import Matches
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.recipes.tasks import TASKS as TUNED
@@ -407,6 +409,30 @@ def test_fine_tuned_retrieval_takes_the_re_ranked_figures_where_there_are_some(b
     values = {figure.metric: found.figure(figure) for figure in task.figures}
     assert found.state == "read"
     assert values["TR R@1"] == Result(0.77) and values["IR R@1"] == Result(0.5) and values["IR R@5"] is None
+
+
+def test_zero_shot_figures_stand_in_no_fine_tuned_row_and_in_no_average_of_them(
+    bundle: Bundle, root: Path, tmp_path: Path
+) -> None:
+    def fine_tuned(of: Bundle) -> dict[str, TaskRun]:
+        run = suite.run([t for t in SUITES["albef"] if t.name in CAPTIONED], of, root, tmp_path)
+        assert run.tasks[0].state in ("measured", "kept"), "the zero-shot row"
+        values = [name for name, _ in run.values() if name.endswith("(fine-tune)")]
+        found = {each.task.name: each for each in run.tasks if each.task.protocol == "fine-tune"}
+        assert set(values) == {each.task.key for each in found.values() if each.results}
+        return found
+
+    pretrained = fine_tuned(bundle)
+    assert {each.state for each in pretrained.values()} == {"not fine-tuned"}
+    assert not any(each.results for each in pretrained.values())
+    [why] = pretrained["Flickr30K retrieval"].notes
+    assert why.startswith("nothing says that this model was fine-tuned for Flickr30K retrieval")
+    tuned = fine_tuned(replace(bundle, tuned_for=("Flickr30K retrieval",)))
+    assert tuned["Flickr30K retrieval"].state == "kept", "they are the same figures"
+    assert "Flickr30K retrieval.test.tr_r1" in tuned["Flickr30K retrieval"].results
+    assert tuned["COCO retrieval"].state == "not fine-tuned", "it was fine-tuned for another"
+    tuned = fine_tuned(replace(bundle, tuned_for=("COCO retrieval",)))
+    assert tuned["COCO retrieval"].state == "missing", "it lacks the data, and no tuning"
 
 
 # ---------------------------------------------------------------------------------------------- detection

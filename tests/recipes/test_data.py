@@ -1,10 +1,9 @@
-"""What a recipe makes of its data: cached codes, vocabularies, notices, which streams take part, where text starts."""
+"""What a recipe makes of its data: cached codes, vocabularies, which streams take part, where text starts."""
 
 from __future__ import annotations
 
 import csv
 import shutil
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,12 @@ from tests.recipes.shop import checkpoint, data_of, drawing, flags
 from tests.recipes.shop import trivium as command
 from trivium.cli.overrides import set_overrides, split_overrides
 from trivium.data.codes import picture_digest
-from trivium.data.files import TEXT_LIMIT
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import TriviumError
 from trivium.load import image_tokenizer_hash, load_image_tokenizer, save_image_tokenizer
 from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.patch_codebook import PatchCodebook
-from trivium.recipes import data as data_recipe
-from trivium.recipes.data import Data, Sources, cut_captions, make_tokenizer, noticed, open_sources
+from trivium.recipes.data import Data, make_tokenizer, open_sources
 from trivium.recipes.flava import FlavaRecipe, PreparedFlava, flava
 from trivium.train import trainer
 
@@ -162,7 +159,7 @@ def test_the_hash_of_an_image_tokenizer_names_kind_settings_and_weights(dvae: Pa
     assert len(hashes) == 4
 
 
-# ----------------------------------------------------------------------------------- vocabularies and notices
+# ----------------------------------------------------------------------------------- vocabularies
 
 
 def test_a_vocabulary_is_learned_without_opening_one_picture(tmp_path: Path) -> None:
@@ -173,69 +170,6 @@ def test_a_vocabulary_is_learned_without_opening_one_picture(tmp_path: Path) -> 
     tokenizer = make_tokenizer(data, open_sources(data), 200)
     for word in ("zebra", "crossing", "quokka", "smiling"):
         assert len(tokenizer.encode([word], 16)[0]) == 3  # with [CLS] and [SEP]
-
-
-def sources_of(**paths: Path) -> Sources:
-    return open_sources(Data(**{name: (str(path),) for name, path in paths.items()}))
-
-
-def test_what_is_cut_or_left_out_is_said_once_each(tmp_path: Path, shop: Path) -> None:
-    (tmp_path / "lines.txt").write_text("short\n" + "word " * 200 + "\nshort too\n" + "x" * (TEXT_LIMIT + 1) + "\n")
-    with (tmp_path / "a.csv").open("w", newline="") as file:
-        picture = str(shop / "pictures" / "red-circle.png")
-        csv.writer(file).writerows([("image", "caption"), *[(picture, "y" * (TEXT_LIMIT + 1))] * 2, (picture, "z")])
-    with tarfile.open(tmp_path / "s.tar", "w") as shard:
-        shard.add(shop / "pictures" / "red-circle.png", "a.png")
-        link = tarfile.TarInfo("b.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        shard.addfile(link)
-    sentences = noticed(sources_of(pairs=tmp_path / "a.csv", text=tmp_path / "lines.txt", images=tmp_path / "s.tar"))
-    limit = "longer than 65,536 characters and read only up to there"
-    assert sentences[:3] == [
-        f"data.pairs: 2 texts are {limit}",
-        f"{tmp_path / 'lines.txt'}: 1 long line is cut into windows, each a sample",
-        f"data.text: 1 text is {limit}",
-    ]
-    assert [str(tmp_path / "s.tar") in sentence for sentence in sentences[3:]] == [True]
-
-
-def test_nothing_is_said_where_nothing_is_cut(shop: Path) -> None:
-    assert noticed(sources_of(pairs=shop / "goods.csv", images=shop / "pictures", text=shop / "lines.txt")) == []
-    assert noticed(open_sources(Data())) == []
-
-
-def test_a_long_caption_that_is_no_text_does_not_stop_the_notices(tmp_path: Path) -> None:
-    for name, caption in (("a", b"fine"), ("b", b"\xff" * (TEXT_LIMIT + 1))):
-        drawing("red", "bar").save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_bytes(caption)
-    assert noticed(sources_of(pairs=tmp_path)) == []
-
-
-def test_captions_that_are_cut_are_counted_and_the_first_is_named(
-    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = tmp_path / "long.csv"
-    lines = [f"pictures/red-bar.png,{'red ' * (n + 1)}" for n in range(10)]  # n + 1 words and [CLS], with [SEP]
-    table.write_text("image,caption\n" + "\n".join([*lines, "pictures/red-bar.png,"]) + "\n")
-    pairs = sources_of(pairs=table).pairs
-    tokenizer = Tokenizer.wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red"])
-    assert cut_captions("train", pairs, tokenizer, 12) == []
-    assert cut_captions("train", pairs, tokenizer, 9) == [
-        f"train: 3 captions have more than 9 tokens and are cut there; the first: {table} (line 9)"
-    ]
-    [said] = cut_captions("train", pairs, tokenizer.for_captions(), 10)  # which has no [SEP]
-    assert said.startswith("train: 1 captions have more than 10 tokens") and "(line 11)" in said
-    monkeypatch.setattr(data_recipe, "ROWS_LOOKED_AT", 6)
-    [said] = cut_captions("train", pairs, tokenizer, 9)
-    assert said.startswith("train: of 6 rows that were looked at, 11 in all, 2 captions have more than 9 tokens")
-    assert cut_captions("train", None, tokenizer, 9) == []
-
-
-def test_notices_stand_at_the_start_of_a_run(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "long.txt").write_text("a circle is round " * 100 + "\n")
-    run = ["--data.text", tmp_path / "long.txt", *flags(train__steps=1), "--out", tmp_path / "run"]
-    assert command("pretrain", "flava", *run) == 0
-    assert capsys.readouterr().err.count("long.txt: 1 long line is cut into windows, each a sample\n") == 1
 
 
 def test_german_and_japanese_captions_through_a_vocabulary_of_ones_own(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@ every figure as a plain loop over the rows gives it."""
 
 from __future__ import annotations
 
+import csv
 import html
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 import trivium
 from tests.convert.test_albef import GRID, PATCH, VOCABULARY, official
 from tests.data.test_referring import PICTURE, refer_folder
-from tests.evaluate.datasets.test_captions import CAPTIONS, coco
+from tests.evaluate.datasets.test_captions import CAPTIONS, coco, flickr
 from tests.recipes.shop import trivium as run
 from trivium.bundle import Bundle
 from trivium.data.tokenizer import BERT_SPECIALS
@@ -84,9 +86,10 @@ def evaluated(model: Path, root: Path, out: Path, task: str) -> dict[str, float]
     return {name: entry["value"] for name, entry in entries.items() if not name.startswith("seconds")}
 
 
-def said(cache: Path, split: str) -> list[dict[str, object]]:
-    [path] = cache.glob(f"**/predictions/{split}.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def said(cache: Path, split: str, suffix: str = ".jsonl") -> list[dict[str, object]]:
+    [path] = cache.glob(f"**/predictions/{split}{suffix}")
+    text = path.read_text()
+    return json.loads(text) if suffix == ".json" else [json.loads(line) for line in text.splitlines()]  # type: ignore[no-any-return]
 
 
 def test_entailment_by_the_heads_own_order_of_labels(tmp_path: Path, cache: Path) -> None:
@@ -113,9 +116,13 @@ def test_entailment_by_the_heads_own_order_of_labels(tmp_path: Path, cache: Path
     assert found["SNLI-VE.test.accuracy"] == pytest.approx(np.mean(right))
     assert found["SNLI-VE.dev.accuracy"] == pytest.approx(np.mean(right[:4]))
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "by the model&#39;s own head, trained for visual_entailment" in page or "own head" in page
+    assert "by the model's own head, trained for visual_entailment, which reads the model's own states" in (
+        html.unescape(page)
+    )
+    [kept] = cache.glob("**/tasks/*/results.json")
+    kept.write_text(re.sub(r'"value": [0-9.e-]+', '"value": 0.125', kept.read_text()))  # told, and not measured again
     again = evaluated(model, root, tmp_path / "again", "SNLI-VE")
-    assert again == found
+    assert again.keys() == found.keys() and set(again.values()) == {0.125}
     (root / "ve_dev.json").write_text(json.dumps([{**row, "label": "neutral"} for row in rows]))
     neutral = evaluated(model, root, tmp_path / "other", "SNLI-VE")["SNLI-VE.dev.accuracy"]
     assert neutral == pytest.approx(np.mean([answer == "neutral" for answer in chosen]))  # the file is another
@@ -172,6 +179,11 @@ def test_a_list_of_answers_may_lie_with_the_data_and_must_lie_somewhere(
     words = ("evaluate", model, "--task", "VQAv2", "--data.root", root, "--out", tmp_path / "out")
     assert run(*words) == 2
     assert "ranks a list of answers, and has none: put answer_list.json into" in capsys.readouterr().err
+    asked = [{**entry, "question_id": n, "answer": [("red", "blue")[n % 2]] * 10} for n in range(20)]
+    (root / "vqa_val.json").write_text(json.dumps(asked))  # whose answers are common enough, and are held out
+    assert run(*words) == 2
+    assert "ranks a list of answers, and has none" in capsys.readouterr().err
+    (root / "vqa_val.json").write_text(json.dumps([entry]))
     (root / "answer_list.json").write_text('["red", "blue"]')
     assert run(*words) == 0
     value = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["VQAv2.dev.accuracy"]["value"]
@@ -222,7 +234,58 @@ def test_retrieval_stands_under_the_names_of_a_fine_tuned_model(tmp_path: Path) 
     best = [1 + int((logits[p, own != p] >= logits[p, own == p].max()).sum()) for p in range(3)]
     assert found["COCO retrieval.test.tr_reranked_r5"] == pytest.approx(np.mean([rank <= 5 for rank in best]))
     assert not any("zero_shot" in name for name in found)
-    assert "the model as it is; the paper" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "fine-tuned for Flickr30K retrieval or COCO retrieval: its file does not say for which of them" in page
+    assert run("convert", tmp_path / "mscoco" / "retrieval.pth", "--to", "trivium", "--out", tmp_path / "ours") == 0
+    assert opened(tmp_path / "ours").tuned_for == ("Flickr30K retrieval", "COCO retrieval")
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "refcoco"])
+def test_a_model_that_was_not_tuned_for_retrieval_stands_in_its_zero_shot_row_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    model, root, out = converted(kind, tmp_path / kind), tmp_path / "data", tmp_path / "out"
+    coco(root, "albef")
+    flickr(root, "albef")
+    assert {name.split(".")[1] for name in evaluated(model, root, out, "Flickr30K retrieval")} == {"zero_shot"}
+    lines = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    of = {way: [line for line in lines if line["protocol"] == way] for way in ("zero-shot", "fine-tune")}
+    assert all(line["state"] == "measured" and line["this model"] for line in of["zero-shot"])
+    assert {line["state"] for line in of["fine-tune"]} == {"not fine-tuned"}
+    assert not any(line["this model"] for line in of["fine-tune"])
+    page = html.unescape((out / "report.html").read_text())
+    assert "nothing says that this model was fine-tuned for Flickr30K retrieval" in page
+    assert "fine-tune it with `trivium finetune retrieval_flickr30k --init MODEL" in page
+    words = ("evaluate", model, "--suite", "albef", "--task", "COCO retrieval", "--data.root", root, "--out", out)
+    capsys.readouterr()
+    assert run(*words) == 2  # of COCO the suite has fine-tuned rows alone
+    told = capsys.readouterr()
+    assert "nothing says that this model was fine-tuned for COCO retrieval" in told.out
+    assert "is nothing to measure this model on" in told.err
+
+
+def test_rows_without_labels_are_predicted_and_listed_as_unscored(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, root = converted("vqa", tmp_path / "vqa", answers=["red", "blue"]), tmp_path / "data"
+    picture(root / "0.png", 0)
+    asked = {"question_id": 1, "question": "what is it?", "image": "0.png", "dataset": "vqa"}
+    (root / "vqa_test.json").write_text(json.dumps([asked]))
+    for out in ("first", "second"):
+        assert not evaluated(model, root, tmp_path / out, "VQAv2")
+        told = capsys.readouterr().out
+        assert "unscored" in told and "VQAv2: test: it has no labels; its predictions are written" in told
+        assert "VQAv2: there is no figure, since no row that can be read has a label" in told
+        page = html.unescape((tmp_path / out / "report.html").read_text())
+        assert "Predicted, and without labels to score by" in page and "Figures of 0 of 1 tasks." in page
+        assert "v2_mscoco_{train2014,val2014}_annotations" in page  # what is missing
+        assert [line["question_id"] for line in said(cache, "test", ".json")] == [1]
+        assert not list(cache.glob("**/tasks/*/about.json"))  # it is not done
+        for path in cache.glob("**/predictions/*"):
+            path.unlink()  # and made again by the second call
+    (root / "vqa_val.json").write_text(json.dumps([{**asked, "answer": ["red"] * 10}]))
+    assert "VQAv2.dev.accuracy" in evaluated(model, root, tmp_path / "third", "VQAv2")
+    assert list(cache.glob("**/tasks/*/about.json"))
 
 
 def test_referring_expressions_are_found_among_proposed_boxes(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ class Bundle:
     head: nn.Module | None = None  # of a fine-tuned model
     head_config: HeadConfig | None = None
     labels_of: dict[str, list[str]] | None = None  # of a model of several tasks; attributes as "TASK.attributes"
+    tuned_for: tuple[str, ...] = ()  # retrieval, for which there is no head: the task, or those that it may have been
 
     @property
     def device(self) -> torch.device:

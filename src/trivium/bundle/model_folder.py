@@ -36,6 +36,8 @@ def write(
         "false_pairs": bundle.false_pairs,
         "image_tokenizer": image_tokenizer_entry(bundle.image_tokenizer),
     }
+    if bundle.tuned_for:
+        config["tuned_for"] = list(bundle.tuned_for)
     if bundle.head is not None and bundle.head_config is not None:
         config["head"] = asdict(bundle.head_config)
         head_weights = bundle.head.state_dict() if head_weights is None else head_weights

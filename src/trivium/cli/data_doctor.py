@@ -60,8 +60,9 @@ def doctor(
     from trivium.evaluate import data_report
     from trivium.manifest import write_whole
     from trivium.recipes import RECIPES
-    from trivium.recipes.data import make_streams, noticed, open_sources
+    from trivium.recipes.data import make_streams, open_sources
     from trivium.recipes.flava import FlavaRecipe
+    from trivium.recipes.notices import noticed
     from trivium.train import config
 
     tree = config.build(config.Config(recipe, {} if size is None else {"size": size}, {}), RECIPES)

@@ -14,7 +14,7 @@ from trivium.evaluate import results, suite, suite_report
 from trivium.evaluate.feature_store import cache_root
 from trivium.evaluate.paper_tasks import SUITES, PaperTask
 from trivium.evaluate.results import Results
-from trivium.evaluate.suite import HAS_FIGURES, SuiteRun
+from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun
 from trivium.load import load
 from trivium.recipes.own_head import open_own
 from trivium.train import run_folder
@@ -54,8 +54,8 @@ def evaluate_suite(
     run = suite.run(tasks, bundle, root, cache_root(), fine_tuned=tuned, rows=rows, say=say, own=open_own)
     if not any(each.state in HAS_FIGURES for each in run.tasks):
         _list_absent(run)
-        if not any(each.state in ("damaged", "failed") for each in run.tasks):
-            where = "no --data.root is given" if root is None else f"none of it lies below {root}"
+        if not any(each.state in ("unscored", "damaged", "failed") for each in run.tasks):
+            where = "no --data.root is given" if root is None else f"below {root} is nothing to measure this model on"
             raise TriviumError(
                 f"there is nothing to measure: {where}, and --fine-tuned names no result for these tasks"
             )

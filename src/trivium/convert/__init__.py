@@ -40,6 +40,7 @@ class Foreign:
     head: nn.Module | None = None  # of a fine-tuned model
     head_config: HeadConfig | None = None
     labels: list[str] | None = None  # of its outputs
+    tuned_for: tuple[str, ...] = ()  # tasks without a head, for one of which it was fine-tuned
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _read_albef(state: State, config: Mapping[str, Any]) -> Foreign:
         said.append(f"not in the file and therefore drawn at random (seed 0): {', '.join(drawn)}")
     return Foreign(
         "albef", model, None, said, ours.max_length, {"size": ours.image_size}, captions=True, head=head,
-        head_config=head_config, labels=None if labels is None else list(labels),
+        head_config=head_config, labels=None if labels is None else list(labels), tuned_for=albef.tuned_for(layout),
     )  # fmt: skip
 
 

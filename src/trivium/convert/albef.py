@@ -58,6 +58,7 @@ _SINGLES = {
     "queue_ptr": Place("queue_pointer", ("queue_ptr",)),
     "idx_queue": Place("queue_pictures", ("idx_queue",)),
 }
+_QUEUES = _SINGLES.keys() - {"temp"}
 LEARNED_LATER = ("image_projection.", "text_projection.", "itm_head.", "mlm_head.", "temperature")
 
 
@@ -185,6 +186,12 @@ def head_config(config: AlbefConfig, layout: Layout, state: Mapping[str, Tensor]
     return HeadConfig(
         task, "two_pictures", "class", width, num_labels, hidden, "relu", 0.0, blocks=blocks, num_pictures=2
     )
+
+
+def tuned_for(layout: Layout) -> tuple[str, ...]:
+    """The tasks for one of which a file without a head was fine-tuned: it does not say which. () of any other."""
+    plain = replace(layout, parts=layout.parts - _QUEUES)
+    return ("Flickr30K retrieval", "COCO retrieval") if plain == RETRIEVAL else ()
 
 
 def layout_for(head: HeadConfig) -> Layout | None:

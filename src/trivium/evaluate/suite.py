@@ -1,31 +1,30 @@
 """The papers' tasks on whatever data is there: each by itself, kept when it is done, and none in the way of another.
 
-What a task gave is kept in a folder named after all that it depends on: the model, the version of the protocol, the
-names, sizes and times of the data files. A second call finds it there; an interrupted one goes on with what is left.
+What a task gave is kept (task_runs.py) in a folder named after all that it depends on: the model, the version of the
+protocol, the names, sizes and times of the data files. A second call finds it there; an interrupted one goes on with
+what is left.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from trivium import __version__
 from trivium.bundle import Bundle
 from trivium.data.detection import LAYOUTS, DetectionRows, find_val
 from trivium.data.referring import Referring, find_referring
 from trivium.errors import BadSample, TriviumError
-from trivium.evaluate import detection, grounding, outcomes, pairs, results
+from trivium.evaluate import detection, grounding, pairs, task_runs
 from trivium.evaluate import features as encoding
 from trivium.evaluate.classification import Measured, classification
 from trivium.evaluate.datasets import Missing, find, layouts
@@ -33,83 +32,17 @@ from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
 from trivium.evaluate.datasets.captions import Captioned, find_captions
 from trivium.evaluate.datasets.pictures import DataSet, with_rows
 from trivium.evaluate.feature_store import ModelEncoder, features, identity, model_hash, stamp_of
-from trivium.evaluate.paper_tasks import Figure, PaperTask
-from trivium.evaluate.published import Place
-from trivium.evaluate.results import Result, Results
-from trivium.manifest import write_whole
+from trivium.evaluate.paper_tasks import PaperTask
+from trivium.evaluate.results import Result
+from trivium.evaluate.task_runs import SuiteRun, TaskRun
 from trivium.models.encoded import Detects, EncodesImage, EncodesText, Matches
 from trivium.models.grounding import Grounds
 
 # Of the protocols: a change of what they measure is another number.
 VERSIONS = {"classification": 2, "retrieval": 2, "grounding": 1, "detection": 1, "fine-tuning": 1}
 
-AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training {} (trivium finetune {})"
-
-State = Literal["measured", "kept", "read", "missing", "not applicable", "not fine-tuned", "damaged", "failed"]
-HAS_FIGURES: tuple[State, ...] = ("measured", "kept", "read")
-
-
-@dataclass
-class TaskRun:
-    """What became of one task. The names of its results begin with the task's."""
-
-    task: PaperTask
-    state: State
-    results: Results = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    missing: Missing | None = None
-
-    def figure(self, figure: Figure) -> Result | None:
-        """Our own value of one of its figures, as a share."""
-        return self._own(figure) or self.on_another_split(figure)
-
-    def on_another_split(self, figure: Figure) -> Result | None:
-        """Ours, where it is taken on another split than the published one; else None."""
-        if self._own(figure) is not None or not figure.instead:
-            return None
-        return self.results.get(self._name(figure.instead))
-
-    def _own(self, figure: Figure) -> Result | None:
-        first = self.results.get(self._name(figure.first)) if figure.first else None
-        return first or self.results.get(self._name(figure.result))
-
-    def metric(self, figure: Figure) -> str:
-        """What the figure is called, and where ours is of another split, that."""
-        return f"{figure.metric} (ours: {figure.instead})" if self.on_another_split(figure) else figure.metric
-
-    def _name(self, result: str) -> str:
-        return ".".join(filter(None, (self.task.prefix, result)))
-
-
-@dataclass
-class SuiteRun:
-    """What became of all tasks, in order."""
-
-    tasks: list[TaskRun]
-
-    @property
-    def results(self) -> Results:
-        return {name: result for run in self.tasks for name, result in run.results.items()}
-
-    def values(self) -> dict[Place, float]:
-        """Our own figures in per cent, as published ones are."""
-        found = {}
-        for run in self.tasks:
-            for place, figure in enumerate(run.task.figures):
-                result = run.figure(figure)
-                if result is not None:
-                    found[run.task.key, place] = 100 * result.value
-        return found
-
-    def cannot(self) -> list[str]:
-        """Domains of which the model can do no task at all."""
-        domains = dict.fromkeys(run.task.domain for run in self.tasks)
-        return [
-            name
-            for name in domains
-            if all(run.state == "not applicable" for run in self.tasks if run.task.domain == name)
-        ]
+AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training expressions (trivium finetune {})"
+NOT_TUNED = "nothing says that this model was fine-tuned for {}, and zero-shot figures do not stand in such a row"
 
 
 class OwnTask(ABC):
@@ -126,7 +59,8 @@ class OwnTask(ABC):
 
     @abstractmethod
     def measure(self, folder: Path, say: Callable[[str], None]) -> Measured:
-        """Its figures, under the names that `trivium finetune` gives them after its title; "" is the title alone.
+        """Its figures, under the names that `trivium finetune` gives them after its title; "" is the title alone. None
+        where no row has a label, and then the first note says so.
 
         folder: where the predictions are written.
         """
@@ -193,8 +127,10 @@ def _one(
             return read
     if task.kind == "fine-tuning":
         if task.name in CAPTIONED:
+            if task.name not in bundle.tuned_for:
+                return replace(read, notes=[f"{NOT_TUNED.format(task.name)}: {' '.join(read.notes)}"])
             found = _one(replace(task, kind="retrieval"), bundle, encoder, root, cache, {}, rows, say, own)
-            return _as_fine_tuned(found, task) if found.state in HAS_FIGURES else read
+            return _as_fine_tuned(found, task, bundle.tuned_for)
         data = own(task, bundle, root)
         if data is None:
             return read
@@ -209,7 +145,7 @@ def _one(
     model = model_hash(bundle) if encoder is None else encoder.hash
     depends = f"{VERSIONS[task.kind]} {model} {_identity(data)} {rows if isinstance(data, Referring) else ''}"
     folder = cache / "tasks" / f"{_slug(task.name)}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
-    kept = _kept(task, folder)
+    kept = task_runs.kept(task, folder)
     if kept is not None:
         return kept
     begun = time.perf_counter()
@@ -225,7 +161,7 @@ def _one(
         measured = classification(data, encoder, cache / "features", bundle, tell)
     elif isinstance(data, Referring):
         grounded = grounding.run(bundle, data, rows=rows, say=tell)
-        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS.format("expressions", task.verb)])
+        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS.format(task.verb)])
     elif isinstance(data, Boxes):
         measured = detected(task, bundle, data, tell)
     else:
@@ -235,11 +171,13 @@ def _one(
         what = "rows" if isinstance(data, OwnTask) else what
         how = "evenly spread" if isinstance(data, Referring | Boxes | OwnTask) else "drawn with a fixed seed"
         measured.notes.insert(0, f"at most {rows:,} {what} of each split, {how}: not the papers' figures")
+    if not measured.results:  # is not kept: whoever adds the labels wants figures, who reads the predictions, them
+        return TaskRun(task, "unscored", notes=measured.notes, missing=Missing(task.expected, task.owners))
     named = {".".join(filter(None, (task.prefix, name))): result for name, result in measured.results.items()}
     found = TaskRun(task, "measured", named, measured.notes)
     found.notes += _on_other_splits(found)
     if measured.is_final:
-        _keep(found, folder, time.perf_counter() - begun)
+        task_runs.keep(found, folder, time.perf_counter() - begun)
     return found
 
 
@@ -327,10 +265,13 @@ def _on_other_splits(found: TaskRun) -> list[str]:
     ]
 
 
-def _as_fine_tuned(found: TaskRun, task: PaperTask) -> TaskRun:
-    """Retrieval as any model does it, under the names of a fine-tuned one: nothing in the weights says which it is."""
+def _as_fine_tuned(found: TaskRun, task: PaperTask, tuned_for: Sequence[str]) -> TaskRun:
+    """Retrieval as any model does it, under the names of a fine-tuned one."""
     renamed = {name.replace(".zero_shot.", ".test."): result for name, result in found.results.items()}
-    return replace(found, task=task, results=renamed, notes=[*found.notes, AS_IT_IS.format("pairs", task.verb)])
+    notes = list(found.notes)
+    if len(tuned_for) > 1:
+        notes.append(f"it was fine-tuned for {' or '.join(tuned_for)}: its file does not say for which of them")
+    return replace(found, task=task, results=renamed, notes=notes)
 
 
 def _same_classes(task: PaperTask, bundle: Bundle, data: Boxes) -> None:
@@ -391,9 +332,6 @@ def zero_shot_retrieval(
     return found
 
 
-# ------------------------------------------------------------------------------------------- what is kept
-
-
 def _identity(data: DataSet | Captioned | Referring | Boxes | OwnTask) -> str:
     if isinstance(data, OwnTask):
         return data.identity
@@ -410,25 +348,3 @@ def _identity(data: DataSet | Captioned | Referring | Boxes | OwnTask) -> str:
 
 def _slug(name: str) -> str:
     return re.sub(r"\W+", "-", name)
-
-
-def _keep(found: TaskRun, folder: Path, seconds: float) -> None:
-    about = {"notes": found.notes, "seconds": seconds}
-    results.write(
-        folder / "results.json", found.results, command="", version=__version__, machine={}, seconds={"total": seconds}
-    )
-    write_whole(folder / "about.json", json.dumps(about, indent=1) + "\n")  # last: with it the folder is whole
-
-
-def _kept(task: PaperTask, folder: Path) -> TaskRun | None:
-    """What was measured before; None where nothing was, or it is damaged: then it is measured again."""
-    try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        read = results.read(folder / "results.json")
-        units = outcomes.read(folder / outcomes.NAME)
-        notes, seconds = [str(note) for note in about["notes"]], float(about["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    figures = {name: replace(result, outcomes=units.get(name)) for name, result in read.items()}
-    own = {name: result for name, result in figures.items() if not name.startswith("seconds.")}
-    return TaskRun(task, "kept", own, notes, seconds)

@@ -16,7 +16,7 @@ from trivium.evaluate import report, results
 from trivium.evaluate.paper_tasks import DOMAINS
 from trivium.evaluate.published import Averages, Cell, Column, Place, averages, columns
 from trivium.evaluate.results import Result
-from trivium.evaluate.suite import HAS_FIGURES, SuiteRun, TaskRun
+from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun, TaskRun
 from trivium.manifest import write_whole
 
 OURS = "this model"
@@ -29,6 +29,7 @@ PAPERS_OWN = (
 )
 DOMAIN_TITLES = {"language": "Language", "vision": "Vision", "multimodal": "Multimodal"}
 STATE_TITLES = {
+    "unscored": "Predicted, and without labels to score by",
     "missing": "Not on the disk",
     "not fine-tuned": "To be fine-tuned first",
     "not applicable": "Not applicable",

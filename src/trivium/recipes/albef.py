@@ -16,7 +16,7 @@ from trivium.methods.albef import FALSE_SHARE, LOSSES, AlbefMethod, Distillation
 from trivium.methods.pixels import Pixels
 from trivium.models.albef import SIZES, Albef, AlbefConfig
 from trivium.recipes import limits
-from trivium.recipes.data import PairData, check_shapes, cut_captions, make_pairs, open_sources
+from trivium.recipes.data import PairData, check_shapes, make_pairs, open_sources
 from trivium.recipes.prepared import PreparedPairs, Recipe
 from trivium.recipes.start import check_words, open_start, vocabulary
 from trivium.recipes.towers import AlbefImageTower, AlbefTextTower
@@ -196,8 +196,6 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
         share = data.mask_probability if train else HELD_OUT_MASKED
         return make_pairs(data, sources, views, config.patch_size, tokenizer, train, share, data.whole_words, changes)
 
-    for pairs, source in (("data.pairs", sources.pairs), ("data.validation", sources.validation_pairs)):
-        notes += cut_captions(pairs, source, tokenizer, data.max_length)
     return PreparedAlbef.of_streams(
         recipe, name, arguments, method, bundle, sources, streams(True), streams(False), notes
     )

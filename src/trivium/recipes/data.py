@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -16,12 +15,9 @@ from trivium.data import embedded
 from trivium.data.codes import CodeCache
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextCollate, TextInput
 from trivium.data.decode import DecodeError
-from trivium.data.files import TEXT_LIMIT, RowSource, TextLines
+from trivium.data.files import TEXT_LIMIT, RowSource
 from trivium.data.random_augment import RandomAugment
-from trivium.data.remote import is_remote
-from trivium.data.shards import TarShards
 from trivium.data.sources import Concat, open_source
-from trivium.data.task_collate import cut
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.views import WHOLE, Views
 from trivium.errors import BadSample, TriviumError
@@ -35,7 +31,6 @@ from trivium.train import distributed
 from trivium.train.protocol import Source, Stream, hash64
 
 TEXTS_FOR_VOCABULARY = 200_000
-ROWS_LOOKED_AT = 10_000  # of each source of pairs, for captions that are cut
 PICTURES_FOR_CODEBOOK = 4_000
 
 
@@ -179,11 +174,11 @@ def _texts(sources: Sources) -> Iterator[str]:
     """Up to a stated number of texts of each source, evenly spread. No picture is read for them."""
     found, worst = False, ""
     for source in (sources.pairs, sources.text):
-        for part in _parts(source):
+        for part in parts_of(source):
             assert source is not None
-            for row in _spread(part, -(-TEXTS_FOR_VOCABULARY * len(part) // len(source))):
+            for row in spread(part, -(-TEXTS_FOR_VOCABULARY * len(part) // len(source))):
                 try:
-                    texts = _captions(part, row)
+                    texts = captions_of(part, row)
                 except BadSample as error:  # the loader reports it when its place comes
                     worst = f"; the last that was tried: {error}"
                     continue
@@ -196,67 +191,21 @@ def _texts(sources: Sources) -> Iterator[str]:
         )
 
 
-def _captions(source: Source, row: int) -> list[str]:
-    """Raises BadSample."""
+def captions_of(source: Source, row: int) -> list[str]:
+    """All texts of a row, each up to TEXT_LIMIT; no picture is read for them where that can be. Raises BadSample."""
     if isinstance(source, RowSource):
         return [text[:TEXT_LIMIT] for text in source.captions(row)]
     sample = source.read(row, row)
     return sample.get("texts") or [sample["text"]]
 
 
-def _parts(source: Source | None) -> list[Source]:
+def parts_of(source: Source | None) -> list[Source]:
     """The sources that one is joined from."""
     return source.sources if isinstance(source, Concat) else [] if source is None else [source]
 
 
-def noticed(sources: Sources) -> list[str]:
-    """One sentence for each thing in the data that is cut or left out, for the start of a run."""
-    sentences = []
-    for name, source in (("pairs", sources.pairs), ("text", sources.text), ("validation", sources.validation_pairs)):
-        cut = 0
-        for part in _parts(source):
-            if isinstance(part, TextLines) and part.long_lines:
-                lines = _counted(part.long_lines, "long line is", "long lines are")
-                sentences.append(f"{part.where(0)[0]}: {lines} cut into windows, each a sample")
-            if isinstance(part, RowSource):
-                with suppress(BadSample):  # the loader reports it when its place comes
-                    cut += part.cut_texts()
-        if cut:
-            texts = _counted(cut, "text is", "texts are")
-            sentences.append(f"data.{name}: {texts} longer than {TEXT_LIMIT:,} characters and read only up to there")
-    for source in (sources.pairs, sources.images, sources.text, sources.validation_pairs):
-        sentences += [note for part in _parts(source) if isinstance(part, TarShards) for note in part.notes]
-    return list(dict.fromkeys(sentences))
-
-
-def cut_captions(name: str, source: Source | None, tokenizer: Tokenizer, limit: int) -> list[str]:
-    """A sentence on captions of more tokens than the limit, where there are any. name: of these pairs, in it.
-
-    All captions of ROWS_LOOKED_AT rows, evenly spread: of fewer rows all, so that then the number is exact. Shards at
-    an address are left alone, where each row is a request (`trivium data doctor` looks at them).
-    """
-    texts: list[tuple[str, str]] = []
-    rows = 0
-    for part in _parts(source):
-        assert source is not None
-        if isinstance(part, RowSource) and len(part) and is_remote(part.where(0)[0]):
-            continue
-        for row in _spread(part, -(-ROWS_LOOKED_AT * len(part) // len(source))):
-            named = "{} ({})".format(*part.where(row)) if isinstance(part, RowSource) else f"row {row}"
-            with suppress(BadSample):  # the loader reports it when its place comes
-                texts += [(named, caption) for caption in _captions(part, row)]
-            rows += 1
-    told = cut("captions", tokenizer, limit, texts)
-    if told and source is not None and rows < len(source):
-        return [f"{name}: of {rows:,} rows that were looked at, {len(source):,} in all, {told[0]}"]
-    return [f"{name}: {sentence}" for sentence in told]
-
-
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
-
-
-def _spread(source: Source | None, limit: int) -> list[int]:
+def spread(source: Source | None, limit: int) -> list[int]:
+    """At most so many of its rows, evenly spread."""
     rows = 0 if source is None else len(source)
     return (np.arange(min(rows, limit)) * rows // max(1, min(rows, limit))).tolist()
 
@@ -277,7 +226,7 @@ def make_image_tokenizer(data: Data, sources: Sources, views: Views, config: Fla
 def _learn_centres(sources: Sources, views: Views, config: FlavaConfig, seed: int) -> Tensor:
     pictures, worst = [], ""
     for source in (sources.pairs, sources.images):
-        for row in _spread(source, PICTURES_FOR_CODEBOOK // 2):
+        for row in spread(source, PICTURES_FOR_CODEBOOK // 2):
             try:
                 sample = source.read(row, row) if source is not None else {}
                 pictures.append(views.for_model(views.decode(sample["image"]), WHOLE))

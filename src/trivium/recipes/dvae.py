@@ -29,8 +29,9 @@ from trivium.load import load_image_tokenizer, save_image_tokenizer
 from trivium.methods.dvae import Annealing, DVaeMethod
 from trivium.models.dvae import DVae, DVaeConfig, map_pixels
 from trivium.recipes import limits, validation
-from trivium.recipes.data import Sources, absolute, noticed
+from trivium.recipes.data import Sources, absolute
 from trivium.recipes.dino import Pictures as PlainPictures
+from trivium.recipes.notices import noticed
 from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
 from trivium.recipes.validation import Validation
 from trivium.train import distributed

@@ -118,6 +118,8 @@ class OwnHead(OwnTask):
         beside = "picture and text vector side by side" if head.reads == "concatenated" else "the model's own states"
         notes = [f"by the model's own head, trained for {head.task}, which reads {beside}", *found.not_applicable]
         notes.append(f"what it says of each row: {predictions}")
+        if not found.results:
+            notes.insert(0, "there is no figure, since no row that can be read has a label: labelled ones are missing")
         title = self.task.title + (" (concatenated)" if head.reads == "concatenated" else "")
         return Measured({name[len(title) :].lstrip("."): each for name, each in found.results.items()}, notes)
 

@@ -13,7 +13,8 @@ from trivium.data.mixture import StreamMixture
 from trivium.evaluate import embedded, pairs
 from trivium.evaluate.embedded import Evaluation
 from trivium.recipes import validation
-from trivium.recipes.data import PairData, Sources, absolute, noticed
+from trivium.recipes.data import PairData, Sources, absolute
+from trivium.recipes.notices import cut_in_streams, noticed
 from trivium.recipes.validation import Validation
 from trivium.train.checkpoint import Export
 from trivium.train.config import Config, leaves
@@ -147,7 +148,7 @@ class PreparedPairs(Prepared):
     ) -> Self:
         """streams, held_out: over rows to train on, and over those that are not."""
         batches = validation.of_streams(held_out, recipe.data.batch, recipe.validate, notes)
-        notes += noticed(sources)
+        notes += [*noticed(sources), *cut_in_streams(streams, held_out, bundle.tokenizer, bundle.max_length)]
         return cls.of(
             recipe, name, arguments, method, bundle, mixtures(recipe, streams, schedule), notes,
             sources=sources, validation=batches,

@@ -40,7 +40,8 @@ from trivium.models.flava import Flava
 from trivium.recipes import limits
 from trivium.recipes.albef import check_pools, queue_rows
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
-from trivium.recipes.data import Sources, absolute, cut_captions, noticed
+from trivium.recipes.data import Sources, absolute
+from trivium.recipes.notices import cut_captions, noticed
 from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
 from trivium.recipes.start import open_trained
 from trivium.train.config import leaves
@@ -236,6 +237,7 @@ def _prepare(
     if resume_from is None and start.head is not None:
         notes.append("left out is the head that the model has: retrieval has no use for it")
     method, bundle, stream = put_together(recipe, start, train, notes, data.crop_scale, data.sort_by_length)
+    bundle = replace(bundle, tuned_for=(title,))
     for split, source in {"train": train, **sources}.items():
         notes += cut_captions(split, source, start.tokenizer, bundle.max_length)
     return PreparedRetrieval.of(
@@ -268,6 +270,7 @@ def put_together(
     bundle = replace(
         start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
         image_tokenizer=None, false_pairs=FALSE_SHARE if _trains_matching(recipe, model) else start.false_pairs,
+        tuned_for=(),
     )  # fmt: skip
     views = Views(transform.size, transform.filter, crop_scale=crop_scale, flip=data.flip)
     changes = RandomAugment(data.random_changes) if data.random_changes else None

@@ -118,7 +118,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(TriviumError, match="holds no picture of the test split"):
         find_captions(FLICKR, tmp_path)
     table.write_text(json.dumps([{"image": "1000.jpg", "caption": []}]))
-    with pytest.raises(TriviumError, match=r"1000.jpg has no caption"):
+    with pytest.raises(TriviumError, match=r'flickr30k_test\.json \(entry 0\): its "caption" is an empty list'):
         find_captions(FLICKR, tmp_path)
 
 
@@ -140,6 +140,8 @@ def test_a_list_that_is_damaged_is_said(layout, form: str, tmp_path: Path) -> No
     [
         ({"caption": None}, r'coco_test\.json \(entry 1\): it has no "caption"'),
         ({"caption": ["a dog", 3]}, r'\(entry 1\): its "caption" is neither a text nor a list of texts'),
+        ({"caption": ["a dog", " \t"]}, r'coco_test\.json \(entry 1\): its "caption" is blank \(text 2 of 2\)'),
+        ({"caption": "  "}, r'coco_test\.json \(entry 1\): its "caption" is blank \(text 1 of 1\)'),
         ({"image": 7}, r'\(entry 1\): its "image" holds no text'),
     ],
 )
@@ -153,6 +155,24 @@ def test_an_entry_of_albefs_list_that_is_wrong_is_named(change: dict[str, object
     table.write_text(json.dumps([{**entries[0], "caption": "one alone"}]))
     found = find_captions(COCO, tmp_path)
     assert found is not None and found.captions == (("one alone",),)
+
+
+def test_a_blank_caption_of_a_flat_list_is_named(tmp_path: Path) -> None:
+    flickr(tmp_path, "flat")
+    table = tmp_path / "flickr30k" / "flickr30k_test_karpathy.txt"
+    lines = table.read_text().splitlines()
+    for blank in ("", ' "" '):
+        lines[2] = f"1000.jpg,{blank}"
+        table.write_text("\n".join(lines) + "\n")
+        with pytest.raises(TriviumError, match=r"karpathy\.txt \(line 3\): the caption after its comma is blank"):
+            find_captions(FLICKR, tmp_path)
+    coco(tmp_path, "flat")
+    table = tmp_path / "coco" / "coco_test_karpathy.json"
+    content = json.loads(table.read_text())
+    content["annotations"][4]["caption"] = " "
+    table.write_text(json.dumps(content))
+    with pytest.raises(TriviumError, match=r'karpathy\.json \(annotation 4\): its "caption" is blank'):
+        find_captions(COCO, tmp_path)
 
 
 def test_a_picture_of_karpathys_list_that_is_wrong_is_named(tmp_path: Path) -> None:

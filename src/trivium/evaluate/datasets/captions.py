@@ -115,8 +115,13 @@ def _albef(table: Path) -> list[Entry]:
     for entry in json_elements(str(table)):
         caption = entry.value("caption")
         captions = [caption] if isinstance(caption, str) else caption
-        if not isinstance(captions, list) or not all(isinstance(each, str) and each.strip() for each in captions):
+        if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
             raise entry.bad('its "caption" is neither a text nor a list of texts')
+        if not captions:
+            raise entry.bad('its "caption" is an empty list')
+        blank = next((number for number, each in enumerate(captions, start=1) if not each.strip()), None)
+        if blank is not None:
+            raise entry.bad(f'its "caption" is blank (text {blank} of {len(captions)})')
         found.append((entry.text("image"), captions))
     return found
 
@@ -127,14 +132,19 @@ def _flat(table: Path) -> list[Entry]:
     if table.suffix == ".json":
         content = json_of(table)
         name = {image["id"]: f"val2014/{image['file_name']}" for image in content["images"]}
-        for entry in content["annotations"]:
+        for number, entry in enumerate(content["annotations"]):
+            if isinstance(entry["caption"], str) and not entry["caption"].strip():
+                raise BadSample(str(table), f"annotation {number}", 'its "caption" is blank')
             found.setdefault(name[entry["image_id"]], []).append(entry["caption"])
         return list(found.items())
     for number, line in enumerate(lines_of(table)[1:], start=2):
         picture, comma, caption = line.partition(",")  # captions hold commas of their own
         if not comma:
             raise TriviumError(f"{table} (line {number}) is no picture with its caption after a comma")
-        found.setdefault(picture, []).append(caption.strip().strip('"'))
+        caption = caption.strip().strip('"')
+        if not caption.strip():
+            raise BadSample(str(table), f"line {number}", "the caption after its comma is blank")
+        found.setdefault(picture, []).append(caption)
     return list(found.items())
 
 

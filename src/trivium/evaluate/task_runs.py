@@ -1,0 +1,109 @@
+"""What became of the tasks of a suite, and how that of one task is kept in a folder, to be read by the next call."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from trivium import __version__
+from trivium.evaluate import outcomes, results
+from trivium.evaluate.datasets import Missing
+from trivium.evaluate.paper_tasks import Figure, PaperTask
+from trivium.evaluate.published import Place
+from trivium.evaluate.results import Result, Results
+from trivium.manifest import write_whole
+
+State = Literal[
+    "measured", "kept", "read", "unscored", "missing", "not applicable", "not fine-tuned", "damaged", "failed"
+]
+HAS_FIGURES: tuple[State, ...] = ("measured", "kept", "read")
+
+
+@dataclass
+class TaskRun:
+    """What became of one task. The names of its results begin with the task's."""
+
+    task: PaperTask
+    state: State
+    results: Results = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    missing: Missing | None = None
+
+    def figure(self, figure: Figure) -> Result | None:
+        """Our own value of one of its figures, as a share."""
+        return self._own(figure) or self.on_another_split(figure)
+
+    def on_another_split(self, figure: Figure) -> Result | None:
+        """Ours, where it is taken on another split than the published one; else None."""
+        if self._own(figure) is not None or not figure.instead:
+            return None
+        return self.results.get(self._name(figure.instead))
+
+    def _own(self, figure: Figure) -> Result | None:
+        first = self.results.get(self._name(figure.first)) if figure.first else None
+        return first or self.results.get(self._name(figure.result))
+
+    def metric(self, figure: Figure) -> str:
+        """What the figure is called, and where ours is of another split, that."""
+        return f"{figure.metric} (ours: {figure.instead})" if self.on_another_split(figure) else figure.metric
+
+    def _name(self, result: str) -> str:
+        return ".".join(filter(None, (self.task.prefix, result)))
+
+
+@dataclass
+class SuiteRun:
+    """What became of all tasks, in order."""
+
+    tasks: list[TaskRun]
+
+    @property
+    def results(self) -> Results:
+        return {name: result for run in self.tasks for name, result in run.results.items()}
+
+    def values(self) -> dict[Place, float]:
+        """Our own figures in per cent, as published ones are."""
+        found = {}
+        for run in self.tasks:
+            for place, figure in enumerate(run.task.figures):
+                result = run.figure(figure)
+                if result is not None:
+                    found[run.task.key, place] = 100 * result.value
+        return found
+
+    def cannot(self) -> list[str]:
+        """Domains of which the model can do no task at all."""
+        domains = dict.fromkeys(run.task.domain for run in self.tasks)
+        return [
+            name
+            for name in domains
+            if all(run.state == "not applicable" for run in self.tasks if run.task.domain == name)
+        ]
+
+
+# ------------------------------------------------------------------------------------------- what is kept
+
+
+def keep(found: TaskRun, folder: Path, seconds: float) -> None:
+    about = {"notes": found.notes, "seconds": seconds}
+    results.write(
+        folder / "results.json", found.results, command="", version=__version__, machine={}, seconds={"total": seconds}
+    )
+    write_whole(folder / "about.json", json.dumps(about, indent=1) + "\n")  # last: with it the folder is whole
+
+
+def kept(task: PaperTask, folder: Path) -> TaskRun | None:
+    """What was measured before; None where nothing was, or it is damaged: then it is measured again."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        read = results.read(folder / "results.json")
+        units = outcomes.read(folder / outcomes.NAME)
+        notes, seconds = [str(note) for note in about["notes"]], float(about["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    figures = {name: replace(result, outcomes=units.get(name)) for name, result in read.items()}
+    own = {name: result for name, result in figures.items() if not name.startswith("seconds.")}
+    return TaskRun(task, "kept", own, notes, seconds)
