@@ -100,7 +100,7 @@ def test_without_teacher_and_queue_it_is_the_contrastive_loss_of_clip_and_flava(
         for asked, key, same_BB in ways
     ]
     mine = torch.stack(losses).sum() / 2
-    assert float(mine) == pytest.approx(float(expected), rel=1e-12)
+    assert mine.item() == pytest.approx(expected.item(), rel=1e-12)
     wanted = (image_BD, text_BD, scale)
     for grad, other in zip(torch.autograd.grad(mine, wanted), torch.autograd.grad(expected, wanted), strict=True):
         assert torch.allclose(grad, other, rtol=1e-10, atol=1e-13)

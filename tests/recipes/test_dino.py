@@ -183,6 +183,13 @@ def test_a_run_starts_from_a_dino_or_a_vit(run: Path, pictures: Path, tmp_path: 
     assert len(other.run.method.model.backbone.encoder.blocks) == 2
 
 
+def test_what_sinkhorn_leaves_to_the_mean_is_said(pictures: Path) -> None:
+    sinkhorn = {"data__images": pictures, "distillation__centring": "sinkhorn"}
+    assert not recipe(**sinkhorn).prepare("dino", {}).notes
+    [note] = recipe(**sinkhorn, objectives__ibot=1.0).prepare("dino", {}).notes
+    assert "iBOT's hidden patches are centred by their mean" in note
+
+
 def test_what_does_not_fit_is_said(pictures: Path, twenty: Path) -> None:
     with pytest.raises(TriviumError, match=r"patches of 16: choose a multiple, such as --crops\.local-size 16"):
         prepared(crops__local_size=20)

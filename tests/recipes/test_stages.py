@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.recipes.shop import checkpoint, data_of, digests, flags, lines_of, trivium
 from trivium.bundle import Bundle
+from trivium.cli.stages import run_stages
 from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.load import image_tokenizer_hash, load_image_tokenizer
@@ -24,7 +25,7 @@ from trivium.recipes.dino import dino
 from trivium.recipes.flava import flava
 from trivium.recipes.stages import Stages, flava_stages
 from trivium.recipes.unimodal import mim, mlm
-from trivium.train.config import leaves, set_leaves
+from trivium.train.config import Config, leaves, set_leaves
 
 STAGES = ("text", "dino", "mim", "joint")
 
@@ -41,7 +42,8 @@ def words(shop: Path, by: tuple[str, ...] = ("dino", "mim"), **changes: object) 
     own |= {"dino.crops.global-size": 32, "dino.crops.local-size": 16, "dino.crops.num-local": 2}
     own |= {"dino.head-width": 16, "dino.bottleneck-width": 8, "dino.num-prototypes": 16}
     stages = [word for name, value in own.items() for word in (f"--{name}", str(value))]
-    return [*data_of(shop), "--image-by", *by, *stages, *flags(train__steps=4, train__save_every=2, **changes)]
+    joint = {"train__steps": 4, "train__save_every": 2} | changes
+    return [*data_of(shop), "--image-by", *by, *stages, *flags(**joint)]
 
 
 @pytest.fixture(scope="module")
@@ -193,14 +195,13 @@ def test_three_stages_are_three_runs(staged: Path) -> None:
 def test_masked_patches_alone_train_the_image_encoder(shop: Path, tmp_path: Path) -> None:
     """Their stage starts from no other, and the joint stage from it, with its head and its codes."""
     run = tmp_path / "run"
-    short = ["--text.train.steps", 1, "--mim.train.steps", 1]
     by_mim = words(shop, by=("mim",), train__steps=1, optim__lr=0.0)
-    assert trivium("pretrain", "flava-stages", "--out", run, *by_mim, *short) == 0
+    assert trivium("pretrain", "flava-stages", "--out", run, *by_mim) == 0
     assert {path.name for path in run.iterdir()} == {"text", "mim", "joint", "config.json"}
     values = {stage: json.loads((run / stage / "config.json").read_text())["values"] for stage in ("mim", "joint")}
     assert values["mim"]["init_image"] is None
     assert values["joint"]["init_image"] == str(run / "mim")
-    text, image, joint = (weights(run / stage, 1) for stage in ("text", "mim", "joint"))
+    text, image, joint = (weights(run / stage, step) for stage, step in (("text", 4), ("mim", 4), ("joint", 1)))
     for name, tensor in joint.items():
         if name.startswith(("image.", "mim_head.")) and "pooler" not in name:
             assert torch.equal(tensor, image[name]), name
@@ -208,12 +209,11 @@ def test_masked_patches_alone_train_the_image_encoder(shop: Path, tmp_path: Path
             assert torch.equal(tensor, text[name]), name
 
 
-def test_stages_on_several_processes_are_refused(
-    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stages_on_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = flava_stages("tiny")
     monkeypatch.setattr("trivium.train.distributed.world", lambda: 2)
-    assert trivium("pretrain", "flava-stages", "--out", tmp_path / "run", *words(shop)) == 2
-    assert "the stages run one after the other on one process" in capsys.readouterr().err
+    with pytest.raises(TriviumError, match="one after the other on one process: on several, train each alone"):
+        run_stages(tree, Config("flava-stages", {}, leaves(tree)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -206,6 +206,8 @@ def split_codes(models: Sequence[DVae], counts_K: Tensor, features_KD: Tensor, s
     frequent = share_K.argsort(descending=True, stable=True)
     frequent = frequent[share_K[frequent] > FREQUENT]
     num_split = min(len(unused), len(frequent))
+    if not num_split:
+        return 0
     unused, frequent = unused[:num_split], frequent[:num_split]
     weights = models[0].encoder.head.weight[frequent]
     generator = torch.Generator().manual_seed(seed)

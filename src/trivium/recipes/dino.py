@@ -194,6 +194,8 @@ def _prepare(recipe: DinoRecipe, name: str, arguments: dict[str, Any], resume_fr
     model = Dino(config)
     initialise(model, seed, recipe.init_std)
     notes = []
+    if recipe.objectives.ibot and recipe.distillation.centring == "sinkhorn":
+        notes.append("Sinkhorn balances whole pictures alone: iBOT's hidden patches are centred by their mean")
     if start is not None and resume_from is None:
         notes.append(_start(model, start, str(recipe.init)))
         if _tower_and_head(config) != _tower_and_head(given):
