@@ -9,7 +9,7 @@ hidden patches as well. KoLeo and Sinkhorn look at the whole global batch, so th
 
 Sinkhorn balances class tokens alone: hidden patches are always centred by their mean, where DINOv2 balances them too,
 on each device as they come. Over a global batch in parts that would need the teacher's outputs for all of its hidden
-patches at once: 31 GB of them at 1,024 pictures, 30 % hidden, and 65,536 prototypes.
+patches at once: 32 GB of them at 1,024 pictures, 30 % hidden, and 65,536 prototypes.
 
 A skipped step changes neither teacher nor centre: all of it happens in `after_step`, from sums over the global batch.
 
