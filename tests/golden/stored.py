@@ -18,3 +18,10 @@ def hold(found: Mapping[str, Sequence[float]], path: Path, request: pytest.Fixtu
     assert set(found) == set(stored)
     for name, values in stored.items():
         assert found[name] == pytest.approx(values, abs=1e-3), name
+
+
+def fall(values: Sequence[float]) -> float:
+    """From the mean of the first four steps to that of the last four, which is once through the batches of a curve; of
+    a curve of fewer than eight steps from half to half."""
+    width = min(4, len(values) // 2)
+    return (sum(values[:width]) - sum(values[-width:])) / width

@@ -206,6 +206,27 @@ def test_a_run_splits_at_its_steps_and_keeps_its_counts() -> None:
     assert len(late.model.decoder.stem.weight[:, :, 0, 0].detach().unique(dim=1).T) == 13
 
 
+def test_codes_are_split_alike_in_any_micro_batch() -> None:
+    """Two steps, the second of which splits: weights of both models, whatever the global batch is cut into."""
+    found = []
+    for parts in (1, 2, 8):
+        method, batch = dvae.case(torch.float64, 0.0, split_every=2)
+        optimizer = optimizer_of(method)
+        for number in (30, 31):
+            assert step(method, split(batch, parts), replace(KEY, step=number), optimizer).accepted
+        assert not method.counts_K.any()
+        found.append({name: tensor.clone() for name, tensor in method.state_dict().items()})
+    unsplit, batch = dvae.case(torch.float64, 0.0)
+    optimizer = optimizer_of(unsplit)
+    for number in (30, 31):
+        step(unsplit, [batch], replace(KEY, step=number), optimizer)
+    name = "model.encoder.head.weight"
+    assert not torch.allclose(unsplit.state_dict()[name], found[0][name], rtol=0, atol=1e-3)
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            assert torch.allclose(other[name], tensor, rtol=0, atol=1e-9), name
+
+
 def test_both_twins_are_chosen() -> None:
     """Features are never negative, so a plane through zero would leave one twin nothing."""
     torch.manual_seed(0)

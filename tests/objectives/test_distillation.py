@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from trivium.objectives.contrastive import contrastive
 from trivium.objectives.distillation import distilled_contrastive, distilled_prediction, published_prediction
 
 B, G, Q, D = 4, 7, 9, 6
@@ -77,6 +78,32 @@ def test_value_and_gradient_are_those_of_the_plain_form(duplicates: str, alpha: 
     grads = torch.autograd.grad((mine * weight).sum(), (query_BD, tau))
     for grad, other in zip(grads, torch.autograd.grad((yours * weight).sum(), (query_BD, tau)), strict=True):
         assert torch.allclose(grad, other, rtol=1e-11, atol=1e-12)
+
+
+def test_without_teacher_and_queue_it_is_the_contrastive_loss_of_clip_and_flava() -> None:
+    """Both directions, keys without gradient: every row counts and each is the answer of one. float64."""
+    image_BD, text_BD = unit_rows(B, 0).requires_grad_(), unit_rows(B, 1).requires_grad_()
+    scale = torch.tensor([1.2], dtype=torch.float64, requires_grad=True)
+    row_B, kept_B = torch.arange(B), torch.ones(B, dtype=torch.bool)
+    same_image_B, same_text_B = torch.tensor([0, 1, 0, 2]), torch.tensor([0, 1, 2, 0])
+    keys = {"image": image_BD.detach(), "text": text_BD.detach()}
+    expected = contrastive(
+        image_BD, text_BD, keys["image"], keys["text"], scale, row_B, row_B, kept_B=kept_B,
+        same_image_B=same_image_B, same_text_B=same_text_B, same_image_G=same_image_B, same_text_G=same_text_B,
+    )  # fmt: skip
+    ways = (
+        (image_BD, "text", same_image_B[:, None] == same_text_B),
+        (text_BD, "image", same_text_B[:, None] == same_image_B),
+    )
+    losses = [
+        distilled_contrastive(asked, asked.detach(), (keys[key],), 1 / scale.exp(), row_B, (same_BB,), 0.0)[0]
+        for asked, key, same_BB in ways
+    ]
+    mine = torch.stack(losses).sum() / 2
+    assert mine.item() == pytest.approx(expected.item(), rel=1e-12)
+    wanted = (image_BD, text_BD, scale)
+    for grad, other in zip(torch.autograd.grad(mine, wanted), torch.autograd.grad(expected, wanted), strict=True):
+        assert torch.allclose(grad, other, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])

@@ -68,8 +68,23 @@ def test_published_sizes() -> None:
         assert (each.optim.weight_decay, each.optim.weight_decay_final) == (0.04, 0.4)
         assert (each.crops.num_local, each.crops.global_scale, each.crops.local_scale) == (10, (0.25, 1), (0.05, 0.25))
         assert (each.objectives.koleo, each.objectives.ibot) == (0, 0)
+        assert (each.distillation.first_teacher_temperature, each.distillation.student_temperature) == (0.04, 0.1)
+        assert (each.distillation.center_momentum, each.distillation.centring) == (0.9, "mean")
+        assert (each.data.batch, each.optim.schedule, each.model.drop_path) == (1024, "cosine", 0.1)
+        assert (each.crops.global_size, each.crops.local_size) == (224, 96)
         assert isinstance(each.train.micro_batch, int) and each.data.batch % each.train.micro_batch == 0
-    assert small.optim.lr == pytest.approx(0.002)
+    for each, epochs, lr, lowest, temperature_epochs, frozen_epochs in (
+        (small, 800, 5e-4 * 1024 / 256, 1e-5, 30, 1),
+        (base, 400, 7.5e-4 * 1024 / 256, 2e-6, 50, 3),
+    ):
+        assert each.optim.lr == pytest.approx(lr)
+        assert each.optim.lr * each.optim.final == pytest.approx(lowest)
+        assert each.optim.warmup == pytest.approx(10 / epochs)
+        assert each.distillation.temperature_warmup == pytest.approx(temperature_epochs / epochs)
+        assert each.distillation.freeze_last_layer == pytest.approx(frozen_epochs / epochs)
+        assert each.train.steps == pytest.approx(epochs * 1_281_167 / 1024, rel=0.01)
+    assert small.optim.clip == "none"
+    assert (base.optim.clip, base.optim.clip_norm) == ("per_tensor", 0.3)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
@@ -167,6 +182,13 @@ def test_a_run_starts_from_a_dino_or_a_vit(run: Path, pictures: Path, tmp_path: 
     other = recipe(init=tower, data__images=pictures, model__num_layers=5).prepare("dino", {})
     assert other.notes[1] == f"the shape of the model is that of {tower}, whatever --size and --model say"
     assert len(other.run.method.model.backbone.encoder.blocks) == 2
+
+
+def test_what_sinkhorn_leaves_to_the_mean_is_said(pictures: Path) -> None:
+    sinkhorn = {"data__images": pictures, "distillation__centring": "sinkhorn"}
+    assert not recipe(**sinkhorn).prepare("dino", {}).notes
+    [note] = recipe(**sinkhorn, objectives__ibot=1.0).prepare("dino", {}).notes
+    assert "iBOT's hidden patches are centred by their mean" in note
 
 
 def test_what_does_not_fit_is_said(pictures: Path, twenty: Path) -> None:

@@ -27,7 +27,7 @@ from trivium.train.config import leaves, set_leaves
 TINY = {
     "model.width": 8, "model.num-groups": 3, "model.num-codes": 12, "model.code-width": 6, "data.image-size": 16,
     "data.batch": 8, "train.workers": 0, "train.precision": "fp32", "train.threads": 1, "train.steps": 6,
-    "train.save-every": 3, "optim.lr": 3e-3,
+    "train.save-every": 3, "optim.lr": 3e-3, "split-every": 5,
 }  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def test_base_is_the_published_run() -> None:
     assert recipe.average == 0.999
     assert recipe.least_log_scale is None  # nothing that changes training
     assert recipe.logit_deviation is None
+    assert recipe.split_every == 0
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
@@ -90,6 +91,9 @@ def test_what_is_kept_is_the_average_of_the_weights(trained: Path) -> None:
 
 
 def test_three_and_three_steps_are_six(trained: Path, tmp_path: Path) -> None:
+    """Codes are split after the fifth, by what was counted before the run was stopped too."""
+    counted = [load_file(checkpoint(trained, at) / "training" / "method.safetensors")["counts_K"] for at in (3, 6)]
+    assert [int(counts.sum()) for counts in counted] == [3 * 8 * 16, 1 * 8 * 16]
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     shutil.rmtree(checkpoint(run, 6))
@@ -145,13 +149,22 @@ def test_it_serves_as_the_image_tokenizer_of_a_flava(trained: Path, shop: Path, 
     assert tokenizer.decode(torch.zeros(1, 4, dtype=torch.int64)) is not None
 
 
-def test_its_codes_are_cached_and_trained_on(trained: Path, shop: Path, tmp_path: Path) -> None:
+def test_its_codes_are_cached_and_trained_on(
+    trained: Path, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = [*data_of(shop), *flags(train__steps=3), "--data.image-tokenizer", str(trained)]
     cache = tmp_path / "codes.safetensors"
     assert trivium("data", "codes", "flava", "--out", cache, "--crops", 2, *settings) == 0
     codes = load_file(cache)["codes"]
     assert codes.shape[1:] == (3, 16)
     assert int(codes.int().max()) < 12
+
+    def runs(*_: object) -> None:
+        raise AssertionError("the encoder runs")
+
+    for name in ("encode", "features"):
+        monkeypatch.setattr(DVae, name, runs)
+    assert trivium("pretrain", "flava", "--out", tmp_path / "without", *settings) == 1  # it would, without the cache
     assert trivium("pretrain", "flava", "--out", tmp_path / "run", *settings, "--data.codes", cache) == 0
 
 

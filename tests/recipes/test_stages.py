@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.recipes.shop import checkpoint, data_of, digests, flags, lines_of, trivium
 from trivium.bundle import Bundle
+from trivium.cli.stages import run_stages
 from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.load import image_tokenizer_hash, load_image_tokenizer
@@ -24,7 +25,7 @@ from trivium.recipes.dino import dino
 from trivium.recipes.flava import flava
 from trivium.recipes.stages import Stages, flava_stages
 from trivium.recipes.unimodal import mim, mlm
-from trivium.train.config import leaves, set_leaves
+from trivium.train.config import Config, leaves, set_leaves
 
 STAGES = ("text", "dino", "mim", "joint")
 
@@ -33,7 +34,7 @@ def weights(run: Path, step: int) -> dict[str, Tensor]:
     return load_file(checkpoint(run, step) / "model" / "model.safetensors")
 
 
-def words(shop: Path, **changes: object) -> list[str]:
+def words(shop: Path, by: tuple[str, ...] = ("dino", "mim"), **changes: object) -> list[str]:
     own = {f"{stage}.{name}": value for stage in ("text", "dino", "mim") for name, value in {
         "batch": 8, "train.steps": 4, "train.workers": 0, "train.precision": "fp32", "train.threads": 1,
         "train.log-every": 1, "train.save-every": 2,
@@ -41,8 +42,8 @@ def words(shop: Path, **changes: object) -> list[str]:
     own |= {"dino.crops.global-size": 32, "dino.crops.local-size": 16, "dino.crops.num-local": 2}
     own |= {"dino.head-width": 16, "dino.bottleneck-width": 8, "dino.num-prototypes": 16}
     stages = [word for name, value in own.items() for word in (f"--{name}", str(value))]
-    by = ["--image-by", "dino", "mim"]
-    return [*data_of(shop), *by, *stages, *flags(train__steps=4, train__save_every=2, **changes)]
+    joint = {"train__steps": 4, "train__save_every": 2} | changes
+    return [*data_of(shop), "--image-by", *by, *stages, *flags(**joint)]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,9 @@ def test_the_published_stages() -> None:
         3,
     )
     assert image.optim.lr * image.optim.final == pytest.approx(1e-5)
+    assert (image.optim.betas, image.optim.eps, image.optim.warmup) == ((0.9, 0.999), 1e-8, 10 / 800)
+    assert (image.optim.schedule, image.optim.clip) == ("cosine", "global")
+    assert (image.data.crop_scale, image.data.flip, image.data.color_jitter) == ((0.08, 1.0), 0.5, 0.4)
     assert image.train.steps == pytest.approx(800 * 1_281_167 / 2048, rel=0.01)
     assert image.objectives.streams() == ["images"]
     joint = flava_stages("base")
@@ -186,6 +190,31 @@ def test_three_stages_are_three_runs(staged: Path) -> None:
     assert image_tokenizer_hash(one) == image_tokenizer_hash(other)
     for stage in STAGES:
         assert trivium("evaluate", staged / stage) == 0
+
+
+def test_masked_patches_alone_train_the_image_encoder(shop: Path, tmp_path: Path) -> None:
+    """Their stage starts from no other, and the joint stage from it, with its head and its codes."""
+    run = tmp_path / "run"
+    by_mim = words(shop, by=("mim",), train__steps=1, optim__lr=0.0)
+    assert trivium("pretrain", "flava-stages", "--out", run, *by_mim) == 0
+    assert {path.name for path in run.iterdir()} == {"text", "mim", "joint", "config.json"}
+    values = {stage: json.loads((run / stage / "config.json").read_text())["values"] for stage in ("mim", "joint")}
+    assert values["mim"]["init_image"] is None
+    assert values["joint"]["init_image"] == str(run / "mim")
+    text, image, joint = (weights(run / stage, step) for stage, step in (("text", 4), ("mim", 4), ("joint", 1)))
+    for name, tensor in joint.items():
+        if name.startswith(("image.", "mim_head.")) and "pooler" not in name:
+            assert torch.equal(tensor, image[name]), name
+        elif name.startswith(("text.", "mlm_head.")):
+            assert torch.equal(tensor, text[name]), name
+
+
+def test_stages_on_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = flava_stages("tiny")
+    monkeypatch.setattr("trivium.train.distributed.world", lambda: 2)
+    with pytest.raises(TriviumError, match="one after the other on one process: on several, train each alone"):
+        run_stages(tree, Config("flava-stages", {}, leaves(tree)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_dino_gives_its_tower_and_what_it_knows_pixels_by(staged: Path, shop: Path, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def dino(size: str = "tiny") -> DinoRecipe:
         MultiCrop(num_local=10, global_scale=(0.25, 1.0), local_scale=(0.05, 0.25)),
         Distillation(teacher_temperature=0.07, temperature_warmup=50 / 400, freeze_last_layer=3 / 400),
         data=Pictures(batch=1024),
-        optim=replace(published, lr=7.5e-4 * 1024 / 256, final=0.0007, warmup=10 / 400, clip_norm=0.3),
+        optim=replace(published, lr=7.5e-4 * 1024 / 256, final=2e-6 / 3e-3, warmup=10 / 400, clip_norm=0.3),
         train=Train(steps=500_000, micro_batch=64),
     )
 
@@ -196,6 +196,8 @@ def _prepare(recipe: DinoRecipe, name: str, arguments: dict[str, Any], resume_fr
     model = Dino(config)
     initialise(model, seed, recipe.init_std)
     notes = []
+    if recipe.objectives.ibot and recipe.distillation.centring == "sinkhorn":
+        notes.append("Sinkhorn balances whole pictures alone: iBOT's hidden patches are centred by their mean")
     if start is not None and resume_from is None:
         notes.append(_start(model, start, str(recipe.init)))
         if _tower_and_head(config) != _tower_and_head(given):
