@@ -34,8 +34,8 @@ from trivium.train.trainer import Run, Train
 
 LAST_LAYER = ("head.prototypes", "head.gain")  # the gain too, where it is learned
 NOTHING_LABELLED = (
-    "nearest neighbours and object boundaries: these pictures have no labels and no masks; measure the model on some"
-    " with trivium evaluate RUN --pairs, or fine-tune it"
+    "nearest neighbours and the overlap of attention with objects: these pictures have no labels and no masks; measure"
+    " the model on some with trivium evaluate RUN --pairs, or fine-tune it"
 )
 # For drawings: they are small, stand on white and are told apart by their colours as much as by their outlines, so no
 # crop loses its colours (grey, solarise) and hue hardly turns; blur hides how a style shades and draws its lines.
@@ -157,7 +157,11 @@ class PreparedDino(Prepared):
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         assert self.bundle is not None
         if not self.recipe.data.is_embedded:
-            return Evaluation(not_applicable=[NOTHING_LABELLED]), {}
+            say("attention")
+            [stream] = self.mixture_of(self.recipe.train).streams
+            figure = attention.on_pictures(self.bundle, stream.source)
+            shown = [] if figure is None else [figure]
+            return Evaluation(figures=shown, not_applicable=[NOTHING_LABELLED]), {}
         found = on_drawings(self.bundle, say)
         say("random start and pixels")
         untrained = self._untrained()
