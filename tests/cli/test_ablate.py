@@ -129,6 +129,28 @@ def test_a_column_without_its_towers_is_told(tmp_path: Path, capsys: pytest.Capt
     assert "flava-seed0 starts from tower-dino-seed0" in capsys.readouterr().err
 
 
+def test_pairs_without_held_out_ones_leave_dashes_and_that_is_said(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measured(bundle: object, abilities: tuple[str, ...], *more: object) -> dict[str, Result]:
+        asked.append((abilities, more[1]))
+        return {"knn.category": Result(0.5)}
+
+    monkeypatch.setattr("trivium.evaluate.ablation_figures.measure", measured)
+    out = tmp_path / "out"
+    assert trivium("ablate", "--out", out, "--steps", 1, "--columns", "clip", "--seeds", 0, *words(shop)) == 0
+    assert asked == [(("vision", "language"), None)]
+    says = "Retrieval and matching are not measured and stand as dashes, since no pairs were held out"
+    assert says in capsys.readouterr().err
+    page = (out / "report.html").read_text()
+    assert says in page and "Measured on: vision, the embedded drawings of the held-out style" in page
+    assert f"Trained on: {shop / 'goods.csv'}, {shop / 'goods.jsonl'}." in page
+    averages = json.loads((out / "table.json").read_text())["averages"]
+    assert averages["vision"]["clip"]["value"] == 0.5 and averages["multimodal"] == {}
+
+
 @pytest.mark.slow
 def test_columns_with_and_without_towers_end_in_one_table(shop: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

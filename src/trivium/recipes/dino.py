@@ -115,7 +115,7 @@ def dino(size: str = "tiny") -> DinoRecipe:
             Distillation(momentum=0.99, teacher_temperature=0.04, freeze_last_layer=0.05),
             data=Pictures(batch=64),
             optim=Optim(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.04, weight_decay_final=0.1, warmup=0.1, final=0.01),
-            train=Train(steps=2000, save_every=500),
+            train=Train(steps=2000, save_every=500, evaluate_every=500),
             init_std=0.06,
         )
     published = Optim(
