@@ -143,7 +143,9 @@ def test_a_run_on_drawings_keeps_and_shows_what_was_measured_in_its_midst(tmp_pa
     assert trivium("pretrain", "dino", "--out", run, *flags_of(train__evaluate_every=2)) == 0
     measured = {line["step"]: line["results"] for line in lines_of(run / "metrics.jsonl") if "results" in line}
     assert list(measured) == [2, 4]
-    figures = {name: result["value"] for name, result in json.loads((run / "results.json").read_text())["results"].items()}
+    figures = {
+        name: result["value"] for name, result in json.loads((run / "results.json").read_text())["results"].items()
+    }
     page = (run / "report.html").read_text()
     for name, title in (("subgroup", "Subgroup"), ("other_concepts.group", "Group, own concept left out")):
         curve = [measured[step][f"knn.{name}"] for step in (2, 4)]

@@ -92,7 +92,9 @@ class Report:
     evaluation: Evaluation
     losses: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)  # name -> (final, chance)
     curves: Mapping[str, charts.Curve] = field(default_factory=dict)  # name -> (step, training loss)
-    measured: Mapping[str, charts.Curve] = field(default_factory=dict)  # name -> (step, figure), in the midst of the run
+    measured: Mapping[str, charts.Curve] = field(
+        default_factory=dict
+    )  # name -> (step, figure), in the midst of the run
     seconds: Mapping[str, float] = field(default_factory=dict)  # "train", "total" and other parts of the command
     machine: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # leaves by their dotted path
