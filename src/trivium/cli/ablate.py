@@ -264,8 +264,8 @@ def _table(out: Path, tree: Stages) -> int:
     data = "the embedded drawings and texts" if tree.data.is_embedded else ", ".join(tree.data.pairs)
     settings = [
         f"Trained on: {data}. Every column: {tree.train.steps:,} updates on pairs in batches of {tree.data.batch};"
-        f" towers: {tree.text.train.steps:,} updates of MLM, {tree.dino.train.steps:,} of DINO or {tree.mim.train.steps:,} of"
-        " MIM.",
+        f" towers: {tree.text.train.steps:,} updates of MLM, {tree.dino.train.steps:,} of DINO or"
+        f" {tree.mim.train.steps:,} of MIM.",
         *measured_on(tree.data, glue=any(figure.name.startswith("glue.") for figure in found.figures)),
     ]
     page = ablation_page.write(
