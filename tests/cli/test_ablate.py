@@ -165,7 +165,7 @@ def test_pairs_without_held_out_ones_leave_dashes_and_that_is_said(
     out = tmp_path / "out"
     assert trivium("ablate", "--out", out, "--steps", 1, "--columns", "clip", "--seeds", 0, *words(shop)) == 0
     assert asked == [(("vision", "language"), None)]
-    says = "Retrieval and matching are not measured and stand as dashes, since no pairs were held out"
+    says = "Retrieval and matching are not measured, since no pairs were held out, and stand as dashes"
     assert says in capsys.readouterr().err
     page = (out / "report.html").read_text()
     assert says in page and "Measured on: vision, the embedded drawings of the held-out style" in page

@@ -137,6 +137,7 @@ def test_neighbours_are_measured_while_it_trains() -> None:
     assert each.bundle is not None and each.bundle.model is each.run.method.exported()
 
 
+@pytest.mark.slow
 def test_a_run_on_drawings_keeps_and_shows_what_was_measured_in_its_midst(tmp_path: Path) -> None:
     assert dino("tiny").train.evaluate_every == 500  # of 2,000 steps
     run = tmp_path / "run"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.convert.test_beit import of_its_authors, peer
+from tests.convert.test_beit import of_its_authors, peer, saved
 from tests.recipes.shop import data_of, flags, trivium
 from trivium.bundle import Bundle
 from trivium.convert import vit
@@ -90,7 +90,7 @@ def test_the_image_encoder_starts_from_a_file_of_others(
         torch.save({"student": student, "teacher": teacher, "args": args, "epoch": 9}, path)
     else:
         beit = peer(hidden_size=64, num_attention_heads=1, intermediate_size=64, num_hidden_layers=1).float()
-        torch.save({"model": of_its_authors(beit.state_dict())}, path)
+        torch.save({"model": of_its_authors(saved(beit, tmp_path / "beit")[0])}, path)
     shape = flags(model__width=64, model__num_heads=1, model__eps=1e-6, train__steps=1, optim__lr=0.0)
     capsys.readouterr()
     assert trivium("pretrain", "flava", "--out", run, *data_of(shop), *shape, "--init-image", path) == 0

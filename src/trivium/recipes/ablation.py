@@ -90,8 +90,8 @@ def measured_on(data: Data, glue: bool) -> list[str]:
     ]
     if both == "nothing":
         sentences.append(
-            "Retrieval and matching are not measured and stand as dashes, since no pairs were held out: give"
-            " --data.validation captioned pictures that are not trained on, in a folder of its own."
+            "Retrieval and matching are not measured, since no pairs were held out, and stand as dashes that no average"
+            " counts: give --data.validation captioned pictures that are not trained on, and another folder with --out."
         )
     return sentences
 
