@@ -96,11 +96,12 @@ def load_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -
     """
     path = located(path)
     folder = model_folder(path, [])
+    tokenizer: ImageTokenizer | None
     if folder is None:
         foreign = read_foreign(path)
         family, tokenizer = foreign.family, foreign.image_tokenizer
     else:
-        family, tokenizer = read_json(folder / "config.json").get("family"), _own_image_tokenizer(folder)
+        family, tokenizer = str(read_json(folder / "config.json").get("family")), _own_image_tokenizer(folder)
     if tokenizer is None:
         raise TriviumError(f"{path} holds no image tokenizer: it is a model of the family {family}")
     return tokenizer.to(device)

@@ -213,7 +213,8 @@ def test_subgroups_are_told_without_ones_own_concept() -> None:
         if mine in noto and (theirs := next(strange, None)) is not None:
             pairs.append((mine, theirs))
     assert len(pairs) > 10
-    near, own = torch.eye(len(pairs)), 0.23 * torch.eye(len(pairs))  # a cosine of 0.9 between partners
+    # A cosine of 0.9 between partners; long, so that the probe reads them, whatever its C, and not the classes' sizes.
+    near, own = 100 * torch.eye(len(pairs)), 23 * torch.eye(len(pairs))
     misleading = {mine: torch.cat([near[n], own[n]]) for n, (mine, _) in enumerate(pairs)}
     misleading |= {theirs: torch.cat([near[n], -own[n]]) for n, (_, theirs) in enumerate(pairs)}
     queries = [noto[concept] for concept in misleading]

@@ -21,7 +21,7 @@ from trivium.manifest import file_beside
 from trivium.methods.flava import LOSSES, Scope
 from trivium.recipes.clip import ClipRecipe, clip
 from trivium.recipes.clip import Objective as ClipObjective
-from trivium.recipes.data import Data, PairData, make_tokenizer, open_sources
+from trivium.recipes.data import PairData, make_tokenizer, open_sources
 from trivium.recipes.dino import DinoRecipe
 from trivium.recipes.flava import FlavaRecipe
 from trivium.recipes.stages import Stages
@@ -71,7 +71,7 @@ def check(tree: Stages, columns: Sequence[str]) -> None:
         )
 
 
-def measurable(column: Column, data: Data) -> tuple[str, ...]:
+def measurable(column: Column, data: PairData) -> tuple[str, ...]:
     """The abilities of a column that this data lets be measured: retrieval and matching are of pairs as those that it
     was trained on, and without held-out ones of them they are dashes."""
     if data.is_embedded or data.validation:
@@ -79,7 +79,7 @@ def measurable(column: Column, data: Data) -> tuple[str, ...]:
     return tuple(ability for ability in column.abilities if ability not in OF_PAIRS)
 
 
-def measured_on(data: Data, glue: bool) -> list[str]:
+def measured_on(data: PairData, glue: bool) -> list[str]:
     """Sentences on what the columns are measured on, for the terminal and the page. glue: whether its tasks were."""
     both = "the embedded drawings and their names"
     if not data.is_embedded:
