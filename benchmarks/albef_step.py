@@ -286,7 +286,8 @@ def ladder(size: str, rows: int, rounds: int, ours: side_by_side.Apart) -> dict[
     """Of the fastest steps: what disturbs one makes it slower, never faster."""
     given_back = side_by_side.Apart(Ours, size, rows, False)
     without = {trick: partial(ours, "without", trick) for trick in WITHOUT} | {GIVEN_BACK: partial(given_back, "step")}
-    rungs = side_by_side.ladder(partial(ours, "step"), without, rounds, of=min)
+    timed = partial(side_by_side.interleaved, rounds=rounds)
+    rungs = side_by_side.ladder(partial(ours, "step"), without, of=min, timed=timed)
     given_back.end()
     return rungs
 

@@ -146,11 +146,9 @@ def main() -> None:
         ),
         "scaled decode (768 px; off unless asked for)": (partial(ours, large, scaled), partial(ours, large, RECIPE)),
     }
-    ladder = {}
+    ladder: dict[str, float] = {}
     for name, (one, other) in rungs.items():
-        times = side_by_side.interleaved(one, other, rounds)
-        ladder[name] = round(statistics.median(times[1]) / statistics.median(times[0]), 3)
-        print(f"  {name}: {ladder[name]}", flush=True)
+        ladder |= side_by_side.ladder(one, {name: other}, timed=partial(side_by_side.interleaved, rounds=rounds))
     if not quick:
         side_by_side.write(
             "decode",

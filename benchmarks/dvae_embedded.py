@@ -24,7 +24,6 @@ from trivium.data.views import Views
 from trivium.evaluate import image_tokenizer, results
 from trivium.models.patch_codebook import PatchCodebook
 from trivium.recipes.dvae import dvae, mean_picture, open_sources
-from trivium.train import config, run_folder
 
 WANTED_DECIBELS, WANTED_USED = 6.0, 0.5
 NAMES = (
@@ -48,12 +47,6 @@ def k_means() -> results.Results:
     return image_tokenizer.run(codebook, pixels(held_out), mean_picture(train, whole)).results
 
 
-def _as_the_recipe_says(run: Path) -> bool:
-    """Whether a run that is there was trained as the committed figure is; how its samples are read is free."""
-    values, ours = config.load(run).values, config.leaves(dvae("tiny"))
-    return all(values.get(path) == value for path, value in ours.items() if path not in run_folder.FREE)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder of the run; one that is there is measured")
@@ -70,7 +63,7 @@ def main() -> None:
     rows = {name: {each: vars(of[each]) | {"outcomes": None} for each in NAMES} for name, of in found.items()}
     for name, of in found.items():
         print(name, {each: round(of[each].value, 3) for each in NAMES})
-    if not more and arguments.minutes is None and _as_the_recipe_says(arguments.out):
+    if not more and arguments.minutes is None and side_by_side.is_as(arguments.out, dvae("tiny")):
         side_by_side.write(
             "dvae_embedded",
             rows,

@@ -189,14 +189,14 @@ def with_fewer_rows(rows: int, measure: Callable[[int], T]) -> T:
         rows //= 2
 
 
-def in_turns(steps: dict[str, Callable[[], object]], turns: int = TURNS, timed: int = STEPS) -> dict[str, list[float]]:
+def in_turns(*steps: Callable[[], object], turns: int = TURNS) -> list[list[float]]:
     """Seconds of timed steps of each; in every turn one more goes before, which allocates."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: list[list[float]] = [[] for _ in steps]
     for _ in range(turns):
-        for name, step in steps.items():
+        for step, found in zip(steps, times, strict=True):
             free_memory()  # what the other side keeps cached is too much beside this one
             side_by_side.seconds(step)
-            times[name] += [side_by_side.seconds(step) for _ in range(timed)]
+            found += [side_by_side.seconds(step) for _ in range(STEPS)]
     return times
 
 
@@ -284,17 +284,11 @@ class Bench:
     def climb(self, row: Row, pair: Any, rows: int) -> None:
         """The ladder: what an eager step takes without each trick, or with another kernel of attention."""
 
-        def factor(rows: int, without: Context, inputs: str) -> float:
-            step = partial(pair.step, pair.case(row.modality, rows, row.inputs)[0])
-            other = partial(pair.step, pair.case(row.modality, rows, inputs)[0])
-
-            def step_without() -> None:
-                with without():
-                    other()
-
+        def rung(rows: int, trick: str, without: Context, inputs: str) -> dict[str, float]:
+            whole = partial(pair.step, pair.case(row.modality, rows, row.inputs)[0])
+            lacking = partial(side_by_side.under, without, partial(pair.step, pair.case(row.modality, rows, inputs)[0]))
             with VARIANTS["eager"]():
-                times = in_turns({"with": step, "without": step_without}, turns=min(2, TURNS))
-            return statistics.median(times["without"]) / statistics.median(times["with"])
+                return side_by_side.ladder(whole, {trick: lacking}, timed=partial(in_turns, turns=min(2, TURNS)))
 
         tricks: dict[str, tuple[Context, str]] = dict(FAMILIES[row.family].WITHOUT)
         tricks["products in bfloat16"] = (lambda: mock.patch.object(pair, "autocast", nullcontext), row.inputs)
@@ -302,8 +296,7 @@ class Bench:
             tricks["the choice of attention, cuDNN first"] = (cudnn_first, row.inputs)
         rungs = self.report.ladder.setdefault(f"{row.family}/{row.modality}", {})
         for trick, (without, inputs) in tricks.items():
-            rungs[trick] = with_fewer_rows(rows, partial(factor, without=without, inputs=inputs))
-            print(f"  {trick}: {rungs[trick]:.3f}", flush=True)
+            rungs |= with_fewer_rows(rows, partial(rung, trick=trick, without=without, inputs=inputs))
 
 
 def cudnn_first() -> Any:
@@ -332,7 +325,7 @@ def figures(pair: Any, rows: int, row: Row) -> dict[str, Any]:
                 del steps[side]
                 found["peer_failed"] = sentence(error)
         graphs = counters["stats"]["unique_graphs"]
-        times = in_turns(steps)
+        times = dict(zip(steps, in_turns(*steps.values()), strict=True))
         found["compiled_while_timed"] = counters["stats"]["unique_graphs"] - graphs
         memory = {side: pair.memory(cases[side]) for side in steps}
     if "peer" in times:

@@ -10,15 +10,16 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trivium.manifest import write_whole
-from trivium.train import precision
+from trivium.train import config, precision, run_folder
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,16 +53,19 @@ def interleaved(
     return times
 
 
+TWO_ROUNDS = partial(interleaved, rounds=2)
+
+
 def ladder(
     whole: Callable[[], object],
     without: Mapping[str, Callable[[], object]],
-    rounds: int = 2,
     of: Callable[[list[float]], float] = statistics.median,
+    timed: Callable[[Callable[[], object], Callable[[], object]], Sequence[list[float]]] = TWO_ROUNDS,
 ) -> dict[str, float]:
-    """Factor of each trick: the time without it over the time with all; `of` several rounds that alternate."""
+    """Factor of each trick: the time without it over the time with all; `of` what `timed` finds of both in turns."""
     rungs = {}
     for trick, lacking in without.items():
-        times = interleaved(whole, lacking, rounds)
+        times = timed(whole, lacking)
         rungs[trick] = round(of(times[1]) / of(times[0]), 3)
         print(f"  {trick}: {rungs[trick]}", flush=True)
     return rungs
@@ -145,6 +149,12 @@ def status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def is_as(run: Path, recipe: object, *but: str) -> bool:
+    """Whether a run that is there was trained as the recipe says, but for some fields; how samples are read is free."""
+    values, ours = config.load(run).values, config.leaves(recipe)
+    return all(values.get(path) == value for path, value in ours.items() if path not in (*run_folder.FREE, *but))
 
 
 def row(ours: list[float], peer: list[float], memory: tuple[int, int] | None = None) -> dict[str, Any]:

@@ -20,7 +20,6 @@ all; "zeros in the padding" is what exactness costs, and below 1.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -35,10 +34,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trivium.convert.unit import to_mmf
-from trivium.layers import attention, resnet
+from trivium.layers import resnet
 from trivium.methods.pixels import Pixels
 from trivium.methods.unit import UnitMethod
-from trivium.models import unit
+from trivium.models import unit_transformer
 from trivium.models.unit import PUBLISHED_TASKS, Unit, UnitConfig
 from trivium.train import precision
 from trivium.train.protocol import Batch, Images
@@ -185,24 +184,18 @@ def norm_apart(self: resnet.Convolution, x: Tensor, out_mask: Tensor | None) -> 
 WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
     "frozen norm multiplied into the weights": lambda: mock.patch.object(resnet.Convolution, "forward", norm_apart),
     "channels last": lambda: mock.patch.object(resnet, "LAYOUT", torch.contiguous_format),
-    "fused attention": lambda: mock.patch.object(unit, "attend", written_out),
-    "backward of attention by whole products": lambda: mock.patch.object(attention, "attend", attention_of_torch),
+    "fused attention": lambda: mock.patch.object(unit_transformer, "attend", written_out),
+    "backward of attention by whole products": lambda: mock.patch.object(
+        unit_transformer, "attend", attention_of_torch
+    ),
     "zeros in the padding": lambda: mock.patch.object(resnet, "without_padding", lambda x, mask: x),
 }
 
 
 def ladder(pair: Pair, batch: Batch) -> dict[str, float]:
-    rungs = {}
-    for trick, context in WITHOUT.items():
-
-        def without(patch: Callable[[], AbstractContextManager] = context) -> None:
-            with patch():
-                pair.step(batch)
-
-        times = side_by_side.interleaved(partial(pair.step, batch), without, rounds=2)
-        rungs[trick] = round(statistics.median(times[1]) / statistics.median(times[0]), 3)
-        print(f"  without {trick}: {rungs[trick]:.2f}", flush=True)
-    return rungs
+    whole = partial(pair.step, batch)
+    without = {trick: partial(side_by_side.under, patch, whole) for trick, patch in WITHOUT.items()}
+    return side_by_side.ladder(whole, without)
 
 
 def main() -> None:
@@ -227,7 +220,7 @@ def main() -> None:
     singly = one_by_one(batch)
 
     def eager() -> None:
-        with mock.patch.object(unit, "attend", written_out):
+        with mock.patch.object(unit_transformer, "attend", written_out):
             pair.step(one)
 
     cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import clip_step  # noqa: E402
 import gpu  # noqa: E402
 
 CASES = [row.name for row in gpu.PLAN if row.variant != gpu.LADDER]
@@ -172,3 +175,34 @@ def test_memory_that_runs_out_halves_the_rows(capsys: pytest.CaptureFixture[str]
         gpu.with_fewer_rows(4, lambda rows: needs(0, full, rows))
     with pytest.raises(ValueError, match="another"):
         gpu.with_fewer_rows(4, lambda rows: needs(0, ValueError("another"), rows))
+
+
+@pytest.mark.slow
+def test_a_ladder_that_is_cut_off_keeps_its_rungs_and_halves_the_rows_where_memory_runs_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[int] = []
+
+    @contextmanager
+    def needs_memory() -> Iterator[None]:
+        tried.append(len(tried))
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    @contextmanager
+    def fails() -> Iterator[None]:
+        raise ValueError("no such kernel")
+        yield
+
+    tricks = {"memory": (needs_memory, "equal"), "none": (nullcontext, "equal"), "a failure": (fails, "equal")}
+    monkeypatch.setattr(clip_step, "WITHOUT", tricks)
+    found, _ = report()
+    row = gpu.Row("clip", "pairs", "equal", gpu.LADDER, 60)
+    gpu.Bench(found, "tiny", torch.device("cpu"), "fp32", "eager").measure(row)
+    assert list(found.ladder["clip/pairs"]) == ["memory", "none"]
+    assert all(factor > 0 for factor in found.ladder["clip/pairs"].values())
+    assert len(tried) == 1 + min(2, gpu.TURNS) * (
+        1 + gpu.STEPS
+    )  # the turn that had no room for its rows, and a whole rung
+    assert found.not_measured == {row.name: "ValueError: no such kernel"}

@@ -198,7 +198,9 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
 
     for pairs, source in (("data.pairs", sources.pairs), ("data.validation", sources.validation_pairs)):
         notes += cut_captions(pairs, source, tokenizer, data.max_length)
-    return PreparedAlbef.of(recipe, name, arguments, method, bundle, sources, streams(True), streams(False), notes)
+    return PreparedAlbef.of_streams(
+        recipe, name, arguments, method, bundle, sources, streams(True), streams(False), notes
+    )
 
 
 def queue_rows(asked: int | None, num_pairs: int, notes: list[str]) -> int:

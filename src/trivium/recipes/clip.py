@@ -132,7 +132,7 @@ def _prepare(recipe: ClipRecipe, name: str, arguments: dict[str, Any], resume_fr
     assert streams, "with no path at all there are the embedded pairs"
     held_out = make_pairs(data, sources, views, config.patch_size, tokenizer, train=False)
     recipe = replace(recipe, model=config)
-    return PreparedClip.of(recipe, name, arguments, method, bundle, sources, streams, held_out, notes)
+    return PreparedClip.of_streams(recipe, name, arguments, method, bundle, sources, streams, held_out, notes)
 
 
 def _fits(recipe: ClipRecipe, start: Bundle, config: ClipConfig, tokenizer: Tokenizer) -> list[str]:

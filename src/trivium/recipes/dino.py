@@ -12,7 +12,6 @@ import torch
 from trivium.bundle import Bundle
 from trivium.data import embedded
 from trivium.data.crops import CropCollate, MultiCrop
-from trivium.data.mixture import StreamMixture
 from trivium.data.sources import Concat, open_source
 from trivium.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from trivium.errors import TriviumError
@@ -25,7 +24,7 @@ from trivium.models.dino import SIZES, Dino, DinoConfig
 from trivium.models.vit import ViT
 from trivium.recipes import limits
 from trivium.recipes.data import absolute
-from trivium.recipes.prepared import Losses, Prepared, Recipe, on_drawings
+from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures, on_drawings
 from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Group, Optim
@@ -109,12 +108,15 @@ def dino(size: str = "tiny") -> DinoRecipe:
         raise TriviumError(f"there is no DINO of size {size}: use one of {', '.join(SIZES)}")
     model = DinoConfig.of_size(size)
     if size == "tiny":
+        # Two departures from DINO, both from DINOv2: within minutes, centring by a mean lets pictures fall together on
+        # a few tens of the prototypes, and what is learned is no better than a random start.
         return DinoRecipe(
             model,
             DRAWINGS,
-            Distillation(momentum=0.99, teacher_temperature=0.04, freeze_last_layer=0.05),
+            Distillation(momentum=0.99, teacher_temperature=0.07, centring="sinkhorn", freeze_last_layer=0.05),
+            Objectives(koleo=0.1),
             data=Pictures(batch=64),
-            optim=Optim(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.04, weight_decay_final=0.1, warmup=0.1, final=0.01),
+            optim=Optim(lr=5e-4, betas=(0.9, 0.999), weight_decay=0.04, weight_decay_final=0.1, warmup=0.1, final=0.01),
             train=Train(steps=2000, save_every=500, evaluate_every=500),
             init_std=0.06,
         )
@@ -213,10 +215,7 @@ def _prepare(recipe: DinoRecipe, name: str, arguments: dict[str, Any], resume_fr
         recipe.crops, config.patch_size, recipe.objectives.ibot > 0, cache_bytes=recipe.data.cache_megabytes << 20
     )
 
-    def mixture_of(train: Train) -> StreamMixture:
-        rows = replace(recipe, train=train).rows_at_once
-        return StreamMixture([Stream("crops", source, collate, recipe.data.batch, rows)], seed, workers=train.workers)
-
+    mixture_of = mixtures(recipe, [Stream("crops", source, collate, recipe.data.batch, recipe.rows_at_once)])
     run = Run(
         method,
         mixture_of(recipe.train),

@@ -20,7 +20,6 @@ from torch import Tensor
 from trivium.data import embedded
 from trivium.data.collate import ImageCollate, ImageInput
 from trivium.data.loader import StreamReader, evaluation_batches
-from trivium.data.mixture import StreamMixture
 from trivium.data.sources import Concat, open_source
 from trivium.data.views import Views
 from trivium.errors import TriviumError
@@ -32,7 +31,7 @@ from trivium.models.dvae import DVae, DVaeConfig, map_pixels
 from trivium.recipes import limits, validation
 from trivium.recipes.data import Sources, absolute, noticed
 from trivium.recipes.dino import Pictures as PlainPictures
-from trivium.recipes.prepared import Losses, Prepared, Recipe
+from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
 from trivium.recipes.validation import Validation
 from trivium.train import distributed
 from trivium.train.config import Config, leaves
@@ -196,10 +195,6 @@ def _prepare(recipe: DVaeRecipe, name: str, arguments: dict[str, Any], resume_fr
         model, recipe.annealing, recipe.train.steps, recipe.average, recipe.least_log_scale, recipe.split_every
     )
 
-    def mixture_of(train: Train) -> StreamMixture:
-        rows = replace(recipe, train=train).rows_at_once
-        return StreamMixture([replace(stream, micro_batch=rows)], seed, workers=train.workers)
-
     held_out_batches: Validation = {}
     if held_out is not None and recipe.validate:
         rows = min(recipe.validate, len(held_out))  # once: nothing is drawn that a second look would vary
@@ -209,6 +204,7 @@ def _prepare(recipe: DVaeRecipe, name: str, arguments: dict[str, Any], resume_fr
     if start is not None and start.config != recipe.model and resume_from is None:
         notes.append(f"the shape of the model is that of {recipe.init}, whatever --size and --model say")
     recipe = replace(recipe, model=config)
+    mixture_of = mixtures(recipe, [stream])
     run = Run(
         method,
         mixture_of(recipe.train),

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from trivium.bundle import Bundle
 from trivium.data import leakage
 from trivium.data.labelled import LabelledRows, Splits, is_labelled
-from trivium.data.mixture import StreamMixture
 from trivium.data.random_augment import RandomAugment
 from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
 from trivium.data.tokenizer import ANSWER_TOKENS
@@ -25,7 +24,6 @@ from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import tasks as figures_of
 from trivium.evaluate.embedded import Evaluation
-from trivium.load import load, open_own
 from trivium.methods.answers import Answering
 from trivium.methods.finetune import FineTuning
 from trivium.methods.flava import Pixels
@@ -40,14 +38,15 @@ from trivium.recipes import limits
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
 from trivium.recipes.grounding import GROUNDING, GroundingRecipe
 from trivium.recipes.predict import predict, tell_held_out
-from trivium.recipes.prepared import Losses, Prepared, Recipe
+from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
 from trivium.recipes.retrieval import RETRIEVAL, RetrievalRecipe
+from trivium.recipes.start import open_trained
 from trivium.recipes.tasks import TASKS, Head, Task, TaskData
-from trivium.train.config import Config, leaves
+from trivium.train.config import leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Stream
-from trivium.train.trainer import Run, Train
+from trivium.train.trainer import Train
 
 EPOCHS = 10.0  # of a task without published updates
 
@@ -106,7 +105,18 @@ class PreparedTask(Prepared):
     folder: Path | None = None  # where predictions are written, once the run has chosen its checkpoint
 
     def measures(self, recipe: FinetuneRecipe) -> Callable[[Method], dict[str, Any]]:
-        return _measures(self.task, self.splits, self.collate, recipe)
+        """Every metric of every labelled split that is no test."""
+        task, splits, collate, chosen_by = self.task, self.splits, self.collate, recipe.select_on or ""
+        rows = {n: r for n, r in _labelled(splits).items() if not n.startswith("test") or chosen_by.startswith(f"{n}.")}
+
+        def measure(method: Method) -> dict[str, Any]:
+            assert isinstance(method, FineTuning)
+            at_once = recipe.rows_at_once
+            found = {name: predict(method, split, collate, at_once, splits.labels) for name, split in rows.items()}
+            figures = {f"{n}.{m}": figures_of.figure(m, p) for n, p in found.items() for m in task.metrics}
+            return {"figures": figures}
+
+        return measure
 
     def with_train(self, **changes: Any) -> PreparedTask:
         """Schedules may be shares of the run: a run of another length has others."""
@@ -152,11 +162,7 @@ class PreparedTask(Prepared):
 def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> PreparedTask:
     limits.check(leaves(recipe))
     task = TASKS[recipe.task]
-    if recipe.init is None:
-        raise TriviumError(
-            "there is no model to fine-tune: name one with --init (a run, a model folder or a checkpoint)"
-        )
-    start = load(recipe.init) if resume_from is None else open_own(resume_from)
+    start = open_trained(recipe.init, resume_from)
     reads = _reads(task, recipe.head, start)
     splits = task.open(recipe.data)
     splits = replace(splits, train=splits.train.capped(recipe.data.rows)).checked()
@@ -219,23 +225,11 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         )
         bundle.save(folder, of_model, head_weights=of_head)
 
-    def mixture_of(train: Train) -> StreamMixture:
-        rows = replace(recipe, train=train).rows_at_once
-        stream = Stream(task.name, splits.train, collate, recipe.data.batch, rows)
-        return StreamMixture([stream], train.seed, workers=train.workers)
-
-    run = Run(
-        method,
-        mixture_of(recipe.train),
-        recipe.optim,
-        recipe.train,
-        export=export,
-        config=Config(name, arguments, leaves(recipe)),
-        evaluate=_measures(task, splits, collate, recipe),
-        blocks=model.blocks,  # type: ignore[arg-type]
-        select=f"figures.{select}",
-    )
-    return PreparedTask(recipe, run, bundle, mixture_of, name, arguments, notes, task, splits, collate, leaks)
+    stream = Stream(task.name, splits.train, collate, recipe.data.batch, recipe.rows_at_once)
+    return PreparedTask.of(
+        recipe, name, arguments, method, bundle, mixtures(recipe, [stream]), notes, export=export,
+        select=f"figures.{select}", task=task, splits=splits, collate=collate, leaks=leaks,
+    )  # fmt: skip
 
 
 def _check_pools(recipe: FinetuneRecipe) -> None:
@@ -377,20 +371,3 @@ def _shape(head: HeadConfig) -> BertConfig | None:
 def _labelled(splits: Splits) -> dict[str, LabelledRows]:
     """What is measured: in the course of a run those that are for that, at its end the tests too."""
     return {name: rows for name, rows in splits.held_out.items() if is_labelled(rows)}
-
-
-def _measures(
-    task: Task, splits: Splits, collate: TaskCollate, recipe: FinetuneRecipe
-) -> Callable[[Method], dict[str, Any]]:
-    """What a trainer calls: every metric of every labelled split that is no test."""
-    chosen_by = recipe.select_on or ""
-    rows = {n: r for n, r in _labelled(splits).items() if not n.startswith("test") or chosen_by.startswith(f"{n}.")}
-
-    def measure(method: Method) -> dict[str, Any]:
-        assert isinstance(method, FineTuning)
-        at_once = recipe.rows_at_once
-        found = {name: predict(method, split, collate, at_once, splits.labels) for name, split in rows.items()}
-        figures = {f"{n}.{metric}": figures_of.figure(metric, p) for n, p in found.items() for metric in task.metrics}
-        return {"figures": figures}
-
-    return measure

@@ -237,7 +237,9 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
 
     held_out = make_streams(data, sources, views, patch, tokenizer, codes, stream_names, train=False)
     recipe = replace(recipe, model=model_config)
-    return PreparedFlava.of(recipe, name, arguments, method, bundle, sources, streams, held_out, notes, data.schedule)
+    return PreparedFlava.of_streams(
+        recipe, name, arguments, method, bundle, sources, streams, held_out, notes, data.schedule
+    )
 
 
 def _fits(

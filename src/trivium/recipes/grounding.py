@@ -14,30 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from trivium.bundle import Bundle
-from trivium.data.collate import ImageInput, PairCollate, TextInput
-from trivium.data.mixture import StreamMixture
-from trivium.data.random_augment import RandomAugment
 from trivium.data.referring import SPLITS, ExpressionRows, Referring, read_referring
 from trivium.data.task_collate import cut
-from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import grounding
 from trivium.evaluate.embedded import Evaluation
-from trivium.load import load, open_own
-from trivium.methods.albef import FALSE_SHARE
 from trivium.methods.momentum import SoftTargets
-from trivium.methods.pixels import Pixels
 from trivium.models.albef import Albef
 from trivium.models.flava import Flava
 from trivium.recipes import limits
 from trivium.recipes.chosen import with_steps
 from trivium.recipes.data import absolute
-from trivium.recipes.prepared import Losses, Recipe
-from trivium.recipes.retrieval import PUBLISHED, Objectives, PreparedMatching, method_of, pools_fit
-from trivium.train.config import Config, leaves
+from trivium.recipes.prepared import Losses, Recipe, mixtures
+from trivium.recipes.retrieval import PUBLISHED, Objectives, PreparedMatching, pools_fit, put_together
+from trivium.recipes.start import open_trained
+from trivium.train.config import leaves
 from trivium.train.optim import Optim
-from trivium.train.protocol import Method, Stream
-from trivium.train.trainer import Run, Train
+from trivium.train.protocol import Method
+from trivium.train.trainer import Train
 
 TITLES = {"refcoco+": "RefCOCO+", "refcoco": "RefCOCO", "refcocog": "RefCOCOg"}  # as papers call them
 
@@ -95,7 +89,16 @@ class PreparedGrounding(PreparedMatching):
     expressions: Referring
 
     def measures(self, recipe: GroundingRecipe) -> Callable[[Method], dict[str, Any]]:
-        return _measures(self.bundle, self.expressions, recipe)
+        """Every figure of the split that a checkpoint is chosen by."""
+        bundle, data = self.bundle, self.expressions
+
+        def measure(method: Method) -> dict[str, Any]:
+            assert bundle.model is method.exported()
+            first = [_first(data)]
+            found = grounding.run(bundle, data, splits=first, block=recipe.block, rows=recipe.data.rows).results
+            return {"figures": {name: result.value for name, result in found.items()}}
+
+        return measure
 
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         recipe, title = self.recipe, TITLES[self.expressions.name]
@@ -114,18 +117,6 @@ class PreparedGrounding(PreparedMatching):
         return found, {}
 
 
-def _measures(bundle: Bundle, data: Referring, recipe: GroundingRecipe) -> Callable[[Method], dict[str, Any]]:
-    """What a trainer calls: every figure of the split that a checkpoint is chosen by."""
-
-    def measure(method: Method) -> dict[str, Any]:
-        assert bundle.model is method.exported()
-        first = [_first(data)]
-        found = grounding.run(bundle, data, splits=first, block=recipe.block, rows=recipe.data.rows).results
-        return {"figures": {name: result.value for name, result in found.items()}}
-
-    return measure
-
-
 def _first(data: Referring) -> str:
     """The split that a checkpoint is chosen by. Raises TriviumError where there is none."""
     found = next((split for split in SPLITS if split in data.splits), None)
@@ -140,19 +131,14 @@ def _prepare(
     recipe: GroundingRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None
 ) -> PreparedGrounding:
     limits.check(leaves(recipe))
-    if recipe.init is None:
-        raise TriviumError(
-            "there is no model to fine-tune: name one with --init (a run, a model folder or a checkpoint)"
-        )
     settings = recipe.data
     if settings.root is None:
         raise TriviumError(
             "no referring expressions are given: name the folder that holds refcoco+/refs(unc).p, or scenes in that"
             " form, with --data.root"
         )
-    start = load(recipe.init) if resume_from is None else open_own(resume_from)
-    model = start.model
-    if not isinstance(model, Albef | Flava):
+    start = open_trained(recipe.init, resume_from)
+    if not isinstance(start.model, Albef | Flava):
         raise TriviumError(
             "grounding looks at the attention from words to patches, and a model of the family"
             f" {start.family} has none: use an ALBEF or a FLAVA"
@@ -162,8 +148,6 @@ def _prepare(
     data = read_referring(settings.root)
     if not data.splits.get("train") or not data.good("train"):
         raise TriviumError(f"{settings.root}: {data.name} has no usable expression of its split train to learn from")
-    size, patch = settings.image_size or start.transform.size, model.config.patch_size
-    limits.check_patches(size, patch)
     train = ExpressionRows(data.good("train"))
     recipe = with_steps(recipe, len(train))
     pools_fit(recipe)
@@ -172,38 +156,14 @@ def _prepare(
         notes.append(f"train: {len(bad):,} expressions cannot be used; the first: {bad[0]}")
     if resume_from is None and start.head is not None:
         notes.append("left out is the head that the model has: grounding has no use for it")
-    transform = replace(start.transform, size=size)
-    method = method_of(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
-    max_length = min(settings.max_length, model.config.max_length)
+    method, bundle, stream = put_together(recipe, start, train, notes)
     for split in data.splits:
         texts = [(f"{each.file} ({each.where})", each.text) for each in data.good(split)]
-        notes += [f"{split}: {sentence}" for sentence in cut("expressions", start.tokenizer, max_length, texts)]
-    bundle = replace(
-        start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
-        image_tokenizer=None, false_pairs=FALSE_SHARE if recipe.objectives.itm else start.false_pairs,
+        notes += [f"{split}: {sentence}" for sentence in cut("expressions", start.tokenizer, bundle.max_length, texts)]
+    return PreparedGrounding.of(
+        recipe, name, arguments, method, bundle, mixtures(recipe, [stream]), notes,
+        select=f"figures.{_select(recipe, data)}", expressions=data,
     )  # fmt: skip
-    views = Views(size, transform.filter, crop_scale=(1.0, 1.0), flip=settings.flip)
-    changes = RandomAugment(settings.random_changes) if settings.random_changes else None
-    image = ImageInput(views, patch, changes=changes, cache_bytes=settings.cache_megabytes << 20, masked=False)
-    collate = PairCollate(image, TextInput(start.tokenizer, max_length, probability=None))
-
-    def mixture_of(train_settings: Train) -> StreamMixture:
-        rows = replace(recipe, train=train_settings).rows_at_once
-        stream = Stream("pairs", train, collate, settings.batch, rows)
-        return StreamMixture([stream], train_settings.seed, "ratio", train_settings.workers)
-
-    run = Run(
-        method,
-        mixture_of(recipe.train),
-        recipe.optim,
-        recipe.train,
-        export=bundle.save,
-        config=Config(name, arguments, leaves(recipe)),
-        evaluate=_measures(bundle, data, recipe),
-        blocks=model.blocks,
-        select=f"figures.{_select(recipe, data)}",
-    )
-    return PreparedGrounding(recipe, run, bundle, mixture_of, name, arguments, notes, data)
 
 
 def _select(recipe: GroundingRecipe, data: Referring) -> str:

@@ -15,12 +15,14 @@ from trivium.evaluate.embedded import Evaluation
 from trivium.recipes import validation
 from trivium.recipes.data import PairData, Sources, absolute, noticed
 from trivium.recipes.validation import Validation
+from trivium.train.checkpoint import Export
 from trivium.train.config import Config, leaves
 from trivium.train.protocol import Method, Stream
 from trivium.train.trainer import Run, Train
 
 # name -> (on held-out samples, for a guess from the labels' frequencies; None: there is no such guess)
 Losses = dict[str, tuple[float, float | None]]
+Schedule = Literal["ratio", "round-robin"]  # see data/mixture.py
 
 NOTHING_HELD_OUT = (
     "nothing was held out: give --data.validation captioned pictures that are not trained on, or measure the run on"
@@ -58,6 +60,37 @@ class Prepared(ABC):
     name: str  # of the recipe, and its arguments, as config.json states them
     arguments: dict[str, Any]
     notes: list[str]  # sentences on what the model starts from and what of the data is cut, for the start of a run
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Any,
+        name: str,
+        arguments: dict[str, Any],
+        method: Method,
+        bundle: Bundle,
+        mixture_of: Callable[[Train], StreamMixture],
+        notes: list[str],
+        *,
+        export: Export | None = None,
+        select: str | None = None,
+        **parts: Any,
+    ) -> Self:
+        """A recipe whose parts are made. export: None: `bundle.save`. select: see `Run`. parts: this class's own."""
+        model: Any = bundle.model
+        run = Run(
+            method,
+            mixture_of(recipe.train),
+            recipe.optim,
+            recipe.train,
+            export=export or bundle.save,
+            config=Config(name, arguments, leaves(recipe)),
+            blocks=model.blocks,
+            select=select,
+        )
+        prepared = cls(recipe, run, bundle, mixture_of, name, arguments, notes, **parts)
+        run.evaluate = prepared.measures(recipe)
+        return prepared
 
     @abstractmethod
     def measures(self, recipe: Any) -> Callable[[Method], dict[str, Any]] | None:
@@ -99,7 +132,7 @@ class PreparedPairs(Prepared):
     validation: Validation
 
     @classmethod
-    def of(
+    def of_streams(
         cls,
         recipe: Any,
         name: str,
@@ -110,29 +143,15 @@ class PreparedPairs(Prepared):
         streams: Sequence[Stream],
         held_out: Sequence[Stream],
         notes: list[str],
-        schedule: Literal["ratio", "round-robin"] = "ratio",
+        schedule: Schedule = "ratio",
     ) -> Self:
-        """A recipe whose parts are made. streams, held_out: over rows to train on, and over those that are not."""
-        seed = recipe.train.seed
-
-        def mixture_of(train: Train) -> StreamMixture:
-            rows = replace(recipe, train=train).rows_at_once
-            return StreamMixture([replace(s, micro_batch=rows) for s in streams], seed, schedule, train.workers)
-
+        """streams, held_out: over rows to train on, and over those that are not."""
         batches = validation.of_streams(held_out, recipe.data.batch, recipe.validate, notes)
         notes += noticed(sources)
-        model: Any = bundle.model
-        run = Run(
-            method,
-            mixture_of(recipe.train),
-            recipe.optim,
-            recipe.train,
-            export=bundle.save,
-            config=Config(name, arguments, leaves(recipe)),
-            evaluate=validation.measures(batches, seed, recipe.rows_at_once),
-            blocks=model.blocks,
-        )
-        return cls(recipe, run, bundle, mixture_of, name, arguments, notes, sources, batches)
+        return cls.of(
+            recipe, name, arguments, method, bundle, mixtures(recipe, streams, schedule), notes,
+            sources=sources, validation=batches,
+        )  # fmt: skip
 
     @abstractmethod
     def chance(self) -> dict[str, float]:
@@ -157,6 +176,16 @@ class PreparedPairs(Prepared):
         """What the model can do, beside its losses."""
         assert self.bundle is not None
         return on_pairs(self.bundle, self.recipe.data, self.sources, say)
+
+
+def mixtures(recipe: Any, streams: Sequence[Stream], schedule: Schedule = "ratio") -> Callable[[Train], StreamMixture]:
+    """What `mixture_of` is where the micro-batches of all streams are the rows that the recipe computes at once."""
+
+    def mixture_of(train: Train) -> StreamMixture:
+        rows = replace(recipe, train=train).rows_at_once
+        return StreamMixture([replace(s, micro_batch=rows) for s in streams], train.seed, schedule, train.workers)
+
+    return mixture_of
 
 
 def on_pairs(bundle: Bundle, data: PairData, sources: Sources, say: Callable[[str], None]) -> Evaluation:

@@ -21,7 +21,6 @@ from typing import Any, Literal, Self
 
 from trivium.bundle import Bundle
 from trivium.data.collate import ImageInput, PairCollate, TextInput
-from trivium.data.mixture import StreamMixture
 from trivium.data.random_augment import RandomAugment
 from trivium.data.sources import open_source
 from trivium.data.views import Views
@@ -29,7 +28,6 @@ from trivium.errors import TriviumError
 from trivium.evaluate import pairs, retrieval
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.reranking import SHORTLIST
-from trivium.load import load, open_own
 from trivium.methods.albef import FALSE_SHARE, AlbefMethod, Distillation, Duplicates
 from trivium.methods.clip import ClipMethod
 from trivium.methods.momentum import SoftTargets
@@ -43,11 +41,12 @@ from trivium.recipes import limits
 from trivium.recipes.albef import check_pools, queue_rows
 from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
 from trivium.recipes.data import Sources, absolute, cut_captions, noticed
-from trivium.recipes.prepared import Losses, Prepared, Recipe
-from trivium.train.config import Config, leaves
+from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
+from trivium.recipes.start import open_trained
+from trivium.train.config import leaves
 from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Source, Stream
-from trivium.train.trainer import Run, Train
+from trivium.train.trainer import Train
 
 SPLITS = ("train", "val", "test")  # of the official files; val chooses the checkpoint
 OFFICIAL = {  # how the official files of a folder begin -> how papers call the data set
@@ -165,7 +164,20 @@ class PreparedRetrieval(PreparedMatching):
     held: dict[str, Source]  # "dev", and "test" where there is one
 
     def measures(self, recipe: RetrievalRecipe) -> Callable[[Method], dict[str, Any]]:
-        return _measures(self.bundle, {"dev": self.held["dev"]}, recipe)
+        """Every figure of the dev pictures, and the mean recall that a checkpoint is chosen by."""
+        bundle, dev = self.bundle, self.held["dev"]
+
+        def measure(method: Method) -> dict[str, Any]:
+            assert bundle.model is method.exported(), "the bundle is of the model that is trained"
+            found = _measured(bundle, dev, recipe, "dev").results
+            figures = {name: result.value for name, result in found.items()}
+            for order in ("", "_reranked"):
+                if f"dev.tr{order}_r1" in found:
+                    recall = retrieval.mean_recall(found, f"dev.tr{order}", f"dev.ir{order}")
+                    figures[f"dev.recall{order}"] = recall
+            return {"figures": figures}
+
+        return measure
 
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         found = Evaluation()
@@ -200,26 +212,6 @@ def _measured(bundle: Bundle, source: Source, recipe: RetrievalRecipe, prefix: s
     )  # fmt: skip
 
 
-def _measures(
-    bundle: Bundle, sources: dict[str, Source], recipe: RetrievalRecipe
-) -> Callable[[Method], dict[str, Any]]:
-    """What a trainer calls: every figure of the dev pictures, and the mean recall that a checkpoint is chosen by."""
-
-    def measure(method: Method) -> dict[str, Any]:
-        assert bundle.model is method.exported(), "the bundle is of the model that is trained"
-        figures: dict[str, float] = {}
-        for split, source in sources.items():
-            found = _measured(bundle, source, recipe, split).results
-            figures |= {name: result.value for name, result in found.items()}
-            for order in ("", "_reranked"):
-                if f"{split}.tr{order}_r1" in found:
-                    names = (f"{split}.tr{order}", f"{split}.ir{order}")
-                    figures[f"{split}.recall{order}"] = retrieval.mean_recall(found, *names)
-        return {"figures": figures}
-
-    return measure
-
-
 # ----------------------------------------------------------------------------------------------------- preparing
 
 
@@ -227,11 +219,7 @@ def _prepare(
     recipe: RetrievalRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None
 ) -> PreparedRetrieval:
     limits.check(leaves(recipe))
-    if recipe.init is None:
-        raise TriviumError(
-            "there is no model to fine-tune: name one with --init (a run, a model folder or a checkpoint)"
-        )
-    start = load(recipe.init) if resume_from is None else open_own(resume_from)
+    start = open_trained(recipe.init, resume_from)
     model, data = start.model, recipe.data
     if not isinstance(model, Albef | Flava | Clip):
         raise TriviumError(
@@ -242,57 +230,60 @@ def _prepare(
         raise TriviumError(f"{recipe.init} came without a tokenizer: put its tokenizer.json or vocab.txt beside it")
     title, sources = _open(data)
     train = sources.pop("train")
-    size = data.image_size or start.transform.size
-    patch = model.config.patch_size
-    limits.check_patches(size, patch)
     recipe = with_steps(recipe, len(train))
     pools_fit(recipe)
     notes = noticed(Sources(train, None, None, sources["dev"], None, None))
     if resume_from is None and start.head is not None:
         notes.append("left out is the head that the model has: retrieval has no use for it")
-    transform = replace(start.transform, size=size)
-    method = method_of(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
-    max_length = min(data.max_length, model.config.max_length)
+    method, bundle, stream = put_together(recipe, start, train, notes, data.crop_scale, data.sort_by_length)
     for split, source in {"train": train, **sources}.items():
-        notes += cut_captions(split, source, start.tokenizer, max_length)
+        notes += cut_captions(split, source, start.tokenizer, bundle.max_length)
+    return PreparedRetrieval.of(
+        recipe, name, arguments, method, bundle, mixtures(recipe, [stream]), notes,
+        select=f"figures.{_select(recipe, model)}", title=title, held=sources,
+    )  # fmt: skip
+
+
+def put_together(
+    recipe: Any,
+    start: Bundle,
+    train: Source,
+    notes: list[str],
+    crop_scale: tuple[float, float] = (1.0, 1.0),
+    sort_by_length: bool = False,
+) -> tuple[Method, Bundle, Stream]:
+    """What trains a model on pairs, its bundle, and the stream that it learns from.
+
+    Args:
+        recipe: of retrieval or grounding.
+        start: an Albef, a Flava or a Clip with its tokenizer.
+        notes: gets a sentence for each setting that the family has no use for.
+    """
+    model, data = start.model, recipe.data
+    assert isinstance(model, Albef | Flava | Clip) and start.tokenizer is not None
+    transform = replace(start.transform, size=data.image_size or start.transform.size)
+    patch, max_length = model.config.patch_size, min(data.max_length, model.config.max_length)
+    limits.check_patches(transform.size, patch)
+    method = _method(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
     bundle = replace(
         start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
-        image_tokenizer=None, false_pairs=FALSE_SHARE if trains_matching(recipe, model) else start.false_pairs,
+        image_tokenizer=None, false_pairs=FALSE_SHARE if _trains_matching(recipe, model) else start.false_pairs,
     )  # fmt: skip
-    views = Views(size, transform.filter, crop_scale=data.crop_scale, flip=data.flip)
+    views = Views(transform.size, transform.filter, crop_scale=crop_scale, flip=data.flip)
     changes = RandomAugment(data.random_changes) if data.random_changes else None
     image = ImageInput(views, patch, changes=changes, cache_bytes=data.cache_megabytes << 20, masked=False)
     text = TextInput(start.tokenizer, max_length, probability=None)
-    collate = PairCollate(image, text, sort_by_length=data.sort_by_length)
-
-    def mixture_of(settings: Train) -> StreamMixture:
-        rows = replace(recipe, train=settings).rows_at_once
-        return StreamMixture([Stream("pairs", train, collate, data.batch, rows)], settings.seed, "ratio",
-                             settings.workers)  # fmt: skip
-
-    run = Run(
-        method,
-        mixture_of(recipe.train),
-        recipe.optim,
-        recipe.train,
-        export=bundle.save,
-        config=Config(name, arguments, leaves(recipe)),
-        evaluate=_measures(bundle, {"dev": sources["dev"]}, recipe),
-        blocks=model.blocks,
-        select=f"figures.{_select(recipe, model)}",
-    )
-    return PreparedRetrieval(recipe, run, bundle, mixture_of, name, arguments, notes, title, sources)
+    collate = PairCollate(image, text, sort_by_length=sort_by_length)
+    return method, bundle, Stream("pairs", train, collate, data.batch, recipe.rows_at_once)
 
 
-def trains_matching(recipe: Any, model: Albef | Flava | Clip) -> bool:
+def _trains_matching(recipe: Any, model: Albef | Flava | Clip) -> bool:
     return isinstance(model, Matches) and recipe.objectives.itm > 0
 
 
-def method_of(model: Albef | Flava | Clip, pixels: Pixels, recipe: Any, num_pairs: int, notes: list[str]) -> Method:
-    """What trains a model on pairs. recipe: of retrieval or grounding; notes: gets a sentence for each setting that the
-    family has no use for."""
+def _method(model: Albef | Flava | Clip, pixels: Pixels, recipe: Any, num_pairs: int, notes: list[str]) -> Method:
     objectives, soft = recipe.objectives, recipe.distillation
-    if not objectives.contrastive and not trains_matching(recipe, model):
+    if not objectives.contrastive and not _trains_matching(recipe, model):
         raise TriviumError(
             "every loss has weight 0, so nothing would be trained: set one, such as --objectives.contrastive 1"
         )

@@ -1,4 +1,4 @@
-"""The model of its own family that a run on pairs starts from, and the vocabulary that comes with it."""
+"""The model that a run starts from, in pretraining one of its own family, and the vocabulary that comes with it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def open_start(recipe: Any, resume_from: Path | None, family: type[nn.Module], n
             f"{path} holds a model of the family {start.family}, and {name} starts from one of its own family: give one"
         )
     return start, start.model.config
+
+
+def open_trained(init: str | None, resume_from: Path | None) -> Bundle:
+    """The model that is fine-tuned. Raises TriviumError where none is named."""
+    if init is None:
+        raise TriviumError(
+            "there is no model to fine-tune: name one with --init (a run, a model folder or a checkpoint)"
+        )
+    return load(init) if resume_from is None else open_own(resume_from)
 
 
 def vocabulary(

@@ -46,10 +46,10 @@ from trivium.recipes.unit_tasks import (
     with_absolute_paths,
     with_data,
 )
-from trivium.train.config import Config, leaves
+from trivium.train.config import leaves
 from trivium.train.optim import Group, Optim
 from trivium.train.protocol import Method, Stream
-from trivium.train.trainer import Run, Train
+from trivium.train.trainer import Train
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,28 @@ class PreparedUnit(Prepared):
     collates: dict[str, Any]
 
     def measures(self, recipe: UnitRecipe) -> Callable[[Method], dict[str, Any]]:
-        return _measures(self.bundle, self.tasks, self.collates, recipe)
+        """mAP of every task of detection, every metric of the others."""
+        bundle, tasks, collates = self.bundle, self.tasks, self.collates
+
+        def measure(method: Method) -> dict[str, Any]:
+            assert isinstance(method, UnitMethod)
+            figures: dict[str, float] = {}
+            for task in tasks:
+                if isinstance(task.data, Detection):
+                    for name, rows in task.data.held_out.items():
+                        chosen = rows.capped(recipe.measure)
+                        seen, _ = detection.find(bundle, chosen, task.name)
+                        results = detection.measure(chosen, seen, task.data.classes, has_intervals=False)
+                        figures |= {f"{task.name}.{name}.{each}": results[each].value for each in results}
+                    continue
+                assert task.of is not None
+                for name, split in task.data.held_out.items():
+                    if is_labelled(split):
+                        found = _predictions(method, task, name, collates, recipe)
+                        figures |= {f"{task.name}.{name}.{m}": figures_of.figure(m, found) for m in task.of.metrics}
+            return {"figures": figures}
+
+        return measure
 
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         found, method = Evaluation(), self.run.method
@@ -245,17 +266,9 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
         ]  # fmt: skip
         return StreamMixture(streams, train.seed, "ratio", train.workers)
 
-    run = Run(
-        method,
-        mixture_of(recipe.train),
-        recipe.optim,
-        recipe.train,
-        export=bundle.save,
-        config=Config(name, arguments, leaves(recipe)),
-        evaluate=_measures(bundle, tasks, collates, recipe),
-        blocks=model.blocks,
-    )
-    return PreparedUnit(recipe, run, bundle, mixture_of, name, arguments, notes, tasks, collates)
+    return PreparedUnit.of(
+        recipe, name, arguments, method, bundle, mixture_of, notes, tasks=tasks, collates=collates
+    )  # fmt: skip
 
 
 def _config(
@@ -306,29 +319,3 @@ def _predictions(
     return predict_by(
         method.answers, method, rows, collates[task.name], batch, task.data.labels, stream=task.name
     )  # fmt: skip
-
-
-def _measures(
-    bundle: Bundle, tasks: list[Opened], collates: dict[str, Any], recipe: UnitRecipe
-) -> Callable[[Method], dict[str, Any]]:
-    """What a trainer calls: mAP of every task of detection, every metric of the others."""
-
-    def measure(method: Method) -> dict[str, Any]:
-        assert isinstance(method, UnitMethod)
-        figures: dict[str, float] = {}
-        for task in tasks:
-            if isinstance(task.data, Detection):
-                for name, rows in task.data.held_out.items():
-                    chosen = rows.capped(recipe.measure)
-                    seen, _ = detection.find(bundle, chosen, task.name)
-                    results = detection.measure(chosen, seen, task.data.classes, has_intervals=False)
-                    figures |= {f"{task.name}.{name}.{each}": results[each].value for each in results}
-                continue
-            assert task.of is not None
-            for name, split in task.data.held_out.items():
-                if is_labelled(split):
-                    found = _predictions(method, task, name, collates, recipe)
-                    figures |= {f"{task.name}.{name}.{m}": figures_of.figure(m, found) for m in task.of.metrics}
-        return {"figures": figures}
-
-    return measure

@@ -1,0 +1,59 @@
+"""The ladder that the benchmarks of steps share, on times that are known and on a step whose tricks are taken away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import pytest
+import side_by_side
+import torch
+import unit_step
+
+
+def test_a_rung_is_the_time_without_over_the_time_with_all(capsys: pytest.CaptureFixture[str]) -> None:
+    def timed(whole: Callable[[], object], lacking: Callable[[], object]) -> list[list[float]]:
+        assert whole() == "whole"
+        return {"slow": [[2.0, 1.0, 4.0], [9.0, 3.0, 3.0]], "fast": [[4.0, 2.0, 3.0], [1.0, 2.0, 0.5]]}[str(lacking())]
+
+    without = {"a trick": lambda: "slow", "a cost": lambda: "fast"}
+    assert side_by_side.ladder(lambda: "whole", without, timed=timed) == {"a trick": 1.5, "a cost": 0.333}
+    assert side_by_side.ladder(lambda: "whole", without, min, timed) == {"a trick": 3.0, "a cost": 0.25}
+    assert capsys.readouterr().out.splitlines()[:2] == ["  a trick: 1.5", "  a cost: 0.333"]
+
+
+def test_both_take_turns_and_only_one_is_without_the_trick() -> None:
+    held, calls = [False], []
+
+    @contextmanager
+    def patch() -> Iterator[None]:
+        held[0] = True
+        yield
+        held[0] = False
+
+    def step() -> None:
+        calls.append(held[0])
+
+    side_by_side.ladder(step, {"a trick": partial(side_by_side.under, patch, step)})
+    assert calls == 3 * [False, True]  # a warm-up and two rounds
+    calls.clear()
+    side_by_side.ladder(
+        step,
+        {"a trick": partial(side_by_side.under, patch, step)},
+        timed=partial(side_by_side.interleaved, rounds=4),
+    )
+    assert calls == 5 * [False, True]
+
+
+def test_the_ladder_of_unit_has_a_rung_for_each_trick_and_the_exact_ones_leave_the_losses_as_they_are() -> None:
+    pair = unit_step.Pair("tiny", nullcontext, torch.device("cpu"))
+    batch = unit_step.make_batch(2, 64, 120)
+    for trick, patch in unit_step.WITHOUT.items():
+        if trick != "zeros in the padding":
+            with patch():
+                pair.same_losses(batch, pair.inputs(batch))
+    rungs = unit_step.ladder(pair, batch)
+    assert rungs.keys() == unit_step.WITHOUT.keys()
+    assert all(math.isfinite(factor) and factor > 0 for factor in rungs.values())
