@@ -92,9 +92,6 @@ class Report:
     evaluation: Evaluation
     losses: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)  # name -> (final, chance)
     curves: Mapping[str, charts.Curve] = field(default_factory=dict)  # name -> (step, training loss)
-    measured: Mapping[str, charts.Curve] = field(
-        default_factory=dict
-    )  # name -> (step, figure), in the midst of the run
     seconds: Mapping[str, float] = field(default_factory=dict)  # "train", "total" and other parts of the command
     machine: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # leaves by their dotted path
@@ -103,6 +100,7 @@ class Report:
     note: str = ""  # a sentence under the headline
     comparison: str = ""  # address of a page that sets joint training beside the contrastive loss alone
     monitors: Sequence[Mapping[str, Any]] = ()  # lines of monitors.jsonl
+    measured: Mapping[str, charts.Curve] = field(default_factory=dict)  # name -> (step, figure), while it trained
 
 
 def read_curves(metrics: Path, kind: Literal["losses", "results"] = "losses") -> dict[str, list[tuple[float, float]]]:
