@@ -35,7 +35,8 @@ from trivium.data.views import Views
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import results
 from trivium.evaluate.datasets import arrays, captions, lists
-from trivium.load import load_bert, load_image_tokenizer
+from trivium.load import load_image_tokenizer
+from trivium.recipes.towers import read_text
 from trivium.search.table import Table
 from trivium.train import config
 from trivium.train.trainer import train
@@ -122,7 +123,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     },
     "a model": ("model.safetensors", trivium.load),
     "a model of others": ("a.bin", read_foreign),
-    "a text tower": ("pytorch_model.bin", load_bert),
+    "a text tower": ("pytorch_model.bin", lambda path: read_text(str(path))),
     "an image tokenizer": ("encoder.pkl", load_image_tokenizer),
 }
 

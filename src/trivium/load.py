@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from trivium.bundle import Bundle
 from trivium.bundle.model_folder import image_tokenizer_entry
-from trivium.convert import Foreign, flava, read_foreign
+from trivium.convert import Foreign, bert, flava, read_foreign
 from trivium.convert.processor import transform_from_hf
 from trivium.convert.weights import State, listed, read_json, read_weights
 from trivium.data.tokenizer import Tokenizer
@@ -96,9 +96,14 @@ def load_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -
     """
     path = located(path)
     folder = model_folder(path, [])
-    tokenizer = read_foreign(path).image_tokenizer if folder is None else _own_image_tokenizer(folder)
+    tokenizer: ImageTokenizer | None
+    if folder is None:
+        foreign = read_foreign(path)
+        family, tokenizer = foreign.family, foreign.image_tokenizer
+    else:
+        family, tokenizer = str(read_json(folder / "config.json").get("family")), _own_image_tokenizer(folder)
     if tokenizer is None:
-        raise TriviumError(f"{path} holds no image tokenizer")
+        raise TriviumError(f"{path} holds no image tokenizer: it is a model of the family {family}")
     return tokenizer.to(device)
 
 
@@ -263,20 +268,14 @@ def bundle_of(foreign: Foreign) -> Bundle:
     )
 
 
-def load_bert(path: str | Path) -> tuple[State, Tokenizer | None]:
-    """The tensors of a BERT in Hugging Face's layout (a folder or a file), and the tokenizer that lies with them."""
-    path = located(path)
-    return read_weights(path), foreign_tokenizer(path if path.is_dir() else path.parent)
-
-
-def start_text(model: Flava, bert: State) -> tuple[list[str], list[str]]:
+def start_text(model: Flava, start: Bert) -> tuple[list[str], list[str]]:
     """Give FLAVA's text side what a BERT has for it (see `convert.flava.text_from_bert`).
 
     Returns:
-        The names of our tensors that were set, and of BERT's that were left out.
+        The names of our tensors that were set, and of BERT's, as Hugging Face calls them, that were left out.
     """
-    taken, left = flava.text_from_bert(bert, model.config)
-    model.load_state_dict({name: tensor.float() for name, tensor in taken.items()}, strict=False)
+    taken, left = flava.text_from_bert(bert.to_hf(start.state_dict(), start.config), model.config)
+    model.load_state_dict(taken, strict=False)
     return sorted(taken), left
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.shop import TINY, checkpoint, data_of, digests, trivium
+from tests.recipes.shop import THINGS, TINY, checkpoint, data_of, digests, trivium
 from trivium.evaluate import results
 from trivium.evaluate.results import Result
 
@@ -26,10 +26,29 @@ def words(shop: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ablated(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def glue(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """SST-2, CoLA and RTE of a few lines, as a flag."""
+    root = tmp_path_factory.mktemp("research")
+    sentence, both = "sentence\tlabel\n", "index\tsentence1\tsentence2\tlabel\n"
+    things = [f"the {colour} {shape}" for colour, shape in THINGS[:12]]
+    for task, head, line in (
+        ("SST-2", sentence, "{thing}\t{label}"),
+        ("CoLA", "", "x\t{label}\t\t{thing}"),
+        ("RTE", both, "0\t{thing}\tit is red\t{said}"),
+    ):
+        (root / "glue" / task).mkdir(parents=True)
+        lines = [line.format(thing=thing, label=number % 2, said=("entailment", "not_entailment")[number % 2])
+                 for number, thing in enumerate(things)]  # fmt: skip
+        for split in ("train", "dev"):
+            (root / "glue" / task / f"{split}.tsv").write_text(head + "\n".join(lines) + "\n")
+    return ["--data.root", root]
+
+
+@pytest.fixture(scope="module")
+def ablated(shop: Path, glue: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One column, one seed."""
     out = tmp_path_factory.mktemp("ablation") / "out"
-    begun = trivium("ablate", "--out", out, "--steps", 4, "--columns", "mlm", "--seeds", 0, *words(shop))
+    begun = trivium("ablate", "--out", out, "--steps", 4, "--columns", "mlm", "--seeds", 0, *words(shop), *glue)
     assert begun == 0
     return out
 
@@ -42,11 +61,15 @@ def test_a_column_is_a_run_of_its_own_and_the_table_says_what_is_missing(
     }  # fmt: skip
     results = json.loads((ablated / "mlm-seed0" / "results.json").read_text())["results"]
     assert {name for name in results if not name.startswith("seconds")} == {
-        "updates", "updates.pairs", "names.group", "names.subgroup", "masked_words",
+        "updates", "updates.pairs", "names.group", "names.subgroup", "masked_words", "glue.sst2", "glue.cola",
+        "glue.rte",
     }  # fmt: skip
+    assert results["glue.cola"]["n"] == 12 and results["glue.cola"]["value"] >= -1
     table = json.loads((ablated / "table.json").read_text())
     assert list(table["columns"]) == ["mlm"]
     assert table["figures"]["names.group"]["mlm"]["value"] == results["names.group"]["value"]
+    assert table["figures"]["glue.rte"]["mlm"]["value"] == results["glue.rte"]["value"]
+    assert "names of embedded drawings and SST-2, CoLA and RTE" in table["settings"][1]
     assert len(table["missing"]) == 9
     capsys.readouterr()
     assert trivium("ablate", "--out", ablated, "--table") == 0  # states nothing anew, trains nothing
@@ -54,7 +77,7 @@ def test_a_column_is_a_run_of_its_own_and_the_table_says_what_is_missing(
 
 
 def test_what_is_done_is_not_repeated_and_what_was_killed_goes_on(
-    ablated: Path, capsys: pytest.CaptureFixture[str]
+    ablated: Path, glue: list[object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = ablated / "mlm-seed0"
     whole = digests(checkpoint(run, 4))
@@ -62,7 +85,7 @@ def test_what_is_done_is_not_repeated_and_what_was_killed_goes_on(
     (run / "results.json").unlink()
     shutil.rmtree(checkpoint(run, 4))  # killed after step 2
     capsys.readouterr()
-    assert trivium("ablate", "--out", ablated, "--columns", "mlm", "--seeds", 0, 3) == 0
+    assert trivium("ablate", "--out", ablated, "--columns", "mlm", "--seeds", 0, 3, *glue) == 0
     assert "resuming after step 2 of 4" in capsys.readouterr().out
     assert digests(checkpoint(run, 4)) == whole
     after = json.loads((run / "results.json").read_text())["results"]
@@ -127,6 +150,28 @@ def test_a_column_without_its_towers_is_told(tmp_path: Path, capsys: pytest.Capt
         )
     assert trivium("ablate", "--out", tmp_path, "--table") == 2
     assert "flava-seed0 starts from tower-dino-seed0" in capsys.readouterr().err
+
+
+def test_pairs_without_held_out_ones_leave_dashes_and_that_is_said(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measured(bundle: object, abilities: tuple[str, ...], *more: object) -> dict[str, Result]:
+        asked.append((abilities, more[1]))
+        return {"knn.category": Result(0.5)}
+
+    monkeypatch.setattr("trivium.evaluate.ablation_figures.measure", measured)
+    out = tmp_path / "out"
+    assert trivium("ablate", "--out", out, "--steps", 1, "--columns", "clip", "--seeds", 0, *words(shop)) == 0
+    assert asked == [(("vision", "language"), None)]
+    says = "Retrieval and matching are not measured, since no pairs were held out, and stand as dashes"
+    assert says in capsys.readouterr().err
+    page = (out / "report.html").read_text()
+    assert says in page and "Measured on: vision, the embedded drawings of the held-out style" in page
+    assert f"Trained on: {shop / 'goods.csv'}, {shop / 'goods.jsonl'}." in page
+    averages = json.loads((out / "table.json").read_text())["averages"]
+    assert averages["vision"]["clip"]["value"] == 0.5 and averages["multimodal"] == {}
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,26 @@ def test_the_files_say_the_same(tmp_path: Path) -> None:
     text = page.read_text()
     assert "&lt;Data&gt;." in text and "no run of CLIP, local gradient is finished" in text
     assert "–" in text and "79.44" in text
+
+
+def test_what_differs_between_seeds_is_a_mean_with_its_range(tmp_path: Path) -> None:
+    """Of a joint column: the steps until so many pairs were drawn hang on the seed."""
+    runs = [
+        replace(run("joint", seed, 0.5), updates=updates, tower_updates=30 * seed, seconds=seconds)
+        for seed, updates, seconds in ((0, 100, 60.0), (1, 107, 61.5), (2, 101, 1300.04))
+    ]
+    page = ablation_page.write(tmp_path, table([*runs, run("mim", 0, 0.2)]), command="", machine={}, version="0")
+    joint = json.loads((tmp_path / "table.json").read_text())["columns"]["joint"]
+    assert (joint["updates in all"], joint["ranges"]["updates in all"]) == (102.7, [100, 107])
+    assert (joint["updates of its towers"], joint["ranges"]["updates of its towers"]) == (30, [0, 60])
+    assert (joint["updates on pairs"], joint["ranges"]["updates on pairs"]) == (70, [70, 70])
+    rows = {row["figure"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
+    row = rows["updates in all"]
+    assert (row["joint"], row["joint low"], row["joint high"], row["joint paper"]) == ("102.7", "100", "107", "")
+    assert rows["seeds"]["joint"] == "0, 1, 2"
+    text = page.read_text()
+    assert "<td>102.7<small>100 – 107</small></td>" in text and "<small>60 – 1,300</small>" in text
+    assert "<td>70</td>" in text  # equal in all: no range
 
 
 def test_a_run_without_outcomes_has_a_mean_and_no_interval() -> None:

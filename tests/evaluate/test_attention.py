@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.dino_batches import TINY, random_dino
 from trivium.bundle import Bundle
+from trivium.data.sources import open_source
 from trivium.data.transforms import ImageTransform
 from trivium.evaluate import attention
 from trivium.models.vit import ViTConfig
@@ -77,3 +82,27 @@ def test_figures_and_results_of_the_drawings() -> None:
     assert isinstance(tower.model.config, ViTConfig) and tower.model.config == TINY
     assert torch.equal(attention.maps(tower, [np.zeros((32, 32, 3), np.uint8)])[0],
                        attention.maps(bundle(), [np.zeros((32, 32, 3), np.uint8)])[0])  # fmt: skip
+
+
+def test_maps_of_ones_own_pictures_take_no_labels_and_pass_over_what_cannot_be_read(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    for number in (2, 7):
+        (tmp_path / f"{number}.png").write_bytes(b"<html>404</html>")
+    figure = attention.on_pictures(bundle(6.0), open_source("images", [str(tmp_path)]))
+    assert figure is not None and figure.title == "Where it looks" and "was trained on" in figure.note
+    shown = figure.alt.removeprefix("attention maps of ").split(", ")
+    assert sorted(shown) == [f"{number}.png" for number in range(10) if number not in (2, 7)]
+    page = np.asarray(Image.open(io.BytesIO(base64.b64decode(figure.image.partition(",")[2]))))
+    assert page.shape == (8 * 64, (1 + 4) * 64, 3)  # a line a picture: itself, then four heads, at twice the size
+    for line, name in enumerate(shown):
+        picture = np.asarray(Image.open(tmp_path / name))
+        maps, pixels = attention.maps(bundle(6.0), [picture])
+        assert np.array_equal(page[64 * line : 64 * line + 64, :64], pixels[0].permute(1, 2, 0).numpy()), name
+        brightest = int(maps[0, 2].argmax())  # of the third head: no patch of its tile is lighter
+        top, left = 64 * line + 8 * (brightest // 8), 3 * 64 + 8 * (brightest % 8)
+        assert (page[top + 2 : top + 6, left + 2 : left + 6] == 255).all(), name
+    for number in range(10):
+        (tmp_path / f"{number}.png").write_bytes(b"<html>404</html>")
+    assert attention.on_pictures(bundle(), open_source("images", [str(tmp_path)])) is None

@@ -204,6 +204,7 @@ def full(evaluation: Evaluation) -> report.Report:
     return report.Report(
         "Demo", evaluation, values, curves, {"train": 61.0, "total": 99.5}, {"cpu": "x", "gpus": []}, {"optim.lr": 0.1},
         command="trivium demo", monitors=MONITORS,
+        measured={"knn.subgroup": [(500, 0.1), (1000, 0.25)], "knn.group": [(1000, 0.5)]},
     )  # fmt: skip
 
 
@@ -224,10 +225,12 @@ def test_page_is_well_formed_and_needs_nothing_else(evaluation: Evaluation) -> N
         "While it trained",
         "<b>Step 100 (pairs):</b> 31% of the rows of a batch &lt;repeat&gt; another.",
         "0.123",  # the last figure
+        "Subgroup, by nearest neighbours: step 500: 10.0\N{NO-BREAK SPACE}%; step 1,000: 25.0\N{NO-BREAK SPACE}%",
         "1 min 01 s",
     ):
         assert title in text
     assert text.count("<b>Step ") == 1
+    assert "Group, by nearest neighbours" not in text  # measured once: no curve
 
 
 def test_page_of_nothing_has_no_empty_section() -> None:

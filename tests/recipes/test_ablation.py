@@ -125,3 +125,21 @@ def test_mistakes_are_told(tree: Stages) -> None:
     refused("the column joint trains on pictures and texts alone too", ("mm", "joint"), pairs=("a.csv",))
     ablation.check(replace(tree, data=replace(tree.data, pairs=("a.csv",), split_pairs=True)), tuple(COLUMNS))
     ablation.check(replace(tree, data=replace(tree.data, pairs=("a.csv",))), ("mim", "mlm", "mm", "clip"))
+
+
+def test_what_is_measured_on_what_is_said(tree: Stages) -> None:
+    """Pairs of one's own without held-out ones: the drawings, which none of them resembles, do not stand in."""
+    own = replace(tree.data, pairs=("a.csv",))
+    held_out = replace(own, validation=("b.csv",))
+    mm, mlm = COLUMNS["mm"], COLUMNS["mlm"]
+    assert ablation.measurable(mm, own) == ("vision", "language")
+    assert ablation.measurable(mm, held_out) == ablation.measurable(mm, tree.data) == mm.abilities
+    assert ablation.measurable(mlm, own) == mlm.abilities
+    [embedded_alone] = ablation.measured_on(tree.data, glue=False)
+    assert embedded_alone.endswith("retrieval and matching, the embedded drawings and their names.")
+    assert "SST-2" not in embedded_alone
+    [by_pairs] = ablation.measured_on(held_out, glue=True)
+    assert by_pairs.endswith("names of embedded drawings and SST-2, CoLA and RTE; retrieval and matching, the held-out"
+                             " pairs of b.csv.")  # fmt: skip
+    measured, dashes = ablation.measured_on(own, glue=False)
+    assert measured.endswith("retrieval and matching, nothing.") and "give --data.validation" in dashes

@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers, trainers
 
 import trivium
@@ -325,9 +326,51 @@ def test_a_bert_that_does_not_fit(
     assert sentence in str(refusal.value)
 
 
+@pytest.mark.parametrize("kind", [transformers.BertModel, transformers.BertForMaskedLM])
+def test_a_bert_of_every_layout_gives_the_same(shop: Path, tmp_path: Path, kind: type) -> None:
+    """Hugging Face's, one saved from within sentence-transformers, and a model folder of ours."""
+    theirs = save_bert(tmp_path / "theirs", kind)
+    inside = Path(shutil.copytree(theirs, tmp_path / "inside"))
+    state = {f"0.auto_model.{name}": tensor for name, tensor in load_file(theirs / "model.safetensors").items()}
+    save_file(state, inside / "model.safetensors")
+    assert command("convert", theirs, "--to", "trivium", "--out", tmp_path / "ours") == 0
+    folders = [theirs, tmp_path / "ours", *([inside] if kind is transformers.BertModel else [])]
+    first, *others = [prepared_of(*data_of(shop), *flags(), "--init-text", folder) for folder in folders]
+    for other in others:
+        assert other.bundle.tokenizer.encode(["red circles"], 16) == first.bundle.tokenizer.encode(["red circles"], 16)
+        expected = first.bundle.model.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in other.bundle.model.state_dict().items())
+        assert [note.partition(": ")[2] for note in other.notes] == [note.partition(": ")[2] for note in first.notes]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "family"),
+    [
+        (transformers.RobertaModel, transformers.RobertaConfig, "roberta"),
+        (transformers.ElectraModel, transformers.ElectraConfig, "electra"),
+    ],
+)
+def test_a_relative_of_bert_is_refused_by_name(
+    shop: Path, tmp_path: Path, kind: type, settings: type, family: str
+) -> None:
+    """Under the very names of a BERT, and with other positions (RoBERTa's begin at 2) or another head."""
+    config = settings(
+        vocab_size=len(PIECES), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=70, embedding_size=32,
+    )  # fmt: skip
+    kind(config).save_pretrained(tmp_path)
+    assert "embeddings.word_embeddings.weight" in load_file(tmp_path / "model.safetensors")
+    words = [*data_of(shop), *flags(), "--data.vocabulary", tokenizer_json(tmp_path), "--init-text", tmp_path]
+    with pytest.raises(TriviumError, match=f'model_type "{family}" where "bert" is needed'):
+        prepared_of(*words)
+    (tmp_path / "config.json").unlink()  # then nothing tells it from a BERT
+    with pytest.raises(TriviumError, match=r"needs the config\.json of the model beside its weights"):
+        prepared_of(*words)
+
+
 def test_what_is_no_bert_or_came_without_words(shop: Path, tmp_path: Path, dvae: Path) -> None:
     words = [*data_of(shop), *flags()]
-    with pytest.raises(TriviumError, match="holds no BERT in the layout of Hugging Face"):
+    with pytest.raises(TriviumError, match="are in none of the layouts"):
         prepared_of(*words, "--init-text", dvae / "image_tokenizer.safetensors")
     folder = save_bert(tmp_path / "bert")
     (folder / "vocab.txt").unlink()

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recipes.shop import checkpoint, digests, trivium
+from tests.recipes.shop import checkpoint, digests, lines_of, trivium
 from trivium.cli.overrides import set_overrides, split_overrides
 from trivium.errors import TriviumError
+from trivium.evaluate.report import percent
 from trivium.load import load
 from trivium.models.dino import Dino
 from trivium.models.vit import ViT
@@ -110,8 +111,8 @@ def test_a_run_leaves_its_teacher(run: Path) -> None:
     assert method["center"].abs().sum() > 0
     encoded = bundle.encode_image(torch.rand(3, 3, 32, 32))
     assert encoded.pooled.shape == (3, 16) and not encoded.is_projected
-    assert (run / "report.html").is_file()
-    assert "no labels" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "no labels" in page and "Where it looks" in page and "attention maps of" in page
     stats = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["stats"]
     assert set(stats) >= {"teacher_entropy", "rows"} and not set(stats) & {"center", "shares", "features"}
 
@@ -150,6 +151,25 @@ def test_neighbours_are_measured_while_it_trains() -> None:
         found = each.run.evaluate(each.run.method)
     assert found is not None and 0 < found["knn.other_concepts.subgroup"] < 1
     assert each.bundle is not None and each.bundle.model is each.run.method.exported()
+
+
+@pytest.mark.slow
+def test_a_run_on_drawings_keeps_and_shows_what_was_measured_in_its_midst(tmp_path: Path) -> None:
+    assert dino("tiny").train.evaluate_every == 500  # of 2,000 steps
+    run = tmp_path / "run"
+    assert trivium("pretrain", "dino", "--out", run, *flags_of(train__evaluate_every=2)) == 0
+    measured = {line["step"]: line["results"] for line in lines_of(run / "metrics.jsonl") if "results" in line}
+    assert list(measured) == [2, 4]
+    figures = {
+        name: result["value"] for name, result in json.loads((run / "results.json").read_text())["results"].items()
+    }
+    page = (run / "report.html").read_text()
+    for name, title in (("subgroup", "Subgroup"), ("other_concepts.group", "Group, own concept left out")):
+        curve = [measured[step][f"knn.{name}"] for step in (2, 4)]
+        assert curve[1] == pytest.approx(figures[f"knn.{name}"])
+        told = "; ".join(f"step {step}: {percent(share)}" for step, share in zip((2, 4), curve, strict=True))
+        assert f'alt="{title}, by nearest neighbours: {told}"' in page
+        assert f"<b>{percent(curve[1])}</b> against {percent(figures[f'knn.pixels.{name}'])} from pixels" in page
 
 
 def test_the_end_of_a_run_on_drawings() -> None:

@@ -77,6 +77,8 @@ def ablate(
     kept = seeds or (QUICK_SEEDS if quick else SEEDS)
     runs = ablation.plan(tree, settings.arguments["size"], out, chosen, list(dict.fromkeys(kept)))
     if not table:
+        for sentence in ablation.measured_on(tree.data, glue=root is not None):
+            print(sentence, file=sys.stderr)
         _begin(out, settings, tree)
         code = _work(runs, out, settings, root)
         if code:
@@ -208,7 +210,7 @@ def _run(run: AblationRun, out: Path, settings: Config, root: Path | None) -> in
     from trivium.cli.pretrain import say
     from trivium.evaluate import ablation_figures, results
     from trivium.evaluate.results import Result
-    from trivium.recipes.ablation import total_updates
+    from trivium.recipes.ablation import measurable, total_updates
     from trivium.recipes.dino import PreparedDino
     from trivium.train import run_folder, trainer
 
@@ -233,7 +235,7 @@ def _run(run: AblationRun, out: Path, settings: Config, root: Path | None) -> in
         found["updates.pairs"] = Result(run.pair_updates)
         data, sources = prepared.recipe.data, prepared.sources
         found |= ablation_figures.measure(
-            prepared.bundle, run.column.abilities, prepared.bundle.false_pairs or 0.5,
+            prepared.bundle, measurable(run.column, data), prepared.bundle.false_pairs or 0.5,
             None if data.is_embedded else sources.validation_pairs, root, say,
         )  # fmt: skip
     ended = time.perf_counter()
@@ -254,15 +256,17 @@ def _run(run: AblationRun, out: Path, settings: Config, root: Path | None) -> in
 def _table(out: Path, tree: Stages) -> int:
     from trivium import __version__
     from trivium.evaluate import ablation, ablation_page
+    from trivium.recipes.ablation import measured_on
     from trivium.train import run_folder
 
     found = ablation.table(_measured(out))
     machine = run_folder.machine()
     data = "the embedded drawings and texts" if tree.data.is_embedded else ", ".join(tree.data.pairs)
     settings = [
-        f"Data: {data}. Every column: {tree.train.steps:,} updates on pairs in batches of {tree.data.batch}; towers:"
-        f" {tree.text.train.steps:,} updates of MLM, {tree.dino.train.steps:,} of DINO or {tree.mim.train.steps:,} of"
-        " MIM."
+        f"Trained on: {data}. Every column: {tree.train.steps:,} updates on pairs in batches of {tree.data.batch};"
+        f" towers: {tree.text.train.steps:,} updates of MLM, {tree.dino.train.steps:,} of DINO or"
+        f" {tree.mim.train.steps:,} of MIM.",
+        *measured_on(tree.data, glue=any(figure.name.startswith("glue.") for figure in found.figures)),
     ]
     page = ablation_page.write(
         out, found, command=shlex.join(["trivium", *sys.argv[1:]]), machine=machine, version=__version__,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trivium.evaluate import report
-from trivium.evaluate.ablation import MACRO_ROWS, Column, Table, Value
+from trivium.evaluate.ablation import MACRO_ROWS, Column, Measured, Table, Value
 from trivium.evaluate.paper_tasks import DOMAINS
 from trivium.manifest import write_whole
 
@@ -19,7 +19,12 @@ TITLES = {
     "language": "Language", "vision": "Vision", "multimodal": "Multimodal", "macro": "Macro average",
     "macro, every dash 0": "Macro average, every dash 0",
 }  # fmt: skip
-CIRCUMSTANCES = ("seeds", "updates on pairs", "updates in all", "updates of its towers", "seconds of training")
+CIRCUMSTANCES: dict[str, Callable[[Measured], float]] = {  # of a run; seeds differ where steps are drawn, or timed
+    "updates on pairs": lambda run: run.pair_updates,
+    "updates in all": lambda run: run.updates,
+    "updates of its towers": lambda run: run.tower_updates,
+    "seconds of training": lambda run: run.seconds,
+}
 
 
 def write(
@@ -52,7 +57,7 @@ def as_json(found: Table) -> dict[str, Any]:
 
     return {
         "schema": 1,
-        "columns": {c.name: {"title": c.title, "paper": c.paper} | circumstances(found, c) for c in found.columns},
+        "columns": {c.name: _column(found, c) for c in found.columns},
         "figures": by_column(found.cells, [figure.name for figure in found.figures]),
         "averages": by_column(found.averages, [*DOMAINS, *MACRO_ROWS]),
         "averaged": found.shared,
@@ -71,17 +76,41 @@ def as_json(found: Table) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def circumstances(found: Table, column: Column) -> dict[str, Any]:
-    """Seeds, updates and the mean seconds of a run of this column."""
+def _column(found: Table, column: Column) -> dict[str, Any]:
+    spreads = circumstances(found, column)
+    return {
+        "title": column.title, "paper": column.paper, "seeds": _seeds(found, column),
+        **{name: spread.mean for name, spread in spreads.items()},
+        "ranges": {name: [spread.low, spread.high] for name, spread in spreads.items()},
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of a number over the seeds of a column."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def circumstances(found: Table, column: Column) -> dict[str, Spread]:
+    """Updates and seconds of the runs of this column."""
     runs = [run for run in found.runs if run.column == column.name]
-    values = (
-        ", ".join(map(str, found.seeds(column.name))),
-        runs[0].pair_updates,
-        runs[0].updates,
-        runs[0].tower_updates,
-        round(sum(run.seconds for run in runs) / len(runs), 1),
-    )
-    return dict(zip(CIRCUMSTANCES, values, strict=True))
+    spreads = {}
+    for name, of_run in CIRCUMSTANCES.items():
+        values = [of_run(run) for run in runs]
+        spreads[name] = Spread(*map(_tenths, (sum(values) / len(values), min(values), max(values))))
+    return spreads
+
+
+def _tenths(number: float) -> float:
+    rounded = round(number, 1)
+    return int(rounded) if rounded == int(rounded) else rounded
+
+
+def _seeds(found: Table, column: Column) -> str:
+    return ", ".join(map(str, found.seeds(column.name)))
 
 
 def as_csv(found: Table) -> str:
@@ -93,9 +122,10 @@ def as_csv(found: Table) -> str:
     for domain, title, values in _lines(found):
         n = next((value.n for value in values if value is not None and value.n), "")
         writer.writerow([domain, title, n, *(number for value in values for number in _in_csv(value))])
+    writer.writerow(["", "seeds", "", *(x for column in found.columns for x in (_seeds(found, column), "", "", ""))])
     for name in CIRCUMSTANCES:
-        cells = [[circumstances(found, column)[name], "", "", ""] for column in found.columns]
-        writer.writerow(["", name, "", *(x for four in cells for x in four)])
+        spreads = [circumstances(found, column)[name] for column in found.columns]
+        writer.writerow(["", name, "", *(x for each in spreads for x in (each.mean, each.low, each.high, ""))])
     return page.getvalue()
 
 
@@ -127,6 +157,7 @@ def render(found: Table, command: str, machine: Mapping[str, Any], settings: Seq
     return template.render(
         found=found,
         lines=_lines(found),
+        seeds=[_seeds(found, column) for column in found.columns],
         circumstances=[(n, [circumstances(found, column)[n] for column in found.columns]) for n in CIRCUMSTANCES],
         averaged=[(TITLES[domain], [titles[name] for name in names]) for domain, names in found.shared.items()],
         command=command,

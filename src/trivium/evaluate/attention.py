@@ -2,6 +2,7 @@
 
 Embedded drawings stand on white, so what is drawn is known without anybody's mask: every pixel that is not white. As in
 the paper, the smallest set of patches that holds 60 % of a head's attention is compared with it by the Jaccard index.
+Of other pictures the maps alone are drawn: they take no mask.
 
 B pictures, H heads, N patches, S side of the pictures in pixels.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,17 +20,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trivium.bundle import Bundle
-from trivium.data.decode import decode
-from trivium.data.embedded import HELD_OUT_STYLE, Emoji, emoji
+from trivium.data.decode import DecodeError, decode
+from trivium.data.embedded import HELD_OUT_STYLE, emoji
 from trivium.data.transforms import normalize
+from trivium.errors import BadSample
 from trivium.evaluate import charts
 from trivium.evaluate.embedded import Figure
 from trivium.evaluate.results import Results, mean_of
+from trivium.train.protocol import Source
 
 MASS = 0.6  # of the attention, that the set of patches holds
 ENLARGED = 2  # pictures are shown to the model at so many times its size: a finer map, as the paper's 480 pixels
 WHITE = 245  # of 255: from here on, in every channel, a pixel is background
 SHOWN = 8  # pictures in the figure
+TRIED = 64  # pictures of one's own that are looked at until so many can be read
 BATCH = 64
 OUTLINE = np.array([255, 64, 32], np.uint8)
 
@@ -109,10 +114,35 @@ def boundaries(bundle: Bundle, untrained: Bundle) -> tuple[Results, list[Figure]
         "; ".join(f"{name}: {value:.1%}" for name, (value, _, _) in rows.items()),
     )
     chosen = np.random.default_rng(0).permutation(len(records))[:SHOWN].tolist()
-    return found, [_pictures(maps_BHnn[chosen], pixels_BCHW[chosen], [records[row] for row in chosen]), overlap]
+    shown = [records[row].name for row in chosen]
+    what = "a drawing that the model never saw"
+    return found, [_pictures(maps_BHnn[chosen], pixels_BCHW[chosen], what, shown), overlap]
 
 
-def _pictures(maps_BHnn: Tensor, pixels_BCHW: Tensor, records: list[Emoji]) -> Figure:
+def on_pictures(bundle: Bundle, source: Source) -> Figure | None:
+    """The maps of a few pictures that a run was trained on, drawn from anywhere in the source.
+
+    Pictures that cannot be read are passed over: the run has told of them. None: there is no other.
+    """
+    found, names = [], []
+    tried = np.random.default_rng(0).choice(len(source), min(TRIED, len(source)), replace=False)
+    for row in tried.tolist():
+        try:
+            sample = source.read(row, row)
+            picture = bundle.transform.decoded(sample["image"])
+        except (BadSample, DecodeError):
+            continue
+        found.append(maps(bundle, [picture]))  # one by one: photographs of patches of 8 have thousands of tokens
+        names.append(Path(sample["name"]).name)
+        if len(found) == SHOWN:
+            break
+    if not found:
+        return None
+    maps_BHnn, pixels_BCHW = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return _pictures(maps_BHnn, pixels_BCHW, "a picture that the model was trained on", names)
+
+
+def _pictures(maps_BHnn: Tensor, pixels_BCHW: Tensor, what: str, names: Sequence[str]) -> Figure:
     """A line for each picture: the picture, then each head's attention; what holds 60 % of it is framed."""
     size = pixels_BCHW.shape[2:]
     shades_BHSS = F.interpolate(maps_BHnn / maps_BHnn.amax((2, 3), keepdim=True), size=size)
@@ -127,10 +157,10 @@ def _pictures(maps_BHnn: Tensor, pixels_BCHW: Tensor, records: list[Emoji]) -> F
         lines.append(np.concatenate(tiles, axis=1))
     return Figure(
         "Where it looks",
-        f"Each line: a drawing that the model never saw, then the attention of its {maps_BHnn.shape[1]} heads from the"
+        f"Each line: {what}, then the attention of its {maps_BHnn.shape[1]} heads from the"
         f" class token of the last block; red lines enclose the patches that hold {MASS:.0%} of it.",
         charts.png_uri(np.concatenate(lines, axis=0)),
-        "attention maps of " + ", ".join(record.name for record in records),
+        "attention maps of " + ", ".join(names),
     )
 
 

@@ -82,6 +82,21 @@ def compared_curves(title: str, curves: Sequence[Curve]) -> str:
         return _curves_svg(figure, axes, title)
 
 
+def share_curve(title: str, curve: Curve, floor: float | None) -> str:
+    """One small chart: a share, in per cent, as it was measured at some steps; a floor dashed."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.1, 2.1), layout="constrained")
+        axes = figure.subplots()
+        steps, shares = np.asarray(curve, dtype=float).reshape(-1, 2).T
+        axes.plot(steps, 100 * shares, "o-", color=ACCENT, markersize=4, linewidth=1.8, clip_on=False)
+        if floor is not None:
+            axes.axhline(100 * floor, color=QUIET, linestyle=(0, (4, 3)), linewidth=1)
+        axes.set_xlim(left=0)
+        axes.margins(y=0.15)
+        axes.set_ylabel("%")
+        return _curves_svg(figure, axes, title)
+
+
 def bars(rows: Mapping[str, tuple[float, float | None, float | None]], marked: str | None = None) -> str:
     """Horizontal bars of shares, each (value, low, high) with its interval as a whisker; `marked` in the accent."""
     with mpl.rc_context(STYLE):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
@@ -66,6 +66,12 @@ CLASSIFIERS = {
     "knn.random_start.other_concepts": ("The same, before training", "the network as it was drawn at random"),
     "probe": ("Linear probe", "a linear classifier trained on frozen features"),
 }
+MEASURED_TITLES = {  # in the midst of a run, and what is to be beaten
+    "knn.group": ("Group", "knn.pixels.group"),
+    "knn.subgroup": ("Subgroup", "knn.pixels.subgroup"),
+    "knn.other_concepts.group": ("Group, own concept left out", "knn.pixels.other_concepts.group"),
+    "knn.other_concepts.subgroup": ("Subgroup, own concept left out", "knn.pixels.other_concepts.subgroup"),
+}
 MONITOR_TITLES = {  # what the figure is, and on which side of its threshold a monitor speaks
     "collapse": ("Effective rank of features", "below"),
     "health": ("Figure that the method watches", "beyond"),
@@ -94,15 +100,17 @@ class Report:
     note: str = ""  # a sentence under the headline
     comparison: str = ""  # address of a page that sets joint training beside the contrastive loss alone
     monitors: Sequence[Mapping[str, Any]] = ()  # lines of monitors.jsonl
+    measured: Mapping[str, charts.Curve] = field(default_factory=dict)  # name -> (step, figure), while it trained
 
 
-def read_curves(metrics: Path) -> dict[str, list[tuple[float, float]]]:
-    """Training losses of a run's metrics.jsonl: name -> [(step, loss)]."""
+def read_curves(metrics: Path, kind: Literal["losses", "results"] = "losses") -> dict[str, list[tuple[float, float]]]:
+    """Training losses of a run's metrics.jsonl, or the figures that were measured in its midst and at its end: name ->
+    [(step, number)]."""
     curves: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for entry in read_lines(metrics):
         try:
-            losses = entry.get("losses", {}).items()
-            points = [(name, (float(entry["step"]), float(loss))) for name, loss in losses if loss is not None]
+            found = {name: number for name, number in entry.get(kind, {}).items() if not isinstance(number, dict)}
+            points = [(name, (float(entry["step"]), float(x))) for name, x in found.items() if x is not None]
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
         for name, point in points:
@@ -147,6 +155,7 @@ def render(report: Report) -> str:
         evaluation=evaluation,
         headline=headline(evaluation),
         losses=_losses(report),
+        measured=_measured(report),
         monitors=_monitors(report),
         retrieval=_retrieval(evaluation),
         readings=_readings(evaluation),
@@ -249,6 +258,20 @@ def _losses(report: Report) -> list[dict[str, Any]]:
                 "chart": charts.loss_curve(title, curve, chance, final) if curve else None,
             }
         )
+    return found
+
+
+def _measured(report: Report) -> list[dict[str, Any]]:
+    """A chart for each figure that was measured more than once."""
+    found = []
+    for name, (title, floor) in MEASURED_TITLES.items():
+        curve = report.measured.get(name, [])
+        if len(curve) < 2:
+            continue
+        beaten = report.evaluation.results.get(floor)
+        chart = charts.share_curve(title, curve, None if beaten is None else beaten.value)
+        told = "; ".join(f"step {step:,.0f}: {percent(share)}" for step, share in curve)
+        found.append({"title": title, "chart": chart, "told": told, "last": curve[-1][1], "floor": beaten})
     return found
 
 

@@ -38,6 +38,7 @@ TRAINED_BY = {  # column -> its losses
     **dict.fromkeys(("joint", "flava", "flava_mim"), LOSSES),
 }
 TOWERS = {"text": ("dino",), "dino": ("dino",), "mim": ("mim",)}  # stage -> a way (`image_by`) that it is part of
+OF_PAIRS = ("retrieval", "matching")  # abilities that pairs show
 MOST_RANKS = 8  # that the batch is cut into where gradient is local
 SHARED = "shared"  # the folder of vocabulary and codebook
 
@@ -68,6 +69,31 @@ def check(tree: Stages, columns: Sequence[str]) -> None:
             f"the column {joint[0]} trains on pictures and texts alone too: give --data.images and --data.text, or"
             " --data.split-pairs true for those of the pairs, or leave it out with --columns"
         )
+
+
+def measurable(column: Column, data: PairData) -> tuple[str, ...]:
+    """The abilities of a column that this data lets be measured: retrieval and matching are of pairs as those that it
+    was trained on, and without held-out ones of them they are dashes."""
+    if data.is_embedded or data.validation:
+        return column.abilities
+    return tuple(ability for ability in column.abilities if ability not in OF_PAIRS)
+
+
+def measured_on(data: PairData, glue: bool) -> list[str]:
+    """Sentences on what the columns are measured on, for the terminal and the page. glue: whether its tasks were."""
+    both = "the embedded drawings and their names"
+    if not data.is_embedded:
+        both = f"the held-out pairs of {', '.join(data.validation)}" if data.validation else "nothing"
+    sentences = [
+        "Measured on: vision, the embedded drawings of the held-out style and the embedded clip art; language, the"
+        f" names of embedded drawings{' and SST-2, CoLA and RTE' if glue else ''}; retrieval and matching, {both}."
+    ]
+    if both == "nothing":
+        sentences.append(
+            "Retrieval and matching are not measured, since no pairs were held out, and stand as dashes that no average"
+            " counts: give --data.validation captioned pictures that are not trained on, and another folder with --out."
+        )
+    return sentences
 
 
 def share_parts(tree: Stages, out: Path) -> None:

@@ -5,50 +5,38 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from trivium.bundle import Bundle
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import TriviumError
-from trivium.load import load_bert, start_text
+from trivium.load import start_text
+from trivium.models.bert import Bert as WholeBert
 from trivium.models.flava import Flava
 
 
 @dataclass(frozen=True)
 class Bert:
-    """A BERT in Hugging Face's layout."""
+    """A BERT, of ours or in Hugging Face's layout."""
 
     path: str
-    state: dict[str, Tensor]
-    own_tokenizer: Tokenizer | None  # that lies beside its weights
-
-    @classmethod
-    def read(cls, path: str) -> Bert:
-        """Raises TriviumError where there are no weights, or those of something else than a BERT."""
-        state, tokenizer = load_bert(path)
-        bert = cls(path, state, tokenizer)
-        if bert._embedding("word") is None or bert._embedding("position") is None:
-            raise TriviumError(f"{path} holds no BERT in the layout of Hugging Face: it has no word embeddings of one")
-        return bert
+    bundle: Bundle
 
     def vocabulary(self) -> Tokenizer:
         """Its own. Raises TriviumError where it came without."""
-        if self.own_tokenizer is None:
+        if self.bundle.tokenizer is None:
             raise TriviumError(
                 f"{self.path} holds neither tokenizer.json nor vocab.txt: name the vocabulary that this BERT was"
                 " trained with, --data.vocabulary bert for the uncased English one or the path of a tokenizer.json"
             )
-        return self.own_tokenizer
+        return self.bundle.tokenizer
 
     def start(self, model: Flava) -> str:
         """Give a model what carries over, and say in one sentence what did and what did not.
 
         Raises TriviumError where width, vocabulary or positions differ, with the flag to set.
         """
-        word, position = self._embedding("word"), self._embedding("position")
-        assert word is not None
-        assert position is not None
-        (num_words, width), positions = word.shape, position.shape[0]
-        config = model.config
+        its, config = self.bundle.model, model.config
+        assert isinstance(its, WholeBert)
+        width, num_words, positions = its.config.width, its.config.vocab_size, its.config.max_length
         if width != config.width:
             flags = f"--model.width {width}"
             if width % config.num_heads:
@@ -67,13 +55,9 @@ class Bert:
                 f"the BERT of {self.path} has {positions} positions, the model {config.max_length}: set"
                 f" --model.max-length {positions}"
             )
-        taken, left = start_text(model, self.state)
+        taken, left = start_text(model, its)
         head = " and the head of masked words" if any(name.startswith("mlm_head.") for name in taken) else ""
         return (
             f"{self.path}: taken are the embeddings of {num_words:,} words and {config.max_length} positions{head};"
             f" left out are {len(left)} tensors, since BERT's blocks normalise after and FLAVA's before each sublayer"
         )
-
-    def _embedding(self, name: str) -> Tensor | None:
-        ends = f"embeddings.{name}_embeddings.weight"
-        return self.state.get(f"bert.{ends}", self.state.get(ends))

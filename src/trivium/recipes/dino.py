@@ -33,8 +33,8 @@ from trivium.train.trainer import Run, Train
 
 LAST_LAYER = ("head.prototypes", "head.gain")  # the gain too, where it is learned
 NOTHING_LABELLED = (
-    "nearest neighbours and object boundaries: these pictures have no labels and no masks; measure the model on some"
-    " with trivium evaluate RUN --pairs, or fine-tune it"
+    "nearest neighbours and the overlap of attention with objects: these pictures have no labels and no masks; measure"
+    " the model on some with trivium evaluate RUN --pairs, or fine-tune it"
 )
 # For drawings: they are small, stand on white and are told apart by their colours as much as by their outlines, so no
 # crop loses its colours (grey, solarise) and hue hardly turns; blur hides how a style shades and draws its lines.
@@ -117,7 +117,7 @@ def dino(size: str = "tiny") -> DinoRecipe:
             Objectives(koleo=0.1),
             data=Pictures(batch=64),
             optim=Optim(lr=5e-4, betas=(0.9, 0.999), weight_decay=0.04, weight_decay_final=0.1, warmup=0.1, final=0.01),
-            train=Train(steps=2000, save_every=500),
+            train=Train(steps=2000, save_every=500, evaluate_every=500),
             init_std=0.06,
         )
     published = Optim(
@@ -159,7 +159,11 @@ class PreparedDino(Prepared):
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         assert self.bundle is not None
         if not self.recipe.data.is_embedded:
-            return Evaluation(not_applicable=[NOTHING_LABELLED]), {}
+            say("attention")
+            [stream] = self.mixture_of(self.recipe.train).streams
+            figure = attention.on_pictures(self.bundle, stream.source)
+            shown = [] if figure is None else [figure]
+            return Evaluation(figures=shown, not_applicable=[NOTHING_LABELLED]), {}
         found = on_drawings(self.bundle, say)
         say("random start and pixels")
         untrained = self._untrained()

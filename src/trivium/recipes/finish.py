@@ -72,6 +72,7 @@ def write(
             found,
             losses,
             curves={} if run is None else report.read_curves(run / "metrics.jsonl"),
+            measured={} if run is None else report.read_curves(run / "metrics.jsonl", "results"),
             monitors=[] if run is None else report.read_lines(run / "monitors.jsonl"),
             seconds=seconds,
             machine=machine,

@@ -28,8 +28,7 @@ def open_start(recipe: Any, resume_from: Path | None, family: type[nn.Module], n
     if not isinstance(start.model, family):
         path = resume_from or recipe.init
         raise TriviumError(
-            f"{path} holds a model of another family than {name}: {type(start.model).__name__}; start from one of its"
-            " own family"
+            f"{path} holds a model of the family {start.family}, and {name} starts from one of its own family: give one"
         )
     return start, start.model.config
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from trivium.bundle import Bundle
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
-from trivium.load import image_tokenizer_hash, load, model_folder
+from trivium.load import image_tokenizer_hash, load
 from trivium.models import towers
 from trivium.models.albef import Albef
 from trivium.models.bert import Bert as WholeBert
@@ -101,16 +100,16 @@ class ImageTower:
 
 
 def read_text(path: str) -> Bert | TextTower:
-    """A run of ours, or a BERT of anybody's. Raises TriviumError where it is neither."""
-    if model_folder(Path(path), []) is None:
-        return Bert.read(path)
+    """A FLAVA or a BERT, of ours or of others. Raises TriviumError where it is neither."""
     bundle = load(path)
-    if not isinstance(bundle.model, Flava):
-        raise TriviumError(
-            f"{path} holds a model of the family {bundle.family}: the text encoder starts from a FLAVA, or its"
-            " embeddings from a BERT in the layout of Hugging Face"
-        )
-    return TextTower(path, bundle)
+    if isinstance(bundle.model, WholeBert):
+        return Bert(path, bundle)
+    if isinstance(bundle.model, Flava):
+        return TextTower(path, bundle)
+    raise TriviumError(
+        f"{path} holds a model of the family {bundle.family}: the text encoder starts from a FLAVA, or its embeddings"
+        " from a BERT"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- ALBEF's
