@@ -66,8 +66,8 @@ def sum_up(out: Path, noise: float, steps: int) -> None:
     lines = [
         f"# ALBEF with the captions of {noise:.0%} of the photographs exchanged",
         "",
-        f"Tiny, {steps:,} updates, seeds {', '.join(map(str, seeds))}; zero-shot on the 1,000 clean dev photographs of"
-        " Flickr8k; per cent, with 95 % intervals over the photographs; better or worse where every seed has that sign.",
+        f"Tiny, {steps:,} updates, seeds {', '.join(map(str, seeds))}; zero-shot on the 1,000 clean dev photographs"
+        " of Flickr8k; per cent, with 95 % intervals over these; better or worse if every seed has that sign.",
         "",
         "| | without | with distillation | with less without |",
         "|---|---|---|---|",

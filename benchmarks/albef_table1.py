@@ -5,8 +5,8 @@
 Pretraining: the tiny ALBEF on Flickr8k's training photographs and on scenes with their captions, STEPS updates for
 every row alike, with one vocabulary. Columns: retrieval on Flickr8k's dev photographs after fine-tuning (mean of R@1, 5
 and 10, re-ranked), entailment on its triples (photographs with md5(file) % 10 = 0 held out, and never pretrained on),
-NLVR2 and VQA on scenes, whose pictures stay whole. The last row is pretrained on a quarter of the pairs, as 4M stands to 14M
-in the paper. Cells of two seeds; 95 % intervals over the units of the test.
+NLVR2 and VQA on scenes, whose pictures stay whole. The last row is pretrained on a quarter of the pairs, as 4M stands
+to 14M in the paper. Cells of two seeds; 95 % intervals over the units of the test.
 
 Several processes share the work, each with some `--rows`, `--columns` and `--seeds` of the same --out; whatever is done
 is not repeated. `--table` only sums up what is there, and writes results/albef_table1.json and .md.
