@@ -39,7 +39,8 @@ def _footnotes(cells: Sequence[dict[str, Any]]) -> list[str]:
         of_task = [cell for cell in cells if cell["task"] == task]
         for note in dict.fromkeys(note for cell in of_task for note in cell["notes"]):
             noted = [f"{cell['model']}, {cell['variant']}" for cell in of_task if note in cell["notes"]]
-            lines.append(f"- {task}{'' if len(noted) == len(of_task) else f' ({"; ".join(noted)})'}: {note}")
+            of = "" if len(noted) == len(of_task) else f" ({'; '.join(noted)})"
+            lines.append(f"- {task}{of}: {note}")
     return lines
 
 
