@@ -395,7 +395,9 @@ def test_a_suite_asks_for_figures_under_the_names_that_fine_tuning_gives_them() 
     for each in {task for tasks in SUITES.values() for task in tasks if task.verb in TUNED}:
         task = TUNED[each.verb]
         assert each.prefix == task.title
-        names = splits.get(each.verb) or (GLUE[each.verb].dev if each.verb in GLUE else ("dev_seen", "dev_unseen"))
+        names = splits.get(each.verb) or (
+            GLUE[each.verb].dev if each.verb in GLUE else ("dev", "dev_seen", "dev_unseen")
+        )
         known = {"", *(f"{split}.{metric}" for split in names for metric in task.metrics)}
         for figure in each.figures:
             assert figure.result in known and figure.instead in known, (each.name, figure)
