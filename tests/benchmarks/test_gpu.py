@@ -85,7 +85,9 @@ def test_a_profile_says_where_the_time_of_a_row_goes() -> None:
 
 
 def test_a_run_cut_off_keeps_what_it_has_and_names_the_rest(tmp_path: Path) -> None:
-    found, printed = measured(tmp_path, 0.4)
+    done = run(str(ROOT / "benchmarks" / "gpu.py"), "--size", "tiny", "--minutes", "0.4", "--out", str(tmp_path))
+    found, printed = json.loads((tmp_path / "gpu.json").read_text()), done.stdout
+    assert done.returncode == (0 if found["results"] else 1), done.stderr  # a busy machine may get nowhere
     assert list(found["results"]) == CASES[: len(found["results"])]
     for section, why in found["not_measured"].items():
         assert f"not measured to its end: {section}: {why}" in printed

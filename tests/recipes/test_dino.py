@@ -194,11 +194,13 @@ def test_a_run_starts_from_a_dino_or_a_vit(run: Path, pictures: Path, tmp_path: 
     assert trivium("convert", run, "--to", "timm-vit", "--out", tower) == 0
     assert isinstance(load(tower).model, ViT)
     from_vit = recipe(init=tower, data__images=pictures, objectives__ibot=1.0).prepare("dino", {})
-    assert "the head at random" in from_vit.notes[0]
+    assert from_vit.notes == [  # its shape was stated; the mask token is what iBOT asks for
+        "Sinkhorn balances whole pictures alone: iBOT's hidden patches are centred by their mean",
+        f"the tower starts from {tower}, the head at random",
+    ]
     method = from_vit.run.method
     assert torch.equal(method.model.backbone.positions, expected["backbone.positions"])
     assert method.model.backbone.mask_token is not None
-    assert len(from_vit.notes) == 1  # its shape was stated; the mask token is what iBOT asks for
     other = recipe(init=tower, data__images=pictures, model__num_layers=5).prepare("dino", {})
     assert other.notes[1] == f"the shape of the model is that of {tower}, whatever --size and --model say"
     assert len(other.run.method.model.backbone.encoder.blocks) == 2
