@@ -187,7 +187,10 @@ def keeping_activations() -> AbstractContextManager:
 @cache  # made in the round that warms up
 def as_published(tokenizer: DVae) -> nn.Module:
     """Its encoder in float32, and as convolutions come."""
-    return copy.deepcopy(tokenizer.encoder).to(torch.float32, memory_format=torch.contiguous_format)
+    encoder = copy.deepcopy(tokenizer.encoder).float()
+    for parameter in encoder.parameters():
+        parameter.data = parameter.data.contiguous()
+    return encoder
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import side_by_side
 import torch
@@ -38,7 +38,6 @@ from step_pair import compare
 
 from trivium.train import precision
 from trivium.train.memory import keep_freed
-from trivium.train.precision import Precision
 
 CASES = {  # inputs of ours and of the peer, by name in INPUTS
     "equal": ("equal", "equal"),
@@ -50,13 +49,14 @@ GIVEN_BACK = "memory of a step kept for the next"  # a trick that is not taken a
 CPU = torch.device("cpu")
 
 Side = Callable[..., Any]  # a side_by_side.Apart: the name of a method, and its arguments
+Kind = Literal["fp32", "bf16"]
 Case = tuple[str, str]  # modality and inputs
 
 
 class Ours:
     """Our step, in a process of its own. keeps: as the trainer does, the memory of a step for the next one."""
 
-    def __init__(self, size: str, kind: Precision, rows: int, keeps: bool) -> None:
+    def __init__(self, size: str, kind: Kind, rows: int, keeps: bool) -> None:
         if keeps:
             keep_freed()
         self.pair = Pair(size, lambda: precision.autocast(CPU, kind), CPU)
@@ -85,7 +85,7 @@ class Ours:
 class Peer:
     """The peer's step, in a process of its own, with the allocator as it comes."""
 
-    def __init__(self, size: str, kind: Precision, rows: int) -> None:
+    def __init__(self, size: str, kind: Kind, rows: int) -> None:
         self.pair = Pair(size, lambda: precision.autocast(CPU, kind), CPU)
         method = self.pair.method
         self.inputs = {}
@@ -144,7 +144,7 @@ def ladder(ours: Side, given_back: Side, rounds: int) -> dict[str, dict[str, flo
     return rungs
 
 
-def measure_table(size: str, kind: Precision, rows: int) -> dict[str, Any]:
+def measure_table(size: str, kind: Kind, rows: int) -> dict[str, Any]:
     """What a results file holds but for the ladder."""
     speed = {name: 1e9 * value for name, value in precision.measure_matmul(CPU, seconds=1.0).items()}
     peer, ours = side_by_side.Apart(Peer, size, kind, rows), side_by_side.Apart(Ours, size, kind, rows, True)
@@ -154,7 +154,7 @@ def measure_table(size: str, kind: Precision, rows: int) -> dict[str, Any]:
     return {"results": results, "precision": kind, "batch": rows, "matmul": speed, "token_lengths": LENGTHS}
 
 
-def measure_ladder(size: str, kind: Precision, rows: int, rounds: int) -> dict[str, Any]:
+def measure_ladder(size: str, kind: Kind, rows: int, rounds: int) -> dict[str, Any]:
     ours, given_back = (side_by_side.Apart(Ours, size, kind, rows, keeps) for keeps in (True, False))
     rungs = ladder(ours, given_back, rounds)
     ours.end()
