@@ -277,7 +277,7 @@ def tuned(
 def commonest(task: str, splits: Splits) -> dict[str, Any]:
     """What the commonest answer of training comes to on the held-out rows, and what both have in common."""
     train, dev, metric = splits.train, splits.held_out["dev"], TASKS[task].reported
-    answer = Counter(row.label for row in train.good()).most_common(1)[0][0]
+    answer = Counter(row.label for row in train.good() if row.label is not None).most_common(1)[0][0]
     truths = np.array([row.label for row in dev.good()])
     shared = leakage.of_texts if TASKS[task].reads == "text" else leakage.of_pictures
     value = METRICS[metric](np.full(len(truths), answer), truths)

@@ -79,7 +79,7 @@ def test_no_photograph_of_the_entailment_triples_is_on_both_sides(root: Path) ->
 def test_the_commonest_answer_is_that_of_training_and_what_rows_share_is_said(root: Path) -> None:
     splits = read_daquar(str(root / "daquar")).checked()
     cell = suite_small.commonest("daquar", splits)
-    assert cell["notes"] == ["the commonest answer is garbage_bin", "1 questions with several answers are left out"]
+    assert cell["notes"][:2] == ["the commonest answer is garbage_bin", "1 questions with several answers are left out"]
     answers = [row.truths[0] for row in splits.held_out["dev"].good()]
     assert cell["figures"]["accuracy"]["value"] == answers.count("garbage_bin") / len(answers)
     data.write_entailment(root, root / "written")

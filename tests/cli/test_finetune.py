@@ -304,12 +304,15 @@ def test_a_unit_is_fine_tuned_on_texts_and_on_pictures_with_texts(reviews: str, 
     at_random(model, 0)
     unit = saved(tmp_path / "unit", "unit", model, max_length=16)
     out = tmp_path / "texts"
-    found = finetune("text_classification", unit, out, "--data", reviews, "--data.dev", reviews, train__steps=60)
+    found = finetune(
+        "text_classification", unit, out, "--data", reviews, "--data.dev", reviews, train__steps=120,
+        train__evaluate_every=20, train__patience="null",
+    )  # fmt: skip
     assert found["text classification"] == 1.0
     data, out = pictures(tmp_path), tmp_path / "pictures"
     found = finetune(
         "image_text_classification", unit, out, "--data", data, "--data.dev", data, "--train.bad-rate", 1,
-        train__steps=40,
+        train__steps=60, train__evaluate_every=20, train__patience="null",
     )  # fmt: skip
     assert found["classification of a picture and a text (concatenated)"] == 1.0
     head = json.loads((out / "model" / "config.json").read_text())["head"]

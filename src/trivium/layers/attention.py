@@ -195,7 +195,8 @@ class CrossAttention(Attention):
         B, S, _ = memory_BSW.shape
         H = self.num_heads
         E = self.query.out_features // H
-        return Memory(*_parts(self.key_value(memory_BSW).view(B, S, 2, H, E)))
+        key, value = _parts(self.key_value(memory_BSW).view(B, S, 2, H, E))
+        return Memory(key, value)
 
     def forward(self, x_RQD: Tensor, memory: Tensor | Memory, mask: Tensor | None = None) -> Tensor:
         """[R, Q, D].

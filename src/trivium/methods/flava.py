@@ -227,6 +227,7 @@ class FlavaMethod(MethodOfPictures):
         if "itm" in wanted:
             sums["itm"] = matching(self.model.itm_head(tokens[self._to(class_R)]), self._to(matched_R))
         if "mmm_image" in wanted:
+            assert codes_RN is not None
             codes_M = codes_RN.flatten()[self._to(places(patches_RN))]
             sums["mmm_image"] = masked_prediction(self.model.mmm_image_head(tokens[self._to(patch_M)]), codes_M)
         if "mmm_text" in wanted:
