@@ -6,7 +6,8 @@
 Scenes have exact boxes, so pointing is measured on new scenes of the drawings that it saw: the hottest pixel lies
 inside the box of what is meant. Beside it a point at random (the share of the picture that the box takes), the middle
 of the picture, the same model with random weights, and the choice among the boxes of all objects of the scene. Each
-block whose words attend patches is measured; "itc" is the picture's own tower.
+block whose words attend patches is measured; "itc" is the picture's own tower. A run that is done is not repeated, and
+one that was begun goes on. Writes results/albef_grounding.json and .md.
 
 The second form writes heat maps of photographs of Flickr8k's dev split with their captions into SHEETS. Those are for
 research and are not part of this repository.
@@ -22,19 +23,21 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import side_by_side
+from albef_runs import as_json, per_cent, run, write_beside
 from PIL import Image
 
 from trivium import load
 from trivium.bundle import Bundle
-from trivium.cli import main as trivium
 from trivium.data.referring import Referring, read_referring
 from trivium.data.scene_files import write_scenes
 from trivium.data.scene_formats import FIRST_ID, FORMATS
 from trivium.data.scene_language import captions
 from trivium.data.scenes import Scenes
 from trivium.evaluate import grounding
+from trivium.evaluate.results import Result
 from trivium.explain.heat_maps import heat_wall
 from trivium.models.albef import Albef
+from trivium.train import config
 from trivium.train.initial import initialise
 
 SIDE = 128  # pixels of a picture, as scenes have: 8 x 8 patches of 16
@@ -65,36 +68,40 @@ def make_data(folder: Path, train: int, val: int) -> tuple[list[Path], Referring
     return paths, data
 
 
-def train(lists: list[Path], out: Path, minutes: float, more: list[str]) -> Bundle:
-    flags = ["--size", "tiny", "--model.image-size", str(SIDE), "--data.pairs", *map(str, lists)]
-    flags += ["--train.minutes", str(minutes), "--validate", "0", "--out", str(out), *more]
-    if code := trivium(["pretrain", "albef", *flags]):
-        raise SystemExit(code)
-    return load(out)
-
-
-def untrained(bundle: Bundle) -> Bundle:
+def untrained(bundle: Bundle, std: float) -> Bundle:
+    """The same model as it was drawn."""
     model = bundle.model
     assert isinstance(model, Albef)
     other = Albef(model.config)
-    initialise(other, 0)
+    initialise(other, 0, std)
     return replace(bundle, model=other.eval())
 
 
-def measure(bundle: Bundle, data: Referring, rows: int) -> dict[str, dict[str, object]]:
-    """A line for each block, and for random weights at the block that is looked at by default."""
+def measure(out: Path, data: Referring, rows: int) -> dict[str, dict[str, Result]]:
+    """A line for each block of a run, and for random weights at the block that is looked at by default."""
+    bundle, std = load(out), config.load(out).values["init_std"]
     model = bundle.model
     assert isinstance(model, Albef)
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, Result]] = {}
     blocks = model.config.fusion_layers - 1  # in the last one words are cold
     cases: list[tuple[str, Bundle, int | None, str]]
     cases = [(f"itm, block {n}", bundle, n, "match") for n in range(blocks)]
-    cases += [("itc, last block", bundle, None, "cosine"), ("random weights", untrained(bundle), None, "match")]
+    cases += [("itc, last block", bundle, None, "cosine"), ("random weights", untrained(bundle, std), None, "match")]
     for name, which, block, by in cases:
         results = grounding.run(which, data, block=block, by=by, rows=rows).results  # type: ignore[arg-type]
-        found[name] = {figure: results[f"val.{figure}"].as_json() for figure in FIGURES}
-        print(f"  {name}: " + ", ".join(f"{figure} {results[f'val.{figure}'].value:.3f}" for figure in FIGURES))
+        found[name] = {figure: results[f"val.{figure}"] for figure in FIGURES}
+        print(f"  {name}: " + ", ".join(f"{figure} {each.value:.3f}" for figure, each in found[name].items()))
     return found
+
+
+def page(found: dict[str, dict[str, Result]], command: str) -> str:
+    lines = [
+        "# Where a tiny ALBEF looks", "", f"`{command}`", "",
+        "Per cent of the expressions on new scenes, with 95 % intervals.", "",
+        f"| | {' | '.join(FIGURES)} |", "|---" * (1 + len(FIGURES)) + "|",
+    ]  # fmt: skip
+    lines += [f"| {name} | {' | '.join(per_cent(row[figure]) for figure in FIGURES)} |" for name, row in found.items()]
+    return "\n".join([*lines, ""])
 
 
 def scene_sheet(bundle: Bundle, data: Referring, path: Path) -> None:
@@ -124,26 +131,34 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="a folder for heat maps of photographs")
     parser.add_argument("--model", type=Path, help="whose heat maps; a run or a model folder")
     parser.add_argument("--data.root", dest="root", type=Path, help="the folder that holds flickr8k")
-    parser.add_argument("--write", action="store_true", help="the figures into benchmarks/results")
-    arguments, more = parser.parse_known_args()
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="of torch; by default as torch finds best")
+    arguments = parser.parse_args()
     if arguments.sheet is not None:
         if arguments.model is None or arguments.root is None:
             parser.error("--sheet needs --model and --data.root")
         arguments.sheet.mkdir(parents=True, exist_ok=True)
-        page = heat_wall(load(arguments.model), photographs(arguments.root, SHOWN))
-        page.save(arguments.sheet / "flickr8k-dev.png")
+        sheet = heat_wall(load(arguments.model), photographs(arguments.root, SHOWN))
+        sheet.save(arguments.sheet / "flickr8k-dev.png")
         print(f"wrote {arguments.sheet / 'flickr8k-dev.png'}")
         return
     if arguments.out is None:
         parser.error("--out DIR is where scenes and run are written")
-    lists, data = make_data(arguments.out / "scenes", arguments.scenes, max(8, arguments.scenes // 10))
-    bundle = train(lists, arguments.out / "run", arguments.minutes, more)
-    found = measure(bundle, data, arguments.rows)
-    scene_sheet(bundle, data, arguments.out / "scenes.png")
-    print(f"wrote {arguments.out / 'scenes.png'}")
-    if arguments.write:
-        command = f"python benchmarks/albef_grounding.py --minutes {arguments.minutes:g} --out RUNS --write"
-        side_by_side.write("albef_grounding", found, command=command, scenes=arguments.scenes)
+    minutes, scenes, out = arguments.minutes, arguments.scenes, arguments.out
+    lists, data = make_data(out / "scenes", scenes, max(8, scenes // 10))
+    values = {
+        "size": "tiny", "model.image-size": SIDE, "data.pairs": lists, "train.minutes": minutes,
+        "train.save-every": 200, "train.keep-last": 1, "validate": 0,
+    }  # fmt: skip
+    trained = run(out / f"run-{minutes:g}", ["pretrain", "albef"], values, arguments.device, arguments.threads)
+    found = measure(trained, data, arguments.rows)
+    scene_sheet(load(trained), data, out / "scenes.png")
+    print(f"wrote {out / 'scenes.png'}")
+    command = f"python benchmarks/albef_grounding.py --minutes {minutes:g} --scenes {scenes} --rows {arguments.rows}"
+    command += " --out RUNS"
+    numbers = {name: {figure: as_json(each) for figure, each in row.items()} for name, row in found.items()}
+    written = side_by_side.write("albef_grounding", numbers, command=command)
+    write_beside(written.with_suffix(".md"), lambda beside: beside.write_text(page(found, command), encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -5,26 +5,34 @@
     embedded      pretrained on the embedded drawings, measured as `trivium evaluate` measures
     flickr8k      pretrained on Flickr8k's training photographs, scored zero-shot on dev (R@10, median rank), by cosine
                   and re-ranked; then fine-tuned on retrieval and scored again
-    entailment    fine-tuned on the triples of its photographs, those with md5(file) % 10 = 0 held out; beside it the
-                  same from the hypothesis alone, and the commonest answer
+    entailment    fine-tuned on the triples of its photographs, those with md5(file) % 10 = 0 held out, from pretraining
+                  too; beside it the same with grey pictures, the difference, and the commonest answer
 
-Runs that are done are not repeated. Writes results/albef_real.json and .md.
+Runs that are done are not repeated, and all that are done are summed up. Writes results/albef_real.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import side_by_side
-from albef_runs import ENTAILMENT, TINY_TUNING, Photographs, as_json, run
+from albef_runs import ENTAILMENT, Photographs, as_json, difference, run, tiny_tuning, units
 
 from trivium.evaluate import results
-from trivium.evaluate.results import Result
+from trivium.evaluate.results import Result, mean_of
 
 PARTS = ("embedded", "flickr8k", "entailment")
-HYPOTHESIS = "text classification"  # of the sentence without its photograph
+ACCURACY = f"{ENTAILMENT}.test.accuracy"
+WHOLE, BLIND = "entailment", "entailment, hypothesis alone"
+FOLDERS = {  # below OUT
+    "embedded": "embedded", "flickr8k": "flickr8k", "flickr8k fine-tuned": "flickr8k-retrieval", WHOLE: "entailment",
+    BLIND: "entailment-hypothesis",
+}  # fmt: skip
 SHOWN = {
     "embedded": ["retrieval.style.text_to_image_r10", "retrieval.style.image_to_text_r10",
                  "retrieval.style.text_to_image_reranked_r10", "retrieval.style.image_to_text_reranked_r10",
@@ -33,8 +41,8 @@ SHOWN = {
                  for order in ("", "_reranked") for figure in ("r10", "median_rank")],
     "flickr8k fine-tuned": [f"retrieval.dev.{way}{order}_{figure}" for way in ("ir", "tr")
                             for order in ("", "_reranked") for figure in ("r10", "median_rank")],
-    "entailment": [f"{ENTAILMENT}.test.accuracy"],
-    "entailment, hypothesis alone": [f"{HYPOTHESIS}.test.accuracy"],
+    WHOLE: [ACCURACY],
+    BLIND: [ACCURACY],
 }  # fmt: skip
 
 
@@ -46,40 +54,51 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of each pretraining")
     parser.add_argument("--tuning-steps", type=int, default=400, help="of each fine-tuning")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="of torch; by default as torch finds best")
     given = parser.parse_args()
-    photographs, runs = Photographs(given.root, given.out), {}
+    photographs = Photographs(given.root, given.out)
 
-    def pretrained(name: str, **values: Any) -> Path:
-        named = {key.replace("__", "."): value for key, value in values.items()}
-        settings = {"size": "tiny", "train.steps": given.steps, "train.save-every": 200, **named}
-        return run(given.out / name, ["pretrain", "albef"], settings, given.device)
+    def pretrained(name: str, values: dict[str, Any]) -> Path:
+        settings = {"size": "tiny", "train.steps": given.steps, "train.save-every": 200, "train.keep-last": 1, **values}
+        return run(given.out / FOLDERS[name], ["pretrain", "albef"], settings, given.device, given.threads)
 
-    def tuned(name: str, task: str, init: Path, values: dict[str, Any]) -> Path:
-        settings = {"init": init, **TINY_TUNING, "epochs": None, "train.steps": given.tuning_steps, **values}
-        return run(given.out / name, ["finetune", task], settings, given.device)
+    def tuned(name: str, task: str, values: dict[str, Any]) -> Path:
+        settings = {**tiny_tuning(given.tuning_steps), **values}
+        return run(given.out / FOLDERS[name], ["finetune", task], settings, given.device, given.threads)
 
     if "embedded" in given.parts:
-        runs["embedded"] = pretrained("embedded")
+        pretrained("embedded", {})
     if "flickr8k" in given.parts or "entailment" in given.parts:
-        train = photographs.train
-        runs["flickr8k"] = pretrained(
-            "flickr8k", data__pairs=train, data__validation=photographs.dev, data__text_column="captions",
-            data__vocabulary="bert",
-        )  # fmt: skip
-    if "flickr8k" in given.parts:
-        pairs = {"data.train": photographs.train, "data.dev": photographs.dev, "data.text-column": "captions"}
-        runs["flickr8k fine-tuned"] = tuned("flickr8k-retrieval", "retrieval", runs["flickr8k"], pairs)
-    if "entailment" in given.parts:
-        tables: dict[str, Any] = {f"data.{split}": [path] for split, path in photographs.entailment().items()}
-        head = {"head.activation": "relu", "head.dropout": 0.0, "distillation.alpha": 0.4, "distillation.ramp": 0.0}
-        start = runs["flickr8k"]
-        runs["entailment"] = tuned("entailment", "image_text_classification", start, tables | head)
-        name = "entailment, hypothesis alone"
-        runs[name] = tuned("entailment-hypothesis", "text_classification", start, tables | head)
-    sum_up(runs, given.out, given.steps, given.tuning_steps)
+        train = photographs.written("pairs")
+        pairs = {"data.pairs": [train], "data.validation": photographs.dev, "data.text-column": "captions",
+                 "data.vocabulary": photographs.vocabulary()}  # fmt: skip
+        start = pretrained("flickr8k", pairs)
+        if "flickr8k" in given.parts:
+            pairs = {"data.train": [train], "data.dev": photographs.dev, "data.text-column": "captions"}
+            tuned("flickr8k fine-tuned", "retrieval", {"init": start, **pairs})
+        if "entailment" in given.parts:
+            tables: dict[str, Any] = {f"data.{split}": [path] for split, path in photographs.entailment().items()}
+            head = {"head.activation": "relu", "head.dropout": 0.0, "distillation.alpha": 0.4}
+            for name, blank in ((WHOLE, "false"), (BLIND, "true")):
+                values = {"init": start, **tables, **head, "data.blank-pictures": blank}
+                tuned(name, "image_text_classification", values)
+    sum_up(photographs, given.steps, given.tuning_steps)
 
 
-def sum_up(runs: dict[str, Path], out: Path, steps: int, tuning_steps: int) -> None:
+def beside(photographs: Photographs) -> dict[str, Result]:
+    """What the photographs add to the hypotheses, and the answer that is commonest in training."""
+    whole, blind = (units(photographs.out / FOLDERS[name], [ACCURACY]) for name in (WHOLE, BLIND))
+    paths = photographs.entailment()
+    labels = {split: [json.loads(line)["label"] for line in path.read_text().splitlines()]
+              for split, path in paths.items()}  # fmt: skip
+    [(commonest, _)] = Counter(labels["train"]).most_common(1)
+    always = mean_of(np.array([float(label == commonest) for label in labels["test"]]))
+    return {f"{WHOLE}, less hypothesis alone": difference([whole], [blind]), f"{WHOLE}, always {commonest}": always}
+
+
+def sum_up(photographs: Photographs, steps: int, tuning_steps: int) -> None:
+    """All that is done, as a page and as numbers."""
+    out = photographs.out
     lines = [
         "# Tiny ALBEF on real data",
         "",
@@ -88,15 +107,21 @@ def sum_up(runs: dict[str, Path], out: Path, steps: int, tuning_steps: int) -> N
         "| run | figure | value | over |",
         "|---|---|---|---|",
     ]
+    done = {name: folder for name, folder in FOLDERS.items() if (out / folder / "results.json").is_file()}
+    rows: list[tuple[str, str, Result | None]] = []
+    for name, folder in done.items():
+        found = results.read(out / folder / "results.json")
+        rows += [(name, figure, found.get(figure)) for figure in SHOWN[name]]
+    if WHOLE in done and BLIND in done:
+        rows += [(name, ACCURACY, result) for name, result in beside(photographs).items()]
     numbers: dict[str, Any] = {}
-    for name, folder in runs.items():
-        found = results.read(folder / "results.json")
-        for figure in SHOWN[name]:
-            result: Result | None = found.get(figure)
-            numbers.setdefault(name, {})[figure] = as_json(result)
-            if result is not None:
-                interval = "" if result.low is None else f" [{result.low:.4g}, {result.high:.4g}]"
-                lines.append(f"| {name} | `{figure}` | {result.value:.4g}{interval} | {result.n or 0:,} |")
+    for name, figure, result in rows:
+        numbers.setdefault(name, {})[figure] = as_json(result)
+        if result is None:
+            lines.append(f"| {name} | `{figure}` | – | – |")
+            continue
+        interval = "" if result.low is None else f" [{result.low:.4g}, {result.high:.4g}]"
+        lines.append(f"| {name} | `{figure}` | {result.value:.4g}{interval} | {result.n or 0:,} |")
     command = f"python benchmarks/albef_real.py --data.root DATA --out {out.name} --steps {steps}"
     command += f" --tuning-steps {tuning_steps}"
     print("\n".join(lines))

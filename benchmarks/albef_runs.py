@@ -1,14 +1,19 @@
 """What the benchmarks of ALBEF share: its data, runs that are not repeated, and figures unit by unit.
 
-A run's folder is named after what it is; one that has a results.json is done, one that was begun goes on. So every
-script may be stopped and started, and several processes may take different cells of one table.
+A run's folder is named after what it is; one that has a results.json is done, one that was begun goes on, and one that
+was made with other settings is refused. So every script may be stopped and started, and several processes may take
+different cells of one table: whoever needs what another is making waits for it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +23,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trivium.cli import main as trivium
+from trivium.cli.overrides import set_overrides, split_overrides
+from trivium.data.tokenizer import Tokenizer
 from trivium.evaluate import outcomes
 from trivium.evaluate.results import Result, mean_of
+from trivium.recipes import RECIPES
+from trivium.train import config, run_folder
 
 ENTAILMENT = "classification of a picture and a text"  # how `trivium finetune` calls tables of one's own
-TINY_TUNING: dict[str, Any] = {  # a tiny model wants a larger rate than the published ones, and fewer rows of a step
-    "optim.lr": 3e-4, "optim.warmup": 0.1, "optim.final": 0.05, "data.batch": 64,
-}  # fmt: skip
+NUM_WORDS = 4096  # of a vocabulary; BERT's would be nine tenths of a tiny model
+
+
+def tiny_tuning(steps: int) -> dict[str, Any]:
+    """Settings of each fine-tuning of a tiny model, which wants a larger rate than the published ones, fewer rows of a
+    step, and a teacher that keeps up within so few steps. The last checkpoint counts: what is measured chooses none."""
+    return {
+        "optim.lr": 3e-4, "optim.warmup": 0.1, "optim.final": 0.05, "data.batch": 64, "distillation.ramp": 0.2,
+        "distillation.reach": 0.1, "epochs": None, "train.steps": steps, "train.patience": None,
+        "train.evaluate-every": steps, "train.save-every": 200, "train.keep-last": 1,
+    }  # fmt: skip
+
+
+def tenth(file: str) -> int:
+    """0 to 9, by md5 of a picture's file name. Those of 0 are held out everywhere, from pretraining too."""
+    return int(hashlib.md5(file.encode()).hexdigest(), 16) % 10
 
 
 @dataclass(frozen=True)
@@ -43,12 +65,13 @@ class Photographs:
         return sorted((self.root / "flickr8k").glob("dev-*.parquet"))
 
     def written(self, name: str, every: int = 1, noise: float = 0.0, seed: int = 0) -> Path:
-        """A table of every so many of the training photographs, of whose captions a share is rotated among those that
-        are drawn for it."""
+        """A table of every so many of the training photographs but for those that entailment is measured on, whose
+        captions are its premises. Of the captions a share is rotated among those that are drawn for it."""
         path = self.out / "data" / f"{name}.parquet"
         if not path.is_file():
             table = pa.concat_tables([pq.read_table(file) for file in self.train])
-            table = table.select(["image", "file", "captions"]).take(np.arange(0, len(table), every))
+            kept = [row for row, file in enumerate(table["file"].to_pylist()) if tenth(file)]
+            table = table.select(["image", "file", "captions"]).take(kept[::every])
             if noise:
                 drawn = np.random.default_rng(seed).permutation(len(table))[: round(noise * len(table))]
                 order = np.arange(len(table))
@@ -58,13 +81,27 @@ class Photographs:
             write_beside(path, lambda beside: pq.write_table(table, beside, row_group_size=500))
         return path
 
+    def vocabulary(self, *tables: Path) -> Path:
+        """A tokenizer.json, learned once from the captions of all training photographs and of JSONL tables."""
+        path = self.out / "data" / "tokenizer.json"
+        if not path.is_file():
+            captions = pq.read_table(self.written("pairs"), columns=["captions"])["captions"].to_pylist()
+            captions += [json.loads(line)["captions"] for table in tables for line in table.read_text().splitlines()]
+            tokenizer = Tokenizer.train([text for several in captions for text in several], NUM_WORDS)
+            write_beside(path, lambda beside: beside.write_text(tokenizer.to_json(), encoding="utf-8"))
+        return path
+
     def entailment(self) -> dict[str, Path]:
         """Tables of hypotheses beside photographs: "test" holds a tenth of these, by md5 of their file's name, "dev"
         another."""
         folder = self.out / "data" / "entailment"
         paths = {split: folder / f"{split}.jsonl" for split in ("train", "dev", "test")}
-        if paths["test"].is_file():
-            return paths
+        with alone(folder):
+            if not paths["test"].is_file():
+                self._write_entailment(folder, paths)
+        return paths
+
+    def _write_entailment(self, folder: Path, paths: dict[str, Path]) -> None:
         rows = pq.read_table(self.root / "flickr8k" / "entailment.parquet").to_pylist()
         wanted = {row["file"] for row in rows}
         lines: dict[str, list[str]] = {split: [] for split in paths}
@@ -74,50 +111,86 @@ class Photographs:
                 if row["file"] in wanted:
                     (folder / "pictures" / row["file"]).write_bytes(row["image"])
         for row in rows:
-            tenth = int(hashlib.md5(row["file"].encode()).hexdigest(), 16) % 10
             entry = {"image": f"pictures/{row['file']}", "text": row["hypothesis"], "label": row["label"]}
-            lines[{0: "test", 1: "dev"}.get(tenth, "train")].append(json.dumps(entry) + "\n")
+            lines[{0: "test", 1: "dev"}.get(tenth(row["file"]), "train")].append(json.dumps(entry) + "\n")
         for split, path in paths.items():
             write_beside(path, lambda beside, split=split: beside.write_text("".join(lines[split])))
-        return paths
 
 
 def write_beside(path: Path, write: Any) -> None:
     """Whole or not at all: another process may be reading."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     write(beside)
     beside.replace(path)
 
 
-def run(out: Path, words: Sequence[str], values: Mapping[str, Any], device: str) -> Path:
-    """`trivium pretrain` or `trivium finetune`, unless it is done; one that was begun goes on."""
-    if (out / "results.json").is_file():
-        return out
-    if (out / "config.json").is_file():
-        command = [words[0], str(out), "--resume"]
-    else:
-        flags = [word for name, value in values.items() for word in (f"--{name}", *_told(value))]
-        command = [*words, "--out", str(out), "--train.device", device, *flags]
-    if code := trivium(command):
-        raise SystemExit(code)
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """No other process makes meanwhile what is to stand at `path`: it waits, and then finds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run(out: Path, words: Sequence[str], values: Mapping[str, Any], device: str, threads: int | None) -> Path:
+    """`trivium pretrain` or `trivium finetune`, unless it is done; one that was begun goes on.
+
+    Raises SystemExit where the run that is there was made with other values.
+    """
+    flags, machine = _flags(values), _flags({"train.device": device, "train.threads": threads})
+    with alone(out):
+        command = [*words, "--out", str(out), *flags, *machine]
+        if (out / "config.json").is_file():
+            _refuse_another(out, words, split_overrides(flags))
+            command = [words[0], str(out), "--resume", *machine]
+        if (out / "results.json").is_file():
+            return out
+        if code := trivium(command):
+            raise SystemExit(code)
     if not (out / "results.json").is_file():
         raise SystemExit(f"{out} was stopped before its end: give the same command again")
     return out
 
 
-def _told(value: Any) -> list[str]:
-    return (
-        [str(each) for each in value] if isinstance(value, list | tuple) else ["null" if value is None else str(value)]
-    )
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    several = {name: value if isinstance(value, list | tuple) else [value] for name, value in values.items()}
+    return [
+        word
+        for name, each in several.items()
+        for word in (f"--{name}", *("null" if value is None else str(value) for value in each))
+    ]
+
+
+def _refuse_another(out: Path, words: Sequence[str], changes: dict[str, list[str]]) -> None:
+    """How fast a run is made, and how often it is saved, may differ (run_folder.FREE)."""
+    recipe, arguments = words[1], {name: changes.pop(name)[0] for name in ("size",) if name in changes}
+    if words[0] == "finetune":
+        recipe, arguments = words[0], {"task": words[1]}
+    asked = config.Config(recipe, arguments)
+    values = config.leaves(set_overrides(config.build(asked, RECIPES), changes).with_absolute_paths())
+    there = config.load(out)
+    if (there.recipe, there.arguments) != (recipe, arguments):
+        raise SystemExit(f"{out} is a run of {there.recipe} {there.arguments}, not {arguments}: name another --out")
+    for name in changes.keys() - set(run_folder.FREE):
+        if there.values.get(name) != values[name]:
+            raise SystemExit(
+                f"{out} was made with {name} = {there.values.get(name)}, not {values[name]}: give the command that it"
+                " was made with, or name another --out"
+            )
 
 
 def units(out: Path, figures: Sequence[str]) -> dict[str, float]:
-    """What each unit of a run gave, by its name: the mean over some figures of the same units."""
+    """What each unit of a run gave, by its name: the mean over some figures of the same units. Captions of one picture
+    are one unit, since they are right and wrong together."""
     found = outcomes.read(out / outcomes.NAME)
     several = [found[name] for name in figures]
     assert all(each.units == several[0].units for each in several), "figures of different units"
-    return dict(zip(several[0].units, np.mean([each.values for each in several], axis=0).tolist(), strict=True))
+    gave: dict[str, list[float]] = {}
+    for name, value in zip(several[0].units, np.mean([each.values for each in several], axis=0).tolist(), strict=True):
+        gave.setdefault(re.sub(r", caption \d+$", "", name), []).append(value)
+    return {name: float(np.mean(values)) for name, values in gave.items()}
 
 
 def mean_over(seeds: Sequence[Mapping[str, float]]) -> Result:
@@ -131,6 +204,15 @@ def difference(mine: Sequence[Mapping[str, float]], other: Sequence[Mapping[str,
     names = sorted(mine[0])
     one, two = (np.mean([[each[name] for name in names] for each in several], axis=0) for several in (mine, other))
     return mean_of(one - two)
+
+
+def verdict(mine: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]]) -> str:
+    """ "better" or "worse" where the interval of the difference is beyond 0 and every seed says the same, too."""
+    gap, each = difference(mine, other), [difference([a], [b]).value for a, b in zip(mine, other, strict=True)]
+    assert gap.low is not None and gap.high is not None
+    if gap.low > 0 and min(each) > 0:
+        return "better"
+    return "worse" if gap.high < 0 and max(each) < 0 else "undecided"
 
 
 def per_cent(result: Result | None) -> str:

@@ -30,7 +30,7 @@ import side_by_side
 import torch
 from flava_pair import eager_attention
 from published_albef import Inputs, published_from
-from step_pair import StepPair
+from step_pair import StepPair, compare
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.bert.modeling_bert import BertLayer
@@ -270,20 +270,14 @@ def queue_of(size: str, rows: int) -> int:
     return QUEUE if size == "base" else 64 * rows
 
 
-def compare(ours: side_by_side.Apart, peer: side_by_side.Apart, as_published: bool) -> dict[str, Any]:
-    times = side_by_side.interleaved(partial(ours, "step"), partial(peer, "step", as_published))
-    row = side_by_side.row(*times, (ours("memory"), peer("memory", as_published)))
-    row["least"] = row["peer_min"] / row["ours_min"]
-    print(
-        f"  ours {row['ours']:.2f} s, peer {row['peer']:.2f} s, ratio {row['ratio']:.2f}, of the fastest steps"
-        f" {row['least']:.2f}, memory ratio {row['memory_ratio']:.2f}",
-        flush=True,
-    )
-    return row
+def compare_case(ours: side_by_side.Apart, peer: side_by_side.Apart, case: str) -> dict[str, Any]:
+    as_published = case == "as_published"
+    steps = partial(ours, "step"), partial(peer, "step", as_published)
+    return compare(case, *steps, lambda: (ours("memory"), peer("memory", as_published)))
 
 
 def ladder(size: str, rows: int, rounds: int, ours: side_by_side.Apart) -> dict[str, float]:
-    """Of the fastest steps: what disturbs one makes it slower, never faster."""
+    """Of the fastest steps."""
     given_back = side_by_side.Apart(Ours, size, rows, False)
     without = {trick: partial(ours, "without", trick) for trick in WITHOUT} | {GIVEN_BACK: partial(given_back, "step")}
     timed = partial(side_by_side.interleaved, rounds=rounds)
@@ -307,8 +301,7 @@ def main() -> None:
     kind, results = ours("precision"), {}
     print(f"ours in {kind}", flush=True)
     for case in CASES if arguments.case is None else (arguments.case,):
-        print(f" {case}")
-        results[case] = compare(ours, peer, case == "as_published")
+        results[case] = compare_case(ours, peer, case)
     peer.end()
     rungs = ladder(size, rows, arguments.rounds, ours) if arguments.rounds else {}
     if size == "base":

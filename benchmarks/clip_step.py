@@ -24,16 +24,23 @@ from unittest import mock
 
 import side_by_side
 import torch
-from flava_pair import LENGTHS, PADDED, every_row, patches_by_convolution, three_projections
+from flava_pair import (
+    LENGTHS,
+    PADDED,
+    attention_of_torch,
+    every_row,
+    keeping_activations,
+    patches_by_convolution,
+    three_projections,
+)
 from step_pair import StepPair
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import CLIPConfig as PeerConfig
 from transformers import CLIPModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from trivium.convert.clip import config_to_hf, to_hf
-from trivium.layers import activations, attention, embeddings, transformer
+from trivium.layers import activations, attention, embeddings
 from trivium.methods.clip import ClipMethod
 from trivium.methods.clip_flops import useful_flops
 from trivium.methods.pixels import Pixels
@@ -103,20 +110,11 @@ class Pair(StepPair):
 # ---------------------------------------------------------------------------------------- steps without one trick
 
 
-def kept_activation(hidden: Tensor, linear: torch.nn.Linear, activation: str) -> Tensor:
-    return linear(activations.ACTIVATIONS[activation].forward(hidden))
-
-
 @contextmanager
 def sigmoid_written_out() -> Any:
     plain = activations.Activation(lambda x: x * torch.sigmoid(1.702 * x), activations._quick_gelu_backward)
     with mock.patch.dict(activations.ACTIVATIONS, quick_gelu=plain):
         yield
-
-
-def attention_of_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    mask = None if mask is None else mask[:, None]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
 # Each trick taken away: how our step is patched, and whether its texts are padded.
@@ -126,7 +124,7 @@ WITHOUT: dict[str, tuple[Callable[[], AbstractContextManager], bool]] = {
         lambda: mock.patch.object(attention, "attend", attention_of_torch),
         False,
     ),
-    "activation computed again": (lambda: mock.patch.object(transformer, "activation_then", kept_activation), False),
+    "activation computed again": (keeping_activations, False),
     "QuickGELU by way of SiLU": (sigmoid_written_out, False),
     "one projection for queries, keys and values": (
         lambda: mock.patch.object(attention.SelfAttention, "forward", three_projections),

@@ -16,7 +16,7 @@ from typing import Any
 
 import side_by_side
 import torch
-from flava_step import make_batches
+from flava_pair import make_batches
 from torch import Tensor
 from torch.nn import functional as F
 

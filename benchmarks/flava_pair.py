@@ -5,14 +5,17 @@ What benchmarks of the two have in common: flava_step.py times them on a process
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 from unittest import mock
 
 import torch
-from step_pair import StepPair
+from step_pair import StepPair, Trick
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import FlavaConfig as PeerConfig
@@ -26,7 +29,7 @@ from trivium.data.order import keyed_generator
 from trivium.layers import attention, embeddings, transformer
 from trivium.methods.flava import FlavaMethod, Pixels
 from trivium.methods.flava_flops import useful_flops
-from trivium.models.dvae import DVae, DVaeConfig
+from trivium.models.dvae import DVae, DVaeConfig, map_pixels
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.train.initial import initialise
 from trivium.train.protocol import Batch, Images, Texts
@@ -35,6 +38,8 @@ MODALITIES = ("multimodal", "image", "text")
 PADDED = 77  # tokens
 ROWS = {"multimodal": 128, "image": 128, "text": 48}  # of a step at size base on a GPU of 80 GB; halved where too many
 COMPARED = ("equal",)  # inputs on which the losses of both sides are compared
+# Whether texts are padded to 77 tokens, and whether codes of the pictures come with the batch.
+INPUTS = {"equal": (False, True), "padded": (True, True), "online": (False, False), "padded, online": (True, False)}
 LENGTHS = (9, 12, 13, 15, 16, 17, 20, 26)  # tokens of eight captions: 16 on average, as 12 words have (FLAVA Table 2)
 
 
@@ -73,6 +78,13 @@ def make_batches(
         "image": Batch("images", rows_B, rows_B, images, (), targets),
         "text": Batch("text", rows_B, rows_B, (), texts, targets),
     }
+
+
+def batch_of(config: FlavaConfig, modality: str, rows: int, inputs: str) -> Batch:
+    """One batch of captions' length. inputs: a name in INPUTS."""
+    padded, with_codes = INPUTS[inputs]
+    length = PADDED if padded and config.max_length >= PADDED else None
+    return make_batches(config, rows, length, with_codes)[modality]
 
 
 def peer_inputs(batch: Batch, method: FlavaMethod, modality: str) -> dict[str, Tensor]:
@@ -131,9 +143,8 @@ class Pair(StepPair):
         if modality == "text":
             batch = make_batches(config, rows, None, True, lengths=(config.max_length,))["text"]
             return batch, peer_inputs(batch, self.method, modality)
-        padded = PADDED if config.max_length >= PADDED else None
-        ours = make_batches(config, rows, padded if inputs == "padded" else None, inputs != "online")[modality]
-        theirs = ours if inputs == "equal" else make_batches(config, rows, padded, False)[modality]
+        ours = batch_of(config, modality, rows, "equal" if inputs == "as_used" else inputs)
+        theirs = ours if inputs == "equal" else batch_of(config, modality, rows, "padded, online")
         return ours, peer_inputs(theirs, self.method, modality)
 
     def ready(self, kind: str) -> None:
@@ -162,6 +173,30 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask_BL: Tensor |
     if mask_BL is not None:
         scores = scores.masked_fill(~mask_BL[:, None, None, :], float("-inf"))
     return F.dropout(scores.softmax(-1), dropout) @ value
+
+
+def attention_of_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    mask = None if mask is None else mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+
+def keeping_activations() -> AbstractContextManager:
+    return mock.patch.object(transformer, "RECOMPUTE_FROM", sys.maxsize)
+
+
+@cache  # made in the round that warms up
+def as_published(tokenizer: DVae) -> nn.Module:
+    """Its encoder in float32, and as convolutions come."""
+    encoder = copy.deepcopy(tokenizer.encoder).float()
+    for parameter in encoder.parameters():
+        parameter.data = parameter.data.contiguous()
+    return encoder
+
+
+@torch.no_grad()
+def codes_in_float32(self: DVae, pixels: Tensor) -> Tensor:
+    logits: Tensor = as_published(self)(map_pixels(pixels.float()))
+    return logits.argmax(1).flatten(1)
 
 
 @contextmanager
@@ -213,23 +248,27 @@ def unused_pass() -> Iterator[None]:
         yield
 
 
-# Each trick taken away: how our step is patched, and the inputs of Pair.case that it then takes.
-WITHOUT: dict[str, tuple[Callable[[], AbstractContextManager], str]] = {
-    "no unused unmasked pass": (unused_pass, "equal"),
-    "last block at needed rows only": (every_row, "equal"),
-    "both passes of a tower at once": (
-        lambda: mock.patch.object(FlavaMethod, "_both_at_once", return_value=False),
-        "equal",
+PICTURES, WORDS, ALONE = ("multimodal", "image"), ("multimodal", "text"), ("image", "text")
+WITHOUT: dict[str, Trick] = {
+    "no unused unmasked pass": Trick(unused_pass, modalities=ALONE),
+    "last block at needed rows only": Trick(every_row),
+    "both passes of a tower at once": Trick(
+        lambda: mock.patch.object(FlavaMethod, "_both_at_once", return_value=False), modalities=("multimodal",)
     ),
-    "fused scaled-dot-product attention": (lambda: mock.patch.object(attention, "attend", eager_attention), "equal"),
-    "one projection for queries, keys and values": (
-        lambda: mock.patch.object(attention.SelfAttention, "forward", three_projections),
-        "equal",
+    "fused scaled-dot-product attention": Trick(lambda: mock.patch.object(attention, "attend", eager_attention)),
+    "backward of attention by whole products": Trick(
+        lambda: mock.patch.object(attention, "attend", attention_of_torch)
     ),
-    "patches as a linear map": (
-        lambda: mock.patch.object(embeddings.PatchEmbedding, "forward", patches_by_convolution),
-        "equal",
+    "activation computed again": Trick(keeping_activations),
+    "one projection for queries, keys and values": Trick(
+        lambda: mock.patch.object(attention.SelfAttention, "forward", three_projections)
     ),
-    "real-length text": (nullcontext, "padded"),
-    "cached image codes": (nullcontext, "online"),
+    "patches as a linear map": Trick(
+        lambda: mock.patch.object(embeddings.PatchEmbedding, "forward", patches_by_convolution), modalities=PICTURES
+    ),
+    "real-length text": Trick(nullcontext, "padded", WORDS),
+    "image tokenizer in the step's precision, channels last": Trick(
+        lambda: mock.patch.object(DVae, "encode", codes_in_float32), "online", PICTURES, whole="online"
+    ),
+    "cached image codes": Trick(nullcontext, "online", PICTURES),
 }

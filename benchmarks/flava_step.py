@@ -1,6 +1,8 @@
 """Full training steps of FLAVA against transformers.FlavaForPreTraining: forward, backward, optimizer.
 
-    python benchmarks/flava_step.py                 # base size, batch 8: 15 to 30 minutes on two cores
+    python benchmarks/flava_step.py                 # base size, batch 8: 15 to 20 minutes on two cores with AMX
+    python benchmarks/flava_step.py --only table    # without the ladder: half of it
+    python benchmarks/flava_step.py --only ladder   # the other half, into the file that the table is in
     python benchmarks/flava_step.py --size tiny     # a minute, to see that it runs
 
 Same weights, same pictures and words, same masks, same optimizer, threads and precision on both sides; the losses of
@@ -11,92 +13,188 @@ both agree to 1e-5 in float32, or nothing is timed. Three sets of rows:
     equal     real length and cached codes for both
     online    77 tokens and codes made in the step for both
 
-The ladder takes one trick away at a time: its factor is the time without the trick over the time with all.
+Each side has a process of its own, and its allocator as it is used: ours keeps the memory of a step for the next, as
+the trainer does (train/memory.py), the peer's is as it comes. What is counted against ours: see step_pair.py.
+
+`flops` of a row are those that our step needs (methods/flava_flops.py), MFU what that is, of either side's time, beside
+the fastest matrix product measured here. The ladder takes one trick away at a time, where it can make a difference: its
+factor is the time without the trick over the time with all, of the fastest steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
+import sys
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import side_by_side
-from flava_pair import LENGTHS, MODALITIES, PADDED, WITHOUT, Pair, make_batches, peer_inputs
+import torch
+from flava_pair import INPUTS, LENGTHS, MODALITIES, WITHOUT, Pair, batch_of, peer_inputs
+from step_pair import compare
 
 from trivium.train import precision
-from trivium.train.protocol import Batch
+from trivium.train.memory import keep_freed
 
-LADDER_BATCH = 4  # of the ladder, which times 21 cases
+CASES = {  # inputs of ours and of the peer, by name in INPUTS
+    "equal": ("equal", "equal"),
+    "online": ("padded, online", "padded, online"),
+    "as_used": ("equal", "padded, online"),
+}
+LADDER_BATCH = 4  # of the ladder, which times 30 cases
+GIVEN_BACK = "memory of a step kept for the next"  # a trick that is not taken away by a patch
+CPU = torch.device("cpu")
+
+Side = Callable[..., Any]  # a side_by_side.Apart: the name of a method, and its arguments
+Kind = Literal["fp32", "bf16"]
+Case = tuple[str, str]  # modality and inputs
 
 
-def compare(pair: Pair, ours: dict[str, Batch], theirs: dict[str, Batch]) -> dict[str, Any]:
-    rows = {}
-    for modality in MODALITIES:
-        inputs = peer_inputs(theirs[modality], pair.method, modality)
-        rows[modality] = pair.compare(modality, ours[modality], inputs)
-    return rows
+class Ours:
+    """Our step, in a process of its own. keeps: as the trainer does, the memory of a step for the next one."""
+
+    def __init__(self, size: str, kind: Kind, rows: int, keeps: bool) -> None:
+        if keeps:
+            keep_freed()
+        self.pair = Pair(size, lambda: precision.autocast(CPU, kind), CPU)
+        self.pair.ready(kind)
+        config = self.pair.method.model.config
+        self.batches = {
+            (name, inputs): batch_of(config, name, rows, inputs) for name in MODALITIES for inputs in INPUTS
+        }
+        del self.pair.peer, self.pair.peer_optimizer
+        gc.collect()
+
+    def step(self, modality: str, inputs: str) -> None:
+        self.pair.step(self.batches[modality, inputs])
+
+    def without(self, trick: str, modality: str) -> None:
+        with WITHOUT[trick].without():
+            self.pair.step(self.batches[modality, WITHOUT[trick].inputs])
+
+    def memory(self, modality: str, inputs: str) -> int:
+        return self.pair.memory(self.batches[modality, inputs])
+
+    def flops(self, modality: str, inputs: str) -> float:
+        return self.pair.flops(self.batches[modality, inputs])
 
 
-def ladder(pair: Pair, cached: dict[str, Batch], padded: dict[str, Batch], online: dict[str, Batch]) -> dict[str, Any]:
-    """Factor of each trick on each modality: the time without it over the time with all."""
-    batches_of = {"equal": cached, "padded": padded, "online": online}
-    rungs: dict[str, Any] = {trick: {} for trick in WITHOUT}
+class Peer:
+    """The peer's step, in a process of its own, with the allocator as it comes."""
+
+    def __init__(self, size: str, kind: Kind, rows: int) -> None:
+        self.pair = Pair(size, lambda: precision.autocast(CPU, kind), CPU)
+        method = self.pair.method
+        self.inputs = {}
+        for inputs in sorted({theirs for _, theirs in CASES.values()}):
+            print(f"losses, {inputs}", flush=True)
+            for modality in MODALITIES:  # before any step: afterwards weights may drift apart
+                batch = batch_of(method.model.config, modality, rows, inputs)
+                self.inputs[modality, inputs] = peer_inputs(batch, method, modality)
+                self.pair.same_losses(batch, self.inputs[modality, inputs])
+        del self.pair.optimizer, method.model, method.image_tokenizer
+        gc.collect()
+
+    def step(self, modality: str, inputs: str) -> None:
+        self.pair.peer_step(self.inputs[modality, inputs])
+
+    def memory(self, modality: str, inputs: str) -> int:
+        return self.pair.memory(self.inputs[modality, inputs])
+
+
+def compare_apart(ours: Side, mine: Case, peer: Side, theirs: Case) -> dict[str, Any]:
+    steps = partial(ours, "step", *mine), partial(peer, "step", *theirs)
+    return compare(mine[0], *steps, lambda: (ours("memory", *mine), peer("memory", *theirs)))
+
+
+def table(ours: Side, peer: Side, ceiling: float) -> dict[str, Any]:
+    """Rows of each case and modality. ceiling: FLOP/s of a matrix product."""
+    results: dict[str, Any] = {}
+    for case, inputs in CASES.items():
+        print(case, flush=True)
+        results[case] = {}
+        for modality in MODALITIES:
+            mine, theirs = ((modality, name) for name in inputs)
+            row = compare_apart(ours, mine, peer, theirs)
+            row["flops"] = ours("flops", *mine)
+            results[case][modality] = row | {
+                f"{side}_mfu": row["flops"] / row[f"{side}_min"] / ceiling for side in ("ours", "peer")
+            }
+    return results
+
+
+def ladder(ours: Side, given_back: Side, rounds: int) -> dict[str, dict[str, float]]:
+    """Factor of each trick on each modality where it can make a difference. given_back: ours without `keeps`."""
+    timed = partial(side_by_side.interleaved, rounds=rounds)
+    rungs: dict[str, dict[str, float]] = {trick: {} for trick in (*WITHOUT, GIVEN_BACK)}
     for modality in MODALITIES:
         print(f" ladder, {modality}", flush=True)
-        without = {
-            trick: partial(side_by_side.under, patch, partial(pair.step, batches_of[inputs][modality]))
-            for trick, (patch, inputs) in WITHOUT.items()
+        climbed = {
+            name: (trick.whole or "equal", partial(ours, "without", name, modality))
+            for name, trick in WITHOUT.items()
+            if trick.touches(modality)
         }
-        for trick, factor in side_by_side.ladder(partial(pair.step, cached[modality]), without).items():
-            rungs[trick][modality] = factor
+        climbed[GIVEN_BACK] = ("equal", partial(given_back, "step", modality, "equal"))
+        for name, (inputs, lacking) in climbed.items():
+            whole = partial(ours, "step", modality, inputs)
+            rungs[name][modality] = side_by_side.ladder(whole, {name: lacking}, min, timed)[name]
     return rungs
+
+
+def measure_table(size: str, kind: Kind, rows: int) -> dict[str, Any]:
+    """What a results file holds but for the ladder."""
+    speed = {name: 1e9 * value for name, value in precision.measure_matmul(CPU, seconds=1.0).items()}
+    peer, ours = side_by_side.Apart(Peer, size, kind, rows), side_by_side.Apart(Ours, size, kind, rows, True)
+    results = table(ours, peer, speed["bfloat16" if kind == "bf16" else "float32"])
+    peer.end()
+    ours.end()
+    return {"results": results, "precision": kind, "batch": rows, "matmul": speed, "token_lengths": LENGTHS}
+
+
+def measure_ladder(size: str, kind: Kind, rows: int, rounds: int) -> dict[str, Any]:
+    ours, given_back = (side_by_side.Apart(Ours, size, kind, rows, keeps) for keeps in (True, False))
+    rungs = ladder(ours, given_back, rounds)
+    ours.end()
+    given_back.end()
+    return {"ladder": rungs, "ladder_batch": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="base", choices=("tiny", "base"))
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--no-ladder", action="store_true")
+    parser.add_argument("--only", choices=("table", "ladder"), help="the ladder goes into the file of the table")
+    parser.add_argument("--rounds", type=int, default=4, help="of each trick of the ladder")
     arguments = parser.parse_args()
-    if arguments.size == "base":
+    size, rows, path = arguments.size, arguments.batch, side_by_side.RESULTS / "flava_step.json"
+    if size == "base":
         side_by_side.refuse_a_busy_machine()
-    device = precision.choose_device("auto")
-    kind = precision.choose("auto", device)
-    pair = Pair(arguments.size, lambda: precision.autocast(device, kind), device)
-    config = pair.method.model.config
+    kind = precision.choose("auto", CPU)
+    print(f"both in {kind}", flush=True)
+    command = " ".join(["python", *sys.argv])
+    if arguments.only != "ladder":
+        document = measure_table(size, kind, rows) | {"ladder": {}}
+    elif size == "base":
+        document = json.loads(path.read_text())
+        if (document["machine"]["cpu"], document["precision"]) != (precision.cpu_name(), kind):
+            sys.exit(f"{path} was measured on another machine or in another precision: measure its table here first")
+        command = f"{document['command'].partition(' && ')[0]} && {command}"
+    else:
+        document = {}
+    if arguments.only != "ladder" and size == "base":  # not lost where the ladder is cut off
+        write(document, command)
+    if arguments.only != "table":
+        document |= measure_ladder(size, kind, min(rows, LADDER_BATCH), arguments.rounds)
+        if size == "base":
+            write(document, command)
 
-    real = make_batches(config, arguments.batch, None, with_codes=True)
-    online = make_batches(config, arguments.batch, PADDED if config.max_length >= PADDED else None, with_codes=False)
-    results = {}
-    for name, batches in (("equal", real), ("online", online)):  # before any step: afterwards weights may drift apart
-        print(f"losses, {name}", flush=True)
-        for modality in MODALITIES:
-            pair.same_losses(batches[modality], peer_inputs(batches[modality], pair.method, modality))
-    pair.ready(kind)
-    for name, ours, theirs in (("equal", real, real), ("online", online, online), ("as_used", real, online)):
-        print(f"{name} ({kind})", flush=True)
-        results[name] = compare(pair, ours, theirs)
-    few = min(arguments.batch, LADDER_BATCH)
-    rungs = (
-        {}
-        if arguments.no_ladder
-        else ladder(
-            pair,
-            make_batches(config, few, None, with_codes=True),
-            make_batches(config, few, PADDED if config.max_length >= PADDED else None, with_codes=True),
-            make_batches(config, few, None, with_codes=False),
-        )
-    )
-    if arguments.size == "base":
-        side_by_side.write(
-            "flava_step",
-            results,
-            ladder=rungs,
-            precision=kind,
-            batch=arguments.batch,
-            ladder_batch=few,
-            token_lengths=LENGTHS,
-        )
+
+def write(document: dict[str, Any], command: str) -> None:
+    measured = {name: value for name, value in document.items() if name not in ("machine", "versions", "command")}
+    side_by_side.write("flava_step", measured.pop("results"), command=command, **measured)
 
 
 if __name__ == "__main__":

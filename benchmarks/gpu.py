@@ -45,6 +45,7 @@ import clip_step
 import flava_pair
 import side_by_side
 import torch
+from step_pair import Trick
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -284,19 +285,21 @@ class Bench:
     def climb(self, row: Row, pair: Any, rows: int) -> None:
         """The ladder: what an eager step takes without each trick, or with another kernel of attention."""
 
-        def rung(rows: int, trick: str, without: Context, inputs: str) -> dict[str, float]:
-            whole = partial(pair.step, pair.case(row.modality, rows, row.inputs)[0])
-            lacking = partial(side_by_side.under, without, partial(pair.step, pair.case(row.modality, rows, inputs)[0]))
+        def rung(rows: int, name: str, trick: Trick) -> dict[str, float]:
+            whole = partial(pair.step, pair.case(row.modality, rows, trick.whole or row.inputs)[0])
+            patched = partial(pair.step, pair.case(row.modality, rows, trick.inputs)[0])
+            lacking = partial(side_by_side.under, trick.without, patched)
             with VARIANTS["eager"]():
-                return side_by_side.ladder(whole, {trick: lacking}, timed=partial(in_turns, turns=min(2, TURNS)))
+                return side_by_side.ladder(whole, {name: lacking}, timed=partial(in_turns, turns=min(2, TURNS)))
 
-        tricks: dict[str, tuple[Context, str]] = dict(FAMILIES[row.family].WITHOUT)
-        tricks["products in bfloat16"] = (lambda: mock.patch.object(pair, "autocast", nullcontext), row.inputs)
+        tricks: dict[str, Trick] = dict(FAMILIES[row.family].WITHOUT)
+        tricks["products in bfloat16"] = Trick(lambda: mock.patch.object(pair, "autocast", nullcontext), row.inputs)
         if self.device.type == "cuda":
-            tricks["the choice of attention, cuDNN first"] = (cudnn_first, row.inputs)
+            tricks["the choice of attention, cuDNN first"] = Trick(cudnn_first, row.inputs)
         rungs = self.report.ladder.setdefault(f"{row.family}/{row.modality}", {})
-        for trick, (without, inputs) in tricks.items():
-            rungs |= with_fewer_rows(rows, partial(rung, trick=trick, without=without, inputs=inputs))
+        for name, trick in tricks.items():
+            if trick.touches(row.modality):
+                rungs |= with_fewer_rows(rows, partial(rung, name=name, trick=trick))
 
 
 def cudnn_first() -> Any:

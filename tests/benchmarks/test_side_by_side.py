@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
+import flava_pair
+import flava_step
 import pytest
 import side_by_side
 import torch
@@ -57,3 +59,25 @@ def test_the_ladder_of_unit_has_a_rung_for_each_trick_and_the_exact_ones_leave_t
     rungs = unit_step.ladder(pair, batch)
     assert rungs.keys() == unit_step.WITHOUT.keys()
     assert all(math.isfinite(factor) and factor > 0 for factor in rungs.values())
+
+
+def test_the_ladder_of_flava_has_a_rung_where_a_trick_can_matter_and_none_changes_the_losses() -> None:
+    pair = flava_pair.Pair("tiny", nullcontext, torch.device("cpu"))
+    for trick in flava_pair.WITHOUT.values():
+        for modality in flava_pair.MODALITIES:
+            if trick.touches(modality):
+                batch = flava_pair.batch_of(pair.method.model.config, modality, 4, trick.inputs)
+                inputs = flava_pair.peer_inputs(batch, pair.method, modality)
+                with trick.without():
+                    pair.same_losses(batch, inputs)
+    ours = flava_step.Ours("tiny", "fp32", 4, keeps=False)
+
+    def side(name: str, *arguments: str) -> object:
+        return getattr(ours, name)(*arguments)
+
+    rungs = flava_step.ladder(side, side, rounds=1)
+    assert rungs.keys() == {*flava_pair.WITHOUT, flava_step.GIVEN_BACK}
+    for name, trick in flava_pair.WITHOUT.items():
+        assert set(rungs[name]) == {modality for modality in flava_pair.MODALITIES if trick.touches(modality)}
+    assert set(rungs[flava_step.GIVEN_BACK]) == set(flava_pair.MODALITIES)
+    assert all(math.isfinite(factor) and factor > 0 for rung in rungs.values() for factor in rung.values())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +15,26 @@ import pyarrow.parquet as pq
 import pytest
 import suite_small
 import suite_small_data as data
+import torch
+from suite_small_page import FLOOR, RANDOM, page
 
 from tests.data.drawn import drawn_picture
+from tests.flava_batches import TINY as TINY_FLAVA
+from tests.parity.test_unit_plain import TINY as TINY_UNIT
+from trivium.bundle import Bundle
 from trivium.data.image_text_tasks import ENTAILMENT, read_snli_ve
-from trivium.data.vqa import read_vqa
+from trivium.data.small_vqa import read_daquar
+from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
+from trivium.data.transforms import ImageTransform
 from trivium.evaluate.datasets import find
 from trivium.evaluate.datasets.layouts import BY_NAME
 from trivium.evaluate.datasets.pictures import DataSet
+from trivium.models.bert import Bert, BertConfig
+from trivium.models.flava import Flava
+from trivium.models.unit import Unit
+from trivium.recipes import RECIPES, unit_start
+from trivium.recipes.flava import HEADS
+from trivium.train.initial import initialise
 
 FILES = [f"{number}.jpg" for number in range(40)]
 
@@ -60,18 +76,27 @@ def test_no_photograph_of_the_entailment_triples_is_on_both_sides(root: Path) ->
     )
 
 
-def test_questions_with_one_answer_are_those_of_vqa(root: Path) -> None:
-    data.write_daquar(root, root / "written")
-    splits = read_vqa(str(root / "written"), 2).checked()
-    assert splits.labels == ("2", "garbage bin") and splits.notes == []
-    rows = [*splits.train.good(), *splits.held_out["dev"].good()]
-    assert len(rows) == len(FILES) + 2, "a question with two answers is left out"
-    assert all(list((row.answers or {}).values()) == [1.0] for row in rows)
-    assert {row.image for row in splits.train.good()}.isdisjoint(row.image for row in splits.held_out["dev"].good())
-    file = next(file for file in FILES if not data.is_held_out(file))
-    number = next(n for n, row in enumerate(splits.train.good()) if row.text == f"what is in {file}")
-    assert splits.train.read(number, number)["image"] == drawn_picture(FILES.index(file))
-    assert suite_small.commonest_answer(root / "written")["notes"] == ["it is garbage bin"]
+def test_the_commonest_answer_is_that_of_training_and_what_rows_share_is_said(root: Path) -> None:
+    splits = read_daquar(str(root / "daquar")).checked()
+    cell = suite_small.commonest("daquar", splits)
+    assert cell["notes"][:2] == ["the commonest answer is garbage_bin", "1 questions with several answers are left out"]
+    answers = [row.truths[0] for row in splits.held_out["dev"].good()]
+    assert cell["figures"]["accuracy"]["value"] == answers.count("garbage_bin") / len(answers)
+    data.write_entailment(root, root / "written")
+    cell = suite_small.commonest("snli_ve", read_snli_ve(str(root / "written")).checked())
+    assert cell["figures"]["accuracy"]["value"] == pytest.approx(1 / 3)
+
+
+def test_no_caption_of_a_held_out_photograph_is_trained_on(root: Path) -> None:
+    data.write_photographs(root, root / "written")
+    table = pq.read_table(root / "written" / "train-00000-of-00001.parquet")
+    assert table["file"].to_pylist() == [file for file in FILES if not data.is_held_out(file)]
+    assert table["captions"][0].as_py()[0].endswith(table["file"][0].as_py())
+
+
+def test_classes_are_named_by_number(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"label": [1, 0, 1], "name": ["car", "bird", "car"]}), tmp_path / "test.parquet")
+    assert data.class_names(tmp_path / "test.parquet") == ("bird", "car")
 
 
 def test_digits_out_of_the_wheel_and_captions_of_the_dev_part(root: Path) -> None:
@@ -87,18 +112,87 @@ def test_digits_out_of_the_wheel_and_captions_of_the_dev_part(root: Path) -> Non
     assert len(captioned) == 3 and captioned.captions[2][4] == "caption 4 of 2.jpg"
 
 
-def test_a_cell_is_measured_once_and_the_page_has_a_line_a_figure_and_start(tmp_path: Path) -> None:
-    table, calls = suite_small.Table(tmp_path), []
+def figure(value: float) -> dict[str, Any]:
+    return {"figures": {"knn.accuracy": {"value": value, "low": value - 0.1, "high": value + 0.1}}, "notes": ["a note"]}
 
-    def measure(value: float) -> dict[str, object]:
+
+def table_of(folder: Path, **changes: int) -> suite_small.Table:
+    return suite_small.Table(folder, {"rows": 9, "steps": 2, "task_steps": 3, **changes}, {("flava", "trained"): "abc"})
+
+
+def test_a_cell_is_measured_once_and_the_page_has_a_line_a_figure_and_start(tmp_path: Path) -> None:
+    table, calls = table_of(tmp_path), []
+
+    def measure(value: float) -> dict[str, Any]:
         calls.append(value)
-        return {"figures": {"knn.accuracy": {"value": value, "low": value - 0.1, "high": value + 0.1}}, "notes": []}
+        return figure(value)
 
     for _ in range(2):
         table.fill("CIFAR10", "flava", "trained", lambda: measure(0.5))
-        table.fill("CIFAR10", "flava", suite_small.RANDOM, lambda: measure(0.3))
-        table.fill("CIFAR10", suite_small.FLOOR, "pixels", lambda: measure(0.4))
+        table.fill("CIFAR10", "flava", RANDOM, lambda: measure(0.3))
+        table.fill("CIFAR10", FLOOR, "pixels", lambda: measure(0.4) | {"notes": ["another"]})
     assert calls == [0.5, 0.3, 0.4]
-    lines = suite_small.page(table.cells(), "python x", ["about"]).splitlines()
-    assert lines[-2] == "| CIFAR10: knn, accuracy | trained | 40.0 (30.0–50.0) | 50.0 (40.0–60.0) |"
-    assert lines[-1] == "| CIFAR10: knn, accuracy | random start | – | 30.0 (20.0–40.0) |"
+    lines = page(table.cells(), "python x", ["about"]).splitlines()
+    assert lines[-7:] == [
+        "| CIFAR10: knn, accuracy | trained | 40.0 (30.0–50.0) | 50.0 (40.0–60.0) |",
+        "| CIFAR10: knn, accuracy | random start | – | 30.0 (20.0–40.0) |",
+        "", "Notes", "",
+        "- CIFAR10 (flava, trained; flava, random start): a note",
+        "- CIFAR10 (no model, pixels): another",
+    ]  # fmt: skip
+
+
+def test_a_cell_of_other_settings_or_another_model_is_refused(tmp_path: Path) -> None:
+    table_of(tmp_path).fill("CIFAR10", "flava", "trained", lambda: figure(0.5))
+    with pytest.raises(SystemExit, match=r"CIFAR10--flava--trained\.json was made with rows = 9, not 8: name another"):
+        table_of(tmp_path, rows=8).fill("CIFAR10", "flava", "trained", lambda: figure(0.5))
+    other = suite_small.Table(tmp_path, table_of(tmp_path).settings, {("flava", "trained"): "xyz"})
+    with pytest.raises(SystemExit, match="was made with model_hash = abc, not xyz"):
+        other.cells()
+
+
+@pytest.fixture
+def bundle() -> Bundle:
+    model = Bert(BertConfig(32, 4, 64, 2, len(BERT_SPECIALS), 16))
+    return Bundle("bert", model, Tokenizer.wordpiece(list(BERT_SPECIALS)), ImageTransform(size=32), max_length=16)
+
+
+def test_a_page_that_lacks_a_cell_is_printed_and_a_foreign_one_refused(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(suite_small.side_by_side, "RESULTS", tmp_path / "results")
+    arguments = argparse.Namespace(root=tmp_path / "data", out=tmp_path, bert=None, rows=9, steps=2, task_steps=3)
+    table, models = table_of(tmp_path / "cells"), {"bert": {"trained": bundle}}
+    hidden = figure(0.5) | {"notes": [f"the first: {tmp_path / 'data'}/x.tsv"]}
+    table.fill("RTE", "bert", "trained", lambda: hidden)
+    suite_small.write(table, arguments, {"bert": "PATH"}, models)
+    told = capsys.readouterr().out
+    assert "12 cells are missing; the first: CIFAR10, no model, pixels" in told and str(tmp_path) not in told
+    assert "given: bert" in told and "UniT has no column" in told and "- RTE: the first: DATA/x.tsv" in told
+    assert not (tmp_path / "results").exists()
+    table.fill("CIFAR10", "clip", "trained", lambda: figure(0.5))
+    with pytest.raises(SystemExit, match=r"of no model given \(CIFAR10, clip, trained\)"):
+        suite_small.write(table, arguments, {}, models)
+
+
+def test_the_floor_begins_as_a_run_does(bundle: Bundle) -> None:
+    begun = suite_small.at_random_start(bundle).model
+    assert float(begun.state_dict()["embeddings.word.weight"].std()) == pytest.approx(0.02, rel=0.2)
+    tiny = replace(TINY_FLAVA, vocab_size=len(BERT_SPECIALS))
+    flava = suite_small.at_random_start(replace(bundle, family="flava", model=Flava(tiny))).model
+    expected = Flava(tiny)
+    initialise(expected, 0, RECIPES["flava"]("tiny").init_std, heads=HEADS)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(flava.state_dict()[name], tensor), name
+    unit = Unit(replace(TINY_UNIT, vocab_size=len(BERT_SPECIALS)))
+    begun_unit = suite_small.at_random_start(replace(bundle, family="unit", model=unit))
+    unit_start.at_random(unit, 0)
+    for name, tensor in unit.state_dict().items():
+        assert torch.equal(begun_unit.model.state_dict()[name], tensor), name
+    assert not suite_small.reads(suite_small.RETRIEVAL, begun_unit) and suite_small.reads("DAQUAR", begun_unit)
+
+
+def test_a_mistake_of_a_verb_is_no_interruption(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        suite_small.finished(["finetune", "rte", "--init", str(tmp_path / "gone")], tmp_path)
+    assert ended.value.code == 2 and "gone" in capsys.readouterr().err

@@ -7,30 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluate.names import OF_THE_MODEL
 from tests.recipes.shop import LOSSES, lines_of, trivium
 from trivium.cli.demo import demo_recipe
 
 # The names under which the demo's figures stand in results.json.
-RETRIEVAL = {
-    f"retrieval.{protocol}.{way}_{figure}"
-    for protocol in ("style", "concepts")
-    for way in ("text_to_image", "image_to_text")
-    for figure in ("r1", "r5", "r10", "median_rank")
-}
-IMAGE_TO_IMAGE = {
-    "retrieval.style.image_to_image_r1",
-    *(
-        f"retrieval.style.image_to_image.{name}_r1"
-        for name in ("class_token", "projected", "mean_of_patches", "pixels")
-    ),
-}
-CLASSIFICATION = {
-    f"{protocol}.{level}"
-    for protocol in ("zero_shot", "knn", "knn.other_concepts", "probe")
-    for level in ("group", "subgroup")
-}
 NAMES = {
-    *RETRIEVAL, *IMAGE_TO_IMAGE, *CLASSIFICATION, "itm.accuracy", "itm.auroc", "seconds.train", "seconds.total",
+    *OF_THE_MODEL, "seconds.train", "seconds.total",
     *(f"losses.{loss}.{figure}" for loss in LOSSES for figure in ("final", "chance")),
 }  # fmt: skip
 
@@ -70,7 +53,7 @@ def test_the_whole_demo_in_a_second_of_training(tmp_path: Path, capsys: pytest.C
         assert 0 < found["results"][f"losses.{loss}.chance"]["value"] < 9
     assert {path.name for path in out.iterdir()} == {
         *("config.json", "passport.json", "metrics.jsonl", "skipped.jsonl", "results.json", "report.html"),
-        "checkpoints",
+        *("checkpoints", "monitors.jsonl", "outcomes.parquet"),
     }
     # The budget stands in the config as the number of steps that it came to, so the run can be repeated.
     values = json.loads((out / "config.json").read_text())["values"]

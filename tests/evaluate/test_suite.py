@@ -31,7 +31,8 @@ from trivium.evaluate import detection, feature_store, suite, suite_report
 from trivium.evaluate.classification import accuracies, classification, leakage
 from trivium.evaluate.datasets import find, layouts
 from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
-from trivium.evaluate.datasets.pictures import DataSet
+from trivium.evaluate.datasets.captions import Captioned
+from trivium.evaluate.datasets.pictures import DataSet, PictureFiles
 from trivium.evaluate.feature_store import Features, ModelEncoder, PixelEncoder, features, model_hash
 from trivium.evaluate.paper_tasks import SUITES
 from trivium.evaluate.results import Result
@@ -358,7 +359,8 @@ def test_a_mistake_of_ours_in_one_task_leaves_the_others(
 def test_figures_of_fine_tuning_are_read_under_their_title(bundle: Bundle, tmp_path: Path) -> None:
     tuned = {
         "SST-2": Result(0.9), "SST-2.dev.accuracy": Result(0.9), "MNLI.median": Result(0.7),
-        "Hateful Memes (concatenated)": Result(0.6), "SST-20": Result(0.1),
+        "Hateful Memes (concatenated)": Result(0.6), "Hateful Memes (concatenated).dev_seen.auroc": Result(0.6),
+        "SST-20": Result(0.1),
     }  # fmt: skip
     run = suite.run(SUITES["flava35"], bundle, None, tmp_path, fine_tuned=tuned)
     values = run.values()
@@ -367,6 +369,17 @@ def test_figures_of_fine_tuning_are_read_under_their_title(bundle: Bundle, tmp_p
     }  # fmt: skip
     memes = next(each for each in run.tasks if each.task.name == "HatefulMemes")
     assert memes.state == "read" and "side by side" in memes.notes[0]
+    assert "ours is dev_seen.auroc, since dev_unseen, on which" in memes.notes[1]
+    tuned |= {"Hateful Memes (concatenated).dev_unseen.auroc": Result(0.5)}
+    run = suite.run([memes.task], bundle, None, tmp_path, fine_tuned=tuned)
+    assert run.values() == {("HatefulMemes (fine-tune)", 0): 50} and len(run.tasks[0].notes) == 1
+
+
+def test_a_capped_retrieval_is_evenly_spread() -> None:
+    captions = tuple((f"caption {n}",) for n in range(10))
+    some = Captioned(PictureFiles(Path(), [f"{n}.jpg" for n in range(10)]), captions).first(4)
+    assert [some.pictures.name(row) for row in range(len(some))] == ["0.jpg", "2.jpg", "5.jpg", "7.jpg"]
+    assert [text for (text,) in some.captions] == ["caption 0", "caption 2", "caption 5", "caption 7"]
 
 
 def test_vqa_is_shown_on_dev_where_the_answers_of_the_papers_split_are_not_public(
@@ -395,7 +408,9 @@ def test_a_suite_asks_for_figures_under_the_names_that_fine_tuning_gives_them() 
     for each in {task for tasks in SUITES.values() for task in tasks if task.verb in TUNED}:
         task = TUNED[each.verb]
         assert each.prefix == task.title
-        names = splits.get(each.verb) or (GLUE[each.verb].dev if each.verb in GLUE else ("dev_seen", "dev_unseen"))
+        names = splits.get(each.verb) or (
+            GLUE[each.verb].dev if each.verb in GLUE else ("dev", "dev_seen", "dev_unseen")
+        )
         known = {"", *(f"{split}.{metric}" for split in names for metric in task.metrics)}
         for figure in each.figures:
             assert figure.result in known and figure.instead in known, (each.name, figure)

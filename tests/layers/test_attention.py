@@ -154,6 +154,22 @@ def test_who_is_watched_gives_the_same_values_and_gradients(cross: bool, masked:
     assert torch.allclose(again, plain[0], atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("num_parts", [2, 3])
+def test_parts_of_a_projection_have_their_gradients_side_by_side(num_parts: int, dtype: torch.dtype) -> None:
+    together = torch.randn(B, L, num_parts * D, dtype=dtype, requires_grad=True)
+    split = together.view(B, L, num_parts, HEADS, D // HEADS)
+    arrived: list[Tensor] = []
+    split.register_hook(arrived.append)
+    parts, plain = attention._parts(split), split.permute(2, 0, 3, 1, 4)
+    assert all(torch.equal(part, expected) for part, expected in zip(parts, plain, strict=True))
+    grads = [torch.randn_like(part) for part in parts]
+    [mine] = torch.autograd.grad(parts, together, grads)
+    assert arrived.pop().is_contiguous(), "the projection would copy it once more"
+    [expected] = torch.autograd.grad(plain.unbind(0), together, grads)
+    assert torch.equal(mine, expected)
+
+
 def test_masked_positions_change_nothing() -> None:
     module, mask_BL = SelfAttention(D, HEADS).double(), random_mask()
     x_BLD = torch.randn(B, L, D, dtype=torch.float64)

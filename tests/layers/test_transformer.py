@@ -50,6 +50,20 @@ def test_values_and_gradients_are_those_of_the_plain_block(
     assert all(torch.equal(plain, again) for plain, again in zip(*found, strict=True))
 
 
+def test_a_weight_used_again_within_autocast_keeps_both_gradients(recompute: Callable[[bool], None]) -> None:
+    """Autocast keeps its copy of a weight: one made without a graph would swallow the second use's gradient."""
+    block = PreNormBlock(D, 4, M, 1e-12)
+    x_BLD, hidden_BM = torch.randn(B, L, D), torch.randn(B, M)
+    found = []
+    for wanted in (False, True):
+        recompute(wanted)
+        with torch.autocast("cpu", torch.bfloat16):
+            both = block(x_BLD).float().sum() + block.mlp_out(hidden_BM).float().square().sum()
+        found.append(torch.autograd.grad(both, [block.mlp_out.weight, block.mlp_out.bias]))
+    for plain, again in zip(*found, strict=True):
+        assert float((plain - again).abs().max()) <= 2e-2 * float(plain.abs().max())
+
+
 @pytest.mark.parametrize("precision", ["float64", "autocast"])
 def test_quick_gelu_recomputed_is_that_of_the_plain_block(precision: str, recompute: Callable[[bool], None]) -> None:
     """Its slope cancels in the gradient that is written out: equal but for the rounding."""

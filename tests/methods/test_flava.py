@@ -169,6 +169,27 @@ def test_codes_come_from_the_tokenizer_where_the_batch_has_none() -> None:
     assert torch.equal(sums["mim"], expected["mim"])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("stream", ["images", "pairs"])
+def test_codes_are_made_once_and_before_the_towers_that_keep_their_activations(
+    stream: str, parts: int, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, events = flava_method(random_flava(replace(TINY, dropout=dropout)), masked_share=0.5), []
+    made, embed_patches = method.codes, method.model.image.patches.forward
+    monkeypatch.setattr(method, "codes", lambda *given: (events.append("codes"), made(*given))[1])
+
+    def patches(pixels_BCHW: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # the first pass of GradCache keeps nothing
+            events.append("tower")
+        return embed_patches(pixels_BCHW)
+
+    monkeypatch.setattr(method.model.image.patches, "forward", patches)
+    backward(method.train(), split(make_batch(stream, 6), parts), Key(0, stream, 0))
+    towers = 2 if dropout and stream == "pairs" else 1  # with dropout the two passes over pairs stay two
+    assert events == ["codes", *["tower"] * towers] * parts
+
+
 def test_chance_is_that_of_the_pairs_in_the_masked_pass() -> None:
     """Rows 1, 3, 5 and 7 take it, one of them false."""
     method = flava_method(random_flava(), masked_share=0.5)

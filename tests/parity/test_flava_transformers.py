@@ -184,8 +184,8 @@ slow = pytest.mark.slow
     "name",
     [
         "pairs, mixed",
-        pytest.param("images", marks=slow),
-        pytest.param("text", marks=slow),
+        "images",
+        "text",
         pytest.param("pairs, all true", marks=slow),
         pytest.param("pairs, all false", marks=slow),
         pytest.param("pairs, no ITM labels", marks=slow),

@@ -20,6 +20,7 @@ from tiny_run import make, with_train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trivium.invariance import unit
 from trivium.manifest import write_manifest
 from trivium.train import config, monitors
 from trivium.train.config import Config
@@ -210,6 +211,17 @@ def test_use_of_a_gpu_is_a_share_of_its_measured_speed(tmp_path: Path) -> None:
         assert [line["value"] for line in lines if line["monitor"] == "mfu"] == [pytest.approx(share)]
     assert len(said) == 1
     assert "runs at 10% of what this device does" in said[0]
+
+
+def test_a_module_that_reads_a_slice_of_a_parameter_is_counted() -> None:
+    """UniT's places of words: the only product of its step with texts that does not grow with the rows."""
+    method = unit.unit_method(unit.random_unit(dtype=torch.float32))
+    none = Rows({}, {})
+    few, many = (
+        monitors.forward_flops(method, unit.make_batch("qnli", rows), none, Key(0, "qnli", 0)) for rows in (8, 16)
+    )
+    assert 2 * few - many == 2 * unit.TINY.text_width * unit.TINY.width
+    assert not any(parameter.grad is not None for parameter in method.parameters())
 
 
 @pytest.mark.parametrize("processes", [1, 2])

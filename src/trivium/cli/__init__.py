@@ -14,7 +14,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from trivium.errors import BadSample, TriviumError
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     _quieten_libraries()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _stated(words, argv is not None):
             _show_warnings_as_sentences()
             code = _run(words) or OK
         sys.stdout.flush()  # here, so that a closed pipe is met inside the try
@@ -99,6 +100,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(refusal, USERS)
         traceback.print_exc()
         return _fail(f"this is a mistake of ours, please report it with the lines above ({error!r})", OURS)
+
+
+@contextmanager
+def _stated(words: list[str], by_a_script: bool) -> Iterator[None]:
+    """Reports, results and passports state the command from sys.argv: a script that calls `main(argv)` has other words
+    of its own there."""
+    before = sys.argv
+    if by_a_script:
+        sys.argv = ["trivium", *words]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _run(words: list[str]) -> int | None:

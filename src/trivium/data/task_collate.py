@@ -5,7 +5,7 @@ B rows of a micro-batch, T text tokens, K classes, A answers of a row, C channel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -152,15 +152,21 @@ class TaskCollate:
         return self.writes.pad(self.writes.encode(answers, self.answer_length))[0]
 
     def cut(self, rows: LabelledRows) -> list[str]:
-        """A sentence on texts beside pictures, and one on answers, that are longer than what is read of them."""
-        if self.texts is None or self.images is None:
+        """A sentence on texts, or pairs of texts, and one on answers, that are longer than what is read of them."""
+        if self.texts is None:
             return []
         good = [(f"{row.file} ({row.where})", row) for row in rows.good()]
-        kinds = [("texts", self.texts.tokenizer, self.texts.max_length, [(name, row.text or "") for name, row in good])]
+        if any(row.second_text is not None for _, row in good):
+            limit, encode = self.texts.max_length, self.texts.tokenizer.encode_task
+            read = [encode(row.text or "", row.second_text, limit + 1, self.texts.segments)[0] for _, row in good]
+            found = _longer("pairs of texts", limit, [name for name, _ in good], map(len, read))
+        else:
+            texts = [(name, row.text or "") for name, row in good]
+            found = cut("texts", self.texts.tokenizer, self.texts.max_length, texts)
         if self.writes is not None:
             answers = [(name, answer) for name, row in good for answer in sorted(set(row.truths))]
-            kinds.append(("answers", self.writes, self.answer_length, answers))
-        return [sentence for each in kinds for sentence in cut(*each)]
+            found += cut("answers", self.writes, self.answer_length, answers)
+        return found
 
     def _written(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         assert self.writes is not None
@@ -185,7 +191,11 @@ def cut(kind: str, tokenizer: Tokenizer, limit: int, texts: Sequence[tuple[str, 
         texts: each with its name in front: file and place.
     """
     lengths = map(len, tokenizer.encode([text for _, text in texts], limit + 1))
-    longer = [name for (name, _), length in zip(texts, lengths, strict=True) if length > limit]
+    return _longer(kind, limit, [name for name, _ in texts], lengths)
+
+
+def _longer(kind: str, limit: int, names: Sequence[str], lengths: Iterable[int]) -> list[str]:
+    longer = [name for name, length in zip(names, lengths, strict=True) if length > limit]
     if not longer:
         return []
     return [f"{len(longer):,} {kind} have more than {limit} tokens and are cut there; the first: {longer[0]}"]

@@ -124,7 +124,9 @@ MULTIMODAL = (
         "SNLI-VE", "snli_ve", *ENTAILMENT, ("multi-task training",),
     ),
     PaperTask(
-        "HatefulMemes", "multimodal", "fine-tuning", "fine-tune", (Figure("AUROC", "", splits=("not stated",)),),
+        "HatefulMemes", "multimodal", "fine-tuning", "fine-tune",
+        (Figure("AUROC", "dev.auroc", splits=("not stated", "dev_unseen"), instead="dev_seen.auroc",
+                first="dev_unseen.auroc"),),
         "Hateful Memes", "hateful_memes", *MEMES,
     ),
     _retrieval("Flickr30K retrieval"),

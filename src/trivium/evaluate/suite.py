@@ -169,7 +169,7 @@ def _one(
     if rows is not None:
         what = "expressions" if isinstance(data, Referring) else "pictures"
         what = "rows" if isinstance(data, OwnTask) else what
-        how = "evenly spread" if isinstance(data, Referring | Boxes | OwnTask) else "drawn with a fixed seed"
+        how = "drawn with a fixed seed" if isinstance(data, DataSet) else "evenly spread"
         measured.notes.insert(0, f"at most {rows:,} {what} of each split, {how}: not the papers' figures")
     if not measured.results:  # is not kept: whoever adds the labels wants figures, who reads the predictions, them
         return TaskRun(task, "unscored", notes=measured.notes, missing=Missing(task.expected, task.owners))

@@ -125,13 +125,13 @@ class SelfAttention(Attention):
         B, L, D = x_BLD.shape
         H, E = self.num_heads, D // self.num_heads  # spelled out: an empty batch leaves -1 ambiguous
         if rows is None:
-            query, key, value = self.qkv(x_BLD).view(B, L, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
+            query, key, value = _parts(self.qkv(x_BLD).view(B, L, 3, H, E))
         else:
             weight_q, weight_kv = self.qkv.weight.split([D, 2 * D])
             bias_q, bias_kv = self.qkv.bias.split([D, 2 * D])
             query = F.linear(take_rows(x_BLD, rows), weight_q, bias_q)
             query = query.view(B, query.shape[1], H, E).transpose(1, 2)
-            key, value = F.linear(x_BLD, weight_kv, bias_kv).view(B, L, 2, H, E).permute(2, 0, 3, 1, 4)
+            key, value = _parts(F.linear(x_BLD, weight_kv, bias_kv).view(B, L, 2, H, E))
             if mask is not None and mask.ndim == 3:
                 mask = take_rows(mask.expand(B, -1, -1), rows)
         attended = self.attend(query, key, value, mask)
@@ -148,7 +148,7 @@ class SelfAttention(Attention):
         """
         B, Q, D = x_BQD.shape
         H, E = self.num_heads, D // self.num_heads
-        query, key, value = self.qkv(x_BQD).view(B, Q, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = _parts(self.qkv(x_BQD).view(B, Q, 3, H, E))
         if before is not None:
             key, value = (torch.cat([old, new], dim=2) for old, new in zip(before, (key, value), strict=True))
         L = key.shape[2]
@@ -160,7 +160,7 @@ class SelfAttention(Attention):
         """What `forward` weighs the values with, [B, H, L, L], for whoever wants to look at it."""
         B, L, D = x_BLD.shape
         H, E = self.num_heads, D // self.num_heads
-        query, key, _ = self.qkv(x_BLD).view(B, L, 3, H, E).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, _ = _parts(self.qkv(x_BLD).view(B, L, 3, H, E))
         return attention_weights(query, key)
 
 
@@ -195,7 +195,8 @@ class CrossAttention(Attention):
         B, S, _ = memory_BSW.shape
         H = self.num_heads
         E = self.query.out_features // H
-        return Memory(*self.key_value(memory_BSW).view(B, S, 2, H, E).permute(2, 0, 3, 1, 4))
+        key, value = _parts(self.key_value(memory_BSW).view(B, S, 2, H, E))
+        return Memory(key, value)
 
     def forward(self, x_RQD: Tensor, memory: Tensor | Memory, mask: Tensor | None = None) -> Tensor:
         """[R, Q, D].
@@ -230,6 +231,12 @@ def _attend_several(query_RHQE: Tensor, memory: Memory, mask_BS: Tensor | None, 
         return attended
     key, value = (part.index_select(0, memory.others_O) for part in (key, value))
     return torch.cat([attended, attend(query_RHQE[times * B :], key, value, None, dropout)])
+
+
+def _parts(together: Tensor) -> tuple[Tensor, ...]:
+    """[B, L, n, H, E] of a projection -> n of [B, H, L, E]. Taken apart at the axis where they lie, so that the
+    backward pass writes the gradients side by side, as the projection wants them, and copies them once, not twice."""
+    return tuple(part.transpose(1, 2) for part in together.unbind(2))
 
 
 def causal(mask_BT: Tensor) -> Tensor:

@@ -8,6 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# So few rows are decoded in float32 on a CPU: there the cast of a vocabulary's matrix takes longer than its product.
+FEW_ROWS = 64
+
+
+def decode(rows: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """[..., D] -> [..., V] by a large matrix; under autocast on a CPU few rows are taken in the weight's precision, and
+    neither a copy of the matrix nor one of its gradient is made."""
+    if rows.device.type == "cpu" and rows.shape[:-1].numel() <= FEW_ROWS:
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(rows.to(weight_VD.dtype), weight_VD, bias_V)
+    return F.linear(rows, weight_VD, bias_V)
+
 
 class MaskedHead(nn.Module):
     """Linear, GELU, LayerNorm, Linear to V classes: BERT's prediction head. Rows in, rows out: [..., D] -> [..., V]."""
@@ -19,7 +31,7 @@ class MaskedHead(nn.Module):
         self.decoder = nn.Linear(width, num_classes)
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.transform(rows))))
+        return decode(self.norm(F.gelu(self.transform(rows))), self.decoder.weight, self.decoder.bias)
 
 
 class TiedMaskedHead(nn.Module):
@@ -32,7 +44,7 @@ class TiedMaskedHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, rows: Tensor, word_VD: Tensor) -> Tensor:
-        return F.linear(self.norm(F.gelu(self.transform(rows))), word_VD, self.bias)
+        return decode(self.norm(F.gelu(self.transform(rows))), word_VD, self.bias)
 
 
 class MatchingHead(nn.Module):

@@ -109,9 +109,12 @@ class FlavaMethod(MethodOfPictures):
             return Rows(), None
         text = batch.texts[0]
         pixels_BCHW = self._to(batch.images[0].pixels_BCHW)
-        states: Any = pixels_BCHW
+        begun: Any = pixels_BCHW
+        codes_RN = None
+        if torch.is_grad_enabled() and self.weights["mmm_image"]:  # before the towers keep their activations
+            codes_RN = self.codes(batch, self._masked_rows(batch))
         if self._both_at_once():
-            (image, words), states = self._encode_both(batch, pixels_BCHW)
+            (image, words), begun = self._encode_both(batch, pixels_BCHW)
         else:
             image = self.model.encode_image(self.pixels(pixels_BCHW), rows=1)
             words = self.model.encode_text(self._to(text.ids_BT), self._text_mask(text.mask_BT), rows=1)
@@ -122,7 +125,7 @@ class FlavaMethod(MethodOfPictures):
             "same_text": text.same_B,
         }
         rows = {"image": image.projected, "text": words.projected}
-        return Rows(rows, {name: self._to(mark) for name, mark in marks.items()}), states
+        return Rows(rows, {name: self._to(mark) for name, mark in marks.items()}), (begun, codes_RN)
 
     def _both_at_once(self) -> bool:
         """Whether the masked pass goes through the towers together with the unmasked one. The first of the two passes
@@ -134,15 +137,12 @@ class FlavaMethod(MethodOfPictures):
         self, batch: Batch, pixels_BCHW: Tensor
     ) -> tuple[tuple[Encoded, Encoded], tuple[Encoded, Encoded]]:
         text, masked_R = batch.texts[0], self._masked_rows(batch)
-        masked_RN = batch.targets["image_mask"][masked_R]
-        masked_PN = torch.cat([masked_RN.new_zeros(len(batch), masked_RN.shape[1]), masked_RN])
-        pixels_RCHW = self._rows_of(pixels_BCHW, masked_R)
         return self.model.encode_pairs_twice(
-            self.pixels(torch.cat([pixels_BCHW, pixels_RCHW])),
-            self._to(masked_PN),
+            self.pixels(pixels_BCHW),
+            self._to(batch.targets["image_mask"][masked_R]),
+            None if len(masked_R) == len(batch) else self._to(masked_R),
             self._to(torch.cat([text.ids_BT, batch.targets["masked_ids"][masked_R]])),
             self._text_mask(torch.cat([text.mask_BT, text.mask_BT[masked_R]])),
-            len(batch),
         )
 
     def couple(self, mine: Rows, everyone: Rows) -> Sums:
@@ -180,9 +180,10 @@ class FlavaMethod(MethodOfPictures):
     def _masked_image(self, batch: Batch) -> Sums:
         pixels_BCHW = self.pixels(batch.images[0].pixels_BCHW)  # on their way while the indices are made
         masked_BN = batch.targets["image_mask"]
+        codes_BN = self.codes(batch, torch.arange(len(batch)))  # before the tower keeps its activations
         index_BQ, positions = needed(F.pad(masked_BN, (1, 0)))  # the class token stands in front
         image = self.model.encode_image(pixels_BCHW, self._to(masked_BN), self._to(index_BQ))
-        codes_M = self.codes(batch, torch.arange(len(batch))).flatten()[self._to(places(masked_BN))]
+        codes_M = codes_BN.flatten()[self._to(places(masked_BN))]
         logits_MV = self.model.mim_head(image.tokens.flatten(0, 1)[self._to(positions[0])])
         return {"mim": masked_prediction(logits_MV, codes_M)}
 
@@ -196,7 +197,8 @@ class FlavaMethod(MethodOfPictures):
         return {"mlm": masked_prediction(logits_MV, self._to(text.ids_BT[selected_BT]))}
 
     def _masked_pair(self, batch: Batch, states: Any, gate_is_open: bool) -> Sums:
-        """states: of `embed`: pictures and texts encoded already; pixels that are on the device; or nothing."""
+        """states: of `embed`: pictures and texts encoded already, or pixels that are on the device; and the codes of
+        the masked pass, or None. Or nothing at all."""
         wanted = [name for name in ("itm", "mmm_image", "mmm_text") if self.weights[name]]
         masked_R = self._masked_rows(batch)
         if not wanted:
@@ -204,10 +206,13 @@ class FlavaMethod(MethodOfPictures):
         matched_R = batch.targets["matched"][masked_R]
         kept_R = matched_R | gate_is_open
         masked_RN, selected_RT = batch.targets["image_mask"][masked_R], batch.targets["selected"][masked_R]
-        if isinstance(states, tuple):
-            image, words = states
+        begun, codes_RN = states or (batch.images[0].pixels_BCHW, None)
+        if codes_RN is None and "mmm_image" in wanted:
+            codes_RN = self.codes(batch, masked_R)
+        if isinstance(begun, tuple):
+            image, words = begun
         else:
-            pixels_RCHW = self._rows_of(batch.images[0].pixels_BCHW if states is None else states, masked_R)
+            pixels_RCHW = self._rows_of(begun, masked_R)
             image = self.model.encode_image(self.pixels(pixels_RCHW), self._to(masked_RN))
             words = self.model.encode_text(
                 self._to(batch.targets["masked_ids"][masked_R]), self._text_mask(batch.texts[0].mask_BT[masked_R])
@@ -222,7 +227,8 @@ class FlavaMethod(MethodOfPictures):
         if "itm" in wanted:
             sums["itm"] = matching(self.model.itm_head(tokens[self._to(class_R)]), self._to(matched_R))
         if "mmm_image" in wanted:
-            codes_M = self.codes(batch, masked_R).flatten()[self._to(places(patches_RN))]
+            assert codes_RN is not None
+            codes_M = codes_RN.flatten()[self._to(places(patches_RN))]
             sums["mmm_image"] = masked_prediction(self.model.mmm_image_head(tokens[self._to(patch_M)]), codes_M)
         if "mmm_text" in wanted:
             ids_M = self._to(batch.texts[0].ids_BT[masked_R][words_RT])

@@ -73,13 +73,18 @@ def _masked_pass(method: FlavaMethod, batch: Batch) -> float:
         + _masked_head(config, words_R, config.vocab_size)
         + matching * 2 * len(masked_R) * config.width * (config.width + 2)
     )
-    return _image_tower(config, num_patches_R, image_R) + 3 * forward
+    projected = 0.0 if weights["contrastive"] else _projection(config, num_patches_R)  # else the unmasked pass did
+    return projected + 3 * (_encoder(config, config.image_layers, image_R, image_R) + forward)
 
 
 def _image_tower(config: FlavaConfig, num_patches_B: Tensor, read_B: Tensor) -> float:
     """Forward and backward. read_B: positions of the last block that are read."""
-    forward = _encoder(config, config.image_layers, 1 + num_patches_B, read_B)
-    return 2 * patches(num_patches_B, config.patch_size, config.width) + 3 * forward
+    return _projection(config, num_patches_B) + 3 * _encoder(config, config.image_layers, 1 + num_patches_B, read_B)
+
+
+def _projection(config: FlavaConfig, num_patches_B: Tensor) -> float:
+    """Forward and backward of pixels into patches, whose own gradient nobody wants."""
+    return 2 * patches(num_patches_B, config.patch_size, config.width)
 
 
 def _encoder(config: FlavaConfig, num_layers: int, length_B: Tensor, read_B: Tensor) -> float:

@@ -6,7 +6,8 @@ Three pre-norm transformers: one reads pixels, one reads words, and one reads th
 * the contrastive projection takes the class token *after* that norm, and without the pooler's tanh;
 * no loss reads any of the three poolers. They are kept because the released weights carry them.
 
-B batch, C channels, H height, W width, N image tokens (class token first), T text tokens, L = 1 + N + T, D width.
+B batch, R rows of a second pass, P = B + R, C channels, H height, W width, N image tokens (class token first), T text
+tokens, L = 1 + N + T, D width.
 """
 
 from __future__ import annotations
@@ -100,9 +101,23 @@ class ImageEncoder(nn.Module):
         positions are added."""
         x_BND = self.patches(pixels_BCHW)
         if masked_BN is not None:
-            x_BND = torch.where(masked_BN[:, :, None], self.mask_token.to(x_BND.dtype), x_BND)
+            x_BND = self._hide(x_BND, masked_BN)
+        return self._place(x_BND, pixels_BCHW.shape)
+
+    def embed_twice(self, pixels_BCHW: Tensor, masked_RN: Tensor, rows_R: Tensor | None) -> Tensor:
+        """`embed` of all pictures and then, with patches hidden, of the rows R (None: all): projected once,
+        [B + R, L, D]."""
+        x_BND = self.patches(pixels_BCHW)
+        again_RND = self._hide(x_BND if rows_R is None else x_BND.index_select(0, rows_R), masked_RN)
+        return self._place(torch.cat([x_BND, again_RND]), pixels_BCHW.shape)
+
+    def _hide(self, x_BND: Tensor, masked_BN: Tensor) -> Tensor:
+        return torch.where(masked_BN[:, :, None], self.mask_token.to(x_BND.dtype), x_BND)
+
+    def _place(self, x_BND: Tensor, shape: torch.Size) -> Tensor:
+        """With positions and the class token. shape: of the pictures."""
         size = self.patches.patch_size
-        new_grid = (pixels_BCHW.shape[2] // size, pixels_BCHW.shape[3] // size)
+        new_grid = (shape[2] // size, shape[3] // size)
         positions_ND = interpolate_positions(self.positions[0, 1:], (self.grid, self.grid), new_grid)
         x_BND = prepend(self.class_token + self.positions[:, :1], x_BND + positions_ND)
         embedded: Tensor = self.dropout(x_BND)
@@ -193,21 +208,26 @@ class Flava(nn.Module):
     def encode_pairs_twice(
         self,
         pixels_BCHW: Tensor,
-        masked_BN: Tensor,
-        ids_BT: Tensor,
-        mask_BT: Tensor | None,
-        first: int,
+        masked_RN: Tensor,
+        rows_R: Tensor | None,
+        ids_PT: Tensor,
+        mask_PT: Tensor | None,
     ) -> tuple[tuple[Encoded, Encoded], tuple[Encoded, Encoded]]:
-        """Pictures and texts of two passes at once: of the `first` samples the class token alone is computed in the
-        last blocks, of the rest everything. Equal to two passes where nothing is dropped, and fewer, larger products.
+        """Pictures and texts of two passes at once: of the B samples the class token alone is computed in the last
+        blocks, and of R of them again, masked, everything. Equal to two passes where nothing is dropped, and fewer,
+        larger products.
+
+        Args:
+            rows_R: which samples the second pass reads; None: all.
+            ids_PT, mask_PT: texts of both passes, P = B + R.
 
         Returns:
-            the class tokens of pictures and texts, `states` [first, 1, D]; and the rest of both.
+            the class tokens of pictures and texts, `states` [B, 1, D]; and the rest of both.
         """
-        image, text = self.image, self.text
-        pictures = image.encoder.both(image.embed(pixels_BCHW, masked_BN), None, first)
-        texts = text.encoder.both(text.embeddings(ids_BT, None), mask_BT, first)
-        masks = (None, None) if mask_BT is None else (mask_BT[:first], mask_BT[first:])
+        image, text, first = self.image, self.text, len(pixels_BCHW)
+        pictures = image.encoder.both(image.embed_twice(pixels_BCHW, masked_RN, rows_R), None, first)
+        texts = text.encoder.both(text.embeddings(ids_PT, None), mask_PT, first)
+        masks = (None, None) if mask_PT is None else (mask_PT[:first], mask_PT[first:])
         found = [
             (
                 Encoded(picture, None, image.norm, self.image_projection),

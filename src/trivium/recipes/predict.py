@@ -39,13 +39,15 @@ def tell_held_out(
     say: Callable[[str], None],
 ) -> bool:
     """Put the figures of every split that has labels into an evaluation, under the task's title, and of the dev splits
-    the one that papers print under the title alone.
+    the one that papers print under the title alone: a mean where there are several (MNLI), but of Hateful Memes that of
+    dev_unseen, the validation split of MMF.
 
     folder: where the predictions of every split are written; None: nowhere. Returns whether any row could be read.
     """
     found_any = False
     title = task.title + (" (concatenated)" if method.model.config.reads == "concatenated" else "")
     reported = []
+    printed = tuple(name for name in held_out if name == "dev_unseen") or ("dev",)
     for name, rows in held_out.items():
         say(f"{task.title}: {name}, {len(rows):,} rows")
         try:
@@ -64,9 +66,9 @@ def tell_held_out(
             found.not_applicable.append(f"{name}: it has no labels; its predictions are written")
             continue
         results = figures_of.tell(found, title, name, task.metrics, predictions)
-        if name.startswith("dev"):
+        if name.startswith(printed):
             reported.append(results[task.reported])
-    if reported:  # of MNLI a mean over both
+    if reported:
         mean = sum(result.value for result in reported) / len(reported)
         found.results[title] = reported[0] if len(reported) == 1 else replace(reported[0], value=mean, low=None,
             high=None, n=sum(result.n or 0 for result in reported), outcomes=None)  # fmt: skip

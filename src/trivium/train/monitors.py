@@ -117,8 +117,11 @@ def gradient_norms(
 
 
 def forward_flops(method: Method, batch: Batch, everyone: Rows, key: Key, autocast: Context = nullcontext) -> int:
-    """FLOPs of the matrix products, convolutions and attentions of one forward of a micro-batch, uncompiled."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    """FLOPs of the matrix products, convolutions and attentions of one forward of a micro-batch, uncompiled.
+
+    With a graph, as in a step: without one torch's counter refuses a module that is handed a slice of a parameter.
+    """
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         _forward(method, batch, everyone, key, method.divisors(method.counts(batch)), autocast)
     let_go(method)
     return counter.get_total_flops()

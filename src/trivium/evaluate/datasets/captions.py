@@ -34,9 +34,12 @@ class Captioned:
         return len(self.captions)
 
     def first(self, rows: int) -> Captioned:
-        """The first rows alone."""
-        kept = np.arange(min(rows, len(self)))
-        return replace(self, pictures=Some(self.pictures, kept), captions=self.captions[:rows])
+        """At most so many rows, evenly spread."""
+        if rows >= len(self):
+            return self
+        kept = np.arange(rows) * len(self) // rows
+        captions = tuple(self.captions[row] for row in kept.tolist())
+        return replace(self, pictures=Some(self.pictures, kept), captions=captions)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""What ALBEF's benchmarks stand on: which captions are exchanged, which differences count, which runs do."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sys
+from pathlib import Path
+
+import albef_runs
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from trivium.cli import main as trivium
+from trivium.evaluate import outcomes
+from trivium.evaluate.outcomes import Outcomes
+
+FILES = [f"{number}.jpg" for number in range(120)]
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> albef_runs.Photographs:
+    (tmp_path / "flickr8k").mkdir()
+    columns = {"image": [file.encode() for file in FILES], "file": FILES, "captions": [[f"of {f}"] for f in FILES]}
+    for part in (0, 1):
+        table = pa.table({name: values[part::2] for name, values in columns.items()})
+        pq.write_table(table, tmp_path / "flickr8k" / f"train-{part}.parquet")
+    return albef_runs.Photographs(tmp_path, tmp_path / "out")
+
+
+def rows(path: Path) -> dict[str, str]:
+    return {row["file"]: row["captions"][0] for row in pq.read_table(path).to_pylist()}
+
+
+def test_noise_exchanges_its_share_of_captions_and_leaves_none_of_those_its_own(
+    photographs: albef_runs.Photographs,
+) -> None:
+    plain, noisy = rows(photographs.written("pairs")), rows(photographs.written("noisy", noise=0.4, seed=3))
+    exchanged = [file for file in plain if noisy[file] != plain[file]]
+    assert list(noisy) == list(plain) and len(exchanged) == round(0.4 * len(plain))
+    assert sorted(noisy[file] for file in exchanged) == sorted(plain[file] for file in exchanged)
+    assert rows(photographs.written("other", noise=0.4, seed=4)) != noisy
+
+
+def test_premises_that_are_held_out_are_never_trained_on(photographs: albef_runs.Photographs) -> None:
+    held_out = {file for file in FILES if albef_runs.tenth(file) == 0}
+    assert held_out and set(rows(photographs.written("pairs"))) == set(FILES) - held_out
+    assert len(rows(photographs.written("pairs-4", every=4))) == -(-(len(FILES) - len(held_out)) // 4)
+
+
+def test_captions_of_a_picture_are_one_unit(tmp_path: Path) -> None:
+    names = ("a, caption 1", "a, caption 2", "b, caption 1")
+    found = {figure: Outcomes("mean", names, np.array(values, dtype=np.float32))
+             for figure, values in (("r1", [1, 0, 0]), ("r5", [1, 1, 0]))}  # fmt: skip
+    outcomes.write(tmp_path / outcomes.NAME, found)
+    assert albef_runs.units(tmp_path, ["r1", "r5"]) == {"a": 0.75, "b": 0.0}
+
+
+def test_a_difference_is_of_the_same_units_and_every_seed_must_agree() -> None:
+    other = [{str(n): float(n % 2) for n in range(40)}] * 2
+    better = [{name: value + 1 for name, value in reversed(other[0].items())}] * 2
+    gap = albef_runs.difference(better, other)
+    assert (gap.value, gap.low, gap.high, gap.n) == (1.0, 1.0, 1.0, 40)
+    assert albef_runs.verdict(better, other) == "better" and albef_runs.verdict(other, better) == "worse"
+    against = {name: value - 0.1 for name, value in other[0].items()}
+    assert albef_runs.difference([better[0], against], other).low > 0  # type: ignore[operator]
+    assert albef_runs.verdict([better[0], against], other) == "undecided"
+
+
+def test_a_run_that_is_done_counts_only_for_its_own_settings(tmp_path: Path) -> None:
+    out, words = tmp_path / "run", ["pretrain", "albef"]
+    values = {"size": "tiny", "train.steps": 3, "data.pairs": [tmp_path / "a.csv"], "optim.lr": 3e-4,
+              "data.crop-scale": [1, 1], "objectives.queue": None}  # fmt: skip
+    from trivium.cli.overrides import set_overrides
+    from trivium.recipes.albef import albef
+    from trivium.train import config
+
+    told = {"train.steps": "3", "data.pairs": [str(tmp_path / "a.csv")], "optim.lr": "3e-4",
+            "data.crop_scale": ["1", "1"], "objectives.queue": "null"}  # fmt: skip
+    tree = set_overrides(albef("tiny"), told).with_absolute_paths()
+    out.mkdir()
+    config.save(config.Config("albef", {"size": "tiny"}, config.leaves(tree)), out / "config.json")
+    (out / "results.json").write_text("{}")
+    assert albef_runs.run(out, words, values, "cpu", 2) == out
+    with pytest.raises(SystemExit, match=r"made with train\.steps = 3, not 4"):
+        albef_runs.run(out, words, values | {"train.steps": 4}, "cpu", 2)
+    with pytest.raises(SystemExit, match=r"b\.csv"):
+        albef_runs.run(out, words, values | {"data.pairs": [tmp_path / "b.csv"]}, "cpu", 2)
+    with pytest.raises(SystemExit, match="small"):
+        albef_runs.run(out, words, values | {"size": "small"}, "cpu", 2)
+    with pytest.raises(SystemExit, match="is a run of albef"):
+        albef_runs.run(out, ["finetune", "retrieval"], {"train.steps": 3}, "cpu", 2)
+
+
+def test_nobody_else_makes_what_is_being_made(tmp_path: Path) -> None:
+    with (tmp_path / ".run.lock").open("w") as other:
+        with albef_runs.alone(tmp_path / "run"), pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_command_that_a_script_gives_is_the_one_that_is_stated(tmp_path: Path) -> None:
+    before = list(sys.argv)
+    flags = ["--size", "tiny", "--train.steps", "1", "--data.batch", "8", "--validate", "0", "--train.workers", "0"]
+    command = ["pretrain", "albef", *flags, "--out", str(tmp_path / "run")]
+    assert trivium(command) == 0 and sys.argv == before
+    for name in ("results.json", "passport.json"):
+        assert json.loads((tmp_path / "run" / name).read_text())["command"] == " ".join(["trivium", *command])
