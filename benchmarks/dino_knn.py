@@ -1,6 +1,6 @@
-"""What DINO learns from the embedded drawings without a label, in its 2,000 steps: neighbours against two floors.
+"""What DINO learns from the embedded drawings without a label, in its 1,600 steps: neighbours against two floors.
 
-    python benchmarks/dino_knn.py --out runs/dino-knn                          # three seeds: 40 minutes on two cores
+    python benchmarks/dino_knn.py --out runs/dino-knn                          # three seeds: half an hour on one core
     python benchmarks/dino_knn.py --out runs/dino-try --minutes 1 --seeds 0    # to see that it runs
 
 Each seed is one run of `trivium pretrain dino`, evaluated as every run is: drawings of the held-out style, put into

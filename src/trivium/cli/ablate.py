@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shlex
 import sys
 import time
@@ -18,7 +19,7 @@ from trivium.cli.overrides import set_overrides
 from trivium.errors import TriviumError
 
 if TYPE_CHECKING:
-    from trivium.evaluate.ablation import Measured
+    from trivium.evaluate.ablation import Measured, Table
     from trivium.recipes.ablation import AblationRun
     from trivium.recipes.stages import Stages
     from trivium.train.config import Config
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 STEPS, QUICK_STEPS = 1500, 400  # updates on pairs
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
 STAGES = ("text", "dino", "mim")
+UNLEARNED = 0.9  # of the contrastive loss of a blind guess: above it next to nothing was learned
 NOT_HERE = ("train.minutes", "train.seed", "init", "init_text", "init_image", "image_by")
 
 
@@ -267,6 +269,7 @@ def _table(out: Path, tree: Stages) -> int:
         f" towers: {tree.text.train.steps:,} updates of MLM, {tree.dino.train.steps:,} of DINO or"
         f" {tree.mim.train.steps:,} of MIM.",
         *measured_on(tree.data, glue=any(figure.name.startswith("glue.") for figure in found.figures)),
+        *_unlearned(out, found, tree.data.batch),
     ]
     page = ablation_page.write(
         out, found, command=shlex.join(["trivium", *sys.argv[1:]]), machine=machine, version=__version__,
@@ -278,6 +281,27 @@ def _table(out: Path, tree: Stages) -> int:
         print(f"missing: {sentence}")
     print(f"table: {page}")
     return 0
+
+
+def _unlearned(out: Path, found: Table, batch: int) -> list[str]:
+    """A sentence where columns end near the contrastive loss of a blind guess: what is compared with them says that."""
+    from trivium.evaluate.report import read_curves
+
+    blind, columns = math.log(batch), []
+    for column in found.columns:
+        names = [f"{run.column}-seed{run.seed}" for run in found.runs if run.column == column.name]
+        curves = [read_curves(out / name / "metrics.jsonl").get("contrastive", []) for name in names]
+        ends = [loss for curve in curves for _, loss in curve[-1:]]
+        if ends and min(ends) > UNLEARNED * blind:
+            columns.append(f"{column.title} ({min(ends):.2f} to {max(ends):.2f})")
+    if not columns:
+        return []
+    return [
+        "Learned next to nothing from pairs, by the contrastive loss at the end, where a blind guess has"
+        f" {blind:.2f}: {'; '.join(columns)}. An ordering beside them says no more than that. Where a row gives"
+        " no gradient to the negatives of other ranks, all pictures and texts are pulled to one point first, and at a"
+        " high rate they stay there."
+    ]
 
 
 def _measured(out: Path) -> list[Measured]:
