@@ -280,7 +280,7 @@ def test_losses_of_boxes_weigh_what_the_recipe_says(data: Path) -> None:
     for task in ("coco", "vg"):
         found = {name.partition(".")[2]: weight for name, weight in weights.items() if name.startswith(f"{task}.")}
         assert found == {"class": 3, "box": 5, "giou": 4} | ({"attributes": 1} if task == "vg" else {})
-    with pytest.raises(TriviumError, match="--objectives.box -1"):
+    with pytest.raises(TriviumError, match=r"--objectives\.box -1"):
         replace(recipe, objectives=replace(recipe.objectives, box=-1)).prepare("unit", {})
 
 

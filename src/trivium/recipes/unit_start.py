@@ -20,7 +20,7 @@ from trivium.train.protocol import hash64
 
 TEXT = 0.3  # factor on the weights of the text encoder beside its words, so that its blocks begin by changing little
 # Factors on the weights of queries and keys, so that attention begins by looking at many places: with places four times
-# as strong as published it would begin, and stay, at one of ten. Cross-attention is to look near its query all the same.
+# as strong as published it would begin, and stay, at one of ten. Cross-attention is to look near its query though.
 SELF_ATTENTION, CROSS_ATTENTION = 0.35, 0.6
 QUERY_NOISE = 0.3  # deviation of a query beside its place
 ANCHOR_SIDE = 0.3  # of a query's first box, as a share of the picture's
