@@ -77,15 +77,18 @@ def sentence(found: dict[int, Results], floor: str, title: str) -> str:
 
 
 def attention(found: dict[int, Results]) -> str:
-    """The best head, by its mean over the pictures, of each seed."""
-    best = {}
+    """The best head, by its mean over the pictures, and the mean of all heads, over the seeds."""
+    best: dict[str, list[float]] = {}
+    mean: dict[str, list[float]] = {}
     for prefix in ("", "random_start."):
         start = f"attention.jaccard.{prefix}head_"
-        best[prefix] = [max(r.value for n, r in each.items() if n.startswith(start)) for each in found.values()]
+        heads = [[r.value for n, r in each.items() if n.startswith(start)] for each in found.values()]
+        best[prefix], mean[prefix] = [max(each) for each in heads], [statistics.mean(each) for each in heads]
     everywhere = statistics.mean(each["attention.jaccard.all"].value for each in found.values())
     return (
         f"Jaccard index of the best head with what is drawn: {statistics.mean(best['']):.3f}, before training"
-        f" {statistics.mean(best['random_start.']):.3f}; looking everywhere gives {everywhere:.3f}."
+        f" {statistics.mean(best['random_start.']):.3f}; of all heads {statistics.mean(mean['']):.3f} and"
+        f" {statistics.mean(mean['random_start.']):.3f}; looking everywhere gives {everywhere:.3f}."
     )
 
 

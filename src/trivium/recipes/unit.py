@@ -54,7 +54,8 @@ from trivium.train.trainer import Train
 
 @dataclass(frozen=True)
 class Objectives:
-    """Weights of the losses of detection, DETR's and UniT's. Matching weighs its costs by these, whatever is set."""
+    """Weights of the losses of detection, DETR's and UniT's. Matching weighs its costs by the published ones,
+    whatever is set."""
 
     classes: float = PARTS["class"]
     box: float = PARTS["box"]
