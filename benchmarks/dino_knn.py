@@ -24,9 +24,11 @@ import side_by_side
 from trivium.cli import main as trivium
 from trivium.evaluate import results
 from trivium.evaluate.floors import FIGURES, FLOORS
+from trivium.evaluate.report import read_lines
 from trivium.evaluate.results import Results
 from trivium.recipes.dino import dino
 
+COLLAPSE = ("student", "teacher_entropy", "prototypes_entropy", "feature_deviation")  # subjects of monitors
 FLOOR = "other_concepts.subgroup"  # what the others stand beside
 
 
@@ -92,6 +94,22 @@ def attention(found: dict[int, Results]) -> str:
     )
 
 
+def collapse(folders: list[Path]) -> str:
+    """What the runs' own monitors saw of it: the worst of the last figures, and whether any ever crossed its bound."""
+    lines = [line for folder in folders for line in read_lines(folder / "monitors.jsonl")]
+    seen = [line for line in lines if line["monitor"] in ("collapse", "health")]
+    last = [line for line in seen if line["step"] == max(each["step"] for each in seen)]
+    worst = {name: [line["value"] for line in last if line["subject"] == name] for name in COLLAPSE}
+    crossed = sorted({line["subject"] for line in seen if line["crossed"]})
+    told = f"told of {', '.join(crossed)}" if crossed else "no monitor crossed its bound at any seed"
+    return (
+        f"Collapse: {told}. At the end pictures take at least {min(worst['student']):.1f} directions (told at 1.2), the"
+        f" teacher's entropy is at most {max(worst['teacher_entropy']):.2f} of ln K (0.98), that of all prototypes at least"
+        f" {min(worst['prototypes_entropy']):.2f}, and features deviate by at least"
+        f" {min(worst['feature_deviation']):.2f} of what independent ones would."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, help="of training for each seed, in place of the recipe's steps")
@@ -115,6 +133,7 @@ def main() -> None:
         return
     command = "python benchmarks/dino_knn.py --out RUNS"
     taken = [each["seconds.train"].value for each in found.values()]
+    said.append(collapse(folders))
     said.append(f"Training took {min(taken) / 60:.1f} to {max(taken) / 60:.1f} minutes a seed.")
     written = side_by_side.write("dino_knn", rows, command=command, seconds_of_training=taken)
     page = [
