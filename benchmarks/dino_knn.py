@@ -104,8 +104,8 @@ def collapse(folders: list[Path]) -> str:
     told = f"told of {', '.join(crossed)}" if crossed else "no monitor crossed its bound at any seed"
     return (
         f"Collapse: {told}. At the end pictures take at least {min(worst['student']):.1f} directions (told at 1.2), the"
-        f" teacher's entropy is at most {max(worst['teacher_entropy']):.2f} of ln K (0.98), that of all prototypes at least"
-        f" {min(worst['prototypes_entropy']):.2f}, and features deviate by at least"
+        f" teacher's entropy is at most {max(worst['teacher_entropy']):.2f} of ln K (0.98), that of all prototypes at"
+        f" least {min(worst['prototypes_entropy']):.2f}, and features deviate by at least"
         f" {min(worst['feature_deviation']):.2f} of what independent ones would."
     )
 
