@@ -43,7 +43,7 @@ def main() -> None:
                 raise SystemExit(code)
         for name, run in runs.items():
             found[name] = {each: result.as_json() for each, result in results.read(run / "results.json").items()}
-            print(f"{name}: {found[name]['seconds.train']['value'] / 60:.1f} minutes of training")
+            print(f"{name}: {results.read(run / 'results.json')['seconds.train'].value / 60:.1f} minutes of training")
     side_by_side.write(
         "recipes", found, command="python benchmarks/recipes.py --out RUNS",
         commands={name: " ".join(["trivium pretrain", name, *words]) for name, words in COMMANDS.items()},
