@@ -1,6 +1,6 @@
-"""What DINO learns from the embedded drawings without a label, in its 2,000 steps: neighbours against two floors.
+"""What DINO learns from the embedded drawings without a label, in its 1,600 steps: neighbours against two floors.
 
-    python benchmarks/dino_knn.py --out runs/dino-knn                          # three seeds: 40 minutes on two cores
+    python benchmarks/dino_knn.py --out runs/dino-knn                          # three seeds: half an hour on one core
     python benchmarks/dino_knn.py --out runs/dino-try --minutes 1 --seeds 0    # to see that it runs
 
 Each seed is one run of `trivium pretrain dino`, evaluated as every run is: drawings of the held-out style, put into
@@ -24,9 +24,11 @@ import side_by_side
 from trivium.cli import main as trivium
 from trivium.evaluate import results
 from trivium.evaluate.floors import FIGURES, FLOORS
+from trivium.evaluate.report import read_lines
 from trivium.evaluate.results import Results
 from trivium.recipes.dino import dino
 
+COLLAPSE = ("student", "teacher_entropy", "prototypes_entropy", "feature_deviation")  # subjects of monitors
 FLOOR = "other_concepts.subgroup"  # what the others stand beside
 
 
@@ -77,15 +79,34 @@ def sentence(found: dict[int, Results], floor: str, title: str) -> str:
 
 
 def attention(found: dict[int, Results]) -> str:
-    """The best head, by its mean over the pictures, of each seed."""
-    best = {}
+    """The best head, by its mean over the pictures, and the mean of all heads, over the seeds."""
+    best: dict[str, list[float]] = {}
+    mean: dict[str, list[float]] = {}
     for prefix in ("", "random_start."):
         start = f"attention.jaccard.{prefix}head_"
-        best[prefix] = [max(r.value for n, r in each.items() if n.startswith(start)) for each in found.values()]
+        heads = [[r.value for n, r in each.items() if n.startswith(start)] for each in found.values()]
+        best[prefix], mean[prefix] = [max(each) for each in heads], [statistics.mean(each) for each in heads]
     everywhere = statistics.mean(each["attention.jaccard.all"].value for each in found.values())
     return (
         f"Jaccard index of the best head with what is drawn: {statistics.mean(best['']):.3f}, before training"
-        f" {statistics.mean(best['random_start.']):.3f}; looking everywhere gives {everywhere:.3f}."
+        f" {statistics.mean(best['random_start.']):.3f}; of all heads {statistics.mean(mean['']):.3f} and"
+        f" {statistics.mean(mean['random_start.']):.3f}; looking everywhere gives {everywhere:.3f}."
+    )
+
+
+def collapse(folders: list[Path]) -> str:
+    """What the runs' own monitors saw of it: the worst of the last figures, and whether any ever crossed its bound."""
+    lines = [line for folder in folders for line in read_lines(folder / "monitors.jsonl")]
+    seen = [line for line in lines if line["monitor"] in ("collapse", "health")]
+    last = [line for line in seen if line["step"] == max(each["step"] for each in seen)]
+    worst = {name: [line["value"] for line in last if line["subject"] == name] for name in COLLAPSE}
+    crossed = sorted({line["subject"] for line in seen if line["crossed"]})
+    told = f"told of {', '.join(crossed)}" if crossed else "no monitor crossed its bound at any seed"
+    return (
+        f"Collapse: {told}. At the end pictures take at least {min(worst['student']):.1f} directions (told at 1.2), the"
+        f" teacher's entropy is at most {max(worst['teacher_entropy']):.2f} of ln K (0.98), that of all prototypes at"
+        f" least {min(worst['prototypes_entropy']):.2f}, and features deviate by at least"
+        f" {min(worst['feature_deviation']):.2f} of what independent ones would."
     )
 
 
@@ -112,6 +133,7 @@ def main() -> None:
         return
     command = "python benchmarks/dino_knn.py --out RUNS"
     taken = [each["seconds.train"].value for each in found.values()]
+    said.append(collapse(folders))
     said.append(f"Training took {min(taken) / 60:.1f} to {max(taken) / 60:.1f} minutes a seed.")
     written = side_by_side.write("dino_knn", rows, command=command, seconds_of_training=taken)
     page = [

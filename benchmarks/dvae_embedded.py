@@ -67,6 +67,7 @@ def main() -> None:
         side_by_side.write(
             "dvae_embedded",
             rows,
+            command="python benchmarks/dvae_embedded.py --out RUN",
             seconds_of_training=measured["seconds.train"].value,
             wanted={"reconstruction.gain": WANTED_DECIBELS, "codes.used": WANTED_USED},
         )

@@ -136,6 +136,44 @@ def test_mistakes_are_told(ablated: Path, given: list, says: str, capsys: pytest
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--steps", 0], "--steps 0: these are updates, at least 1"),
+        (["--tower-steps", 0], "--tower-steps 0: these are updates"),
+        (["--optim.lr", -1], "--optim.lr -1"),
+        (["--data.root", "."], "holds no SST-2/train.tsv"),
+    ],
+)
+def test_a_mistake_leaves_no_folder_that_keeps_it(
+    tmp_path: Path, given: list, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert trivium("ablate", "--out", "out", *given) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_columns_that_learned_next_to_nothing_from_pairs_are_named(
+    ablated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(ablated / "config.json", out / "config.json")  # of batches of 8: a blind guess has 2.08
+    figures = {"updates": Result(4), "updates.pairs": Result(3), "names.group": Result(0.5)}
+    for name, ends in (("clip", (2.05, 2.0)), ("contrastive", (2.05, 1.5)), ("mlm", (None, None))):
+        for seed, end in enumerate(ends):
+            folder = out / f"{name}-seed{seed}"
+            folder.mkdir()
+            results.write(folder / "results.json", figures, command="", version="0", machine={}, seconds={"train": 1})
+            losses = {"mlm": 3.0} if end is None else {"contrastive": end}
+            lines = [{"step": step, "losses": losses} for step in (1, 2)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert trivium("ablate", "--out", out, "--table") == 0
+    said = [each for each in json.loads((out / "table.json").read_text())["settings"] if "next to nothing" in each]
+    assert len(said) == 1 and "where a blind guess has 2.08: CLIP, local gradient (2.00 to 2.05)." in said[0]
+
+
 def test_no_run_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert trivium("ablate", "--out", tmp_path / "out", "--table") == 2
     assert "no run of the ablation is finished yet" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,23 @@ def test_boxes_follow_the_drawing_through_every_augmentation() -> None:
         seen += 1
         assert boxes[0] == pytest.approx([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], abs=2)
     assert seen > 20
+
+
+def test_other_colours_leave_boxes_and_hues_where_they_are() -> None:
+    picture = np.full((8, 12, 3), (200, 80, 40), np.uint8)
+    boxes_M4 = np.array([[2.0, 1.0, 9.0, 7.0]])
+    augmentation = Augmentation(flip=0.0, shorts=(8,), crop=0.0, jitter=0.3)
+    seen = []
+    for seed in range(20):
+        image_HWC, found_M4 = augmentation(np.random.default_rng(seed), picture, boxes_M4, None)
+        assert np.array_equal(found_M4, boxes_M4) and (image_HWC == image_HWC[0, 0]).all()
+        red, green, blue = image_HWC[0, 0].tolist()
+        assert red > green > blue, "still orange"
+        seen.append((red, green, blue))
+    lights = [sum(each) for each in seen]
+    assert len(set(seen)) == 20 and min(lights) < 0.85 * 320 and max(lights) > 1.15 * 320
+    plain, _ = replace(augmentation, jitter=0.0)(np.random.default_rng(0), picture, boxes_M4, None)
+    assert np.array_equal(plain, picture)
 
 
 def encoded(height: int, width: int) -> bytes:

@@ -69,6 +69,16 @@ def test_means_intervals_and_dashes() -> None:
     assert not any(column == "mim" and row in ("language", "multimodal") for column, row in found.averages)
 
 
+def test_a_figure_that_only_some_seeds_have_is_left_out_and_that_is_said() -> None:
+    first, second = run("contrastive", 0, 0.4), run("contrastive", 1, 0.6)
+    results = {name: result for name, result in second.results.items() if name != "glue.sst2"}
+    found = table([first, replace(second, results=results)])
+    assert ("contrastive", "glue.sst2") not in found.cells and ("contrastive", "glue.rte") in found.cells
+    title = COLUMNS["contrastive"].title
+    assert f"SST-2, linear probe is left out of {title}, since only some of its seeds have it" in found.missing
+    assert not any("left out" in sentence for sentence in table([first, second]).missing)
+
+
 def test_a_domain_is_averaged_over_what_all_its_columns_have_and_a_missing_one_counts_zero() -> None:
     found = made(mim=0.2, contrastive=0.4, joint=0.6)
     assert "masked_words" not in found.shared["language"] and "itm.auroc" not in found.shared["multimodal"]

@@ -35,7 +35,7 @@ TINY = {
     "model.width": 32, "model.mlp-width": 64, "model.num-heads": 2, "model.projection-width": 16,
     "model.image-layers": 1, "model.text-layers": 1, "model.fusion-layers": 2, "model.image-size": 32,
     "model.patch-size": 8, "data.batch": 8, "train.workers": 0, "train.precision": "fp32", "train.threads": 1,
-    "train.log-every": 1, "train.steps": 6,
+    "train.log-every": 1, "train.steps": 6, "objectives.queue": "null",
 }  # fmt: skip
 
 
@@ -91,6 +91,15 @@ def test_a_queue_holds_a_quarter_of_the_pairs(shop: Path, prepared: PreparedAlbe
     longer = recipe_on(shop, objectives__queue=7).prepare("albef", {})
     assert len(longer.run.method.text_queue) == 7  # type: ignore[union-attr, arg-type]
     assert "more than a quarter of the 24 pairs" in longer.notes[0] and "--objectives.queue 6" in longer.notes[0]
+
+
+def test_positions_of_texts_begin_smaller_than_words_where_asked(shop: Path, prepared: PreparedAlbef) -> None:
+    whole = recipe_on(shop, init_positions=1.0).prepare("albef", {}).run.method.state_dict()
+    for name, tensor in prepared.run.method.state_dict().items():
+        if "embeddings.position" in name or "embeddings.segment" in name:
+            torch.testing.assert_close(tensor, 0.3 * whole[name], msg=name)
+        else:
+            assert torch.equal(tensor, whole[name]), name
 
 
 def test_captions_that_are_cut_are_told_before_the_first_step(shop: Path) -> None:

@@ -155,7 +155,7 @@ def test_neighbours_are_measured_while_it_trains() -> None:
 
 @pytest.mark.slow
 def test_a_run_on_drawings_keeps_and_shows_what_was_measured_in_its_midst(tmp_path: Path) -> None:
-    assert dino("tiny").train.evaluate_every == 500  # of 2,000 steps
+    assert dino("tiny").train.evaluate_every == 400  # of 1,600 steps
     run = tmp_path / "run"
     assert trivium("pretrain", "dino", "--out", run, *flags_of(train__evaluate_every=2)) == 0
     measured = {line["step"]: line["results"] for line in lines_of(run / "metrics.jsonl") if "results" in line}

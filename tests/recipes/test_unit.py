@@ -263,12 +263,25 @@ def test_mistakes_are_one_sentence(data: Path, tmp_path: Path) -> None:
 
 def test_base_is_the_published_recipe() -> None:
     recipe = unit("base")
+    assert recipe.objectives.parts == {"class": 1, "box": 5, "giou": 2, "attributes": 1}
+    assert recipe.data.augmentation.jitter == 0
     found = leaves(recipe)
     assert (found["optim.lr"], found["optim.clip_norm"], found["optim.warmup"]) == (5e-5, 0.1, 2000)
     assert found["train.steps"] == 500_000 and {t.batch for t in recipe.tasks.values()} == {64}
     eight = ("coco", "vg", "snli_ve", "vqav2", "qnli", "mnli", "qqp", "sst2")
     assert sum(recipe.tasks[name].ratio for name in eight) == pytest.approx(1.0)
     assert [recipe.tasks[name].number for name in eight] == [0, 1, 9, 3, 5, 6, 8, 7]
+
+
+def test_losses_of_boxes_weigh_what_the_recipe_says(data: Path) -> None:
+    recipe = with_flags(unit("tiny"), data)
+    assert recipe.objectives.parts == {"class": 3, "box": 5, "giou": 2, "attributes": 1}
+    weights = replace(recipe, objectives=replace(recipe.objectives, giou=4)).prepare("unit", {}).run.method.weights
+    for task in ("coco", "vg"):
+        found = {name.partition(".")[2]: weight for name, weight in weights.items() if name.startswith(f"{task}.")}
+        assert found == {"class": 3, "box": 5, "giou": 4} | ({"attributes": 1} if task == "vg" else {})
+    with pytest.raises(TriviumError, match=r"--objectives\.box -1"):
+        replace(recipe, objectives=replace(recipe.objectives, box=-1)).prepare("unit", {})
 
 
 def test_a_run_without_any_data_makes_scenes_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from trivium.bundle import Bundle
 from trivium.data.transforms import ImageTransform
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.objectives.detection import Objects, match
-from trivium.recipes.unit_start import at_random, from_unit
+from trivium.recipes.unit_start import SELF_ATTENTION, at_random, from_unit
 
 TASK = UnitTask("vg", "detection", "image", 6, 1, num_queries=20, num_attributes=7)
 CENTRES = torch.tensor([[(column + 0.5) / 5, (row + 0.5) / 4] for row in range(4) for column in range(5)])
@@ -53,6 +53,32 @@ def test_an_object_is_given_to_the_query_of_its_place_at_once(seed: int) -> None
 
     assert right() > 0.95
     assert right(anchored=False) < 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1])
+def test_self_attention_begins_at_many_places(seed: int) -> None:
+    """exp of the entropy of the encoder's attention over 64 places and the task token. At full scale it is below 10."""
+
+    def places(model: Unit) -> float:
+        seen: list[torch.Tensor] = []
+        block: Any = model.image.blocks[0]
+        heads = model.config.num_heads
+        pixels_BCHW = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(3))
+
+        def look(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+            query, key, _ = block.attention.qkv(given[0]).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            seen.append((query @ key.mT / math.sqrt(query.shape[3])).softmax(-1))
+
+        with block.attention.register_forward_pre_hook(look):
+            model.encode_image(pixels_BCHW)
+        return float(torch.special.entr(seen[0]).sum(-1).mean().exp())
+
+    model = started(seed)
+    assert places(model) > 30
+    block: Any = model.image.blocks[0]
+    block.attention.qkv.weight[: 2 * model.config.image_width] /= SELF_ATTENTION
+    assert places(model) < 10
 
 
 @torch.no_grad()

@@ -18,14 +18,15 @@ from trivium.cli.overrides import set_overrides
 from trivium.errors import TriviumError
 
 if TYPE_CHECKING:
-    from trivium.evaluate.ablation import Measured
+    from trivium.evaluate.ablation import Measured, Table
     from trivium.recipes.ablation import AblationRun
     from trivium.recipes.stages import Stages
     from trivium.train.config import Config
 
-STEPS, QUICK_STEPS = 1500, 400  # updates on pairs
+STEPS, QUICK_STEPS = 750, 400  # updates on pairs
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
 STAGES = ("text", "dino", "mim")
+UNLEARNED = 0.9  # of the contrastive loss of a blind guess: above it next to nothing was learned
 NOT_HERE = ("train.minutes", "train.seed", "init", "init_text", "init_image", "image_by")
 
 
@@ -51,7 +52,7 @@ def ablate(
     Args:
         out: the folder of all runs and of report.html, table.csv and table.json.
         size: of all models.
-        steps: updates on pairs of every column; by default 1,500, with --quick 400.
+        steps: updates on pairs of every column; by default 750, with --quick 400.
         tower_steps: updates of the encoders that some columns start from; by default as many.
         columns: mim, mlm, contrastive_local, contrastive, mm, mm_init, joint, flava, flava_mim, clip; by default all.
         seeds: by default 0 1 2, with --quick 0.
@@ -63,8 +64,10 @@ def ablate(
     Returns:
         The exit code: 0, or 130 after Ctrl-C.
     """
+    from trivium.evaluate import ablation_figures
     from trivium.evaluate.ablation import COLUMNS
-    from trivium.recipes import ablation
+    from trivium.recipes import ablation, limits
+    from trivium.train.config import leaves
 
     given = dict(overrides or {})
     settings, tree = _settled(out, size, steps, tower_steps, quick, device, given)
@@ -77,6 +80,10 @@ def ablate(
     kept = seeds or (QUICK_SEEDS if quick else SEEDS)
     runs = ablation.plan(tree, settings.arguments["size"], out, chosen, list(dict.fromkeys(kept)))
     if not table:
+        for run in runs:  # a mistake is told before there is a folder that keeps it
+            limits.check(leaves(run.recipe))
+        if root is not None:
+            ablation_figures.check_glue(root)
         for sentence in ablation.measured_on(tree.data, glue=root is not None):
             print(sentence, file=sys.stderr)
         _begin(out, settings, tree)
@@ -109,13 +116,17 @@ def _settled(
                 f"--{name.replace('_', '-')} is not for the ablation: it states length, seeds and starts itself, with"
                 " --steps, --tower-steps, --seeds and --columns"
             )
+    for flag, number in (("--steps", steps), ("--tower-steps", tower_steps)):
+        if number is not None and number < 1:
+            raise TriviumError(f"{flag} {number}: these are updates, at least 1")
     stands = (out / "config.json").is_file()
     changes: dict[str, Any] = {}
-    if not stands:
-        steps = steps or (QUICK_STEPS if quick else STEPS)
+    if not stands and steps is None:
+        steps = QUICK_STEPS if quick else STEPS
     if steps is not None:
         changes["train.steps"] = str(steps)
-        tower_steps = tower_steps or (None if stands else steps)
+        if tower_steps is None and not stands:
+            tower_steps = steps
     if tower_steps is not None:
         changes |= {f"{stage}.train.steps": str(tower_steps) for stage in STAGES}
     if device is not None:
@@ -267,6 +278,7 @@ def _table(out: Path, tree: Stages) -> int:
         f" towers: {tree.text.train.steps:,} updates of MLM, {tree.dino.train.steps:,} of DINO or"
         f" {tree.mim.train.steps:,} of MIM.",
         *measured_on(tree.data, glue=any(figure.name.startswith("glue.") for figure in found.figures)),
+        *_unlearned(out, found, tree),
     ]
     page = ablation_page.write(
         out, found, command=shlex.join(["trivium", *sys.argv[1:]]), machine=machine, version=__version__,
@@ -278,6 +290,27 @@ def _table(out: Path, tree: Stages) -> int:
         print(f"missing: {sentence}")
     print(f"table: {page}")
     return 0
+
+
+def _unlearned(out: Path, found: Table, tree: Stages) -> list[str]:
+    """A sentence where columns end near the contrastive loss of a blind guess: what is compared with them says that."""
+    from trivium.evaluate.losses import contrastive_chance
+    from trivium.evaluate.report import read_curves
+
+    blind = contrastive_chance(tree.data.batch, tree.objectives.contrastive_form == "sigmoid")
+    columns = []
+    for column in found.columns:
+        names = [f"{run.column}-seed{run.seed}" for run in found.runs if run.column == column.name]
+        curves = [read_curves(out / name / "metrics.jsonl").get("contrastive", []) for name in names]
+        ends = [loss for curve in curves for _, loss in curve[-1:]]
+        if ends and min(ends) > UNLEARNED * blind:
+            columns.append(f"{column.title} ({min(ends):.2f} to {max(ends):.2f})")
+    if not columns:
+        return []
+    return [
+        "Learned next to nothing from pairs, by the contrastive loss at the end, where a blind guess has"
+        f" {blind:.2f}: {'; '.join(columns)}. An ordering beside them says no more than that."
+    ]
 
 
 def _measured(out: Path) -> list[Measured]:

@@ -16,20 +16,22 @@ from torch import Tensor
 from trivium.data.decode import decode
 from trivium.data.order import Draws
 from trivium.data.task_collate import stacked
-from trivium.data.transforms import ImageTransform, resize, shortest_size
+from trivium.data.transforms import ImageTransform, Recoloring, recolored, resize, shortest_size
 from trivium.errors import BadSample
 from trivium.train.protocol import Batch, Sample
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """DETR's, in this order: mirror; half of the time cut a part out of a smaller copy; resize."""
+    """DETR's, in this order: mirror; half of the time cut a part out of a smaller copy; resize. Then, if asked for,
+    other colours."""
 
     flip: float = 0.5  # probability
     shorts: tuple[int, ...] = tuple(range(480, 801, 32))  # pixels of the shorter side, one of which is drawn
     crop: float = 0.5  # probability
     before_crop: tuple[int, ...] = (400, 500, 600)  # pixels of the shorter side, likewise, of what is cropped
     crop_sides: tuple[int, int] = (384, 600)  # of a crop, each drawn for itself
+    jitter: float = 0.0  # brightness, contrast and saturation times 1 ± this; hues stay, since attributes name them
 
     def __call__(
         self, rng: np.random.Generator, image_HWC: np.ndarray, boxes_M4: np.ndarray, longest: int | None
@@ -45,7 +47,11 @@ class Augmentation:
         if rng.random() < self.crop:
             image_HWC, boxes_M4 = resized(image_HWC, boxes_M4, _one(rng, self.before_crop), None)
             image_HWC, boxes_M4 = self._cropped(rng, image_HWC, boxes_M4)
-        return resized(image_HWC, boxes_M4, _one(rng, self.shorts), longest)
+        image_HWC, boxes_M4 = resized(image_HWC, boxes_M4, _one(rng, self.shorts), longest)
+        if self.jitter:
+            brightness, contrast, saturation = rng.uniform(1 - self.jitter, 1 + self.jitter, size=3).clip(min=0)
+            image_HWC = recolored(image_HWC, Recoloring(brightness, contrast, saturation))
+        return image_HWC, boxes_M4
 
     def _cropped(
         self, rng: np.random.Generator, image_HWC: np.ndarray, boxes_M4: np.ndarray

@@ -263,6 +263,13 @@ class _Maker:
         present = {column.name for column in self.columns}
         orderings = [o for claim in CLAIMS if (o := self.ordering(claim)) is not None]
         missing = [f"no run of {column.title} is finished" for name, column in COLUMNS.items() if name not in present]
+        missing += [
+            f"{figure.title} is left out of {column.title}, since only some of its seeds have it"
+            for column in self.columns
+            for figure in self.figures
+            if not self.has(column.name, figure.name)
+            and any(figure.name in self.runs[column.name, seed].results for seed in self.seeds(column.name))
+        ]
         return Table(
             self.columns, self.figures, list(self.runs.values()), cells, averages, self.shared, orderings, missing
         )

@@ -24,7 +24,7 @@ from trivium.bundle import Bundle
 from trivium.data.decode import DecodeError, decode
 from trivium.data.embedded import HELD_OUT_STYLE, clipart, concept_numbers, emoji
 from trivium.data.glue import GLUE, read_glue
-from trivium.data.labelled import Row
+from trivium.data.labelled import Row, Splits
 from trivium.errors import BadSample
 from trivium.evaluate import embedded, features, knn, linear_probe, matching, metrics, pairs
 from trivium.evaluate.datasets.pictures import held_out
@@ -244,10 +244,19 @@ def _masked_words(found: Evaluation, bundle: Bundle) -> None:
     found.results["masked_words"] = mean_of((torch.cat(guesses) == torch.tensor(truths)).numpy(), units)
 
 
+def check_glue(root: Path) -> None:
+    """Raises TriviumError where one of the tasks is not there, or cannot be read."""
+    for task in GLUE_TASKS:
+        _splits(task, root)
+
+
+def _splits(task: str, root: Path) -> Splits:
+    return read_glue(task, str(root / "glue" if (root / "glue").is_dir() else root))
+
+
 def _glue(found: Evaluation, bundle: Bundle, task: str, root: Path) -> None:
     """A task by a linear probe; two sentences as their tokens, the distance and the product of those."""
-    folder = root / "glue" if (root / "glue").is_dir() else root
-    splits = read_glue(task, str(folder))
+    splits = _splits(task, root)
     train = list(splits.train.capped(MOST_SENTENCES).good())
     dev = list(splits.held_out[GLUE[task].dev[0]].good())
     rows, queries = (_read(bundle, some) for some in (train, dev))

@@ -28,15 +28,22 @@ from trivium.train.protocol import Batch, Key, Rows, Sums
 
 Labels = Literal["label", "answers"]  # one right class, or answers that are more or less right
 OBJECTIVES = {"label": tasks.right_class, "answers": tasks.soft_answers}
-PARTS = {"class": 1.0, "box": 5.0, "giou": 2.0, "attributes": 1.0}  # weights of the losses of detection
+PARTS = {"class": 1.0, "box": 5.0, "giou": 2.0, "attributes": 1.0}  # published weights of the losses of detection
 
 
 class UnitMethod(MethodOfPictures):
-    """Several tasks, one of them a step. targets: of each task of labels, what its batches hold."""
+    """Several tasks, one of them a step.
+
+    Args:
+        targets: of each task of labels, what its batches hold.
+        parts: weights of the losses of detection.
+    """
 
     model: Unit
 
-    def __init__(self, model: Unit, pixels: Pixels, targets: Mapping[str, Labels]) -> None:
+    def __init__(
+        self, model: Unit, pixels: Pixels, targets: Mapping[str, Labels], parts: Mapping[str, float] = PARTS
+    ) -> None:
         super().__init__(pixels)
         self.model = model
         self.targets = dict(targets)
@@ -45,8 +52,8 @@ class UnitMethod(MethodOfPictures):
             if task.kind == "labels":
                 self.weights[task.name] = 1.0
             else:
-                has = {part: part != "attributes" or task.num_attributes is not None for part in PARTS}
-                self.weights |= {f"{task.name}.{part}": weight for part, weight in PARTS.items() if has[part]}
+                has = {part: part != "attributes" or task.num_attributes is not None for part in parts}
+                self.weights |= {f"{task.name}.{part}": weight for part, weight in parts.items() if has[part]}
 
     def counts(self, batch: Batch) -> Sums:
         task = self.model.task(batch.stream)

@@ -117,7 +117,7 @@ def dino(size: str = "tiny") -> DinoRecipe:
             Objectives(koleo=0.1),
             data=Pictures(batch=64),
             optim=Optim(lr=5e-4, betas=(0.9, 0.999), weight_decay=0.04, weight_decay_final=0.1, warmup=0.1, final=0.01),
-            train=Train(steps=2000, save_every=500, evaluate_every=500),
+            train=Train(steps=1600, save_every=400, evaluate_every=400),
             init_std=0.06,
         )
     published = Optim(

@@ -31,6 +31,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [f"objectives.{name}" for name in ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")], NOT_NEGATIVE
     ),
+    **dict.fromkeys([f"objectives.{name}" for name in ("classes", "box", "giou", "attributes")], NOT_NEGATIVE),
     "objectives.num_ranks": SOME,
     **dict.fromkeys(("model.num_groups", "model.blocks_per_group", "model.code_width"), SOME),
     **dict.fromkeys(("annealing.start_temperature", "annealing.temperature"), POSITIVE),

@@ -28,7 +28,7 @@ from trivium.evaluate.results import Result
 from trivium.evaluate.tasks import Predictions
 from trivium.load import load, open_own
 from trivium.methods.pixels import Pixels
-from trivium.methods.unit import Labels, UnitMethod
+from trivium.methods.unit import PARTS, Labels, UnitMethod
 from trivium.models.bert import Bert
 from trivium.models.unit import SIZES, Unit, UnitConfig
 from trivium.recipes import limits, unit_losses
@@ -53,10 +53,27 @@ from trivium.train.trainer import Train
 
 
 @dataclass(frozen=True)
+class Objectives:
+    """Weights of the losses of detection, DETR's and UniT's. Matching weighs its costs by the published ones,
+    whatever is set."""
+
+    classes: float = PARTS["class"]
+    box: float = PARTS["box"]
+    giou: float = PARTS["giou"]
+    attributes: float = PARTS["attributes"]
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By the names of the losses."""
+        return {"class": self.classes, "box": self.box, "giou": self.giou, "attributes": self.attributes}
+
+
+@dataclass(frozen=True)
 class UnitRecipe:
     """Everything that a UniT run is."""
 
     model: UnitConfig  # its tasks come from the data
+    objectives: Objectives = field(default_factory=Objectives)
     tasks: dict[str, JointTask] = field(default_factory=lambda: dict(PUBLISHED))
     data: JointData = field(default_factory=JointData)
     optim: Optim = field(default_factory=Optim)
@@ -123,14 +140,17 @@ def _small(model: UnitConfig, tiny: bool) -> UnitRecipe:
         data = JointData(short=320, longest=533, augmentation=augmentation)
         return UnitRecipe(model, data=data, optim=optim, train=Train(steps=50_000, micro_batch=16))
     # Without crops scenes keep one size and need no padding, which takes as long as half of a step.
-    augmentation = Augmentation(shorts=(128,), crop=0.0, before_crop=(128, 144, 160), crop_sides=(96, 128))
+    augmentation = Augmentation(shorts=(128,), crop=0.0, before_crop=(128, 144, 160), crop_sides=(96, 128), jitter=0.3)
     tasks = {
         name: replace(task, num_queries=min(task.num_queries, 20), batch=32,
                       max_length=min(task.max_length, 48))
         for name, task in PUBLISHED.items()
     }  # fmt: skip
     data = JointData(short=128, longest=213, augmentation=augmentation, vocabulary="learned")
-    return UnitRecipe(model, tasks, data, optim, Train(steps=3000, save_every=500), measure=2000)
+    # In the time there is, boxes are found long before what they hold.
+    return UnitRecipe(
+        model, Objectives(classes=3.0), tasks, data, optim, Train(steps=3000, save_every=500), measure=2000
+    )
 
 
 @dataclass
@@ -246,7 +266,7 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     targets: dict[str, Labels] = {
         task.name: "answers" if task.of.gives == "answers" else "label" for task in tasks if task.of is not None
     }
-    method = UnitMethod(model, Pixels(transform.mean, transform.std), targets)
+    method = UnitMethod(model, Pixels(transform.mean, transform.std), targets, recipe.objectives.parts)
     max_length = max((task.given.max_length for task in tasks), default=config.max_length)
     bundle = Bundle(
         "unit", model, tokenizer if config.text_layers else None, transform,

@@ -19,6 +19,9 @@ from trivium.train.initial import initialise
 from trivium.train.protocol import hash64
 
 TEXT = 0.3  # factor on the weights of the text encoder beside its words, so that its blocks begin by changing little
+# Factors on the weights of queries and keys, so that attention begins by looking at many places: with places four times
+# as strong as published it would begin, and stay, at one of ten. Cross-attention is to look near its query though.
+SELF_ATTENTION, CROSS_ATTENTION = 0.35, 0.6
 QUERY_NOISE = 0.3  # deviation of a query beside its place
 ANCHOR_SIDE = 0.3  # of a query's first box, as a share of the picture's
 CORRECTION = 0.1  # factor on the weights that correct it, so that boxes begin as their anchors
@@ -27,7 +30,7 @@ CORRECTION = 0.1  # factor on the weights that correct it, so that boxes begin a
 @torch.no_grad()
 def at_random(model: Unit, seed: int) -> None:
     """Weights at the scale of their inputs, smaller ones in the text encoder; queries and task tokens of N(0, 1), as
-    published; with anchors a decoder that looks where they are."""
+    published; with anchors attention that looks at many places, and a decoder that looks where they are."""
     initialise(model, seed, std="fan in")
     for name, parameter in model.named_parameters():
         if name.startswith("queries.") or "task_tokens" in name:
@@ -40,10 +43,15 @@ def at_random(model: Unit, seed: int) -> None:
         if task.kind == "detection":
             spread_queries(model, task.name, seed)
     decoders: Mapping[str, Any] = dict(model.decoders.items())
+    image: Any = model.image
+    for block in (*image.blocks, *(block for decoder in decoders.values() for block in decoder.blocks)):
+        width = block.attention.qkv.in_features
+        block.attention.qkv.weight[: 2 * width] *= SELF_ATTENTION
     for name, decoder in decoders.items():
         for block in decoder.blocks:
             query, key, _ = block.cross_attention.qkv.weight.chunk(3)
             key.copy_(query)  # so that what lies near is alike
+            block.cross_attention.qkv.weight[: 2 * model.config.width] *= CROSS_ATTENTION
         # The first self-attention reads zeros. Were its output zero too, the norm after it would multiply gradients by
         # 1 / sqrt(eps), and clipping would silence all others.
         bias = decoder.blocks[0].attention.out.bias
