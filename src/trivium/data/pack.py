@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
 import tarfile
 import threading
@@ -287,7 +288,7 @@ def _on_ray(make: Callable[[int], Record], shards: Sequence[int]) -> Iterator[An
     if not shards:
         return
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="error")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     shared = ray.put(make)  # the source travels once to each machine
 
