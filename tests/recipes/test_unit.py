@@ -87,6 +87,7 @@ def test_a_run_measures_every_task_that_has_data(trained: Path) -> None:
     assert results["SST-2.dev.accuracy.majority"]["value"] == 0.5
     page = (trained / "report.html").read_text()
     assert "COCO detection: what it finds" in page and "data:image/png" in page
+    assert f"trivium detect {trained} photo.jpg" in page and "trivium search" not in page
     assert results["SST-2.dev.accuracy"]["low"] <= results["SST-2.dev.accuracy"]["value"]
     assert results["COCO detection.val2017.ap"]["low"] <= results["COCO detection.val2017.ap"]["value"]
     for loss in ("coco.class", "coco.box", "vg.attributes", "vqav2", "snli_ve", "sst2"):

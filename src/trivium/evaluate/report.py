@@ -102,6 +102,11 @@ class Report:
     monitors: Sequence[Mapping[str, Any]] = ()  # lines of monitors.jsonl
     measured: Mapping[str, charts.Curve] = field(default_factory=dict)  # name -> (step, figure), while it trained
 
+    @property
+    def detects(self) -> bool:
+        """Whether its model finds objects, and so is used otherwise than by cosines."""
+        return any(name.endswith(".ap50") for name in self.evaluation.results)
+
 
 def read_curves(metrics: Path, kind: Literal["losses", "results"] = "losses") -> dict[str, list[tuple[float, float]]]:
     """Training losses of a run's metrics.jsonl, or the figures that were measured in its midst and at its end: name ->
