@@ -105,6 +105,8 @@ RULES: dict[str, Rule] = {
     "epochs": POSITIVE,
     "shortlist": NOT_NEGATIVE,
     "init_std": POSITIVE,
+    "init_positions": NOT_NEGATIVE,
+    "data.augmentation.jitter": NOT_NEGATIVE,
     "validate": NOT_NEGATIVE,
 }
 
