@@ -15,12 +15,14 @@ from PIL import Image
 
 from trivium.data.detection import find_val, read_detection, read_val
 from trivium.data.detection_collate import Augmentation, DetectionCollate, resized
+from trivium.data.loader import StreamReader
 from trivium.data.order import Draws
 from trivium.data.scene_files import write_scenes
 from trivium.data.scene_formats import ATTRIBUTES
 from trivium.data.scenes import Scenes
 from trivium.data.transforms import ImageTransform, padded, shortest_size
 from trivium.errors import BadSample, TriviumError
+from trivium.train.protocol import Stream
 
 PLAIN = Augmentation(flip=0.0, shorts=(20,), crop=0.0)
 
@@ -224,6 +226,30 @@ def test_a_batch_is_padded_and_its_boxes_are_flat_with_the_row_of_each() -> None
     last = batch.part(1, 3, 1)
     assert last.targets["box_row"].tolist() == [1] and last.targets["box_class"].tolist() == [0]
     assert batch.images[0].pixels_BCHW[1, :, :, 20:].sum() == 0
+
+
+def test_pictures_of_one_shape_are_padded_together_and_are_those_of_the_global_batch(tmp_path: Path) -> None:
+    file = write(tmp_path, [box(number, [1, 1, 5, 5]) for number in range(1, 9)])
+    shapes = [(30, 20) if number % 2 else (20, 30) for number in range(8)]  # lying and standing in turns
+    for number, (width, height) in enumerate(shapes, 1):
+        Image.new("RGB", (width, height), (30 * number, 0, 0)).save(tmp_path / "train2017" / f"{number}.png")
+    content = json.loads(file.read_text())
+    content["images"] = [
+        {"id": number, "file_name": f"{number}.png", "width": width, "height": height}
+        for number, (width, height) in enumerate(shapes, 1)
+    ]
+    file.write_text(json.dumps(content))
+    rows = read_detection("coco", str(tmp_path)).train
+    collate = DetectionCollate(ImageTransform(20, crop="shortest", longest=40), PLAIN)
+    reader = StreamReader(Stream("coco", rows, collate, batch=8, micro_batch=4, ratio=1.0), seed=0)
+    batches = [reader.micro_batch(0, number) for number in range(2)]
+    shown = [batch.images[0] for batch in batches]
+    assert [tuple(images.pixels_BCHW.shape[2:]) for images in shown] == [(30, 20), (20, 30)]
+    assert all(images.sizes_B2 is None for images in shown), "so nothing is padded"
+    reds = [int(pixels[0, 0, 0]) for images in shown for pixels in images.pixels_BCHW]
+    assert sorted(reds) == [30 * number for number in range(1, 9)]
+    assert sorted(torch.cat([batch.places_B for batch in batches]).tolist()) == list(range(8))
+    assert [batch.targets["box_row"].tolist() for batch in batches] == [[0, 1, 2, 3]] * 2
 
 
 def test_a_crop_that_leaves_nothing_of_a_box_drops_it_with_its_class() -> None:

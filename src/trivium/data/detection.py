@@ -148,6 +148,10 @@ class DetectionRows(RowSource):
     def identity(self, row: int) -> str:
         return os.path.abspath(self.path(row))
 
+    def lengths(self) -> Sequence[int]:
+        """Width over height, in thousandths: pictures of one shape need no padding beside each other."""
+        return [1000 * picture.width // picture.height for picture in self.pictures]
+
     def read(self, image_row: int, text_row: int) -> Sample:
         """`boxes`: float32 [n, 4], the corners (left, top, right, bottom) inside the picture, in its pixels."""
         sample = super().read(image_row, image_row)

@@ -103,7 +103,7 @@ class DetectionCollate:
     augmentation: Augmentation
     train: bool = True
     false_pairs: float = field(default=0.0, init=False)
-    sort_by_length: bool = field(default=False, init=False)
+    sort_by_length: bool = field(default=True, init=False)  # by shape, inside a global batch, for less padding
 
     def prepare(self, sample: Sample, draws: Draws) -> PreparedPicture:
         """Raises BadSample, DecodeError."""

@@ -73,7 +73,7 @@ class StreamReader:
         self._planned: tuple[int, GlobalBatch] | None = None
 
     def plan(self, first_place: int) -> GlobalBatch:
-        """The global batch that begins at `first_place`; sorted by length of the text where the collate asks for it."""
+        """The global batch that begins at `first_place`; sorted by `Source.lengths` where the collate asks for it."""
         if self._planned is None or self._planned[0] != first_place:
             places = np.arange(first_place, first_place + self.stream.batch)
             image_rows, text_rows = pair_rows(places, self.order, self.collate.false_pairs, self.seed, self.stream.name)

@@ -177,7 +177,8 @@ class Source(Protocol):
         ...
 
     def lengths(self) -> Sequence[int] | None:
-        """Length of each text in characters, where it is known without reading; else None."""
+        """What rows of a batch may be sorted by, so that those that are padded together are alike: the length of each
+        text in characters, of pictures with boxes their shape. None where it is not known without reading."""
         ...
 
 
