@@ -3,8 +3,8 @@
     python benchmarks/flickr8k.py --data.root DATA --minutes 12 --bert BERT --out runs/flickr8k
 
 DATA holds flickr8k/train-*.parquet and flickr8k/dev-*.parquet (columns `image`, `captions`); the photographs are for
-research and are not part of this repository. BERT is a small one of the width of the model, 128; for another, say 384,
-add `--model.width 384 --model.num-heads 6 --model.mlp-width 1536`. Further flags go to both runs as they are.
+research and are not part of this repository. BERT is a small one, as wide as the model or wider, such as
+all-MiniLM-L6-v2; of a wider one the embeddings' principal axes are taken. Further flags go to both runs as they are.
 """
 
 from __future__ import annotations

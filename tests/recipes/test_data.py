@@ -286,6 +286,21 @@ def test_the_text_side_starts_as_a_bert(shop: Path, tmp_path: Path, kind: type) 
     assert plain.notes == []
 
 
+def test_a_wider_bert_gives_its_embeddings_along_the_axes_of_its_words(shop: Path, tmp_path: Path) -> None:
+    folder = save_bert(tmp_path / "bert", transformers.BertForMaskedLM, width=48)
+    words = load_file(folder / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    prepared = prepared_of(*data_of(shop), *flags(), "--init-text", folder)
+    plain = prepared_of(*data_of(shop), *flags(), "--data.vocabulary", tokenizer_json(tmp_path))
+    own, other = prepared.bundle.model, plain.bundle.model
+    # 34 words differ in 33 directions at most, of which the model has room for the 32 largest.
+    kept, whole = (torch.cdist(each.double(), each.double()) for each in (own.text.embeddings.word.weight, words))
+    assert (kept <= whole + 1e-5).all() and kept.square().sum() > 0.98 * whole.square().sum()
+    assert torch.equal(own.text.embeddings.norm.weight, other.text.embeddings.norm.weight)
+    assert torch.equal(own.mlm_head.transform.weight, other.mlm_head.transform.weight)
+    [sentence] = prepared.notes
+    assert "64 positions, 32 of their 48 channels by the words' principal axes; left out are" in sentence
+
+
 def tokenizer_json(folder: Path) -> Path:
     Tokenizer.wordpiece(PIECES).save(folder / "tokenizer.json")
     return folder / "tokenizer.json"
@@ -308,8 +323,8 @@ def test_a_run_from_a_bert_says_so_and_can_go_on(
 @pytest.mark.parametrize(
     ("bert", "run", "sentence"),
     [
-        ({"width": 48}, [], "has width 48, the model 32: set --model.width 48, or choose a BERT of width 32"),
-        ({"width": 34}, ["--model.num-heads", "4"], "set --model.width 34 --model.num-heads 2, or"),
+        ({"width": 16}, [], "has width 16, the model 32: set --model.width 16, or choose a BERT of width 32 or more"),
+        ({"width": 30}, ["--model.num-heads", "4"], "set --model.width 30 --model.num-heads 2, or"),
         ({}, ["--data.vocabulary", "bert"], "has 34 words, the vocabulary of this run 30,522"),
         ({"max_position_embeddings": 40}, [], "has 40 positions, the model 64: set --model.max-length 40"),
         ({}, ["--init", "x"], "give one of them"),

@@ -266,29 +266,32 @@ def text_from_bert(state: Mapping[str, Tensor], config: FlavaConfig) -> tuple[St
     """What a BERT (Hugging Face layout) can give to FLAVA's text side: embeddings and the head of masked words.
 
     BERT's blocks normalise after each sublayer, FLAVA's before: the blocks do not carry over. Positions beyond
-    `config.max_length` are cut off; both MLM heads, `mlm_head` and `mmm_text_head`, take BERT's where it has one.
+    `config.max_length` are cut off; both MLM heads, `mlm_head` and `mmm_text_head`, take BERT's where it has one. Of a
+    wider BERT the embeddings alone are taken, along the principal axes of its words.
 
     Returns:
         A part of our state dict, and the names of BERT's tensors that were left out.
 
     Raises:
-        TriviumError: no BERT, or one of another width or vocabulary.
+        TriviumError: no BERT, or a narrower one, or one of another vocabulary.
     """
     prefix = "bert." if any(key.startswith("bert.") for key in state) else ""
     embeddings = f"{prefix}embeddings"
     word = state.get(f"{embeddings}.word_embeddings.weight")
     if word is None:
         raise TriviumError(f"no tensor {embeddings}.word_embeddings.weight: this is no BERT in Hugging Face's layout")
-    if tuple(word.shape) != (config.vocab_size, config.width):
+    if len(word) != config.vocab_size or word.shape[1] < config.width:
         raise TriviumError(
             f"this BERT has {word.shape[0]} words of width {word.shape[1]}, the model {config.vocab_size} of width "
-            f"{config.width}: choose a BERT of the same width and its own vocabulary"
+            f"{config.width}: choose a BERT of that width or a larger one, and its own vocabulary"
         )
+    axes_DW = principal_axes(word, config.width) if word.shape[1] > config.width else None
     sources = {f"text.embeddings.{ours}.weight": f"{embeddings}.{theirs}_embeddings.weight"
                for ours, theirs in (("word", "word"), ("position", "position"), ("segment", "token_type"))}  # fmt: skip
-    for part in ("weight", "bias"):
-        sources[f"text.embeddings.norm.{part}"] = f"{embeddings}.LayerNorm.{part}"
-    if "cls.predictions.transform.dense.weight" in state:
+    if axes_DW is None:
+        for part in ("weight", "bias"):
+            sources[f"text.embeddings.norm.{part}"] = f"{embeddings}.LayerNorm.{part}"
+    if axes_DW is None and "cls.predictions.transform.dense.weight" in state:
         for head in ("mlm_head", "mmm_text_head"):
             for part in ("weight", "bias"):
                 sources[f"{head}.transform.{part}"] = f"cls.predictions.transform.dense.{part}"
@@ -304,6 +307,8 @@ def text_from_bert(state: Mapping[str, Tensor], config: FlavaConfig) -> tuple[St
         tensor = state[theirs]
         if ours == "text.embeddings.position.weight":
             tensor = tensor[: config.max_length]
+        if axes_DW is not None:
+            tensor = (tensor.float() - tensor.float().mean(0)) @ axes_DW
         if tuple(tensor.shape) != expected[ours]:
             raise TriviumError(
                 f"{theirs} of this BERT has shape {list(tensor.shape)}, {list(expected[ours])} is needed"
@@ -311,3 +316,9 @@ def text_from_bert(state: Mapping[str, Tensor], config: FlavaConfig) -> tuple[St
         taken[ours] = tensor.clone()
     used = set(sources.values()) | {"cls.predictions.decoder.bias"}
     return taken, sorted(key for key in state if key not in used and not _IGNORED.search(key))
+
+
+def principal_axes(vectors_ND: Tensor, count: int) -> Tensor:
+    """[D, count]: the directions along which vectors differ most, the first most of all."""
+    centred_ND = vectors_ND.double() - vectors_ND.double().mean(0)
+    return torch.linalg.eigh(centred_ND.T @ centred_ND).eigenvectors.flip(1)[:, :count].float()

@@ -37,13 +37,13 @@ class Bert:
         its, config = self.bundle.model, model.config
         assert isinstance(its, WholeBert)
         width, num_words, positions = its.config.width, its.config.vocab_size, its.config.max_length
-        if width != config.width:
+        if width < config.width:
             flags = f"--model.width {width}"
             if width % config.num_heads:
                 flags += f" --model.num-heads {math.gcd(width, config.num_heads)}"
             raise TriviumError(
                 f"the BERT of {self.path} has width {width}, the model {config.width}: set {flags}, or choose a BERT of"
-                f" width {config.width}"
+                f" width {config.width} or more"
             )
         if num_words != config.vocab_size:
             raise TriviumError(
@@ -57,7 +57,9 @@ class Bert:
             )
         taken, left = start_text(model, its)
         head = " and the head of masked words" if any(name.startswith("mlm_head.") for name in taken) else ""
+        cut = f", {config.width} of their {width} channels by the words' principal axes" * (width > config.width)
+        left_out = f"{len(left)} tensors, since BERT's blocks normalise after and FLAVA's before each sublayer"
         return (
-            f"{self.path}: taken are the embeddings of {num_words:,} words and {config.max_length} positions{head};"
-            f" left out are {len(left)} tensors, since BERT's blocks normalise after and FLAVA's before each sublayer"
+            f"{self.path}: taken are the embeddings of {num_words:,} words and {config.max_length} positions{cut}{head};"
+            f" left out are {left_out}"
         )
