@@ -60,6 +60,6 @@ class Bert:
         cut = f", {config.width} of their {width} channels by the words' principal axes" * (width > config.width)
         left_out = f"{len(left)} tensors, since BERT's blocks normalise after and FLAVA's before each sublayer"
         return (
-            f"{self.path}: taken are the embeddings of {num_words:,} words and {config.max_length} positions{cut}{head};"
-            f" left out are {left_out}"
+            f"{self.path}: taken are the embeddings of {num_words:,} words and {config.max_length} positions{cut}{head}"
+            f"; left out are {left_out}"
         )
