@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from trivium.data import leakage
 from trivium.data.duplicates import close_across
 from trivium.data.glue import read_glue
 from trivium.data.labelled import LabelledRows, Row
+from trivium.data.sources import open_source
 from trivium.errors import BadSample
+from trivium.train.protocol import Source
 
 TRAIN = [
     "a gripping , often funny film that never lets go of its audience until the very last frame has faded",
@@ -103,7 +106,31 @@ def test_pictures_that_are_equal_or_nearly_so_whatever_their_file(
     assert near.endswith("dev.csv (line 6) and train.csv (line 5)")
     monkeypatch.setattr(leakage, "PICTURES", 5)
     [files] = leakage.of_pictures(train, dev, "dev")
-    assert "2 of 7 rows of dev show a file, which is all that was looked for among more than 5 pictures" in files
+    assert "2 of 7 rows of dev show a file, which is all that was looked for among more than 5 pictures," in files
+    other = shown(tmp_path, "other", ["4.png", "5.png"])
+    [none] = leakage.of_pictures(train, other, "other")
+    assert none.startswith(
+        "leakage: no row of other shows a file that stands in training, which is all that was looked"
+    )
+
+
+def test_captioned_pictures_that_stand_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(4):
+        photograph(seed).save(tmp_path / f"{seed}.png")
+    os.link(tmp_path / "1.png", tmp_path / "copy.png")
+
+    def source(name: str, files: list[str]) -> Source:
+        lines = [json.dumps({"image": file, "caption": f"{file} it is"}) for file in files]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        return open_source("pairs", [tmp_path / f"{name}.jsonl"])
+
+    train, dev = source("train", ["0.png", "1.png", "1.png"]), source("dev", ["2.png", "copy.png", "0.png", "3.png"])
+    [told] = leakage.of_pairs(train, dev, "dev")
+    assert "2 of 4 rows of dev show a picture that stands, equal to the pixel, in training" in told
+    assert "dev.jsonl" in told and "train.jsonl" in told
+    assert leakage.of_pairs(train, source("new", ["2.png", "3.png"]), "new") == []
+    monkeypatch.setattr(leakage, "PICTURES", 6)
+    assert "pictures of dev were not looked for in training" in leakage.of_pairs(train, dev, "dev")[0]
 
 
 @pytest.mark.data

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from trivium.data import duplicates
 from trivium.data.decode import DecodeError, decode
 from trivium.data.labelled import LabelledRows, Row
 from trivium.errors import BadSample
-from trivium.train.protocol import mix64
+from trivium.train.protocol import Source, mix64
 
 TEXT_DISTANCE = 8  # bits
 RUN = 4  # characters
@@ -30,40 +30,62 @@ PICTURES = 20_000  # distinct ones, beyond which files alone are compared: to op
 
 def of_texts(train: LabelledRows, held_out: LabelledRows, name: str) -> list[str]:
     """Sentences on the rows of one held-out split that training has too. The texts of a row, both of a pair, count as
-    one."""
+    one. For tasks of texts alone: beside another picture a question may well be asked again."""
     seen, asked = (list(rows.good()) for rows in (train, held_out))
     seen_texts, asked_texts = ([_letters(row) for row in rows] for rows in (seen, asked))
-    first = dict(zip(reversed(seen_texts), reversed(seen), strict=True))
+    seen_names, asked_names = ([_named(row) for row in rows] for rows in (seen, asked))
+    first = dict(zip(reversed(seen_texts), reversed(seen_names), strict=True))
     first.pop("", None)  # marks alone
     equal = {place: first[text] for place, text in enumerate(asked_texts) if text in first}
     pairs = duplicates.close_across(simhashes(seen_texts), simhashes(asked_texts), TEXT_DISTANCE)
-    near = {other: seen[one] for one, other in pairs.tolist() if other not in equal and asked_texts[other]}
+    near = {other: seen_names[one] for one, other in pairs.tolist() if other not in equal and asked_texts[other]}
     how = f"at most {TEXT_DISTANCE} of {duplicates.BITS} bits of the hash"
-    return _told(name, asked, (equal, "stand, in the same letters,"), (near, f"have a near copy ({how})"))
+    return _told(name, asked_names, (equal, "stand, in the same letters,"), (near, f"have a near copy ({how})"))
 
 
 def of_pictures(train: LabelledRows, held_out: LabelledRows, name: str) -> list[str]:
     """Likewise on those that show a picture which training shows, with whatever text beside it."""
-    asked = list(held_out.good())
-    seen_files, asked_files = _files(train), _files(held_out)
+    return _of_shown(_Shown.by_rows(train), _Shown.by_rows(held_out), name)
 
-    def of_training(file_of: Mapping[str, str]) -> dict[int, Row]:
-        """The row of training that each held-out one meets, by the file there of its own file."""
-        files = [(place, file_of.get(row.image or "")) for place, row in enumerate(asked)]
-        return {place: train.row(seen_files[file]) for place, file in files if file is not None}
 
-    if len(seen_files) + len(asked_files) > PICTURES:
-        few = f"which is all that was looked for among more than {PICTURES:,} pictures,"
-        return _told(name, asked, (of_training({file: file for file in seen_files}), f"show a file, {few}"))
-    seen, others = _Prints.of(train, seen_files), _Prints.of(held_out, asked_files)
-    first = dict(zip(reversed(seen.pixels), reversed(seen.files), strict=True))
-    equal = {file: first[pixels] for file, pixels in zip(others.files, others.pixels, strict=True) if pixels in first}
+def of_pairs(train: Source, held_out: Source, name: str) -> list[str]:
+    """Likewise of captioned pictures, of whatever source."""
+    if len(train) + len(held_out) > PICTURES:
+        return [f"leakage: pictures of {name} were not looked for in training, being more than {PICTURES:,} together"]
+    return _of_shown(_Shown.by_source(train), _Shown.by_source(held_out), name)
+
+
+def _of_shown(train: _Shown, held_out: _Shown, name: str) -> list[str]:
+    first = dict(zip(reversed(train.pictures), reversed(train.names), strict=True))
+    first.pop("", None)
+
+    def of_training(picture_of: Mapping[str, str]) -> dict[int, str]:
+        """The row of training that each held-out one meets, by the picture there of its own picture."""
+        met = [(place, picture_of.get(picture)) for place, picture in enumerate(held_out.pictures)]
+        return {place: first[picture] for place, picture in met if picture is not None}
+
+    if len(first) + len(set(held_out.pictures)) > PICTURES:
+        few = f"which is all that was looked for among more than {PICTURES:,} pictures"
+        met = of_training({picture: picture for picture in first})
+        told = _told(name, held_out.names, (met, f"show a file, {few},"))
+        return told or [f"leakage: no row of {name} shows a file that stands in training, {few}"]
+    seen, others = _Prints.of(train), _Prints.of(held_out)
+    by_pixels = dict(zip(reversed(seen.pixels), reversed(seen.pictures), strict=True))
+    equal = {
+        picture: by_pixels[pixels]
+        for picture, pixels in zip(others.pictures, others.pixels, strict=True)
+        if pixels in by_pixels
+    }
     pairs = duplicates.near_across(seen.hashes_P, seen.colours_PC, others.hashes_P, others.colours_PC)
-    near = {others.files[other]: seen.files[one] for one, other in pairs.tolist() if others.files[other] not in equal}
+    near = {
+        others.pictures[other]: seen.pictures[one]
+        for one, other in pairs.tolist()
+        if others.pictures[other] not in equal
+    }
     bits = f"at most {duplicates.DISTANCE} of {duplicates.BITS} bits of the hash"
     how = f"{bits} and {duplicates.COLOURS:g} of 255 in colour"
     return _told(
-        name, asked, (of_training(equal), "show a picture that stands, equal to the pixel,"),
+        name, held_out.names, (of_training(equal), "show a picture that stands, equal to the pixel,"),
         (of_training(near), f"show a near copy ({how})"),
     )  # fmt: skip
 
@@ -88,40 +110,68 @@ def _letters(row: Row) -> str:
     return "\n".join(re.sub(r"[\W_]+", "", text) for text in texts).strip()
 
 
-def _files(rows: LabelledRows) -> dict[str, int]:
-    """Each picture file, and the first row that shows it."""
-    found: dict[str, int] = {}
-    for number, row in enumerate(rows.rows):
-        if isinstance(row, Row) and row.image is not None:
-            found.setdefault(row.image, number)
-    return found
+@dataclass(frozen=True)
+class _Shown:
+    """The rows of a split that can be used: which picture each shows ("": none), its name in messages, and how the
+    picture of one is read (raises BadSample)."""
+
+    pictures: list[str]
+    names: list[str]
+    read: Callable[[int], bytes]
+
+    @classmethod
+    def by_rows(cls, rows: LabelledRows) -> _Shown:
+        good = [(number, row) for number, row in enumerate(rows.rows) if isinstance(row, Row)]
+        numbers = [number for number, _ in good]
+        return cls(
+            [row.image or "" for _, row in good],
+            [_named(row) for _, row in good],
+            lambda place: rows.picture(numbers[place]),
+        )
+
+    @classmethod
+    def by_source(cls, source: Source) -> _Shown:
+        numbers, pictures, names = [], [], []
+        for number in range(len(source)):
+            try:
+                sample = source.read(number, number)
+            except BadSample:
+                continue  # counted where the rows are read
+            numbers.append(number)
+            pictures.append(str(sample.get("same_image", number)))
+            names.append(sample.get("name", f"row {number}"))
+        return cls(pictures, names, lambda place: source.read(numbers[place], numbers[place])["image"])
 
 
 @dataclass(frozen=True)
 class _Prints:
-    """Fingerprints of the files that can be read."""
+    """Fingerprints of the pictures that can be read, each once."""
 
-    files: list[str]
+    pictures: list[str]
     pixels: list[bytes]
     hashes_P: np.ndarray
     colours_PC: np.ndarray
 
     @classmethod
-    def of(cls, rows: LabelledRows, files: dict[str, int]) -> _Prints:
+    def of(cls, shown: _Shown) -> _Prints:
+        places: dict[str, int] = {}
+        for place, picture in enumerate(shown.pictures):
+            if picture:
+                places.setdefault(picture, place)
         kept, prints = [], []
-        for file, number in files.items():
+        for picture, place in places.items():
             try:
-                prints.append(duplicates.fingerprint(decode(rows.picture(number))))
+                prints.append(duplicates.fingerprint(decode(shown.read(place))))
             except (BadSample, DecodeError):
-                continue  # counted where the rows are read
-            kept.append(file)
+                continue
+            kept.append(picture)
         return cls(kept, [each.pixels for each in prints], *duplicates.arrays(prints))
 
 
-def _told(name: str, asked: Sequence[Row], *found: tuple[dict[int, Row], str]) -> list[str]:
+def _told(name: str, asked: Sequence[str], *found: tuple[dict[int, str], str]) -> list[str]:
     return [
         f"leakage: {len(rows):,} of {len(asked):,} rows of {name} {what} in training; they are counted all the same;"
-        f" the first: {_named(asked[first])} and {_named(rows[first])}"
+        f" the first: {asked[first]} and {rows[first]}"
         for rows, what in found
         for first in list(rows)[:1]
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trivium.bundle import Bundle
+from trivium.data import leakage
 from trivium.data.referring import SPLITS, ExpressionRows, Referring, read_referring
 from trivium.data.task_collate import cut
 from trivium.errors import TriviumError
@@ -107,6 +108,9 @@ class PreparedGrounding(PreparedMatching):
         found.results |= {f"{title}.{name}": result for name, result in measured.results.items()}
         found.chance |= {f"{title}.{name}": value for name, value in measured.chance.items()}
         found.not_applicable += measured.notes
+        rows = {split: ExpressionRows(self.expressions.good(split)) for split in self.expressions.splits}
+        for split in (each for each in rows if each != "train"):
+            found.headline += [f"{sentence}." for sentence in leakage.of_pairs(rows["train"], rows[split], split)]
         for name, result in measured.results.items():
             if name in measured.chance:
                 split, _, figure = name.partition(".")

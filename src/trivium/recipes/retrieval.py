@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from trivium.bundle import Bundle
+from trivium.data import leakage
 from trivium.data.collate import ImageInput, PairCollate, TextInput
 from trivium.data.random_augment import RandomAugment
 from trivium.data.sources import open_source
@@ -162,6 +163,7 @@ class PreparedRetrieval(PreparedMatching):
     recipe: RetrievalRecipe
     bundle: Bundle
     title: str
+    train: Source
     held: dict[str, Source]  # "dev", and "test" where there is one
 
     def measures(self, recipe: RetrievalRecipe) -> Callable[[Method], dict[str, Any]]:
@@ -189,6 +191,7 @@ class PreparedRetrieval(PreparedMatching):
             found.results |= measured.results
             found.chance |= measured.chance
             found.not_applicable += [f"{split}: {sentence}" for sentence in measured.not_applicable]
+            found.headline += [f"{sentence}." for sentence in leakage.of_pairs(self.train, source, split)]
             orders = ("_reranked", "") if f"{prefix}.tr_reranked_r1" in measured.results else ("",)
             for order in orders:
                 recalls = {
@@ -242,7 +245,7 @@ def _prepare(
         notes += cut_captions(split, source, start.tokenizer, bundle.max_length)
     return PreparedRetrieval.of(
         recipe, name, arguments, method, bundle, mixtures(recipe, [stream]), notes,
-        select=f"figures.{_select(recipe, model)}", title=title, held=sources,
+        select=f"figures.{_select(recipe, model)}", title=title, train=train, held=sources,
     )  # fmt: skip
 
 
