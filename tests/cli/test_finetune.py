@@ -23,6 +23,7 @@ from tests.recipes.shop import trivium as run
 from trivium.bundle import Bundle
 from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
 from trivium.data.transforms import ImageTransform
+from trivium.evaluate.results import read
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.flava import Flava
 from trivium.models.unit import Unit
@@ -161,6 +162,10 @@ def test_several_seeds_have_a_folder_each_and_a_median(bert: Path, reviews: str,
     each = [figures(out / f"seed-{seed}")["text classification"] for seed in (5, 6, 7)]
     assert found["text classification.median"] == sorted(each)[1]
     assert (found["text classification.lowest"], found["text classification.highest"]) == (min(each), max(each))
+    whole = [read(out / f"seed-{seed}" / "results.json")["text classification"] for seed in (5, 6, 7)]
+    median = read(out / "results.json")["text classification.median"]
+    assert median.low is not None
+    assert median in whole, "with the interval of the run in the middle"
     heads = [(out / f"seed-{seed}" / "model" / "head.safetensors").read_bytes() for seed in (5, 6, 7)]
     assert len(set(heads)) == 3
     shutil.rmtree(out / "seed-7")  # as if it had not been begun

@@ -37,6 +37,18 @@ def write(path: Path, found: dict[str, Result]) -> None:
     results.write(path, found, command="trivium demo", version="0.1", machine={"cores": 2}, seconds=seconds)
 
 
+def test_the_mean_over_two_splits_draws_the_units_of_each_for_themselves() -> None:
+    rng = np.random.default_rng(3)
+    few, many = (rng.random(n) < share for n, share in ((40, 0.9), (4000, 0.5)))
+    parts = [results.mean_of(hits, [f"{len(hits)} {number}" for number in range(len(hits))]) for hits in (few, many)]
+    found = results.mean_over(parts)
+    assert found.value == pytest.approx((few.mean() + many.mean()) / 2) and found.n == 4040
+    deviation = math.sqrt(few.var() / 40 + many.var() / 4000) / 2
+    assert found.low == pytest.approx(found.value - 1.96 * deviation, abs=0.004)
+    assert found.high == pytest.approx(found.value + 1.96 * deviation, abs=0.004)
+    assert results.mean_over([parts[0], results.mean_of(many)]).low is None, "without its units"
+
+
 def test_file_holds_what_the_contract_names_and_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "results.json"
     write(path, {"a.b": Result(0.5, 0.4, 0.6, 10), "peer": Result(1.0, published=2.0), "bad": Result(math.nan)})

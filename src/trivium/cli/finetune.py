@@ -130,7 +130,8 @@ def _one(value: Any) -> Any:
 
 
 def _summarise(out: Path, folders: Sequence[Path]) -> int:
-    """Median, lowest and highest of each figure over the runs of several seeds."""
+    """Median, lowest and highest of each figure over the runs of several seeds. The interval of a median is that of the
+    run in the middle (over rows), or the mean of two."""
     from trivium import __version__
     from trivium.evaluate import results
     from trivium.evaluate.results import Result
@@ -139,11 +140,17 @@ def _summarise(out: Path, folders: Sequence[Path]) -> int:
     found = [results.read(folder / "results.json") for folder in folders]
     summary = {}
     for name in found[0]:
-        values = [each[name].value for each in found if name in each]
-        if len(values) == len(found) and not name.startswith("seconds."):
-            summary[f"{name}.median"] = Result(statistics.median(values), n=len(values))
-            summary[f"{name}.lowest"] = Result(min(values))
-            summary[f"{name}.highest"] = Result(max(values))
+        runs = sorted((each[name] for each in found if name in each), key=lambda result: result.value)
+        if len(runs) == len(found) and not name.startswith("seconds."):
+            middle = runs[(len(runs) - 1) // 2 : len(runs) // 2 + 1]
+            low, high = (
+                None if None in ends else statistics.mean(end for end in ends if end is not None)
+                for ends in ([result.low for result in middle], [result.high for result in middle])
+            )
+            value = statistics.median(result.value for result in runs)
+            summary[f"{name}.median"] = Result(value, low, high, middle[0].n)
+            summary[f"{name}.lowest"] = Result(runs[0].value)
+            summary[f"{name}.highest"] = Result(runs[-1].value)
     command = " ".join(["trivium", *sys.argv[1:]])
     total = sum(each["seconds.total"].value for each in found)
     results.write(

@@ -58,8 +58,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], num_units: int, seed: in
     """
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(num_units, size=num_units)) for _ in range(REPLICATES)]
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return _ends(values)
 
 
 def mean_of(values: np.ndarray, units: Sequence[str] | None = None) -> Result:
@@ -80,6 +79,26 @@ def _over_units(
     low, high = bootstrap(lambda drawn: float(function(values[drawn])), len(values))
     kept = None if units is None else Outcomes(statistic, tuple(units), values.astype(np.float32))
     return Result(float(function(values)), low, high, len(values), outcomes=kept)
+
+
+def mean_over(parts: Sequence[Result]) -> Result:
+    """Mean of several means over units of their own, such as those of two splits, each of which counts alike. For the
+    interval the units of each are drawn for themselves; there is none where one came without its outcomes."""
+    value, count = float(np.mean([part.value for part in parts])), sum(part.n or 0 for part in parts)
+    kept = [part.outcomes.values for part in parts if part.outcomes is not None and part.outcomes.statistic == "mean"]
+    if len(kept) < len(parts):
+        return Result(value, n=count)
+    rng = np.random.default_rng(0)
+    draws = [
+        np.mean([values[rng.integers(len(values), size=len(values))].mean() for values in kept])
+        for _ in range(REPLICATES)
+    ]
+    return Result(value, *_ends(draws), count)
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def write(

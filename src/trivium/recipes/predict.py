@@ -21,6 +21,7 @@ from trivium.data.task_collate import TaskCollate
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import tasks as figures_of
 from trivium.evaluate.embedded import Evaluation
+from trivium.evaluate.results import mean_over
 from trivium.evaluate.tasks import Predictions
 from trivium.methods.finetune import FineTuning
 from trivium.recipes.tasks import Task
@@ -69,9 +70,7 @@ def tell_held_out(
         if name.startswith(printed):
             reported.append(results[task.reported])
     if reported:
-        mean = sum(result.value for result in reported) / len(reported)
-        found.results[title] = reported[0] if len(reported) == 1 else replace(reported[0], value=mean, low=None,
-            high=None, n=sum(result.n or 0 for result in reported), outcomes=None)  # fmt: skip
+        found.results[title] = reported[0] if len(reported) == 1 else mean_over(reported)
     return found_any
 
 
