@@ -82,7 +82,8 @@ class TaskData:
 
 @dataclass(frozen=True)
 class Task:
-    """One task."""
+    """One task. Its loss follows from `gives` (see methods/finetune.py), and its best checkpoint is the one with the
+    best `reported` on the dev split."""
 
     name: str
     title: str  # as papers call it, and its figures
