@@ -555,7 +555,8 @@ def test_the_csv_has_a_line_a_figure_and_a_column_a_system(written: Path) -> Non
     )
     assert rte["FLAVA: FLAVA full (col 6)"] == "57.76"
     qqp = next(row for row in rows if row["task"] == "QQP")
-    assert qqp["FLAVA: FLAVA without unimodal init (col 5)"] == "88.60" and qqp["this model"] == ""
+    assert qqp["FLAVA: FLAVA without unimodal init (col 5)"] == "88.60*" and qqp["this model"] == ""
+    assert qqp["CLIP: ViT-B/16 trained on PMD (Table 5 row 10)"] == "75.4 / 43.0*"
 
 
 def test_the_page_stands_alone_and_says_everything(written: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from trivium import __version__
 from trivium.evaluate import report, results
 from trivium.evaluate.paper_tasks import DOMAINS
-from trivium.evaluate.published import Averages, Cell, Column, Place, averages, columns
+from trivium.evaluate.published import Averages, Column, Place, averages, columns
 from trivium.evaluate.results import Result
 from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun, TaskRun
 from trivium.manifest import write_whole
@@ -79,25 +79,20 @@ def with_published(run: SuiteRun, published: Sequence[Column]) -> dict[str, Resu
         for place, figure in enumerate(each.task.figures):
             name = ".".join(filter(None, (each.task.prefix, figure.result)))
             cell = None if own is None else own.cells.get((each.task.key, place))
-            if name in found and cell is not None and not cell.is_recalled:  # a figure of another split has none
+            if name in found and cell is not None and cell.is_comparable:  # a figure of another split has none
                 found[name] = replace(found[name], published=cell.value / 100)
     return found
 
 
 def papers_own(published: Sequence[Column]) -> Column | None:
     """The column of a paper's own model that has the most figures for these tasks. Recalled ones do not count."""
-    own = [column for column in published if (column.system, column.setting) in PAPERS_OWN and _read(column)]
-    return max(own, key=lambda column: len(_read(column)), default=None)
-
-
-def _read(column: Column) -> dict[Place, float]:
-    """Its figures that were read in a paper, in per cent."""
-    return {place: cell.value for place, cell in column.cells.items() if not cell.is_recalled}
+    own = [column for column in published if (column.system, column.setting) in PAPERS_OWN and column.values()]
+    return max(own, key=lambda column: len(column.values()), default=None)
 
 
 def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
-    """One line a figure: ours in per cent with its interval, then every published column. Recalled numbers are left
-    out: a table has no grey."""
+    """One line a figure: ours in per cent with its interval, then every published column, as printed and with the marks
+    of the page. Recalled numbers are left out: a table has no grey."""
     page = io.StringIO()
     writer = csv.writer(page, lineterminator="\n")
     head = ["domain", "task", "protocol", "metric", "state", OURS, "low", "high", "n", "seconds"]
@@ -111,7 +106,7 @@ def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
                 each.task.domain, each.task.name, each.task.protocol, each.metric(figure), each.state,
                 *("" if x is None or not math.isfinite(x) else f"{100 * x:.3f}" for x in numbers),
                 "" if ours is None or ours.n is None else ours.n, f"{each.seconds:.1f}",
-                *("" if cell is None or cell.is_recalled else cell.printed for cell in cells),
+                *("" if cell is None or cell.is_recalled else cell.shown for cell in cells),
             ])  # fmt: skip
     return page.getvalue()
 
@@ -187,13 +182,13 @@ def _table(run: SuiteRun, source: str, group: list[Column]) -> dict[str, Any]:
                 if each.task.domain == domain and any(cells):
                     inside.append({
                         "title": each.task.name, "metric": each.metric(figure), "ours": each.figure(figure),
-                        "cells": [_shown(cell) for cell in cells], "state": each.state,
+                        "cells": cells, "state": each.state,
                     })  # fmt: skip
         if inside:
             rows.append({"domain": DOMAIN_TITLES[domain], "rows": inside})
     tasks = [each.task for each in run.tasks]
     formed = [averages(tasks, run.values(), run.cannot())]
-    formed += [averages(tasks, _read(column)) for column in group]
+    formed += [averages(tasks, column.values()) for column in group]
     means = [
         (title, [values.domains.get(domain) for values in formed])
         for domain, title in DOMAIN_TITLES.items()
@@ -202,13 +197,6 @@ def _table(run: SuiteRun, source: str, group: list[Column]) -> dict[str, Any]:
     if any(values.macro is not None for values in formed):
         means.append(("Macro", [values.macro for values in formed]))
     return {"source": source, "columns": group, "domains": rows, "averages": means}
-
-
-def _shown(cell: Cell | None) -> dict[str, Any] | None:
-    if cell is None:
-        return None
-    mark = "*" if cell.confidence == "corrected" or cell.note.startswith(("erratum", "doubtful")) else ""
-    return {"printed": cell.printed, "recalled": cell.is_recalled, "mark": mark, "note": cell.note}
 
 
 def _beyond(each: TaskRun) -> dict[str, Any]:
@@ -241,7 +229,7 @@ def _chart_data(run: SuiteRun, published: Sequence[Column]) -> tuple[str, int]:
     given += [
         {
             "name": column.name,
-            "values": {str(places[place]): cell.value for place, cell in column.cells.items() if not cell.is_recalled},
+            "values": {str(places[place]): value for place, value in column.values().items()},
         }
         for column in published
     ]
