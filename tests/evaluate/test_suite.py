@@ -542,6 +542,22 @@ def test_results_have_the_papers_own_number_beside_ours(written: Path) -> None:
     assert "published" not in found["CIFAR10.knn.accuracy"]
 
 
+def test_the_papers_number_stands_beside_that_of_ours_which_the_page_shows() -> None:
+    def beside(suite: str, name: str, **values: float) -> dict[str, float | None]:
+        task = next(task for task in SUITES[suite] if task.name == name)
+        ours = {f"{task.prefix}.{result.replace('__', '.')}": Result(value) for result, value in values.items()}
+        run = SuiteRun([TaskRun(task, "read", ours)])
+        found = suite_report.with_published(run, suite_report.columns(SUITES[suite]))
+        return {name.removeprefix(f"{task.prefix}."): result.published for name, result in found.items()}
+
+    recalls = beside("albef", "COCO retrieval", test__tr_r1=0.5, test__tr_reranked_r1=0.7)
+    assert recalls["test.tr_r1"] is None and recalls["test.tr_reranked_r1"] == pytest.approx(0.776)
+    assert beside("albef", "COCO retrieval", test__tr_r1=0.5)["test.tr_r1"] == pytest.approx(0.776)
+    memes = beside("flava35", "HatefulMemes", dev__auroc=0.6, dev_unseen__auroc=0.7, dev_seen__auroc=0.8)
+    assert memes["dev_unseen.auroc"] == pytest.approx(0.7609)
+    assert memes["dev.auroc"] is None and memes["dev_seen.auroc"] is None
+
+
 def test_the_csv_has_a_line_a_figure_and_a_column_a_system(written: Path) -> None:
     rows = list(csv.DictReader((written / "results.csv").open()))
     assert len(rows) == sum(len(task.figures) for task in SUITES["flava35"])

@@ -77,9 +77,9 @@ def with_published(run: SuiteRun, published: Sequence[Column]) -> dict[str, Resu
     own = papers_own(published)
     for each in run.tasks:
         for place, figure in enumerate(each.task.figures):
-            name = ".".join(filter(None, (each.task.prefix, figure.result)))
+            name = each.own_name(figure)  # a figure of another split has none
             cell = None if own is None else own.cells.get((each.task.key, place))
-            if name in found and cell is not None and cell.is_comparable:  # a figure of another split has none
+            if name is not None and cell is not None and cell.is_comparable:
                 found[name] = replace(found[name], published=cell.value / 100)
     return found
 
