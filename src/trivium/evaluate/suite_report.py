@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def render(given: SuiteReport, published: Sequence[Column]) -> str:
     ours = run.values()
     own = papers_own(published)
     tables = [_table(run, source, group) for source, group in _by_source(published)]
-    chart, several = _chart_data(run, published)
+    drawn = chart(run, published)
     template = report.environment().get_template("suite.html")
     return template.render(
         given=given,
@@ -132,8 +133,8 @@ def render(given: SuiteReport, published: Sequence[Column]) -> str:
             for state, title in STATE_TITLES.items()
             if any(each.state == state for each in run.tasks)
         ],
-        chart=chart,
-        comparable=several > 1,
+        chart=json.dumps(drawn, separators=(",", ":")).replace("<", "\\u003c"),  # may stand in a page
+        comparable=len(drawn["columns"]) > 1,
         first=own.name if own is not None else "",
         ours=OURS,
         domain_titles=DOMAIN_TITLES,
@@ -210,28 +211,43 @@ def _beyond(each: TaskRun) -> dict[str, Any]:
     return {"run": each, "figures": figures}
 
 
-def _chart_data(run: SuiteRun, published: Sequence[Column]) -> tuple[str, int]:
-    """What the page's chart draws from: figures in order, and each column's values, as JSON that may stand in a page;
-    and how many columns that are."""
-    figures: list[dict[str, Any]] = []
-    places: dict[Place, int] = {}
-    for domain in DOMAINS:
-        for each in run.tasks:
-            if each.task.domain != domain:
-                continue
-            for place, figure in enumerate(each.task.figures):
-                places[each.task.key, place] = len(figures)
-                several = len(each.task.figures) > 1
-                label = f"{each.task.name} {figure.metric}" if several else each.task.name
-                figures.append({"label": label, "domain": DOMAIN_TITLES[domain]})
-    ours = {str(places[place]): round(value, 3) for place, value in run.values().items() if math.isfinite(value)}
-    given = [{"name": OURS, "values": ours}] if ours else []
-    given += [
-        {
-            "name": column.name,
-            "values": {str(places[place]): value for place, value in column.values().items()},
-        }
-        for column in published
+def relative_differences(first: Mapping[Place, float], second: Mapping[Place, float]) -> dict[Place, float]:
+    """100 (first - second) / |second| for the figures that both have, in the first's order; where the second is 0 there
+    is none. A correlation may be negative: its size, not its sign, is what a difference is a share of."""
+    return {
+        place: 100 * (value - second[place]) / abs(second[place]) for place, value in first.items() if second.get(place)
+    }
+
+
+def chart(run: SuiteRun, published: Sequence[Column]) -> dict[str, Any]:
+    """All that the page's chart can draw.
+
+    Returns:
+        `columns`: names, ours first. `figures`: labels. `pairs[a][b]`: of two columns, by domain, the difference of
+        each figure, as [title of the domain, [[place among `figures`, per cent], ...]].
+    """
+    placed = [
+        (domain, each.task, place, figure)
+        for domain in DOMAINS
+        for each in run.tasks
+        if each.task.domain == domain
+        for place, figure in enumerate(each.task.figures)
     ]
-    given = [column for column in given if column["values"]]
-    return json.dumps({"figures": figures, "columns": given}).replace("<", "\\u003c"), len(given)
+    order: dict[Place, int] = {(task.key, place): number for number, (_, task, place, _) in enumerate(placed)}
+    ours = {place: value for place, value in run.values().items() if math.isfinite(value)}
+    given = [(OURS, ours), *((column.name, column.values()) for column in published)]
+    given = [(name, {place: values[place] for place in order if place in values}) for name, values in given if values]
+
+    def by_domain(differences: Mapping[Place, float]) -> list[tuple[str, list[tuple[int, float]]]]:
+        rows = [(order[place], round(change, 1)) for place, change in differences.items()]
+        return [
+            (DOMAIN_TITLES[domain], list(inside)) for domain, inside in groupby(rows, key=lambda row: placed[row[0]][0])
+        ]
+
+    return {
+        "columns": [name for name, _ in given],
+        "figures": [
+            f"{task.name} {figure.metric}" if len(task.figures) > 1 else task.name for _, task, _, figure in placed
+        ],
+        "pairs": [[by_domain(relative_differences(first, second)) for _, second in given] for _, first in given],
+    }
