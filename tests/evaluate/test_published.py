@@ -133,6 +133,22 @@ def test_every_suite_meets_published_numbers_for_each_of_its_figures() -> None:
     assert sum(len([f for f in t.figures if f.averaged]) for t in SUITES["multimodal"]) == 11
 
 
+def test_neighbours_and_zero_shot_stand_beside_ours_of_the_same_protocol_and_enter_no_average() -> None:
+    [imagenet] = [task for task in VISION if task.name == "ImageNet"]
+    places = {figure.result: (imagenet.key, place) for place, figure in enumerate(imagenet.figures)}
+    shown = {result: [c for c in columns(FLAVA) if place in c.cells] for result, place in places.items()}
+    assert {(c.system, c.cells[places["knn.accuracy"]].value) for c in shown["knn.accuracy"]} == {
+        ("DINO", 74.5), ("DINO", 78.3), ("DINO", 76.1), ("DINO", 77.4), ("DINO", 67.5), ("DINO", 69.3), ("DINO", 73.3),
+        ("DINOv3", 82.2),
+    }  # fmt: skip
+    [flava] = shown["zero_shot.accuracy"]
+    assert flava.cells[places["zero_shot.accuracy"]].value == 56.91
+    cells = column("flava35", "FLAVA", "FLAVA full (col 6)").cells
+    values = {place: cell.value for place, cell in cells.items()}
+    with_both = values | {places["knn.accuracy"]: 10.0, places["zero_shot.accuracy"]: 20.0}
+    assert averages(FLAVA, with_both) == averages(FLAVA, values)
+
+
 def test_recalled_numbers_are_told_from_those_that_were_read() -> None:
     unit = column("unit", "UniT", "8 datasets, shared decoder, COCO init")
     confidence = {cell.confidence for cell in unit.cells.values()}

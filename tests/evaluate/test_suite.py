@@ -626,6 +626,26 @@ def test_the_chart_has_the_rows_of_every_two_columns_by_domain() -> None:
     assert nothing["pairs"][0][1] == []
 
 
+def test_published_neighbours_stand_beside_our_neighbours() -> None:
+    task = TASKS["ImageNet"]
+    ours = {"linear_probe.accuracy": 0.61, "knn.accuracy": 0.52, "zero_shot.accuracy": 0.43}
+    run = SuiteRun([TaskRun(task, "measured", {f"ImageNet.{name}": Result(value) for name, value in ours.items()})])
+    published = suite_report.columns([task])
+    rows = list(csv.DictReader(io.StringIO(suite_report.as_csv(run, published))))
+    dino, flava = "DINO: ViT-B/16, released", "FLAVA: released weights (flava-full)"
+    assert [(row["protocol"], row["metric"], row["this model"], row[flava]) for row in rows[:3]] == [
+        ("linear probe", "accuracy", "61.000", ""),
+        ("k-NN", "k-NN accuracy", "52.000", ""),
+        ("zero-shot", "zero-shot accuracy (top-1)", "43.000", "56.91"),
+    ]
+    assert rows[1][dino] == "76.1"
+    drawn = suite_report.chart(run, published)
+    place = drawn["columns"].index(dino)
+    assert (drawn["figures"].index("ImageNet k-NN accuracy"), -31.7) in dict(drawn["pairs"][0][place])["Vision"]
+    page = suite_report.render(SuiteReport("ImageNet", run, {}), published)
+    assert "<small>k-NN accuracy</small>" in page and "DINO repository README" in page
+
+
 def test_where_there_is_nothing_to_compare_with_no_chart_is_drawn() -> None:
     [task] = SUITES["own"]
     run = SuiteRun([TaskRun(task, "measured", {f"{task.name}.linear_probe.accuracy": Result(0.6, 0.5, 0.7, 872)})])

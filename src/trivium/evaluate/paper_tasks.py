@@ -29,6 +29,11 @@ class Figure:
     instead: str = ""  # name of ours on another split, where the answers of the published one are not public
     first: str = ""  # another name that stands before `result` where a model has it
     unlike: tuple[str, ...] = ()  # metrics of published.csv that are shown in its place and not compared with
+    protocol: str = ""  # of published.csv, where it is not the task's
+
+    @property
+    def title(self) -> str:
+        return f"{self.protocol} {self.metric}" if self.protocol else self.metric
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,18 @@ _RECALLS = tuple(
 )
 _DEV = ("dev",)
 
+# Measured with every vision task and published of this one alone. They enter no average, which is one of probes.
+_BESIDE_THE_PROBE = {
+    "ImageNet": (
+        Figure("accuracy", "knn.accuracy", averaged=False, splits=("val",), protocol="k-NN"),
+        Figure("accuracy (top-1)", "zero_shot.accuracy", averaged=False, splits=("val",), protocol="zero-shot"),
+    )
+}
 VISION = tuple(
-    PaperTask(layout.name, "vision", "classification", "linear probe", (_PROBE,)) for layout in layouts.VISION
+    PaperTask(
+        layout.name, "vision", "classification", "linear probe", (_PROBE, *_BESIDE_THE_PROBE.get(layout.name, ()))
+    )
+    for layout in layouts.VISION
 )
 
 

@@ -132,8 +132,9 @@ def _cells(task: PaperTask, figure: Figure) -> dict[tuple[str, str], Cell]:
 
 def _of_metric(task: PaperTask, metric: str, figure: Figure) -> dict[tuple[str, str], Cell]:
     best: dict[tuple[str, str], tuple[tuple[int, bool], Cell]] = {}
+    protocols = (figure.protocol,) if figure.protocol else (task.protocol, *task.beside)
     for row in rows():
-        if (row["task"], row["metric"]) != (task.name, metric) or row["protocol"] not in (task.protocol, *task.beside):
+        if (row["task"], row["metric"]) != (task.name, metric) or row["protocol"] not in protocols:
             continue
         if figure.splits and row["split"] not in figure.splits:
             continue

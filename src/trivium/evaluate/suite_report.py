@@ -104,7 +104,8 @@ def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
             numbers = [None] * 3 if ours is None else [ours.value, ours.low, ours.high]
             cells = [column.cells.get((each.task.key, place)) for column in published]
             writer.writerow([
-                each.task.domain, each.task.name, each.task.protocol, each.metric(figure), each.state,
+                each.task.domain, each.task.name, figure.protocol or each.task.protocol, each.metric(figure),
+                each.state,
                 *("" if x is None or not math.isfinite(x) else f"{100 * x:.3f}" for x in numbers),
                 "" if ours is None or ours.n is None else ours.n, f"{each.seconds:.1f}",
                 *("" if cell is None or cell.is_recalled else cell.shown for cell in cells),
@@ -247,7 +248,7 @@ def chart(run: SuiteRun, published: Sequence[Column]) -> dict[str, Any]:
     return {
         "columns": [name for name, _ in given],
         "figures": [
-            f"{task.name} {figure.metric}" if len(task.figures) > 1 else task.name for _, task, _, figure in placed
+            f"{task.name} {figure.title}" if len(task.figures) > 1 else task.name for _, task, _, figure in placed
         ],
         "pairs": [[by_domain(relative_differences(first, second)) for _, second in given] for _, first in given],
     }

@@ -53,7 +53,7 @@ class TaskRun:
 
     def metric(self, figure: Figure) -> str:
         """What the figure is called, and where ours is of another split, that."""
-        return f"{figure.metric} (ours: {figure.instead})" if self.on_another_split(figure) else figure.metric
+        return f"{figure.title} (ours: {figure.instead})" if self.on_another_split(figure) else figure.title
 
     def _name(self, result: str) -> str:
         return ".".join(filter(None, (self.task.prefix, result)))
