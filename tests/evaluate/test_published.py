@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import pytest
 
@@ -73,6 +74,54 @@ def test_table_5_is_whole() -> None:
     with published.FILE.open(encoding="utf-8", newline="") as file:
         printed = [row for row in csv.DictReader(file) if row["source"] == "FLAVA paper, Table 5"]
     assert len(printed) == 130
+    for row in printed:
+        beside = rows[row["setting"]]
+        cells = [cell for (key, _), cell in beside.cells.items() if key.startswith(f"{row['task']} (")]
+        assert any(
+            row["value"] in re.findall(r"[\d.]+", cell.shown) or cell.confidence == "corrected" for cell in cells
+        ), row
+
+
+@pytest.mark.parametrize(
+    ("setting", "task", "shown", "value"),
+    [
+        ("ViT-B/16, released 400M model (Table 5 row 2)", "QQP", "76.8 / 53.9*", 65.35),
+        ("ViT-B/16 trained on PMD (Table 5 row 10)", "QQP", "75.4 / 43.0*", 59.20),
+        ("ViT-B/16 trained on PMD (Table 5 row 10)", "MRPC", "63.5 / 68.7*", 66.10),
+    ],
+)
+def test_a_pair_stands_as_printed_and_keeps_the_doubt_of_either_number(
+    setting: str, task: str, shown: str, value: float
+) -> None:
+    cell = column("flava35", "CLIP", setting).cells[f"{task} (fine-tune)", 0]
+    assert cell.doubted and cell.shown == shown and cell.value == pytest.approx(value)
+    assert f"mean {value:.2f}; " in cell.note and ("erratum: " in cell.note or "doubtful: " in cell.note)
+
+
+def test_a_pair_is_as_sure_as_its_less_sure_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def joined(accuracy: str, f1: str) -> tuple[str, bool]:
+        common = {"system": "S", "setting": "s", "task": "QQP", "split": "dev", "protocol": "fine-tune", "note": ""}
+        parts = [
+            {**common, "metric": metric, "value": "80.0", "source": "a table", "confidence": confidence}
+            for metric, confidence in (("accuracy", accuracy), ("F1", f1))
+        ]
+        monkeypatch.setattr(published, "rows", lambda: tuple(parts))
+        [found] = columns(FLAVA)
+        return found.cells["QQP (fine-tune)", 0].confidence, found.cells["QQP (fine-tune)", 0].doubted
+
+    assert joined("read", "read") == ("read", False)
+    assert joined("read", "corrected") == joined("corrected", "read") == ("corrected", True)
+    assert joined("corrected", "recalled") == ("recalled", True)
+
+
+def test_a_number_of_another_metric_is_shown_with_a_mark_and_enters_no_average() -> None:
+    unit = column("flava35", "UniT", "shared decoder, COCO init (Table 5 row 9)")
+    mnli, qqp = unit.cells["MNLI (fine-tune)", 0], unit.cells["QQP (fine-tune)", 0]
+    assert (mnli.shown, qqp.shown) == ("81.5†", "90.6†")
+    assert mnli.note.startswith("accuracy (variant not stated) alone; UniT reports mismatched only")
+    assert qqp.note == "accuracy alone; F1 not printed"
+    assert {("MNLI (fine-tune)", 0), ("QQP (fine-tune)", 0)}.isdisjoint(unit.values())
+    assert unit.values()["QNLI (fine-tune)", 0] == 88.0 and unit.cells["QNLI (fine-tune)", 0].shown == "88.0"
 
 
 def test_every_suite_meets_published_numbers_for_each_of_its_figures() -> None:
@@ -82,6 +131,22 @@ def test_every_suite_meets_published_numbers_for_each_of_its_figures() -> None:
         assert places == (expected if name != "own" else set()), name
     assert len(FLAVA) == 35 and len(VISION) == 22
     assert sum(len([f for f in t.figures if f.averaged]) for t in SUITES["multimodal"]) == 11
+
+
+def test_neighbours_and_zero_shot_stand_beside_ours_of_the_same_protocol_and_enter_no_average() -> None:
+    [imagenet] = [task for task in VISION if task.name == "ImageNet"]
+    places = {figure.result: (imagenet.key, place) for place, figure in enumerate(imagenet.figures)}
+    shown = {result: [c for c in columns(FLAVA) if place in c.cells] for result, place in places.items()}
+    assert {(c.system, c.cells[places["knn.accuracy"]].value) for c in shown["knn.accuracy"]} == {
+        ("DINO", 74.5), ("DINO", 78.3), ("DINO", 76.1), ("DINO", 77.4), ("DINO", 67.5), ("DINO", 69.3), ("DINO", 73.3),
+        ("DINOv3", 82.2),
+    }  # fmt: skip
+    [flava] = shown["zero_shot.accuracy"]
+    assert flava.cells[places["zero_shot.accuracy"]].value == 56.91
+    cells = column("flava35", "FLAVA", "FLAVA full (col 6)").cells
+    values = {place: cell.value for place, cell in cells.items()}
+    with_both = values | {places["knn.accuracy"]: 10.0, places["zero_shot.accuracy"]: 20.0}
+    assert averages(FLAVA, with_both) == averages(FLAVA, values)
 
 
 def test_recalled_numbers_are_told_from_those_that_were_read() -> None:

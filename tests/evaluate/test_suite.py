@@ -35,6 +35,7 @@ from trivium.evaluate.datasets.captions import Captioned
 from trivium.evaluate.datasets.pictures import DataSet, PictureFiles
 from trivium.evaluate.feature_store import Features, ModelEncoder, PixelEncoder, features, model_hash
 from trivium.evaluate.paper_tasks import SUITES
+from trivium.evaluate.published import Cell, Column
 from trivium.evaluate.results import Result
 from trivium.evaluate.suite_report import SuiteReport
 from trivium.evaluate.task_runs import SuiteRun, TaskRun
@@ -542,6 +543,22 @@ def test_results_have_the_papers_own_number_beside_ours(written: Path) -> None:
     assert "published" not in found["CIFAR10.knn.accuracy"]
 
 
+def test_the_papers_number_stands_beside_that_of_ours_which_the_page_shows() -> None:
+    def beside(suite: str, name: str, **values: float) -> dict[str, float | None]:
+        task = next(task for task in SUITES[suite] if task.name == name)
+        ours = {f"{task.prefix}.{result.replace('__', '.')}": Result(value) for result, value in values.items()}
+        run = SuiteRun([TaskRun(task, "read", ours)])
+        found = suite_report.with_published(run, suite_report.columns(SUITES[suite]))
+        return {name.removeprefix(f"{task.prefix}."): result.published for name, result in found.items()}
+
+    recalls = beside("albef", "COCO retrieval", test__tr_r1=0.5, test__tr_reranked_r1=0.7)
+    assert recalls["test.tr_r1"] is None and recalls["test.tr_reranked_r1"] == pytest.approx(0.776)
+    assert beside("albef", "COCO retrieval", test__tr_r1=0.5)["test.tr_r1"] == pytest.approx(0.776)
+    memes = beside("flava35", "HatefulMemes", dev__auroc=0.6, dev_unseen__auroc=0.7, dev_seen__auroc=0.8)
+    assert memes["dev_unseen.auroc"] == pytest.approx(0.7609)
+    assert memes["dev.auroc"] is None and memes["dev_seen.auroc"] is None
+
+
 def test_the_csv_has_a_line_a_figure_and_a_column_a_system(written: Path) -> None:
     rows = list(csv.DictReader((written / "results.csv").open()))
     assert len(rows) == sum(len(task.figures) for task in SUITES["flava35"])
@@ -555,7 +572,8 @@ def test_the_csv_has_a_line_a_figure_and_a_column_a_system(written: Path) -> Non
     )
     assert rte["FLAVA: FLAVA full (col 6)"] == "57.76"
     qqp = next(row for row in rows if row["task"] == "QQP")
-    assert qqp["FLAVA: FLAVA without unimodal init (col 5)"] == "88.60" and qqp["this model"] == ""
+    assert qqp["FLAVA: FLAVA without unimodal init (col 5)"] == "88.60*" and qqp["this model"] == ""
+    assert qqp["CLIP: ViT-B/16 trained on PMD (Table 5 row 10)"] == "75.4 / 43.0*"
 
 
 def test_the_page_stands_alone_and_says_everything(written: Path) -> None:
@@ -570,15 +588,62 @@ def test_the_page_stands_alone_and_says_everything(written: Path) -> None:
     ):  # fmt: skip
         assert said in page, said
     data = json.loads(re.search(r'<script id="numbers"[^>]*>(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
-    ours, *others = data["columns"]
-    assert ours["name"] == "this model" and others
-    place = next(i for i, figure in enumerate(data["figures"]) if figure["label"] == "RTE")
-    assert ours["values"][str(place)] == pytest.approx(57.76)
-    flava = next(column for column in others if column["name"] == "FLAVA: FLAVA full (col 6)")
-    assert len(flava["values"]) == 45 - 4, "the paper prints no R@10"
-    assert [figure["domain"] for figure in data["figures"]] == sorted(
-        (figure["domain"] for figure in data["figures"]), key=["Language", "Vision", "Multimodal"].index
+    assert data["columns"][0] == "this model"
+    flava = data["columns"].index("FLAVA: FLAVA full (col 6)")
+    assert sum(len(rows) for _, rows in data["pairs"][flava][flava]) == 45 - 4, "the paper prints no R@10"
+    assert [domain for domain, _ in data["pairs"][flava][flava]] == ["Language", "Vision", "Multimodal"]
+    [language, *_] = data["pairs"][0][flava]
+    assert language == ["Language", [[data["figures"].index("RTE"), 0.0]]], "57.76 both"
+    assert "/ row.b" not in page and "numbers.pairs[first.value][second.value]" in page
+
+
+def test_a_difference_is_a_share_of_the_second_column() -> None:
+    a, b, c, d = ("A", 0), ("B", 0), ("C", 0), ("D", 0)
+    differences = suite_report.relative_differences
+    assert differences({a: 60.0, b: 40.0}, {a: 50.0, b: 50.0}) == {a: 20.0, b: -20.0}
+    assert differences({a: 50.0, b: 0.0}, {a: 40.0, b: 50.0}) == {a: 25.0, b: -100.0}
+    assert differences({a: 1.0, b: 2.0, c: 3.0}, {a: 0.0, c: 3.0, d: 4.0}) == {c: 0.0}
+    assert differences({a: 5.0, b: -10.0}, {a: -10.0, b: -5.0}) == {a: 150.0, b: -100.0}, "better is up"
+
+
+def test_the_chart_has_the_rows_of_every_two_columns_by_domain() -> None:
+    ours = {"RTE": 0.6, "CoLA": 0.25, "CIFAR10.linear_probe.accuracy": 0.9, "Pets.linear_probe.accuracy": float("nan")}
+    asked = ("CIFAR10", "RTE", "Pets", "CoLA")  # vision first: the page orders them
+    runs = [
+        TaskRun(TASKS[name], "read", {key: Result(x) for key, x in ours.items() if key.partition(".")[0] == name})
+        for name in asked
+    ]
+    theirs = {"RTE (fine-tune)": 50.0, "CoLA (fine-tune)": 0.0, "CIFAR10 (linear probe)": 95.0}
+    cells = {(key, 0): Cell(value, f"{value}", "read") for key, value in theirs.items()}
+    cells["Pets (linear probe)", 0] = Cell(80.0, "80.0", "recalled")
+    found = suite_report.chart(SuiteRun(runs), [Column("S", "s", "a table", cells)])
+    assert (found["columns"], found["figures"]) == (["this model", "S: s"], ["RTE", "CoLA", "CIFAR10", "Pets"])
+    assert found["pairs"][0][1] == [("Language", [(0, 20.0)]), ("Vision", [(2, -5.3)])], "CoLA of the second is 0"
+    assert found["pairs"][1][0] == [("Language", [(0, -16.7), (1, -100.0)]), ("Vision", [(2, 5.6)])]
+    nothing = suite_report.chart(
+        SuiteRun(runs[:1]), [Column("S", "s", "a table", {("RTE (fine-tune)", 0): cells["RTE (fine-tune)", 0]})]
     )
+    assert nothing["pairs"][0][1] == []
+
+
+def test_published_neighbours_stand_beside_our_neighbours() -> None:
+    task = TASKS["ImageNet"]
+    ours = {"linear_probe.accuracy": 0.61, "knn.accuracy": 0.52, "zero_shot.accuracy": 0.43}
+    run = SuiteRun([TaskRun(task, "measured", {f"ImageNet.{name}": Result(value) for name, value in ours.items()})])
+    published = suite_report.columns([task])
+    rows = list(csv.DictReader(io.StringIO(suite_report.as_csv(run, published))))
+    dino, flava = "DINO: ViT-B/16, released", "FLAVA: released weights (flava-full)"
+    assert [(row["protocol"], row["metric"], row["this model"], row[flava]) for row in rows[:3]] == [
+        ("linear probe", "accuracy", "61.000", ""),
+        ("k-NN", "k-NN accuracy", "52.000", ""),
+        ("zero-shot", "zero-shot accuracy (top-1)", "43.000", "56.91"),
+    ]
+    assert rows[1][dino] == "76.1"
+    drawn = suite_report.chart(run, published)
+    place = drawn["columns"].index(dino)
+    assert (drawn["figures"].index("ImageNet k-NN accuracy"), -31.7) in dict(drawn["pairs"][0][place])["Vision"]
+    page = suite_report.render(SuiteReport("ImageNet", run, {}), published)
+    assert "<small>k-NN accuracy</small>" in page and "DINO repository README" in page
 
 
 def test_where_there_is_nothing_to_compare_with_no_chart_is_drawn() -> None:
@@ -598,5 +663,5 @@ def test_recalled_numbers_are_grey_and_do_not_enter_the_chart(bundle: Bundle) ->
         cell.is_recalled for column in published for cell in column.cells.values()
     )
     data = json.loads(re.search(r'<script id="numbers"[^>]*>(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
-    drawn = sum(len(column["values"]) for column in data["columns"])
+    drawn = sum(len(rows) for place, pairs in enumerate(data["pairs"]) for _, rows in pairs[place])
     assert drawn == sum(not cell.is_recalled for column in published for cell in column.cells.values())

@@ -138,7 +138,7 @@ def _print(run: SuiteRun) -> None:
             ours = each.figure(figure)
             cell = None if published is None else published.cells.get((each.task.key, place))
             shown = f"{100 * ours.value:.2f}" if ours is not None else "–"
-            beside = cell.printed if cell is not None and not cell.is_recalled else "–"
+            beside = cell.shown if cell is not None and cell.is_comparable else "–"
             table.add_row(*map(Text, (each.task.name, each.metric(figure), shown, beside, each.state)))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table)

@@ -28,6 +28,12 @@ class Figure:
     splits: tuple[str, ...] = ()  # of published.csv, the first one that has a value; (): any
     instead: str = ""  # name of ours on another split, where the answers of the published one are not public
     first: str = ""  # another name that stands before `result` where a model has it
+    unlike: tuple[str, ...] = ()  # metrics of published.csv that are shown in its place and not compared with
+    protocol: str = ""  # of published.csv, where it is not the task's
+
+    @property
+    def title(self) -> str:
+        return f"{self.protocol} {self.metric}" if self.protocol else self.metric
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,26 @@ _RECALLS = tuple(
 )
 _DEV = ("dev",)
 
+# Measured with every vision task and published of this one alone. They enter no average, which is one of probes.
+_BESIDE_THE_PROBE = {
+    "ImageNet": (
+        Figure("accuracy", "knn.accuracy", averaged=False, splits=("val",), protocol="k-NN"),
+        Figure("accuracy (top-1)", "zero_shot.accuracy", averaged=False, splits=("val",), protocol="zero-shot"),
+    )
+}
 VISION = tuple(
-    PaperTask(layout.name, "vision", "classification", "linear probe", (_PROBE,)) for layout in layouts.VISION
+    PaperTask(
+        layout.name, "vision", "classification", "linear probe", (_PROBE, *_BESIDE_THE_PROBE.get(layout.name, ()))
+    )
+    for layout in layouts.VISION
 )
 
 
-def _glue(name: str, verb: str, metric: str = "accuracy", files: str = "{train,dev}.tsv") -> PaperTask:
+def _glue(
+    name: str, verb: str, metric: str = "accuracy", files: str = "{train,dev}.tsv", unlike: tuple[str, ...] = ()
+) -> PaperTask:
     return PaperTask(
-        name, "language", "fine-tuning", "fine-tune", (Figure(metric, "", splits=_DEV),), verb=verb,
+        name, "language", "fine-tuning", "fine-tune", (Figure(metric, "", splits=_DEV, unlike=unlike),), verb=verb,
         expected=f"glue_data/{name}/{files}", owners=GLUE_OWNERS, beside=("multi-task training",),
     )  # fmt: skip
 
@@ -85,15 +103,16 @@ OWN = tuple(
 )  # fmt: skip
 
 LANGUAGE = (
-    _glue("MNLI", "mnli", "mean accuracy (m, mm)", "{train,dev_matched,dev_mismatched}.tsv"),
+    _glue("MNLI", "mnli", "mean accuracy (m, mm)", "{train,dev_matched,dev_mismatched}.tsv",
+          ("accuracy (variant not stated)",)),
     _glue("CoLA", "cola", "Matthews"),
-    _glue("MRPC", "mrpc", "mean(accuracy, F1)"),
-    _glue("QQP", "qqp", "mean(accuracy, F1)"),
+    _glue("MRPC", "mrpc", "mean(accuracy, F1)", unlike=("accuracy", "F1")),
+    _glue("QQP", "qqp", "mean(accuracy, F1)", unlike=("accuracy", "F1")),
     _glue("SST-2", "sst2"),
     _glue("QNLI", "qnli"),
     _glue("RTE", "rte"),
     _glue("STS-B", "stsb", "Pearson"),
-)
+)  # fmt: skip
 
 VQA = (
     "{v2_OpenEnded_mscoco_{train2014,val2014}_questions,v2_mscoco_{train2014,val2014}_annotations}.json,"

@@ -1,7 +1,8 @@
 """Published numbers beside our own: published.csv by columns, and the averages as the papers form them.
 
 Each row of the file is one number of one table, as printed, with where it was read. A printed number that is known to
-be wrong has a second row, marked "corrected", which is preferred; one that nobody has checked is marked "recalled".
+be wrong has a second row, marked "corrected", which is preferred; one that nobody has checked is marked "recalled". A
+note that calls a number an erratum or doubtful marks it wherever it goes, also into a pair.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trivium.evaluate.paper_tasks import DOMAINS, Figure, PaperTask
 
 FILE = Path(__file__).with_name("published.csv")
 PAIRS = {"mean(accuracy, F1)": ("accuracy", "F1")}  # a mean that some tables print as its two parts
+CONFIDENCE = ("recalled", "corrected", "read")  # of two numbers, that of the first of these stands for both
+DOUBT = re.compile(r"\b(erratum|doubtful)\b")  # in a note
 
 Place = tuple[str, int]  # a task's key, and the place of the figure among its figures
 
@@ -27,13 +30,25 @@ class Cell:
     """One published number, in per cent or times 100."""
 
     value: float
-    printed: str  # with the digits of the paper
-    confidence: str  # "read", "recalled", "corrected"
+    printed: str  # with the digits of the paper; a pair as "accuracy / F1", of which `value` is the mean
+    confidence: str  # one of CONFIDENCE
     note: str = ""
+    doubted: bool = False  # known or suspected to be wrong, or the correction of such a number, or made with one
+    unlike: str = ""  # its metric, where that is not the one of the figure it stands beside
 
     @property
     def is_recalled(self) -> bool:
         return self.confidence == "recalled"
+
+    @property
+    def is_comparable(self) -> bool:
+        """May stand for the figure in an average and in a difference."""
+        return not self.is_recalled and not self.unlike
+
+    @property
+    def shown(self) -> str:
+        """As printed, with a mark where the note says what is wrong (*) or other (†) about it."""
+        return self.printed + ("*" if self.doubted else "") + ("†" if self.unlike else "")
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,10 @@ class Column:
     @property
     def name(self) -> str:
         return f"{self.system}: {self.setting}"
+
+    def values(self) -> dict[Place, float]:
+        """What may be averaged and compared with, in per cent."""
+        return {place: cell.value for place, cell in self.cells.items() if cell.is_comparable}
 
 
 @dataclass(frozen=True)
@@ -96,26 +115,34 @@ def _cells(task: PaperTask, figure: Figure) -> dict[tuple[str, str], Cell]:
         first, second = (_of_metric(task, metric, figure) for metric in PAIRS[figure.metric])
         for key in first.keys() & second.keys() - found.keys():
             one, two = first[key], second[key]
-            worst = "recalled" if "recalled" in (one.confidence, two.confidence) else one.confidence
             value = (one.value + two.value) / 2
-            note = "; ".join(
-                dict.fromkeys(filter(None, (f"mean of {one.printed} and {two.printed}", one.note, two.note)))
+            found[key] = Cell(
+                value,
+                f"{one.printed} / {two.printed}",
+                min(one.confidence, two.confidence, key=CONFIDENCE.index),
+                "; ".join(dict.fromkeys(filter(None, (f"mean {value:.2f}", one.note, two.note)))),
+                one.doubted or two.doubted,
             )
-            found[key] = Cell(value, f"{value:.2f}", worst, note)
+    for metric in figure.unlike:
+        for key, cell in _of_metric(task, metric, figure).items():
+            note = "; ".join(filter(None, (f"{metric} alone", cell.note)))
+            found.setdefault(key, replace(cell, note=note, unlike=metric))
     return found
 
 
 def _of_metric(task: PaperTask, metric: str, figure: Figure) -> dict[tuple[str, str], Cell]:
     best: dict[tuple[str, str], tuple[tuple[int, bool], Cell]] = {}
+    protocols = (figure.protocol,) if figure.protocol else (task.protocol, *task.beside)
     for row in rows():
-        if (row["task"], row["metric"]) != (task.name, metric) or row["protocol"] not in (task.protocol, *task.beside):
+        if (row["task"], row["metric"]) != (task.name, metric) or row["protocol"] not in protocols:
             continue
         if figure.splits and row["split"] not in figure.splits:
             continue
         key = row["system"], row["setting"]
         preference = (figure.splits.index(row["split"]) if figure.splits else 0, row["confidence"] != "corrected")
         if key not in best or preference < best[key][0]:
-            best[key] = preference, Cell(float(row["value"]), row["value"], row["confidence"], row["note"])
+            doubted = row["confidence"] == "corrected" or DOUBT.search(row["note"]) is not None
+            best[key] = preference, Cell(float(row["value"]), row["value"], row["confidence"], row["note"], doubted)
     return {key: cell for key, (_, cell) in best.items()}
 
 

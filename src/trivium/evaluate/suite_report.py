@@ -8,13 +8,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from trivium import __version__
 from trivium.evaluate import report, results
 from trivium.evaluate.paper_tasks import DOMAINS
-from trivium.evaluate.published import Averages, Cell, Column, Place, averages, columns
+from trivium.evaluate.published import Averages, Column, Place, averages, columns
 from trivium.evaluate.results import Result
 from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun, TaskRun
 from trivium.manifest import write_whole
@@ -77,27 +78,22 @@ def with_published(run: SuiteRun, published: Sequence[Column]) -> dict[str, Resu
     own = papers_own(published)
     for each in run.tasks:
         for place, figure in enumerate(each.task.figures):
-            name = ".".join(filter(None, (each.task.prefix, figure.result)))
+            name = each.own_name(figure)  # a figure of another split has none
             cell = None if own is None else own.cells.get((each.task.key, place))
-            if name in found and cell is not None and not cell.is_recalled:  # a figure of another split has none
+            if name is not None and cell is not None and cell.is_comparable:
                 found[name] = replace(found[name], published=cell.value / 100)
     return found
 
 
 def papers_own(published: Sequence[Column]) -> Column | None:
     """The column of a paper's own model that has the most figures for these tasks. Recalled ones do not count."""
-    own = [column for column in published if (column.system, column.setting) in PAPERS_OWN and _read(column)]
-    return max(own, key=lambda column: len(_read(column)), default=None)
-
-
-def _read(column: Column) -> dict[Place, float]:
-    """Its figures that were read in a paper, in per cent."""
-    return {place: cell.value for place, cell in column.cells.items() if not cell.is_recalled}
+    own = [column for column in published if (column.system, column.setting) in PAPERS_OWN and column.values()]
+    return max(own, key=lambda column: len(column.values()), default=None)
 
 
 def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
-    """One line a figure: ours in per cent with its interval, then every published column. Recalled numbers are left
-    out: a table has no grey."""
+    """One line a figure: ours in per cent with its interval, then every published column, as printed and with the marks
+    of the page. Recalled numbers are left out: a table has no grey."""
     page = io.StringIO()
     writer = csv.writer(page, lineterminator="\n")
     head = ["domain", "task", "protocol", "metric", "state", OURS, "low", "high", "n", "seconds"]
@@ -108,10 +104,11 @@ def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
             numbers = [None] * 3 if ours is None else [ours.value, ours.low, ours.high]
             cells = [column.cells.get((each.task.key, place)) for column in published]
             writer.writerow([
-                each.task.domain, each.task.name, each.task.protocol, each.metric(figure), each.state,
+                each.task.domain, each.task.name, figure.protocol or each.task.protocol, each.metric(figure),
+                each.state,
                 *("" if x is None or not math.isfinite(x) else f"{100 * x:.3f}" for x in numbers),
                 "" if ours is None or ours.n is None else ours.n, f"{each.seconds:.1f}",
-                *("" if cell is None or cell.is_recalled else cell.printed for cell in cells),
+                *("" if cell is None or cell.is_recalled else cell.shown for cell in cells),
             ])  # fmt: skip
     return page.getvalue()
 
@@ -123,7 +120,7 @@ def render(given: SuiteReport, published: Sequence[Column]) -> str:
     ours = run.values()
     own = papers_own(published)
     tables = [_table(run, source, group) for source, group in _by_source(published)]
-    chart, several = _chart_data(run, published)
+    drawn = chart(run, published)
     template = report.environment().get_template("suite.html")
     return template.render(
         given=given,
@@ -137,8 +134,8 @@ def render(given: SuiteReport, published: Sequence[Column]) -> str:
             for state, title in STATE_TITLES.items()
             if any(each.state == state for each in run.tasks)
         ],
-        chart=chart,
-        comparable=several > 1,
+        chart=json.dumps(drawn, separators=(",", ":")).replace("<", "\\u003c"),  # may stand in a page
+        comparable=len(drawn["columns"]) > 1,
         first=own.name if own is not None else "",
         ours=OURS,
         domain_titles=DOMAIN_TITLES,
@@ -187,13 +184,13 @@ def _table(run: SuiteRun, source: str, group: list[Column]) -> dict[str, Any]:
                 if each.task.domain == domain and any(cells):
                     inside.append({
                         "title": each.task.name, "metric": each.metric(figure), "ours": each.figure(figure),
-                        "cells": [_shown(cell) for cell in cells], "state": each.state,
+                        "cells": cells, "state": each.state,
                     })  # fmt: skip
         if inside:
             rows.append({"domain": DOMAIN_TITLES[domain], "rows": inside})
     tasks = [each.task for each in run.tasks]
     formed = [averages(tasks, run.values(), run.cannot())]
-    formed += [averages(tasks, _read(column)) for column in group]
+    formed += [averages(tasks, column.values()) for column in group]
     means = [
         (title, [values.domains.get(domain) for values in formed])
         for domain, title in DOMAIN_TITLES.items()
@@ -202,13 +199,6 @@ def _table(run: SuiteRun, source: str, group: list[Column]) -> dict[str, Any]:
     if any(values.macro is not None for values in formed):
         means.append(("Macro", [values.macro for values in formed]))
     return {"source": source, "columns": group, "domains": rows, "averages": means}
-
-
-def _shown(cell: Cell | None) -> dict[str, Any] | None:
-    if cell is None:
-        return None
-    mark = "*" if cell.confidence == "corrected" or cell.note.startswith(("erratum", "doubtful")) else ""
-    return {"printed": cell.printed, "recalled": cell.is_recalled, "mark": mark, "note": cell.note}
 
 
 def _beyond(each: TaskRun) -> dict[str, Any]:
@@ -222,28 +212,43 @@ def _beyond(each: TaskRun) -> dict[str, Any]:
     return {"run": each, "figures": figures}
 
 
-def _chart_data(run: SuiteRun, published: Sequence[Column]) -> tuple[str, int]:
-    """What the page's chart draws from: figures in order, and each column's values, as JSON that may stand in a page;
-    and how many columns that are."""
-    figures: list[dict[str, Any]] = []
-    places: dict[Place, int] = {}
-    for domain in DOMAINS:
-        for each in run.tasks:
-            if each.task.domain != domain:
-                continue
-            for place, figure in enumerate(each.task.figures):
-                places[each.task.key, place] = len(figures)
-                several = len(each.task.figures) > 1
-                label = f"{each.task.name} {figure.metric}" if several else each.task.name
-                figures.append({"label": label, "domain": DOMAIN_TITLES[domain]})
-    ours = {str(places[place]): round(value, 3) for place, value in run.values().items() if math.isfinite(value)}
-    given = [{"name": OURS, "values": ours}] if ours else []
-    given += [
-        {
-            "name": column.name,
-            "values": {str(places[place]): cell.value for place, cell in column.cells.items() if not cell.is_recalled},
-        }
-        for column in published
+def relative_differences(first: Mapping[Place, float], second: Mapping[Place, float]) -> dict[Place, float]:
+    """100 (first - second) / |second| for the figures that both have, in the first's order; where the second is 0 there
+    is none. A correlation may be negative: its size, not its sign, is what a difference is a share of."""
+    return {
+        place: 100 * (value - second[place]) / abs(second[place]) for place, value in first.items() if second.get(place)
+    }
+
+
+def chart(run: SuiteRun, published: Sequence[Column]) -> dict[str, Any]:
+    """All that the page's chart can draw.
+
+    Returns:
+        `columns`: names, ours first. `figures`: labels. `pairs[a][b]`: of two columns, by domain, the difference of
+        each figure, as [title of the domain, [[place among `figures`, per cent], ...]].
+    """
+    placed = [
+        (domain, each.task, place, figure)
+        for domain in DOMAINS
+        for each in run.tasks
+        if each.task.domain == domain
+        for place, figure in enumerate(each.task.figures)
     ]
-    given = [column for column in given if column["values"]]
-    return json.dumps({"figures": figures, "columns": given}).replace("<", "\\u003c"), len(given)
+    order: dict[Place, int] = {(task.key, place): number for number, (_, task, place, _) in enumerate(placed)}
+    ours = {place: value for place, value in run.values().items() if math.isfinite(value)}
+    given = [(OURS, ours), *((column.name, column.values()) for column in published)]
+    given = [(name, {place: values[place] for place in order if place in values}) for name, values in given if values]
+
+    def by_domain(differences: Mapping[Place, float]) -> list[tuple[str, list[tuple[int, float]]]]:
+        rows = [(order[place], round(change, 1)) for place, change in differences.items()]
+        return [
+            (DOMAIN_TITLES[domain], list(inside)) for domain, inside in groupby(rows, key=lambda row: placed[row[0]][0])
+        ]
+
+    return {
+        "columns": [name for name, _ in given],
+        "figures": [
+            f"{task.name} {figure.title}" if len(task.figures) > 1 else task.name for _, task, _, figure in placed
+        ],
+        "pairs": [[by_domain(relative_differences(first, second)) for _, second in given] for _, first in given],
+    }

@@ -42,13 +42,18 @@ class TaskRun:
             return None
         return self.results.get(self._name(figure.instead))
 
+    def own_name(self, figure: Figure) -> str | None:
+        """Under which name of the results ours stands, on the published split; None: it is not there."""
+        names = [self._name(result) for result in ([figure.first] if figure.first else []) + [figure.result]]
+        return next((name for name in names if name in self.results), None)
+
     def _own(self, figure: Figure) -> Result | None:
-        first = self.results.get(self._name(figure.first)) if figure.first else None
-        return first or self.results.get(self._name(figure.result))
+        name = self.own_name(figure)
+        return None if name is None else self.results[name]
 
     def metric(self, figure: Figure) -> str:
         """What the figure is called, and where ours is of another split, that."""
-        return f"{figure.metric} (ours: {figure.instead})" if self.on_another_split(figure) else figure.metric
+        return f"{figure.title} (ours: {figure.instead})" if self.on_another_split(figure) else figure.title
 
     def _name(self, result: str) -> str:
         return ".".join(filter(None, (self.task.prefix, result)))
