@@ -19,6 +19,7 @@ from PIL import Image
 from tests.cli.test_evaluate import Addresses
 from tests.evaluate.datasets import miniatures
 from tests.evaluate.datasets.test_captions import CAPTIONS, flickr
+from tests.evaluate.test_grounding import tiny_bundle
 from tests.test_load import new_bundle
 from trivium.bundle import Bundle
 from trivium.data import duplicates
@@ -510,6 +511,49 @@ def test_boxes_that_cannot_be_measured_are_told_why(bundle: Bundle, scenes: Path
     tuned = {"VG detection.val.ap": Result(0.1)}
     [read] = suite.run(SUITES["unit"][1:2], detector(scenes), scenes, tmp_path, fine_tuned=tuned).tasks
     assert read.state == "read" and read.results == tuned
+
+
+@pytest.mark.parametrize("kind", ["detection", "grounding"])
+def test_a_figure_over_boxes_is_kept_for_these_pictures_alone(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "detection":
+        write_scenes(Scenes("new-scenes", 3), tmp_path, ("coco",))
+        task, of, root = SUITES["unit"][0], detector(tmp_path, ("coco",)), tmp_path
+    else:
+        write_scenes(Scenes("held-out-style", 3, seed=3), tmp_path, ("refcoco",))
+        [grounded] = [task for task in SUITES["albef"] if task.kind == "grounding"]
+        task, of, root = replace(grounded, name="RefCOCO"), tiny_bundle(), tmp_path / "refcoco"
+    picture = sorted(path for path in root.rglob("*.[jp][pn]g") if "val" in str(path.relative_to(root)))[0]
+
+    def found() -> TaskRun:
+        return suite.run([task], of, root, tmp_path / "cache").tasks[0]
+
+    whole = found()
+    assert whole.state == "measured" and found().state == "kept"
+    os.utime(picture, ns=(1, 1))
+    assert found().state == "measured", "another picture of the same name"
+    content = picture.read_bytes()
+    picture.unlink()
+    partial = found()
+    assert partial.state == "measured" and any(str(picture) in note for note in partial.notes)
+    picture.write_bytes(content)
+    again = found()
+    assert again.state == "measured" and again.results == whole.results
+
+    read_bytes = Path.read_bytes
+
+    def fails(path: Path) -> bytes:
+        if path == picture:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(path)
+
+    os.utime(picture, ns=(2, 2))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fails)
+        assert "Input/output error" in "\n".join(found().notes)
+    assert found().state == "measured", "what the disk did not give is asked for again"
+    assert found().state == "kept"
 
 
 def test_a_model_without_texts_is_told_what_it_cannot_do(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ import torch
 
 from trivium.bundle import Bundle
 from trivium.data.detection import LAYOUTS, DetectionRows, find_val
-from trivium.data.referring import Referring, find_referring
-from trivium.errors import BadSample, TriviumError
+from trivium.data.referring import SPLITS, Referring, find_referring
+from trivium.errors import BadSample, TriviumError, UnreadableNow
 from trivium.evaluate import detection, grounding, pairs, task_runs
 from trivium.evaluate import features as encoding
 from trivium.evaluate.classification import Measured, classification
@@ -161,7 +161,7 @@ def _one(
         measured = classification(data, encoder, cache / "features", bundle, tell)
     elif isinstance(data, Referring):
         grounded = grounding.run(bundle, data, rows=rows, say=tell)
-        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS.format(task.verb)])
+        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS.format(task.verb)], grounded.is_final)
     elif isinstance(data, Boxes):
         measured = detected(task, bundle, data, tell)
     else:
@@ -292,6 +292,7 @@ def detected(task: PaperTask, bundle: Bundle, data: Boxes, say: Callable[[str], 
     seen, bad = detection.find(bundle, data.rows, task.verb)
     figures = detection.measure(data.rows, seen, data.classes)
     found = Measured({f"{layout.validation}.{name}": result for name, result in figures.items()})
+    found.is_final = not any(isinstance(each, UnreadableNow) for each in bad)
     if bad:
         found.notes.append(f"{len(bad):,} pictures cannot be read and are left out; the first: {bad[0]}")
     if layout.num_validation not in (None, len(data.rows)):
@@ -336,9 +337,11 @@ def _identity(data: DataSet | Captioned | Referring | Boxes | OwnTask) -> str:
     if isinstance(data, OwnTask):
         return data.identity
     if isinstance(data, Boxes):
-        return f"{stamp_of(Path(data.rows.file))} {data.rows.folders} {len(data.rows)}"
+        files = [data.rows.file, *map(data.rows.path, range(len(data.rows)))]
+        return "".join(stamp_of(Path(file)) for file in files)
     if isinstance(data, Referring):
-        return "\n".join(map(stamp_of, data.tables))
+        measured = [each for split in SPLITS if split in data.splits for each in data.good(split)]
+        return "".join(map(stamp_of, [*data.tables, *map(Path, sorted({each.image for each in measured}))]))
     if isinstance(data, Captioned):
         return f"{identity(data.pictures)} {data.captions!r}"
     splits = [f"{identity(split.pictures)} {split.labels_N.tobytes().hex()}" for split in data.every]
