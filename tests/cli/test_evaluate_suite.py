@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from tests.evaluate.datasets import miniatures
 from tests.recipes.shop import checkpoint, trivium
+from trivium.evaluate.paper_tasks import SUITES
+from trivium.recipes.own_head import PLACES
 
 
 @pytest.fixture
@@ -83,3 +86,36 @@ def test_damaged_data_is_reported_beside_what_could_be_measured(
     found = json.loads((out / "results.json").read_text())["results"]
     assert "DTD.linear_probe.accuracy" in found and "MNIST.linear_probe.accuracy" not in found
     assert "There, but not readable" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_is_to_be_fine_tuned_first_is_told_as_a_command_where_its_data_lies(
+    trained: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "glue" / "SST-2").mkdir(parents=True)
+    (root / "glue" / "SST-2" / "dev.tsv").write_text("sentence\tlabel\ngood \t1\n")
+    (root / "coco").mkdir()
+    (root / "coco" / "coco_train.json").write_text("[]")
+    out = tmp_path / "out"
+    for name, tasks in (("flava35", ["SST-2", "RTE", "DTD"]), ("albef", ["COCO retrieval"])):
+        capsys.readouterr()
+        code = trivium("evaluate", trained, "--suite", name, "--task", *tasks, "--data.root", root, "--out", out)
+        said = capsys.readouterr().out
+        if name == "albef":
+            assert code == 2, "nothing else is there to be measured"
+            command = f"trivium finetune retrieval_coco --init {trained} --data {root}/coco --out runs/retrieval_coco"
+            assert f"its data is there: fine-tune it with `{command}`" in said
+            assert "COCO retrieval: expected coco_{train,val,test}.json" not in said
+            continue
+        assert code == 0
+        command = f"trivium finetune sst2 --init {trained} --data {root}/glue --out runs/sst2"
+        assert f"SST-2: this model has no head for it; its data is there: fine-tune it with `{command}`" in said
+        assert "SST-2: expected" not in said
+        assert f"fine-tune it with `trivium finetune rte --init {trained} --data DIR" in said
+        assert "RTE: expected glue_data/RTE/{train,dev}.tsv" in said
+        page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+        assert command in page and "glue_data/SST-2" not in page
+
+
+def test_every_task_that_takes_fine_tuning_has_a_place_for_its_data() -> None:
+    tasks = {task for some in SUITES.values() for task in some if task.kind == "fine-tuning"}
+    assert {task.prefix for task in tasks} == PLACES.keys()

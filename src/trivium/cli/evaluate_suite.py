@@ -51,7 +51,9 @@ def evaluate_suite(
     def say(sentence: str) -> None:
         print(sentence, file=sys.stderr)
 
-    run = suite.run(tasks, bundle, root, cache_root(), fine_tuned=tuned, rows=rows, say=say, own=open_own)
+    run = suite.run(
+        tasks, bundle, root, cache_root(), fine_tuned=tuned, rows=rows, say=say, own=open_own, model=str(path)
+    )
     if not any(each.state in HAS_FIGURES for each in run.tasks):
         _list_absent(run)
         if not any(each.state in ("unscored", "damaged", "failed") for each in run.tasks):

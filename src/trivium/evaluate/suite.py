@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -66,7 +67,8 @@ class OwnTask(ABC):
         """
 
 
-OpenOwn = Callable[[PaperTask, Bundle, Path | None], OwnTask | Missing | None]  # None: the model has no head for it
+# A folder: the data is there, and the model has no head for it; None: neither is there.
+OpenOwn = Callable[[PaperTask, Bundle, Path | None], OwnTask | Path | Missing | None]
 
 
 def run(
@@ -79,6 +81,7 @@ def run(
     rows: int | None = None,
     say: Callable[[str], None] = lambda _: None,
     own: OpenOwn = lambda *_: None,
+    model: str = "MODEL",
 ) -> SuiteRun:
     """Measure every task whose data is below `root`, and say of each other what it lacks.
 
@@ -87,13 +90,14 @@ def run(
         fine_tuned: results of `trivium finetune`, by name.
         rows: at most so many pictures of each split; such figures are not those of the papers.
         own: opens the rows of a task that takes fine-tuning, for the head that a model has (recipes/own_head.py).
+        model: where the model is, for the commands that are told.
     """
     encoder = ModelEncoder(bundle) if isinstance(bundle.model, EncodesImage) else None
     done = []
     for task in tasks:
         begun = time.perf_counter()
         try:
-            found = _one(task, bundle, encoder, root, cache, fine_tuned or {}, rows, say, own)
+            found = _one(task, bundle, encoder, root, cache, fine_tuned or {}, rows, say, own, model)
         except (TriviumError, BadSample) as error:
             found = TaskRun(task, "damaged", notes=[str(error)])
             say(f"{task.name}: {error}")
@@ -116,24 +120,27 @@ def _one(
     rows: int | None,
     say: Callable[[str], None],
     own: OpenOwn,
+    path: str,
 ) -> TaskRun:
     cannot = lacks(task, bundle)
     if cannot is not None:
         return TaskRun(task, "not applicable", notes=[cannot])
     data: Data | None = None
     if task.kind in ("grounding", "detection", "fine-tuning"):
-        read = _fine_tuned(task, fine_tuned)
+        read = _fine_tuned(task, fine_tuned, path)
         if read.state == "read":
             return read
     if task.kind == "fine-tuning":
-        if task.name in CAPTIONED:
-            if task.name not in bundle.tuned_for:
-                return replace(read, notes=[f"{NOT_TUNED.format(task.name)}: {' '.join(read.notes)}"])
-            found = _one(replace(task, kind="retrieval"), bundle, encoder, root, cache, {}, rows, say, own)
+        if task.name in CAPTIONED and task.name in bundle.tuned_for:
+            found = _one(replace(task, kind="retrieval"), bundle, encoder, root, cache, {}, rows, say, own, path)
             return _as_fine_tuned(found, task, bundle.tuned_for)
-        data = own(task, bundle, root)
-        if data is None:
-            return read
+        opened = own(task, bundle, root)
+        if opened is None or isinstance(opened, Path):
+            why = NOT_TUNED.format(task.name) if task.name in CAPTIONED else "this model has no head for it"
+            told = read.notes if opened is None else [f"its data is there: {_how_to(task, path, str(opened))}"]
+            missing = read.missing if opened is None else None
+            return replace(read, missing=missing, notes=[f"{why}; {each}" for each in told])
+        data = opened
     else:
         data = _data(task, root)
     if isinstance(data, Missing):
@@ -232,7 +239,7 @@ def _data(task: PaperTask, root: Path | None) -> Data:
     return Missing(task.expected, task.owners) if found is None else found
 
 
-def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskRun:
+def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result], model: str) -> TaskRun:
     """The figures that a run of `trivium finetune` left: under its title, or under "title (concatenated)" where picture
     and text were read side by side. Of several seeds the median counts."""
     for title in (task.prefix, f"{task.prefix} (concatenated)"):
@@ -248,13 +255,14 @@ def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskR
                 found.notes.append(f"fine-tuned: the head reads {how}")
             found.notes += _on_other_splits(found)
             return found
-    if task.verb:
-        return TaskRun(
-            task, "not fine-tuned", missing=Missing(task.expected, task.owners),
-            notes=[f"fine-tune it with `trivium finetune {task.verb} --init MODEL --data DIR`, then name the run with"
-                   " --fine-tuned"],
-        )  # fmt: skip
-    return TaskRun(task, "not fine-tuned", missing=Missing(task.expected, task.owners))
+    notes = [_how_to(task, model, "DIR")] if task.verb else []
+    return TaskRun(task, "not fine-tuned", notes=notes, missing=Missing(task.expected, task.owners))
+
+
+def _how_to(task: PaperTask, model: str, data: str) -> str:
+    out = f"runs/{task.verb}"
+    command = shlex.join(["trivium", "finetune", task.verb, "--init", model, "--data", data, "--out", out])
+    return f"fine-tune it with `{command}`, then name the run with `--fine-tuned {out}`"
 
 
 def _on_other_splits(found: TaskRun) -> list[str]:
