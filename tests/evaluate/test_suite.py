@@ -39,6 +39,7 @@ from trivium.evaluate.paper_tasks import SUITES
 from trivium.evaluate.results import Result
 from trivium.evaluate.suite_report import SuiteReport
 from trivium.evaluate.task_runs import SuiteRun, TaskRun
+from trivium.evaluate.tuned_runs import TunedRun
 from trivium.models.encoded import Matches
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.recipes.tasks import TASKS as TUNED
@@ -363,7 +364,7 @@ def test_figures_of_fine_tuning_are_read_under_their_title(bundle: Bundle, tmp_p
         "Hateful Memes (concatenated)": Result(0.6), "Hateful Memes (concatenated).dev_seen.auroc": Result(0.6),
         "SST-20": Result(0.1),
     }  # fmt: skip
-    run = suite.run(SUITES["flava35"], bundle, None, tmp_path, fine_tuned=tuned)
+    run = suite.run(SUITES["flava35"], bundle, None, tmp_path, fine_tuned=[TunedRun(Path(), tuned)])
     values = run.values()
     assert values == {
         ("SST-2 (fine-tune)", 0): 90, ("MNLI (fine-tune)", 0): 70, ("HatefulMemes (fine-tune)", 0): 60,
@@ -372,7 +373,7 @@ def test_figures_of_fine_tuning_are_read_under_their_title(bundle: Bundle, tmp_p
     assert memes.state == "read" and "side by side" in memes.notes[0]
     assert "ours is dev_seen.auroc, since dev_unseen, on which" in memes.notes[1]
     tuned |= {"Hateful Memes (concatenated).dev_unseen.auroc": Result(0.5)}
-    run = suite.run([memes.task], bundle, None, tmp_path, fine_tuned=tuned)
+    run = suite.run([memes.task], bundle, None, tmp_path, fine_tuned=[TunedRun(Path(), tuned)])
     assert run.values() == {("HatefulMemes (fine-tune)", 0): 50} and len(run.tasks[0].notes) == 1
 
 
@@ -388,7 +389,7 @@ def test_vqa_is_shown_on_dev_where_the_answers_of_the_papers_split_are_not_publi
 ) -> None:
     tuned = {"VQAv2": Result(0.6), "VQAv2.dev.accuracy": Result(0.6)}
     for name in ("flava35", "albef", "unit"):
-        run = suite.run(SUITES[name], bundle, None, tmp_path, fine_tuned=tuned)
+        run = suite.run(SUITES[name], bundle, None, tmp_path, fine_tuned=[TunedRun(Path(), tuned)])
         [vqa] = [each for each in run.tasks if each.task.name == "VQAv2"]
         assert run.values()[vqa.task.key, 0] == 60
         assert any("ours is dev.accuracy, since" in note for note in vqa.notes)
@@ -397,7 +398,11 @@ def test_vqa_is_shown_on_dev_where_the_answers_of_the_papers_split_are_not_publi
         line = next(csv.DictReader(io.StringIO(suite_report.as_csv(SuiteRun([vqa]), []))))
         assert line["metric"] == "VQA accuracy (ours: dev.accuracy)" and line["this model"] == "60.000"
     run = suite.run(
-        SUITES["albef"], bundle, None, tmp_path, fine_tuned=tuned | {"VQAv2.test_dev.accuracy": Result(0.5)}
+        SUITES["albef"],
+        bundle,
+        None,
+        tmp_path,
+        fine_tuned=[TunedRun(Path(), tuned | {"VQAv2.test_dev.accuracy": Result(0.5)})],
     )
     [vqa] = [each for each in run.tasks if each.task.name == "VQAv2"]
     assert run.values()[vqa.task.key, 0] == 50 and not any("ours is dev" in note for note in vqa.notes)
@@ -421,7 +426,7 @@ def test_fine_tuned_retrieval_takes_the_re_ranked_figures_where_there_are_some(b
     task = next(t for t in SUITES["albef"] if t.name == "COCO retrieval" and t.protocol == "fine-tune")
     read = {f"COCO retrieval.{name}": Result(value) for name, value in
             (("test.tr_r1", 0.7), ("test.tr_reranked_r1", 0.77), ("test.ir_r1", 0.5), ("dev.tr_r1", 0.6))}  # fmt: skip
-    [found] = suite.run([task], bundle, None, tmp_path, fine_tuned=read).tasks
+    [found] = suite.run([task], bundle, None, tmp_path, fine_tuned=[TunedRun(Path(), read)]).tasks
     values = {figure.metric: found.figure(figure) for figure in task.figures}
     assert found.state == "read"
     assert values["TR R@1"] == Result(0.77) and values["IR R@1"] == Result(0.5) and values["IR R@5"] is None
@@ -509,7 +514,9 @@ def test_boxes_that_cannot_be_measured_are_told_why(bundle: Bundle, scenes: Path
     state, note = state_and_note(other, scenes)
     assert state == "damaged" and "class 2" in note and "knows it as 'a cat'" in note
     tuned = {"VG detection.val.ap": Result(0.1)}
-    [read] = suite.run(SUITES["unit"][1:2], detector(scenes), scenes, tmp_path, fine_tuned=tuned).tasks
+    [read] = suite.run(
+        SUITES["unit"][1:2], detector(scenes), scenes, tmp_path, fine_tuned=[TunedRun(Path(), tuned)]
+    ).tasks
     assert read.state == "read" and read.results == tuned
 
 
@@ -574,7 +581,8 @@ def test_a_model_without_texts_is_told_what_it_cannot_do(tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def written(bundle: Bundle, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    run = suite.run(SUITES["flava35"], bundle, root, out / "cache", fine_tuned={"RTE": Result(0.5776, 0.52, 0.63, 277)})
+    rte = TunedRun(Path("rte"), {"RTE": Result(0.5776, 0.52, 0.63, 277), "seconds.total": Result(3754.0)})
+    run = suite.run(SUITES["flava35"], bundle, root, out / "cache", fine_tuned=[rte])
     suite_report.write(out, SuiteReport("FLAVA's tasks <a miniature>", run, {"total": 1.5}, "trivium evaluate x"))
     return out
 
@@ -598,6 +606,7 @@ def test_the_csv_has_a_line_a_figure_and_a_column_a_system(written: Path) -> Non
         "read",
     )
     assert rte["FLAVA: FLAVA full (col 6)"] == "57.76"
+    assert rte["seconds"] == "3754.0", "of its run"
     qqp = next(row for row in rows if row["task"] == "QQP")
     assert qqp["FLAVA: FLAVA without unimodal init (col 5)"] == "88.60" and qqp["this model"] == ""
 
@@ -613,6 +622,7 @@ def test_the_page_stands_alone_and_says_everything(written: Path) -> None:
         "There, but not readable", '<a href="https://image-net.org/download.php"', "88.60*", "What took how long",
     ):  # fmt: skip
         assert said in page, said
+    assert "<td>RTE<small>its run of trivium finetune, which took this long</small></td><td>62 min 34 s</td>" in page
     data = json.loads(re.search(r'<script id="numbers"[^>]*>(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
     ours, *others = data["columns"]
     assert ours["name"] == "this model" and others

@@ -13,7 +13,7 @@ import shlex
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +25,7 @@ from trivium.bundle import Bundle
 from trivium.data.detection import LAYOUTS, DetectionRows, find_val
 from trivium.data.referring import SPLITS, Referring, find_referring
 from trivium.errors import BadSample, TriviumError, UnreadableNow
-from trivium.evaluate import detection, grounding, pairs, task_runs
+from trivium.evaluate import detection, grounding, pairs, task_runs, tuned_runs
 from trivium.evaluate import features as encoding
 from trivium.evaluate.classification import Measured, classification
 from trivium.evaluate.datasets import Missing, find, layouts
@@ -34,8 +34,8 @@ from trivium.evaluate.datasets.captions import Captioned, find_captions
 from trivium.evaluate.datasets.pictures import DataSet, with_rows
 from trivium.evaluate.feature_store import ModelEncoder, features, identity, model_hash, stamp_of
 from trivium.evaluate.paper_tasks import PaperTask
-from trivium.evaluate.results import Result
 from trivium.evaluate.task_runs import SuiteRun, TaskRun
+from trivium.evaluate.tuned_runs import TunedRun
 from trivium.models.encoded import Detects, EncodesImage, EncodesText, Matches
 from trivium.models.grounding import Grounds
 
@@ -77,27 +77,27 @@ def run(
     root: Path | None,
     cache: Path,
     *,
-    fine_tuned: Mapping[str, Result] | None = None,
+    fine_tuned: Sequence[TunedRun] = (),
     rows: int | None = None,
     say: Callable[[str], None] = lambda _: None,
     own: OpenOwn = lambda *_: None,
-    model: str = "MODEL",
+    path: str | None = None,
 ) -> SuiteRun:
     """Measure every task whose data is below `root`, and say of each other what it lacks.
 
     Args:
         cache: folder of features and of what was measured before.
-        fine_tuned: results of `trivium finetune`, by name.
+        fine_tuned: runs of `trivium finetune`.
         rows: at most so many pictures of each split; such figures are not those of the papers.
         own: opens the rows of a task that takes fine-tuning, for the head that a model has (recipes/own_head.py).
-        model: where the model is, for the commands that are told.
+        path: where the model is: for the commands that are told, and to see whether a run began from it.
     """
     encoder = ModelEncoder(bundle) if isinstance(bundle.model, EncodesImage) else None
     done = []
     for task in tasks:
         begun = time.perf_counter()
         try:
-            found = _one(task, bundle, encoder, root, cache, fine_tuned or {}, rows, say, own, model)
+            found = _one(task, bundle, encoder, root, cache, fine_tuned, rows, say, own, path)
         except (TriviumError, BadSample) as error:
             found = TaskRun(task, "damaged", notes=[str(error)])
             say(f"{task.name}: {error}")
@@ -116,11 +116,11 @@ def _one(
     encoder: ModelEncoder | None,
     root: Path | None,
     cache: Path,
-    fine_tuned: Mapping[str, Result],
+    fine_tuned: Sequence[TunedRun],
     rows: int | None,
     say: Callable[[str], None],
     own: OpenOwn,
-    path: str,
+    path: str | None,
 ) -> TaskRun:
     cannot = lacks(task, bundle)
     if cannot is not None:
@@ -132,7 +132,7 @@ def _one(
             return read
     if task.kind == "fine-tuning":
         if task.name in CAPTIONED and task.name in bundle.tuned_for:
-            found = _one(replace(task, kind="retrieval"), bundle, encoder, root, cache, {}, rows, say, own, path)
+            found = _one(replace(task, kind="retrieval"), bundle, encoder, root, cache, (), rows, say, own, path)
             return _as_fine_tuned(found, task, bundle.tuned_for)
         opened = own(task, bundle, root)
         if opened is None or isinstance(opened, Path):
@@ -239,29 +239,25 @@ def _data(task: PaperTask, root: Path | None) -> Data:
     return Missing(task.expected, task.owners) if found is None else found
 
 
-def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result], model: str) -> TaskRun:
-    """The figures that a run of `trivium finetune` left: under its title, or under "title (concatenated)" where picture
-    and text were read side by side. Of several seeds the median counts."""
-    for title in (task.prefix, f"{task.prefix} (concatenated)"):
-        mine = {}
-        for name, result in results_by_name.items():
-            plain = name.removesuffix(".median")
-            if plain == title or plain.startswith(f"{title}."):
-                mine[task.prefix + plain.removeprefix(title)] = result
-        if mine:
-            found = TaskRun(task, "read", mine)
-            if task.domain == "multimodal":
-                how = "picture and text vector side by side" if title != task.prefix else "the model's own states"
-                found.notes.append(f"fine-tuned: the head reads {how}")
-            found.notes += _on_other_splits(found)
-            return found
-    notes = [_how_to(task, model, "DIR")] if task.verb else []
+def _fine_tuned(task: PaperTask, runs: Sequence[TunedRun], path: str | None) -> TaskRun:
+    """The figures that a run of `trivium finetune` left."""
+    run = tuned_runs.of_task(task, runs)
+    if run is not None:
+        figures, is_side_by_side = run.figures(task)
+        found = TaskRun(task, "read", figures, seconds=run.seconds)
+        if task.domain == "multimodal":
+            how = "picture and text vector side by side" if is_side_by_side else "the model's own states"
+            found.notes.append(f"fine-tuned: the head reads {how}")
+        found.notes += filter(None, [run.doubt(path)])
+        found.notes += _on_other_splits(found)
+        return found
+    notes = [_how_to(task, path, "DIR")] if task.verb else []
     return TaskRun(task, "not fine-tuned", notes=notes, missing=Missing(task.expected, task.owners))
 
 
-def _how_to(task: PaperTask, model: str, data: str) -> str:
+def _how_to(task: PaperTask, path: str | None, data: str) -> str:
     out = f"runs/{task.verb}"
-    command = shlex.join(["trivium", "finetune", task.verb, "--init", model, "--data", data, "--out", out])
+    command = shlex.join(["trivium", "finetune", task.verb, "--init", path or "MODEL", "--data", data, "--out", out])
     return f"fine-tune it with `{command}`, then name the run with `--fine-tuned {out}`"
 
 
