@@ -42,6 +42,7 @@ from trivium.models.grounding import Grounds
 # Of the protocols: a change of what they measure is another number.
 VERSIONS = {"classification": 2, "retrieval": 2, "grounding": 1, "detection": 1, "fine-tuning": 1}
 
+NEARLY = 0.99  # of the published test samples: a few pictures that cannot be read do not make another figure
 AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training expressions (trivium finetune {})"
 NOT_TUNED = "nothing says that this model was fine-tuned for {}, and zero-shot figures do not stand in such a row"
 
@@ -154,7 +155,7 @@ def _one(
     folder = cache / "tasks" / f"{_slug(task.name)}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     kept = task_runs.kept(task, folder)
     if kept is not None:
-        return kept
+        return replace(kept, part=_part(kept, rows))
     begun = time.perf_counter()
 
     def tell(part: str) -> None:
@@ -182,10 +183,26 @@ def _one(
         return TaskRun(task, "unscored", notes=measured.notes, missing=Missing(task.expected, task.owners))
     named = {".".join(filter(None, (task.prefix, name))): result for name, result in measured.results.items()}
     found = TaskRun(task, "measured", named, measured.notes)
+    found.part = _part(found, rows)
     found.notes += _on_other_splits(found)
     if measured.is_final:
         task_runs.keep(found, folder, time.perf_counter() - begun)
     return found
+
+
+def _part(found: TaskRun, rows: int | None) -> str:
+    """Which part of the published test split was measured; "" where it is all of it, or nearly."""
+    if rows is not None:
+        return f"at most {rows:,} of each split"
+    task = found.task
+    whole = (
+        layouts.BY_NAME[task.name].test_size if task.kind == "classification"
+        else CAPTIONED[task.name].pictures if task.kind == "retrieval"
+        else LAYOUTS[task.verb].num_validation if task.kind == "detection"
+        else None
+    )  # fmt: skip
+    measured = min((result.n for result in found.results.values() if result.n is not None), default=0)
+    return f"{measured:,} of {whole:,}" if whole is not None and measured < NEARLY * whole else ""
 
 
 def lacks(task: PaperTask, bundle: Bundle) -> str | None:
