@@ -35,6 +35,10 @@ class BadSample(Exception):
         return BadSample, (self.file, self.where, self.why)
 
 
+class UnreadableNow(BadSample):
+    """A file that the disk or the network does not give, though it is there: another time it may."""
+
+
 def lost_process(error: RuntimeError) -> TriviumError | None:
     """What to tell the user where `error` says that another process of the run has ended; else None.
 

@@ -23,6 +23,7 @@ from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.evaluate import results, suite
 from trivium.evaluate.paper_tasks import SUITES
+from trivium.evaluate.tuned_runs import TunedRun
 from trivium.invariance.albef import TINY, random_albef
 from trivium.models.albef_heads import AnswerDecoder, TwoPictures
 
@@ -175,7 +176,7 @@ def test_a_statement_on_two_pictures_is_learned_and_asked(
     bundle = trivium.load(out)  # type: ignore[operator]
     task = next(task for task in SUITES["albef"] if task.name == "NLVR2")
     measured = results.read(out / "results.json")
-    [suited] = suite.run([task], bundle, None, tmp_path, fine_tuned=measured).tasks
+    [suited] = suite.run([task], bundle, None, tmp_path, fine_tuned=[TunedRun(out, measured)]).tasks
     assert suited.state == "read" and suited.figure(task.figures[0]) == measured["NLVR2.dev.accuracy"]
     assert isinstance(bundle.head, TwoPictures) == (family == "albef")
     red, blue = (data / f"dev/dev-{pair}-0-img0.png" for pair in (0, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import pytest
 
 from tests.evaluate.datasets import miniatures
 from tests.recipes.shop import checkpoint, trivium
+from trivium.cli.evaluate_suite import evaluate_suite, read_fine_tuned, tasks_of
+from trivium.errors import TriviumError
+from trivium.evaluate.paper_tasks import SUITES
+from trivium.evaluate.tuned_runs import of_task
+from trivium.recipes.own_head import PLACES
 
 
 @pytest.fixture
@@ -83,3 +89,87 @@ def test_damaged_data_is_reported_beside_what_could_be_measured(
     found = json.loads((out / "results.json").read_text())["results"]
     assert "DTD.linear_probe.accuracy" in found and "MNIST.linear_probe.accuracy" not in found
     assert "There, but not readable" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_is_to_be_fine_tuned_first_is_told_as_a_command_where_its_data_lies(
+    trained: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "glue" / "SST-2").mkdir(parents=True)
+    (root / "glue" / "SST-2" / "dev.tsv").write_text("sentence\tlabel\ngood \t1\n")
+    (root / "coco").mkdir()
+    (root / "coco" / "coco_train.json").write_text("[]")
+    out = tmp_path / "out"
+    for name, tasks in (("flava35", ["SST-2", "RTE", "DTD"]), ("albef", ["COCO retrieval"])):
+        capsys.readouterr()
+        code = trivium("evaluate", trained, "--suite", name, "--task", *tasks, "--data.root", root, "--out", out)
+        said = capsys.readouterr().out
+        if name == "albef":
+            assert code == 2, "nothing else is there to be measured"
+            command = f"trivium finetune retrieval_coco --init {trained} --data {root}/coco --out runs/retrieval_coco"
+            assert f"its data is there: fine-tune it with `{command}`" in said
+            assert "COCO retrieval: expected coco_{train,val,test}.json" not in said
+            continue
+        assert code == 0
+        command = f"trivium finetune sst2 --init {trained} --data {root}/glue --out runs/sst2"
+        assert f"SST-2: this model has no head for it; its data is there: fine-tune it with `{command}`" in said
+        assert "SST-2: expected" not in said
+        assert f"fine-tune it with `trivium finetune rte --init {trained} --data DIR" in said
+        assert "RTE: expected glue_data/RTE/{train,dev}.tsv" in said
+        page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+        assert command in page and "glue_data/SST-2" not in page
+
+
+def test_every_task_that_takes_fine_tuning_has_a_place_for_its_data() -> None:
+    tasks = {task for some in SUITES.values() for task in some if task.kind == "fine-tuning"}
+    assert {task.prefix for task in tasks} == PLACES.keys()
+
+
+def tuned(folder: Path, results: dict[str, float], init: Path | None = None) -> Path:
+    """What `trivium finetune` leaves of a run, as far as it is read."""
+    entries = {name: {"value": value, "low": None, "high": None, "n": None} for name, value in results.items()}
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"schema": 1, "results": entries}))
+    if init is not None:
+        config = {"recipe": "finetune", "arguments": {"task": "sst2"}, "values": {"init": str(init)}}
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_two_runs_of_one_task_and_seeds_without_a_median_are_refused(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    first = tuned(runs / "a", {"SST-2": 0.9, "seconds.total": 5.0})
+    second = tuned(runs / "b", {"SST-2.median": 0.8, "seconds.total": 7.0})
+    tuned(runs / "c", {"RTE": 0.6, "seconds.total": 9.0})
+    for tasks, folders in ((["SST-2"], [runs]), (["RTE", "SST-2"], [second, first])):
+        with pytest.raises(TriviumError, match=f"two runs of SST-2, {folders[0]}.* and {runs}/[ab]: name the one"):
+            evaluate_suite(tmp_path, "language", tasks, None, folders, None, tmp_path / "out", "cpu", 0.0)
+    chosen = {task.name: of_task(task, read_fine_tuned([runs, runs / "c"])) for task in tasks_of("language", ["rte"])}
+    assert chosen["RTE"] is not None and chosen["RTE"].seconds == 9.0, "the same run, named twice"
+    seeds = tmp_path / "seeds"
+    tuned(seeds / "seed-0", {"SST-2": 0.9})
+    (seeds / "seeds.json").write_text("[0, 1]")
+    with pytest.raises(
+        TriviumError, match=f"several seeds and no median of them yet: .*trivium finetune {seeds} --resume"
+    ):
+        read_fine_tuned([seeds])
+
+
+def test_a_run_that_began_from_another_model_is_told(
+    trained: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = tuned(tmp_path / "same", {"SST-2": 0.9, "seconds.total": 61.0}, checkpoint(trained, 6) / "model")
+    other = tuned(tmp_path / "other", {"RTE": 0.6}, tmp_path)
+    silent = tuned(tmp_path / "silent", {"CoLA": 0.5})
+    out = tmp_path / "out"
+    words = ("--suite", "language", "--fine-tuned", same, other, silent, "--out", out)
+    assert trivium("evaluate", trained, *words) == 0
+    page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+    said = capsys.readouterr().err
+    for doubt in (
+        f"{other} was fine-tuned from {tmp_path}, not from {trained}: these are figures of another model",
+        f"nothing says which model {silent} was fine-tuned from, so it may not be {trained}",
+    ):
+        assert doubt in page and doubt in said
+    assert str(same) not in said
+    assert "<td>SST-2<small>its run of trivium finetune, which took this long</small></td><td>1 min 01 s</td>" in page
+    assert "<td>RTE<small>its run of trivium finetune, which does not say</small></td><td>–</td>" in page

@@ -155,7 +155,7 @@ def test_a_picture_of_another_size_than_its_boxes_is_named_and_left_out(tmp_path
 
     found, bad = find(Sees(), rows)  # type: ignore[arg-type]
     assert list(found) == [0]
-    assert bad == [f"{tmp_path / 'train2017' / '2.png'}: it has 20 x 30 pixels, not 30 x 20 as stated"]
+    assert list(map(str, bad)) == [f"{tmp_path / 'train2017' / '2.png'}: it has 20 x 30 pixels, not 30 x 20 as stated"]
 
 
 def test_an_attribute_is_right_on_the_box_that_covers_it(tmp_path: Path) -> None:

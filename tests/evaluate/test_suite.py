@@ -19,6 +19,7 @@ from PIL import Image
 from tests.cli.test_evaluate import Addresses
 from tests.evaluate.datasets import miniatures
 from tests.evaluate.datasets.test_captions import CAPTIONS, flickr
+from tests.evaluate.test_grounding import tiny_bundle
 from tests.test_load import new_bundle
 from trivium.bundle import Bundle
 from trivium.data import duplicates
@@ -39,6 +40,7 @@ from trivium.evaluate.published import Cell, Column
 from trivium.evaluate.results import Result
 from trivium.evaluate.suite_report import SuiteReport
 from trivium.evaluate.task_runs import SuiteRun, TaskRun
+from trivium.evaluate.tuned_runs import TunedRun
 from trivium.models.encoded import Matches
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.recipes.tasks import TASKS as TUNED
@@ -326,6 +328,10 @@ def test_a_second_call_reads_what_the_first_kept(bundle: Bundle, root: Path, tmp
     assert suite.run(tasks, bundle, root, tmp_path).tasks[0].state == "measured"
     capped = suite.run(tasks[:1], bundle, root, tmp_path, rows=5).tasks[0]
     assert capped.state == "measured" and capped.results["DTD.knn.accuracy"].n == 5
+    assert capped.part == "at most 5 of each split" and {each.part for each in second.tasks} == {
+        "9 of 1,880",
+        "3 of 1,000",
+    }
     assert "at most 5 pictures of each split" in capped.notes[0]
     torch.manual_seed(4)
     assert suite.run(tasks[:1], new_bundle(), root, tmp_path).tasks[0].state == "measured"
@@ -363,7 +369,7 @@ def test_figures_of_fine_tuning_are_read_under_their_title(bundle: Bundle, tmp_p
         "Hateful Memes (concatenated)": Result(0.6), "Hateful Memes (concatenated).dev_seen.auroc": Result(0.6),
         "SST-20": Result(0.1),
     }  # fmt: skip
-    run = suite.run(SUITES["flava35"], bundle, None, tmp_path, fine_tuned=tuned)
+    run = suite.run(SUITES["flava35"], bundle, None, tmp_path, fine_tuned=[TunedRun(Path(), tuned)])
     values = run.values()
     assert values == {
         ("SST-2 (fine-tune)", 0): 90, ("MNLI (fine-tune)", 0): 70, ("HatefulMemes (fine-tune)", 0): 60,
@@ -372,7 +378,7 @@ def test_figures_of_fine_tuning_are_read_under_their_title(bundle: Bundle, tmp_p
     assert memes.state == "read" and "side by side" in memes.notes[0]
     assert "ours is dev_seen.auroc, since dev_unseen, on which" in memes.notes[1]
     tuned |= {"Hateful Memes (concatenated).dev_unseen.auroc": Result(0.5)}
-    run = suite.run([memes.task], bundle, None, tmp_path, fine_tuned=tuned)
+    run = suite.run([memes.task], bundle, None, tmp_path, fine_tuned=[TunedRun(Path(), tuned)])
     assert run.values() == {("HatefulMemes (fine-tune)", 0): 50} and len(run.tasks[0].notes) == 1
 
 
@@ -388,7 +394,7 @@ def test_vqa_is_shown_on_dev_where_the_answers_of_the_papers_split_are_not_publi
 ) -> None:
     tuned = {"VQAv2": Result(0.6), "VQAv2.dev.accuracy": Result(0.6)}
     for name in ("flava35", "albef", "unit"):
-        run = suite.run(SUITES[name], bundle, None, tmp_path, fine_tuned=tuned)
+        run = suite.run(SUITES[name], bundle, None, tmp_path, fine_tuned=[TunedRun(Path(), tuned)])
         [vqa] = [each for each in run.tasks if each.task.name == "VQAv2"]
         assert run.values()[vqa.task.key, 0] == 60
         assert any("ours is dev.accuracy, since" in note for note in vqa.notes)
@@ -397,7 +403,11 @@ def test_vqa_is_shown_on_dev_where_the_answers_of_the_papers_split_are_not_publi
         line = next(csv.DictReader(io.StringIO(suite_report.as_csv(SuiteRun([vqa]), []))))
         assert line["metric"] == "VQA accuracy (ours: dev.accuracy)" and line["this model"] == "60.000"
     run = suite.run(
-        SUITES["albef"], bundle, None, tmp_path, fine_tuned=tuned | {"VQAv2.test_dev.accuracy": Result(0.5)}
+        SUITES["albef"],
+        bundle,
+        None,
+        tmp_path,
+        fine_tuned=[TunedRun(Path(), tuned | {"VQAv2.test_dev.accuracy": Result(0.5)})],
     )
     [vqa] = [each for each in run.tasks if each.task.name == "VQAv2"]
     assert run.values()[vqa.task.key, 0] == 50 and not any("ours is dev" in note for note in vqa.notes)
@@ -421,7 +431,7 @@ def test_fine_tuned_retrieval_takes_the_re_ranked_figures_where_there_are_some(b
     task = next(t for t in SUITES["albef"] if t.name == "COCO retrieval" and t.protocol == "fine-tune")
     read = {f"COCO retrieval.{name}": Result(value) for name, value in
             (("test.tr_r1", 0.7), ("test.tr_reranked_r1", 0.77), ("test.ir_r1", 0.5), ("dev.tr_r1", 0.6))}  # fmt: skip
-    [found] = suite.run([task], bundle, None, tmp_path, fine_tuned=read).tasks
+    [found] = suite.run([task], bundle, None, tmp_path, fine_tuned=[TunedRun(Path(), read)]).tasks
     values = {figure.metric: found.figure(figure) for figure in task.figures}
     assert found.state == "read"
     assert values["TR R@1"] == Result(0.77) and values["IR R@1"] == Result(0.5) and values["IR R@5"] is None
@@ -435,7 +445,7 @@ def test_zero_shot_figures_stand_in_no_fine_tuned_row_and_in_no_average_of_them(
         assert run.tasks[0].state in ("measured", "kept"), "the zero-shot row"
         values = [name for name, _ in run.values() if name.endswith("(fine-tune)")]
         found = {each.task.name: each for each in run.tasks if each.task.protocol == "fine-tune"}
-        assert set(values) == {each.task.key for each in found.values() if each.results}
+        assert not values, "three pictures are a part of the data"
         return found
 
     pretrained = fine_tuned(bundle)
@@ -509,8 +519,53 @@ def test_boxes_that_cannot_be_measured_are_told_why(bundle: Bundle, scenes: Path
     state, note = state_and_note(other, scenes)
     assert state == "damaged" and "class 2" in note and "knows it as 'a cat'" in note
     tuned = {"VG detection.val.ap": Result(0.1)}
-    [read] = suite.run(SUITES["unit"][1:2], detector(scenes), scenes, tmp_path, fine_tuned=tuned).tasks
+    [read] = suite.run(
+        SUITES["unit"][1:2], detector(scenes), scenes, tmp_path, fine_tuned=[TunedRun(Path(), tuned)]
+    ).tasks
     assert read.state == "read" and read.results == tuned
+
+
+@pytest.mark.parametrize("kind", ["detection", "grounding"])
+def test_a_figure_over_boxes_is_kept_for_these_pictures_alone(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "detection":
+        write_scenes(Scenes("new-scenes", 3), tmp_path, ("coco",))
+        task, of, root = SUITES["unit"][0], detector(tmp_path, ("coco",)), tmp_path
+    else:
+        write_scenes(Scenes("held-out-style", 3, seed=3), tmp_path, ("refcoco",))
+        [grounded] = [task for task in SUITES["albef"] if task.kind == "grounding"]
+        task, of, root = replace(grounded, name="RefCOCO"), tiny_bundle(), tmp_path / "refcoco"
+    picture = sorted(path for path in root.rglob("*.[jp][pn]g") if "val" in str(path.relative_to(root)))[0]
+
+    def found() -> TaskRun:
+        return suite.run([task], of, root, tmp_path / "cache").tasks[0]
+
+    whole = found()
+    assert whole.state == "measured" and found().state == "kept"
+    os.utime(picture, ns=(1, 1))
+    assert found().state == "measured", "another picture of the same name"
+    content = picture.read_bytes()
+    picture.unlink()
+    partial = found()
+    assert partial.state == "measured" and any(str(picture) in note for note in partial.notes)
+    picture.write_bytes(content)
+    again = found()
+    assert again.state == "measured" and again.results == whole.results
+
+    read_bytes = Path.read_bytes
+
+    def fails(path: Path) -> bytes:
+        if path == picture:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(path)
+
+    os.utime(picture, ns=(2, 2))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fails)
+        assert "Input/output error" in "\n".join(found().notes)
+    assert found().state == "measured", "what the disk did not give is asked for again"
+    assert found().state == "kept"
 
 
 def test_a_model_without_texts_is_told_what_it_cannot_do(tmp_path: Path) -> None:
@@ -531,7 +586,8 @@ def test_a_model_without_texts_is_told_what_it_cannot_do(tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def written(bundle: Bundle, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    run = suite.run(SUITES["flava35"], bundle, root, out / "cache", fine_tuned={"RTE": Result(0.5776, 0.52, 0.63, 277)})
+    rte = TunedRun(Path("rte"), {"RTE": Result(0.5776, 0.52, 0.63, 277), "seconds.total": Result(3754.0)})
+    run = suite.run(SUITES["flava35"], bundle, root, out / "cache", fine_tuned=[rte])
     suite_report.write(out, SuiteReport("FLAVA's tasks <a miniature>", run, {"total": 1.5}, "trivium evaluate x"))
     return out
 
@@ -539,7 +595,7 @@ def written(bundle: Bundle, root: Path, tmp_path_factory: pytest.TempPathFactory
 def test_results_have_the_papers_own_number_beside_ours(written: Path) -> None:
     found = json.loads((written / "results.json").read_text())["results"]
     assert found["RTE"]["published"] == pytest.approx(0.5776)
-    assert found["CIFAR10.linear_probe.accuracy"]["published"] == pytest.approx(0.9287)
+    assert "published" not in found["CIFAR10.linear_probe.accuracy"], "a few pictures of 10,000"
     assert "published" not in found["CIFAR10.knn.accuracy"]
 
 
@@ -559,6 +615,26 @@ def test_the_papers_number_stands_beside_that_of_ours_which_the_page_shows() -> 
     assert memes["dev.auroc"] is None and memes["dev_seen.auroc"] is None
 
 
+@pytest.mark.parametrize(("n", "rows"), [(1_880, None), (1_870, None), (1_850, None), (1_880, 5_000)])
+def test_a_figure_of_a_part_of_the_data_is_marked_and_not_compared(n: int, rows: int | None) -> None:
+    tasks = [TaskRun(TASKS["DTD"], "measured", {"DTD.linear_probe.accuracy": Result(0.5, n=n)})]
+    tasks[0].part = suite._part(tasks[0], rows)
+    run, is_whole = SuiteRun(tasks), rows is None and n != 1_850
+    published = suite_report.columns([TASKS["DTD"]])
+    beside = suite_report.with_published(run, published)["DTD.linear_probe.accuracy"].published
+    assert (beside is not None) == is_whole
+    page = suite_report.render(SuiteReport("DTD", run, {}), published)
+    data = json.loads(re.search(r'<script id="numbers"[^>]*>(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    assert ("this model" in data["columns"]) == is_whole
+    line = next(csv.DictReader(io.StringIO(suite_report.as_csv(run, published))))
+    marked = (
+        "accuracy"
+        if is_whole
+        else f"accuracy (ours: {'1,850 of 1,880' if rows is None else 'at most 5,000 of each split'})"
+    )
+    assert line["metric"] == marked and f"<small>{marked}</small>" in page and line["this model"] == "50.000"
+
+
 def test_the_csv_has_a_line_a_figure_and_a_column_a_system(written: Path) -> None:
     rows = list(csv.DictReader((written / "results.csv").open()))
     assert len(rows) == sum(len(task.figures) for task in SUITES["flava35"])
@@ -571,6 +647,7 @@ def test_the_csv_has_a_line_a_figure_and_a_column_a_system(written: Path) -> Non
         "read",
     )
     assert rte["FLAVA: FLAVA full (col 6)"] == "57.76"
+    assert rte["seconds"] == "3754.0", "of its run"
     qqp = next(row for row in rows if row["task"] == "QQP")
     assert qqp["FLAVA: FLAVA without unimodal init (col 5)"] == "88.60*" and qqp["this model"] == ""
     assert qqp["CLIP: ViT-B/16 trained on PMD (Table 5 row 10)"] == "75.4 / 43.0*"
@@ -587,6 +664,7 @@ def test_the_page_stands_alone_and_says_everything(written: Path) -> None:
         "There, but not readable", '<a href="https://image-net.org/download.php"', "88.60*", "What took how long",
     ):  # fmt: skip
         assert said in page, said
+    assert "<td>RTE<small>its run of trivium finetune, which took this long</small></td><td>62 min 34 s</td>" in page
     data = json.loads(re.search(r'<script id="numbers"[^>]*>(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
     assert data["columns"][0] == "this model"
     flava = data["columns"].index("FLAVA: FLAVA full (col 6)")

@@ -255,7 +255,7 @@ def test_a_model_that_was_not_tuned_for_retrieval_stands_in_its_zero_shot_row_al
     assert not any(line["this model"] for line in of["fine-tune"])
     page = html.unescape((out / "report.html").read_text())
     assert "nothing says that this model was fine-tuned for Flickr30K retrieval" in page
-    assert "fine-tune it with `trivium finetune retrieval_flickr30k --init MODEL" in page
+    assert f"fine-tune it with `trivium finetune retrieval_flickr30k --init {model} --data DIR" in page
     words = ("evaluate", model, "--suite", "albef", "--task", "COCO retrieval", "--data.root", root, "--out", out)
     capsys.readouterr()
     assert run(*words) == 2  # of COCO the suite has fine-tuned rows alone

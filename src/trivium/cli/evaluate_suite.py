@@ -9,14 +9,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from trivium.cli.finetune import SEEDS
 from trivium.errors import TriviumError
-from trivium.evaluate import results, suite, suite_report
+from trivium.evaluate import results, suite, suite_report, tuned_runs
 from trivium.evaluate.feature_store import cache_root
 from trivium.evaluate.paper_tasks import SUITES, PaperTask
-from trivium.evaluate.results import Results
 from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun
+from trivium.evaluate.tuned_runs import TunedRun
 from trivium.load import load
 from trivium.recipes.own_head import open_own
+from trivium.train import config as configuration
 from trivium.train import run_folder
 from trivium.train.precision import choose_device
 
@@ -46,12 +48,18 @@ def evaluate_suite(
     if out.exists() and not out.is_dir():
         raise TriviumError(f"{out} is a file: name a folder with --out")
     tuned = read_fine_tuned(fine_tuned)
+    chosen_runs = [tuned_runs.of_task(task, tuned) for task in tasks]  # before anything is measured
     bundle = load(path, choose_device(device))
 
     def say(sentence: str) -> None:
         print(sentence, file=sys.stderr)
 
-    run = suite.run(tasks, bundle, root, cache_root(), fine_tuned=tuned, rows=rows, say=say, own=open_own)
+    for tuned_run in dict.fromkeys(filter(None, chosen_runs)):
+        if (doubt := tuned_run.doubt(str(path))) is not None:
+            say(f"--fine-tuned: {doubt}")
+    run = suite.run(
+        tasks, bundle, root, cache_root(), fine_tuned=tuned, rows=rows, say=say, own=open_own, path=str(path)
+    )
     if not any(each.state in HAS_FIGURES for each in run.tasks):
         _list_absent(run)
         if not any(each.state in ("unscored", "damaged", "failed") for each in run.tasks):
@@ -99,20 +107,35 @@ def tasks_of(name: str | None, chosen: Sequence[str]) -> list[PaperTask]:
     return list(dict.fromkeys(found))
 
 
-def read_fine_tuned(folders: Sequence[Path]) -> Results:
-    """The results of runs of `trivium finetune`: of each folder itself, or of the run folders in it."""
-    found: Results = {}
+def read_fine_tuned(folders: Sequence[Path]) -> list[TunedRun]:
+    """Runs of `trivium finetune`: each folder itself, or the run folders in it. Raises TriviumError."""
+    found: dict[Path, TunedRun] = {}
     for folder in folders:
-        files = (
-            [folder / "results.json"] if (folder / "results.json").is_file() else sorted(folder.glob("*/results.json"))
-        )
-        if not files:
+        is_run = (folder / "results.json").is_file()
+        if not is_run and (folder / SEEDS).is_file():
+            raise TriviumError(
+                f"--fine-tuned {folder} holds runs of several seeds and no median of them yet: end them with"
+                f" `{shlex.join(['trivium', 'finetune', str(folder), '--resume'])}`, or name the run of one seed"
+            )
+        runs = [folder] if is_run else sorted(file.parent for file in folder.glob("*/results.json"))
+        if not runs:
             raise TriviumError(
                 f"--fine-tuned {folder} holds no results.json: name a run of trivium finetune that is done"
             )
-        for file in files:
-            found |= results.read(file)
-    return found
+        for run in runs:
+            found.setdefault(run.resolve(), TunedRun(run, results.read(run / "results.json"), _init(run)))
+    return list(found.values())
+
+
+def _init(run: Path) -> str | None:
+    """What a run began from, or the first of those of several seeds."""
+    for file in [run / "config.json", *sorted(run.glob("seed-*/config.json"))]:
+        try:
+            init = configuration.load(file).values.get("init")
+        except TriviumError:
+            continue
+        return init if isinstance(init, str) else None
+    return None
 
 
 def _list_absent(run: SuiteRun) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from trivium.data.remote import RemoteFile, is_remote
-from trivium.errors import BadSample, TriviumError
+from trivium.errors import BadSample, TriviumError, UnreadableNow
 from trivium.train.protocol import Sample, hash64
 
 Kind = Literal["pairs", "images", "text"]
@@ -118,7 +118,9 @@ class RowSource(ABC):
             data = Path(path).read_bytes()
         except FileNotFoundError:
             raise self.bad(row, f"its picture{named} does not exist") from None
-        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
+        except OSError as error:
+            raise UnreadableNow(*self.where(row), f"its picture{named} cannot be read: {error}") from None
+        except ValueError as error:  # a path with a zero byte in it
             raise self.bad(row, f"its picture{named} cannot be read: {error}") from None
         if not data:
             raise self.bad(row, f"its picture{named} has zero bytes")

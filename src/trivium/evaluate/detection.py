@@ -19,7 +19,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image, ImageDraw
 
 from trivium.bundle import Bundle
-from trivium.data.decode import decode
+from trivium.data.decode import DecodeError, decode
 from trivium.data.detection import DetectionRows, corners
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import average_precision, charts
@@ -38,25 +38,28 @@ COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9
 
 def find(
     bundle: Bundle, rows: DetectionRows, task: str | None = None, batch: int = 32
-) -> tuple[dict[int, Objects], list[str]]:
-    """What a model finds in each picture, by row, and a sentence for each picture that cannot be read.
+) -> tuple[dict[int, Objects], list[BadSample]]:
+    """What a model finds in each picture, by row, and the pictures that cannot be read.
 
     Raises TriviumError where none can.
     """
     found: dict[int, Objects] = {}
-    bad: list[str] = []
+    bad: list[BadSample] = []
     for first in range(0, len(rows), batch):
         several, pictures = [], []
         for row in range(first, min(first + batch, len(rows))):
             try:
                 picture = decode(rows.picture(row))
-            except (BadSample, ValueError) as error:
-                bad.append(f"{rows.path(row)}: {error}")
+            except BadSample as error:
+                bad.append(error)
+                continue
+            except DecodeError as error:
+                bad.append(BadSample(rows.path(row), "", str(error)))
                 continue
             stated = rows.pictures[row].height, rows.pictures[row].width
             if picture.shape[:2] != stated:  # its boxes are of another picture
                 sizes = [f"{width} x {height}" for height, width in (picture.shape[:2], stated)]
-                bad.append(f"{rows.path(row)}: it has {sizes[0]} pixels, not {sizes[1]} as stated")
+                bad.append(BadSample(rows.path(row), "", f"it has {sizes[0]} pixels, not {sizes[1]} as stated"))
                 continue
             pictures.append(picture)
             several.append(row)

@@ -27,8 +27,8 @@ from torch import Tensor
 from trivium.bundle import Bundle
 from trivium.data import duplicates
 from trivium.data.transforms import resize
-from trivium.errors import BadSample, TriviumError
-from trivium.evaluate.datasets.pictures import Pictures, UnreadableNow
+from trivium.errors import BadSample, TriviumError, UnreadableNow
+from trivium.evaluate.datasets.pictures import Pictures
 from trivium.manifest import file_beside
 from trivium.models.encoded import EncodesImage, EncodesText
 

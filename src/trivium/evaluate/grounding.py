@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from trivium.bundle import Bundle
 from trivium.data.referring import SPLITS, Box, Expression, Referring
-from trivium.errors import TriviumError
+from trivium.errors import BadSample, TriviumError, UnreadableNow
 from trivium.evaluate.results import Results, mean_of
 
 HIT = 0.5  # overlap from which on a box is right
@@ -42,6 +42,7 @@ class Grounded:
     results: Results = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    is_final: bool = True  # False: a picture could not be read that may be another time
 
 
 def overlap(box: Box | np.ndarray, boxes_K4: np.ndarray) -> np.ndarray:
@@ -121,7 +122,7 @@ def run(
         if rows is not None and rows < len(expressions):
             expressions = [expressions[n] for n in np.arange(rows) * len(expressions) // rows]
         say(f"{data.name}, {split}: {len(expressions):,} expressions")
-        _measure(bundle, data, split, expressions, [str(each) for each in bad], block, by, found)
+        _measure(bundle, data, split, expressions, bad, block, by, found)
     return found
 
 
@@ -130,7 +131,7 @@ def _measure(
     data: Referring,
     split: str,
     expressions: Sequence[Expression],
-    bad: list[str],
+    bad: list[BadSample],
     block: int | None,
     by: By,
     found: Grounded,
@@ -167,6 +168,7 @@ def _measure(
         if name.endswith(".chance"):
             found.chance[f"{split}.{name.removesuffix('.chance')}"] = float(np.mean(values))
         found.results[f"{split}.{name}"] = mean_of(np.array(values), units)
+    found.is_final &= not any(isinstance(each, UnreadableNow) for each in bad)
     if bad:
         found.notes.append(f"{split}: {len(bad):,} expressions are left out; the first: {bad[0]}")
     if unproposed:
@@ -174,9 +176,9 @@ def _measure(
 
 
 def _heats(
-    bundle: Bundle, expressions: Sequence[Expression], block: int | None, by: By, bad: list[str]
+    bundle: Bundle, expressions: Sequence[Expression], block: int | None, by: By, bad: list[BadSample]
 ) -> Iterator[tuple[Expression, Tensor]]:
-    """Each expression with its heat; each picture is encoded once. bad: gets a sentence for each that is left out."""
+    """Each expression with its heat; each picture is encoded once. bad: gets each that is left out."""
     of_picture: dict[str, list[Expression]] = {}
     for expression in expressions:
         of_picture.setdefault(expression.image, []).append(expression)
@@ -189,7 +191,9 @@ def _heats(
             try:
                 pixels = bundle.transform(Path(path).read_bytes())
             except (OSError, ValueError) as error:
-                bad += [f"{each.file} ({each.where}): its picture {path} cannot be read ({error})" for each in mine]
+                is_there = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+                kind = UnreadableNow if is_there else BadSample
+                bad += [kind(each.file, each.where, f"its picture {path} cannot be read ({error})") for each in mine]
                 continue
             pictures.append(pixels)
             asked += mine

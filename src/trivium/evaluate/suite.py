@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -22,9 +23,9 @@ import torch
 
 from trivium.bundle import Bundle
 from trivium.data.detection import LAYOUTS, DetectionRows, find_val
-from trivium.data.referring import Referring, find_referring
-from trivium.errors import BadSample, TriviumError
-from trivium.evaluate import detection, grounding, pairs, task_runs
+from trivium.data.referring import SPLITS, Referring, find_referring
+from trivium.errors import BadSample, TriviumError, UnreadableNow
+from trivium.evaluate import detection, grounding, pairs, task_runs, tuned_runs
 from trivium.evaluate import features as encoding
 from trivium.evaluate.classification import Measured, classification
 from trivium.evaluate.datasets import Missing, find, layouts
@@ -33,14 +34,15 @@ from trivium.evaluate.datasets.captions import Captioned, find_captions
 from trivium.evaluate.datasets.pictures import DataSet, with_rows
 from trivium.evaluate.feature_store import ModelEncoder, features, identity, model_hash, stamp_of
 from trivium.evaluate.paper_tasks import PaperTask
-from trivium.evaluate.results import Result
 from trivium.evaluate.task_runs import SuiteRun, TaskRun
+from trivium.evaluate.tuned_runs import TunedRun
 from trivium.models.encoded import Detects, EncodesImage, EncodesText, Matches
 from trivium.models.grounding import Grounds
 
 # Of the protocols: a change of what they measure is another number.
 VERSIONS = {"classification": 2, "retrieval": 2, "grounding": 1, "detection": 1, "fine-tuning": 1}
 
+NEARLY = 0.99  # of the published test samples: a few pictures that cannot be read do not make another figure
 AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training expressions (trivium finetune {})"
 NOT_TUNED = "nothing says that this model was fine-tuned for {}, and zero-shot figures do not stand in such a row"
 
@@ -66,7 +68,8 @@ class OwnTask(ABC):
         """
 
 
-OpenOwn = Callable[[PaperTask, Bundle, Path | None], OwnTask | Missing | None]  # None: the model has no head for it
+# A folder: the data is there, and the model has no head for it; None: neither is there.
+OpenOwn = Callable[[PaperTask, Bundle, Path | None], OwnTask | Path | Missing | None]
 
 
 def run(
@@ -75,25 +78,27 @@ def run(
     root: Path | None,
     cache: Path,
     *,
-    fine_tuned: Mapping[str, Result] | None = None,
+    fine_tuned: Sequence[TunedRun] = (),
     rows: int | None = None,
     say: Callable[[str], None] = lambda _: None,
     own: OpenOwn = lambda *_: None,
+    path: str | None = None,
 ) -> SuiteRun:
     """Measure every task whose data is below `root`, and say of each other what it lacks.
 
     Args:
         cache: folder of features and of what was measured before.
-        fine_tuned: results of `trivium finetune`, by name.
+        fine_tuned: runs of `trivium finetune`.
         rows: at most so many pictures of each split; such figures are not those of the papers.
         own: opens the rows of a task that takes fine-tuning, for the head that a model has (recipes/own_head.py).
+        path: where the model is: for the commands that are told, and to see whether a run began from it.
     """
     encoder = ModelEncoder(bundle) if isinstance(bundle.model, EncodesImage) else None
     done = []
     for task in tasks:
         begun = time.perf_counter()
         try:
-            found = _one(task, bundle, encoder, root, cache, fine_tuned or {}, rows, say, own)
+            found = _one(task, bundle, encoder, root, cache, fine_tuned, rows, say, own, path)
         except (TriviumError, BadSample) as error:
             found = TaskRun(task, "damaged", notes=[str(error)])
             say(f"{task.name}: {error}")
@@ -112,28 +117,31 @@ def _one(
     encoder: ModelEncoder | None,
     root: Path | None,
     cache: Path,
-    fine_tuned: Mapping[str, Result],
+    fine_tuned: Sequence[TunedRun],
     rows: int | None,
     say: Callable[[str], None],
     own: OpenOwn,
+    path: str | None,
 ) -> TaskRun:
     cannot = lacks(task, bundle)
     if cannot is not None:
         return TaskRun(task, "not applicable", notes=[cannot])
     data: Data | None = None
     if task.kind in ("grounding", "detection", "fine-tuning"):
-        read = _fine_tuned(task, fine_tuned)
+        read = _fine_tuned(task, fine_tuned, path)
         if read.state == "read":
             return read
     if task.kind == "fine-tuning":
-        if task.name in CAPTIONED:
-            if task.name not in bundle.tuned_for:
-                return replace(read, notes=[f"{NOT_TUNED.format(task.name)}: {' '.join(read.notes)}"])
-            found = _one(replace(task, kind="retrieval"), bundle, encoder, root, cache, {}, rows, say, own)
+        if task.name in CAPTIONED and task.name in bundle.tuned_for:
+            found = _one(replace(task, kind="retrieval"), bundle, encoder, root, cache, (), rows, say, own, path)
             return _as_fine_tuned(found, task, bundle.tuned_for)
-        data = own(task, bundle, root)
-        if data is None:
-            return read
+        opened = own(task, bundle, root)
+        if opened is None or isinstance(opened, Path):
+            why = NOT_TUNED.format(task.name) if task.name in CAPTIONED else "this model has no head for it"
+            told = read.notes if opened is None else [f"its data is there: {_how_to(task, path, str(opened))}"]
+            missing = read.missing if opened is None else None
+            return replace(read, missing=missing, notes=[f"{why}; {each}" for each in told])
+        data = opened
     else:
         data = _data(task, root)
     if isinstance(data, Missing):
@@ -147,7 +155,7 @@ def _one(
     folder = cache / "tasks" / f"{_slug(task.name)}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     kept = task_runs.kept(task, folder)
     if kept is not None:
-        return kept
+        return replace(kept, part=_part(kept, rows))
     begun = time.perf_counter()
 
     def tell(part: str) -> None:
@@ -161,7 +169,7 @@ def _one(
         measured = classification(data, encoder, cache / "features", bundle, tell)
     elif isinstance(data, Referring):
         grounded = grounding.run(bundle, data, rows=rows, say=tell)
-        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS.format(task.verb)])
+        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS.format(task.verb)], grounded.is_final)
     elif isinstance(data, Boxes):
         measured = detected(task, bundle, data, tell)
     else:
@@ -175,10 +183,26 @@ def _one(
         return TaskRun(task, "unscored", notes=measured.notes, missing=Missing(task.expected, task.owners))
     named = {".".join(filter(None, (task.prefix, name))): result for name, result in measured.results.items()}
     found = TaskRun(task, "measured", named, measured.notes)
+    found.part = _part(found, rows)
     found.notes += _on_other_splits(found)
     if measured.is_final:
         task_runs.keep(found, folder, time.perf_counter() - begun)
     return found
+
+
+def _part(found: TaskRun, rows: int | None) -> str:
+    """Which part of the published test split was measured; "" where it is all of it, or nearly."""
+    if rows is not None:
+        return f"at most {rows:,} of each split"
+    task = found.task
+    whole = (
+        layouts.BY_NAME[task.name].test_size if task.kind == "classification"
+        else CAPTIONED[task.name].pictures if task.kind == "retrieval"
+        else LAYOUTS[task.verb].num_validation if task.kind == "detection"
+        else None
+    )  # fmt: skip
+    measured = min((result.n for result in found.results.values() if result.n is not None), default=0)
+    return f"{measured:,} of {whole:,}" if whole is not None and measured < NEARLY * whole else ""
 
 
 def lacks(task: PaperTask, bundle: Bundle) -> str | None:
@@ -232,29 +256,26 @@ def _data(task: PaperTask, root: Path | None) -> Data:
     return Missing(task.expected, task.owners) if found is None else found
 
 
-def _fine_tuned(task: PaperTask, results_by_name: Mapping[str, Result]) -> TaskRun:
-    """The figures that a run of `trivium finetune` left: under its title, or under "title (concatenated)" where picture
-    and text were read side by side. Of several seeds the median counts."""
-    for title in (task.prefix, f"{task.prefix} (concatenated)"):
-        mine = {}
-        for name, result in results_by_name.items():
-            plain = name.removesuffix(".median")
-            if plain == title or plain.startswith(f"{title}."):
-                mine[task.prefix + plain.removeprefix(title)] = result
-        if mine:
-            found = TaskRun(task, "read", mine)
-            if task.domain == "multimodal":
-                how = "picture and text vector side by side" if title != task.prefix else "the model's own states"
-                found.notes.append(f"fine-tuned: the head reads {how}")
-            found.notes += _on_other_splits(found)
-            return found
-    if task.verb:
-        return TaskRun(
-            task, "not fine-tuned", missing=Missing(task.expected, task.owners),
-            notes=[f"fine-tune it with `trivium finetune {task.verb} --init MODEL --data DIR`, then name the run with"
-                   " --fine-tuned"],
-        )  # fmt: skip
-    return TaskRun(task, "not fine-tuned", missing=Missing(task.expected, task.owners))
+def _fine_tuned(task: PaperTask, runs: Sequence[TunedRun], path: str | None) -> TaskRun:
+    """The figures that a run of `trivium finetune` left."""
+    run = tuned_runs.of_task(task, runs)
+    if run is not None:
+        figures, is_side_by_side = run.figures(task)
+        found = TaskRun(task, "read", figures, seconds=run.seconds)
+        if task.domain == "multimodal":
+            how = "picture and text vector side by side" if is_side_by_side else "the model's own states"
+            found.notes.append(f"fine-tuned: the head reads {how}")
+        found.notes += filter(None, [run.doubt(path)])
+        found.notes += _on_other_splits(found)
+        return found
+    notes = [_how_to(task, path, "DIR")] if task.verb else []
+    return TaskRun(task, "not fine-tuned", notes=notes, missing=Missing(task.expected, task.owners))
+
+
+def _how_to(task: PaperTask, path: str | None, data: str) -> str:
+    out = f"runs/{task.verb}"
+    command = shlex.join(["trivium", "finetune", task.verb, "--init", path or "MODEL", "--data", data, "--out", out])
+    return f"fine-tune it with `{command}`, then name the run with `--fine-tuned {out}`"
 
 
 def _on_other_splits(found: TaskRun) -> list[str]:
@@ -292,6 +313,7 @@ def detected(task: PaperTask, bundle: Bundle, data: Boxes, say: Callable[[str], 
     seen, bad = detection.find(bundle, data.rows, task.verb)
     figures = detection.measure(data.rows, seen, data.classes)
     found = Measured({f"{layout.validation}.{name}": result for name, result in figures.items()})
+    found.is_final = not any(isinstance(each, UnreadableNow) for each in bad)
     if bad:
         found.notes.append(f"{len(bad):,} pictures cannot be read and are left out; the first: {bad[0]}")
     if layout.num_validation not in (None, len(data.rows)):
@@ -336,9 +358,11 @@ def _identity(data: DataSet | Captioned | Referring | Boxes | OwnTask) -> str:
     if isinstance(data, OwnTask):
         return data.identity
     if isinstance(data, Boxes):
-        return f"{stamp_of(Path(data.rows.file))} {data.rows.folders} {len(data.rows)}"
+        files = [data.rows.file, *map(data.rows.path, range(len(data.rows)))]
+        return "".join(stamp_of(Path(file)) for file in files)
     if isinstance(data, Referring):
-        return "\n".join(map(stamp_of, data.tables))
+        measured = [each for split in SPLITS if split in data.splits for each in data.good(split)]
+        return "".join(map(stamp_of, [*data.tables, *map(Path, sorted({each.image for each in measured}))]))
     if isinstance(data, Captioned):
         return f"{identity(data.pictures)} {data.captions!r}"
     splits = [f"{identity(split.pictures)} {split.labels_N.tobytes().hex()}" for split in data.every]

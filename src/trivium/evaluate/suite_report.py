@@ -76,7 +76,7 @@ def with_published(run: SuiteRun, published: Sequence[Column]) -> dict[str, Resu
     """Our results, and beside those that a paper prints the number of its own model, as a share."""
     found = dict(run.results)
     own = papers_own(published)
-    for each in run.tasks:
+    for each in (each for each in run.tasks if not each.part):
         for place, figure in enumerate(each.task.figures):
             name = each.own_name(figure)  # a figure of another split has none
             cell = None if own is None else own.cells.get((each.task.key, place))
@@ -151,7 +151,7 @@ def headline(run: SuiteRun, own: Averages) -> list[str]:
     for domain, tasks in counts.items():
         if not tasks:
             continue
-        have = sum(each.state in HAS_FIGURES for each in tasks)
+        have = sum(each.state in HAS_FIGURES and not each.part for each in tasks)
         average = own.domains.get(domain)
         title = DOMAIN_TITLES[domain]
         if average is not None:

@@ -31,6 +31,7 @@ class TaskRun:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     missing: Missing | None = None
+    part: str = ""  # of the data, that it was measured on; then nothing published is compared with it
 
     def figure(self, figure: Figure) -> Result | None:
         """Our own value of one of its figures, as a share."""
@@ -52,8 +53,10 @@ class TaskRun:
         return None if name is None else self.results[name]
 
     def metric(self, figure: Figure) -> str:
-        """What the figure is called, and where ours is of another split, that."""
-        return f"{figure.title} (ours: {figure.instead})" if self.on_another_split(figure) else figure.title
+        """What the figure is called, and where ours is of another split or of a part of the data, that."""
+        ours = [figure.instead] if self.on_another_split(figure) else []
+        ours += [self.part] if self.part and self.figure(figure) else []
+        return f"{figure.title} (ours: {', '.join(ours)})" if ours else figure.title
 
     def _name(self, result: str) -> str:
         return ".".join(filter(None, (self.task.prefix, result)))
@@ -70,9 +73,11 @@ class SuiteRun:
         return {name: result for run in self.tasks for name, result in run.results.items()}
 
     def values(self) -> dict[Place, float]:
-        """Our own figures in per cent, as published ones are."""
+        """Our own figures in per cent, as published ones are: those of a part of the data are none."""
         found = {}
         for run in self.tasks:
+            if run.part:
+                continue
             for place, figure in enumerate(run.task.figures):
                 result = run.figure(figure)
                 if result is not None:

@@ -21,6 +21,7 @@ from trivium.data.vqa import outside_list
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate.classification import Measured
 from trivium.evaluate.datasets import Missing
+from trivium.evaluate.datasets.captions import RETRIEVAL
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.feature_store import head_hash, stamp_of
 from trivium.evaluate.paper_tasks import PaperTask
@@ -39,21 +40,22 @@ PLACES = {
     "SNLI-VE": (("snli_ve", "SNLI-VE", "snli-ve", "."), ("snli_ve_*.jsonl", "ve_*.json")),
     "NLVR2": (("nlvr2", "NLVR2", "nlvr", "."), ("data/dev.json", "data/test1.json", "nlvr_*.json")),
     "Hateful Memes": (("hateful_memes", "hateful-memes"), ("dev*.jsonl", "test*.jsonl")),
+    **{layout.name: (layout.folders, (layout.albef.replace("_test", "_train"),)) for layout in RETRIEVAL},
 } | {files.folder: (("glue_data", "glue", "."), (f"{files.folder}/dev*.tsv",)) for files in GLUE.values()}
 
 
-def open_own(asked: PaperTask, bundle: Bundle, root: Path | None) -> OwnTask | Missing | None:
-    """The held-out rows of a task below `root`; None where the model has no head for it.
+def open_own(asked: PaperTask, bundle: Bundle, root: Path | None) -> OwnTask | Path | Missing | None:
+    """The held-out rows of a task below `root`; where the model has no head for it, their folder or None.
 
     Raises TriviumError: they are there and cannot be read, or hold other labels than the head.
     """
-    head = bundle.head_config
-    if head is None or head.task not in TASKS or TASKS[head.task].title != asked.prefix:
-        return None
-    task = TASKS[head.task]
-    folders, patterns = PLACES[task.title]
+    folders, patterns = PLACES[asked.prefix]
     places = [] if root is None else [root / folder for folder in folders]
     found = next((place for place in places for pattern in patterns if next(place.glob(pattern), None)), None)
+    head = bundle.head_config
+    if head is None or head.task not in TASKS or TASKS[head.task].title != asked.prefix:
+        return found
+    task = TASKS[head.task]
     if found is None:
         return Missing(asked.expected, asked.owners)
     splits = task.open(TaskData(root=str(found)))

@@ -20,7 +20,7 @@ from scipy.io import loadmat
 from trivium.data.decode import DecodeError, decode
 from trivium.data.files import PICTURE_LIMIT, PICTURE_SUFFIXES
 from trivium.data.shards import TarShards
-from trivium.errors import BadSample, TriviumError
+from trivium.errors import BadSample, TriviumError, UnreadableNow
 from trivium.train.protocol import uniform64
 
 SUFFIXES = (*PICTURE_SUFFIXES, ".ppm")
@@ -42,10 +42,6 @@ class Pictures(Protocol):
     def files(self) -> Iterable[Path]:
         """Every file that is read: their sizes and times tell whether a cached figure still holds."""
         ...
-
-
-class UnreadableNow(BadSample):
-    """A file that the disk or the network does not give, though it is there: another time it may."""
 
 
 class PictureFiles:
