@@ -96,6 +96,22 @@ def test_without_the_zeros_padding_would_leak(monkeypatch: pytest.MonkeyPatch) -
     assert float((maps[0, :, : expected.shape[2], : expected.shape[3]] - expected[0]).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("norm", ["frozen", "group"])
+@pytest.mark.parametrize("fill", [0.0, float("nan")])
+def test_convolutions_get_what_they_are_fastest_with_beside_padding_too(norm: str, fill: float) -> None:
+    """Channels last in memory, from the first to the last: each that does not get it makes a copy."""
+    resnet = network(norm, bottleneck=True, dtype=torch.float32)
+    layouts: list[bool] = []
+    for module in resnet.modules():
+        if isinstance(module, nn.Conv2d | Convolution):
+            module.register_forward_pre_hook(
+                lambda _, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    pixels, sizes_B2, _ = padded(SIZES, fill, torch.float32)
+    resnet(pixels, sizes_B2)
+    assert layouts and all(layouts)
+
+
 def test_sizes_without_padding_are_no_padding() -> None:
     resnet = network("group", bottleneck=False)
     pixels = torch.randn(2, 3, 32, 48, dtype=torch.float64)

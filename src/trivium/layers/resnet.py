@@ -169,9 +169,10 @@ class ResNet(nn.Module):
         if sizes_B2 is not None and bool((sizes_B2 == torch.tensor([height, width], device=sizes_B2.device)).all()):
             sizes_B2 = None
         reach = Reach(None if sizes_B2 is None else sizes_B2.to(pixels_BCHW.device), height, width)
-        x_BCHW = pixels_BCHW.contiguous(memory_format=LAYOUT)
+        x_BCHW = pixels_BCHW
         if reach.mask is not None:
             x_BCHW = x_BCHW.masked_fill(~reach.mask, 0.0)  # not by a product: anything may stand there
+        x_BCHW = x_BCHW.contiguous(memory_format=LAYOUT)  # after it, since it would not keep the layout
         reach = reach.halved()
         x_BCHW = without_padding(F.relu(self.stem(x_BCHW, reach.mask), inplace=True), reach.mask)
         x_BCHW = F.max_pool2d(x_BCHW, 3, 2, 1)
