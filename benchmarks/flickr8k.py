@@ -53,7 +53,7 @@ def main() -> None:
         steps = config.load(out).values["train.steps"]
         length = ["--train.steps", str(steps)]
         found = results.read(out / "results.json")
-        rows[name] = {each: vars(found[f"retrieval.pairs.{each}"]) for each in NAMES}
+        rows[name] = {each: found[f"retrieval.pairs.{each}"].as_json() for each in NAMES}
         print(name, {each: round(found[f"retrieval.pairs.{each}"].value, 4) for each in NAMES})
     command = f"python benchmarks/flickr8k.py --data.root DATA --minutes {arguments.minutes:g} --out RUNS"
     command += " --bert BERT" if arguments.bert is not None else ""

