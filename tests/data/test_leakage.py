@@ -125,12 +125,12 @@ def test_captioned_pictures_that_stand_on_both_sides(tmp_path: Path, monkeypatch
         return open_source("pairs", [tmp_path / f"{name}.jsonl"])
 
     train, dev = source("train", ["0.png", "1.png", "1.png"]), source("dev", ["2.png", "copy.png", "0.png", "3.png"])
-    [told] = leakage.of_pairs(train, dev, "dev")
+    [told] = leakage.of_pairs(train, {"dev": dev})
     assert "2 of 4 rows of dev show a picture that stands, equal to the pixel, in training" in told
     assert "dev.jsonl" in told and "train.jsonl" in told
-    assert leakage.of_pairs(train, source("new", ["2.png", "3.png"]), "new") == []
+    assert leakage.of_pairs(train, {"new": source("new", ["2.png", "3.png"])}) == []
     monkeypatch.setattr(leakage, "PICTURES", 6)
-    assert "pictures of dev were not looked for in training" in leakage.of_pairs(train, dev, "dev")[0]
+    assert "pictures of dev were not looked for in training" in leakage.of_pairs(train, {"dev": dev})[0]
 
 
 @pytest.mark.data

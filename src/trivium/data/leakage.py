@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -48,11 +49,19 @@ def of_pictures(train: LabelledRows, held_out: LabelledRows, name: str) -> list[
     return _of_shown(_Shown.by_rows(train), _Shown.by_rows(held_out), name)
 
 
-def of_pairs(train: Source, held_out: Source, name: str) -> list[str]:
-    """Likewise of captioned pictures, of whatever source."""
-    if len(train) + len(held_out) > PICTURES:
-        return [f"leakage: pictures of {name} were not looked for in training, being more than {PICTURES:,} together"]
-    return _of_shown(_Shown.by_source(train), _Shown.by_source(held_out), name)
+def of_pairs(train: Source, held_out: Mapping[str, Source]) -> list[str]:
+    """Likewise of captioned pictures, of whatever source: of each held-out split by its name. Training is gone through
+    once for all of them."""
+    looked = {name: rows for name, rows in held_out.items() if len(train) + len(rows) <= PICTURES}
+    shown = _Shown.by_source(train) if looked else None
+    found = []
+    for name, rows in held_out.items():
+        if name in looked and shown is not None:
+            found += _of_shown(shown, _Shown.by_source(rows), name)
+        else:
+            few = f"being more than {PICTURES:,} together"
+            found.append(f"leakage: pictures of {name} were not looked for in training, {few}")
+    return found
 
 
 def _of_shown(train: _Shown, held_out: _Shown, name: str) -> list[str]:
@@ -69,7 +78,7 @@ def _of_shown(train: _Shown, held_out: _Shown, name: str) -> list[str]:
         met = of_training({picture: picture for picture in first})
         told = _told(name, held_out.names, (met, f"show a file, {few},"))
         return told or [f"leakage: no row of {name} shows a file that stands in training, {few}"]
-    seen, others = _Prints.of(train), _Prints.of(held_out)
+    seen, others = train.prints, held_out.prints
     by_pixels = dict(zip(reversed(seen.pixels), reversed(seen.pictures), strict=True))
     equal = {
         picture: by_pixels[pixels]
@@ -118,6 +127,10 @@ class _Shown:
     pictures: list[str]
     names: list[str]
     read: Callable[[int], bytes]
+
+    @cached_property
+    def prints(self) -> _Prints:
+        return _Prints.of(self)
 
     @classmethod
     def by_rows(cls, rows: LabelledRows) -> _Shown:

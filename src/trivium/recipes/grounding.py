@@ -108,9 +108,9 @@ class PreparedGrounding(PreparedMatching):
         found.results |= {f"{title}.{name}": result for name, result in measured.results.items()}
         found.chance |= {f"{title}.{name}": value for name, value in measured.chance.items()}
         found.not_applicable += measured.notes
+        say("pictures that training and held-out rows have in common")
         rows = {split: ExpressionRows(self.expressions.good(split)) for split in self.expressions.splits}
-        for split in (each for each in rows if each != "train"):
-            found.headline += [f"{sentence}." for sentence in leakage.of_pairs(rows["train"], rows[split], split)]
+        found.headline += [f"{sentence}." for sentence in leakage.of_pairs(rows.pop("train"), rows)]
         for name, result in measured.results.items():
             if name in measured.chance:
                 split, _, figure = name.partition(".")

@@ -184,6 +184,8 @@ class PreparedRetrieval(PreparedMatching):
 
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         found = Evaluation()
+        say("pictures that training and held-out rows have in common")
+        found.headline += [f"{sentence}." for sentence in leakage.of_pairs(self.train, self.held)]
         for split, source in self.held.items():
             say(f"{self.title}: {split}, {min(len(source), self.recipe.data.rows):,} pictures")
             prefix = f"{self.title}.{split}"
@@ -191,7 +193,6 @@ class PreparedRetrieval(PreparedMatching):
             found.results |= measured.results
             found.chance |= measured.chance
             found.not_applicable += [f"{split}: {sentence}" for sentence in measured.not_applicable]
-            found.headline += [f"{sentence}." for sentence in leakage.of_pairs(self.train, source, split)]
             orders = ("_reranked", "") if f"{prefix}.tr_reranked_r1" in measured.results else ("",)
             for order in orders:
                 recalls = {
