@@ -280,9 +280,10 @@ def commonest(task: str, splits: Splits) -> dict[str, Any]:
     train, dev, metric = splits.train, splits.held_out["dev"], TASKS[task].reported
     answer = Counter(row.label for row in train.good() if row.label is not None).most_common(1)[0][0]
     truths = np.array([row.label for row in dev.good()])
-    shared = leakage.of_texts if TASKS[task].reads == "text" else leakage.of_pictures
+    is_text = TASKS[task].reads == "text"
+    shared = leakage.of_texts(train, dev, "dev") if is_text else leakage.of_pictures(train, {"dev": dev})
     value = METRICS[metric](np.full(len(truths), answer), truths)
-    notes = [f"the commonest answer is {splits.labels[answer]}", *splits.notes, *shared(train, dev, "dev")]
+    notes = [f"the commonest answer is {splits.labels[answer]}", *splits.notes, *shared]
     return {"figures": {metric: {"value": value}}, "notes": notes}
 
 

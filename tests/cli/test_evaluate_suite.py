@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,13 +125,14 @@ def test_every_task_that_takes_fine_tuning_has_a_place_for_its_data() -> None:
     assert {task.prefix for task in tasks} == PLACES.keys()
 
 
-def tuned(folder: Path, results: dict[str, float], init: Path | None = None) -> Path:
+def tuned(folder: Path, results: dict[str, float], init: Path | None = None, **data: int) -> Path:
     """What `trivium finetune` leaves of a run, as far as it is read."""
     entries = {name: {"value": value, "low": None, "high": None, "n": None} for name, value in results.items()}
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps({"schema": 1, "results": entries}))
     if init is not None:
-        config = {"recipe": "finetune", "arguments": {"task": "sst2"}, "values": {"init": str(init)}}
+        config: dict[str, Any] = {"recipe": "finetune", "arguments": {"task": "sst2"}, "values": {"init": str(init)}}
+        config["values"] |= {f"data.{name}": value for name, value in data.items()}
         (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -173,3 +175,34 @@ def test_a_run_that_began_from_another_model_is_told(
     assert str(same) not in said
     assert "<td>SST-2<small>its run of trivium finetune, which took this long</small></td><td>1 min 01 s</td>" in page
     assert "<td>RTE<small>its run of trivium finetune, which does not say</small></td><td>–</td>" in page
+
+
+def test_a_run_that_began_from_another_run_of_the_same_model(trained: Path, tmp_path: Path) -> None:
+    first = tuned(tmp_path / "first", {"MNLI": 0.8}, trained, rows=400)
+    (first / "passport.json").write_text("{}")
+    second = tuned(tmp_path / "second", {"RTE": 0.6}, first / "model")
+    foreign = tuned(tmp_path / "foreign", {"CoLA": 0.6}, tuned(tmp_path / "elsewhere", {"QQP": 0.8}, tmp_path))
+    mnli, rte, cola = read_fine_tuned([first, second, foreign])
+    assert mnli.doubt(str(trained)) is None
+    assert mnli.part == f"{first} was fine-tuned on at most 400 training rows"
+    assert rte.part is None and rte.doubt(str(first)) is None
+    assert rte.doubt(str(trained)) == f"{second} was fine-tuned from {trained} by way of {first / 'model'}"
+    assert "these are figures of another model" in str(cola.doubt(str(trained)))
+    out = tmp_path / "out"
+    assert trivium("evaluate", trained, "--task", "MNLI", "RTE", "--fine-tuned", first, second, "--out", out) == 0
+    page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+    assert str(mnli.part) in page and str(rte.doubt(str(trained))) in page
+
+
+def test_runs_in_a_folder_that_are_not_done_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs"
+    tuned(runs / "done", {"SST-2": 0.9})
+    for name, file in (("begun", "config.json"), ("seeds", "seeds.json")):
+        (runs / name).mkdir()
+        (runs / name / file).write_text("[0]")
+    [found] = read_fine_tuned([runs])
+    said = capsys.readouterr().err
+    assert found.folder == runs / "done" and "done has no results" not in said
+    for name in ("begun", "seeds"):
+        again = f"trivium finetune {runs / name} --resume"
+        assert f"{runs / name} has no results yet and is left out: end it with `{again}`" in said

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from trivium.data import leakage
+from trivium.data.decode import decode
 from trivium.data.duplicates import close_across
 from trivium.data.glue import read_glue
 from trivium.data.labelled import LabelledRows, Row
@@ -99,16 +100,22 @@ def test_pictures_that_are_equal_or_nearly_so_whatever_their_file(
     (tmp_path / "broken.png").write_bytes(b"no picture")
     train = shown(tmp_path, "train", ["0.png", "1.png", "2.png", "3.png", "broken.png", "gone.png"])
     dev = shown(tmp_path, "dev", ["4.png", "copy.png", "copy.png", "1.png", "again.jpg", "broken.png", "5.png"])
-    exact, near = leakage.of_pictures(train, dev, "dev")
+    exact, near = leakage.of_pictures(train, {"dev": dev})
     assert "3 of 7 rows of dev show a picture that stands, equal to the pixel, in training" in exact
     assert exact.endswith("dev.csv (line 3) and train.csv (line 4)")
     assert "1 of 7 rows of dev show a near copy (at most 6 of 64 bits of the hash and 4 of 255 in colour)" in near
     assert near.endswith("dev.csv (line 6) and train.csv (line 5)")
+    opened: list[bytes] = []
+    monkeypatch.setattr(leakage, "decode", lambda data: (opened.append(data), decode(data))[1])
+    both = leakage.of_pictures(train, {"dev": dev, "test": shown(tmp_path, "test", ["0.png"])})
+    assert both[:2] == [exact, near] and "1 of 1 rows of test show a picture that stands" in both[2]
+    third = (tmp_path / "3.png").read_bytes()
+    assert opened.count(third) == 1, "training is gone through once for both"
     monkeypatch.setattr(leakage, "PICTURES", 5)
-    [files] = leakage.of_pictures(train, dev, "dev")
+    [files] = leakage.of_pictures(train, {"dev": dev})
     assert "2 of 7 rows of dev show a file, which is all that was looked for among more than 5 pictures," in files
     other = shown(tmp_path, "other", ["4.png", "5.png"])
-    [none] = leakage.of_pictures(train, other, "other")
+    [none] = leakage.of_pictures(train, {"other": other})
     assert none.startswith(
         "leakage: no row of other shows a file that stands in training, which is all that was looked"
     )

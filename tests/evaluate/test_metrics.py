@@ -153,6 +153,13 @@ def test_zero_shot_reads_each_name_of_a_class_as_it_stands() -> None:
     assert zero_shot.predict(torch.tensor([[3.0, 0.1], [0.0, 9.0]]), torch.eye(2)).tolist() == [0, 1]
 
 
+def test_the_right_class_among_the_nearest_with_ties_against_it() -> None:
+    images = torch.tensor([[3.0, 2.0, 1.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
+    for count, right in ((1, [False, False, False]), (2, [True, False, False]), (3, [True, True, True])):
+        assert zero_shot.among_nearest(images, torch.eye(3), torch.tensor([1, 2, 0]), count).tolist() == right
+    assert zero_shot.among_nearest(images, torch.eye(3), torch.tensor([0, 0, 1]), 2).tolist() == [True, False, True]
+
+
 def test_log_odds_take_off_the_prior_of_training() -> None:
     """Two Gaussians: the right posterior at share s, corrected, is the likelihood ratio."""
     x, s = torch.linspace(-2, 2, 9, dtype=torch.float64), 0.2

@@ -143,6 +143,7 @@ def test_neighbours_and_zero_shot_stand_beside_ours_of_the_same_protocol_and_ent
     }  # fmt: skip
     [flava] = shown["zero_shot.accuracy"]
     assert flava.cells[places["zero_shot.accuracy"]].value == 56.91
+    assert flava.cells[places["zero_shot.top5_accuracy"]].value == 83.92
     cells = column("flava35", "FLAVA", "FLAVA full (col 6)").cells
     values = {place: cell.value for place, cell in cells.items()}
     with_both = values | {places["knn.accuracy"]: 10.0, places["zero_shot.accuracy"]: 20.0}

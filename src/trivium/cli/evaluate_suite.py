@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from trivium.cli.finetune import SEEDS
 from trivium.errors import TriviumError
@@ -118,24 +119,51 @@ def read_fine_tuned(folders: Sequence[Path]) -> list[TunedRun]:
                 f" `{shlex.join(['trivium', 'finetune', str(folder), '--resume'])}`, or name the run of one seed"
             )
         runs = [folder] if is_run else sorted(file.parent for file in folder.glob("*/results.json"))
+        for run in [] if is_run else _unfinished(folder):
+            again = shlex.join(["trivium", "finetune", str(run), "--resume"])
+            print(f"--fine-tuned: {run} has no results yet and is left out: end it with `{again}`", file=sys.stderr)
         if not runs:
             raise TriviumError(
                 f"--fine-tuned {folder} holds no results.json: name a run of trivium finetune that is done"
             )
         for run in runs:
-            found.setdefault(run.resolve(), TunedRun(run, results.read(run / "results.json"), _init(run)))
+            rows = _settings(run).get("data.rows")
+            read = results.read(run / "results.json")
+            found.setdefault(run.resolve(), TunedRun(run, read, _inits(run), rows if isinstance(rows, int) else None))
     return list(found.values())
 
 
-def _init(run: Path) -> str | None:
-    """What a run began from, or the first of those of several seeds."""
+def _unfinished(folder: Path) -> list[Path]:
+    """Runs in a folder, of one seed or of several, that have no results yet."""
+    inside = sorted(file.parent for name in ("config.json", SEEDS) for file in folder.glob(f"*/{name}"))
+    return [run for run in dict.fromkeys(inside) if not (run / "results.json").is_file()]
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """Of a run of fine-tuning, or of the first of several seeds; of anything else none."""
     for file in [run / "config.json", *sorted(run.glob("seed-*/config.json"))]:
         try:
-            init = configuration.load(file).values.get("init")
+            config = configuration.load(file)
         except TriviumError:
             continue
-        return init if isinstance(init, str) else None
-    return None
+        return config.values if config.recipe == "finetune" else {}
+    return {}
+
+
+def _inits(run: Path) -> tuple[str, ...]:
+    """What a run of fine-tuning began from; where that is such a run itself, what that began from, and so on."""
+    found: list[str] = []
+    init = _settings(run).get("init")
+    while isinstance(init, str) and init not in found:
+        found.append(init)
+        init = _settings(_run_of(Path(init))).get("init")
+    return tuple(found)
+
+
+def _run_of(model: Path) -> Path:
+    """The run folder of a model that lies in it: RUN/model, RUN/checkpoints/STEP, or the model in that."""
+    inside = (model, *list(model.resolve().parents)[:3])
+    return next((folder for folder in inside if (folder / "passport.json").is_file()), model)
 
 
 def _list_absent(run: SuiteRun) -> None:

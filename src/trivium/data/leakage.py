@@ -44,9 +44,11 @@ def of_texts(train: LabelledRows, held_out: LabelledRows, name: str) -> list[str
     return _told(name, asked_names, (equal, "stand, in the same letters,"), (near, f"have a near copy ({how})"))
 
 
-def of_pictures(train: LabelledRows, held_out: LabelledRows, name: str) -> list[str]:
-    """Likewise on those that show a picture which training shows, with whatever text beside it."""
-    return _of_shown(_Shown.by_rows(train), _Shown.by_rows(held_out), name)
+def of_pictures(train: LabelledRows, held_out: Mapping[str, LabelledRows]) -> list[str]:
+    """Likewise on those that show a picture which training shows, with whatever text beside it: of each held-out split
+    by its name. Training is gone through once for all of them."""
+    shown = _Shown.by_rows(train)
+    return [sentence for name, rows in held_out.items() for sentence in _of_shown(shown, _Shown.by_rows(rows), name)]
 
 
 def of_pairs(train: Source, held_out: Mapping[str, Source]) -> list[str]:

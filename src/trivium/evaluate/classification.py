@@ -27,6 +27,7 @@ from trivium.evaluate.feature_store import Encoder, Features, features
 from trivium.evaluate.results import Result, Results, bootstrap, mean_of
 
 READING = "pooled"
+TOP = 5  # classes in front, of which one may be the right one: reported of zero-shot where there are more
 
 
 @dataclass
@@ -85,8 +86,11 @@ def classification(
             classes_KD = zero_shot.class_vectors(
                 [(name,) for name in data.prompts], lambda texts: encoding.of_texts(bundle, texts), templates
             )
-            predicted_N = zero_shot.predict(test.features.readings["projected"], classes_KD).numpy()
-            found.results |= accuracies("zero_shot", predicted_N, test)
+            shown_ND, labels_N = test.features.readings["projected"], torch.from_numpy(test.labels_N)
+            found.results |= accuracies("zero_shot", zero_shot.predict(shown_ND, classes_KD).numpy(), test)
+            if len(classes_KD) > TOP:
+                right_N = zero_shot.among_nearest(shown_ND, classes_KD, labels_N, TOP)
+                found.results[f"zero_shot.top{TOP}_accuracy"] = mean_of(right_N.numpy(), test.units)
             of = "of the copy or the user's" if data.templates else "short ones of our own, not CLIP's"
             found.notes.append(f"zero-shot: {len(templates)} templates, {of}")
         else:

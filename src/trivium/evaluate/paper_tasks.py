@@ -74,6 +74,7 @@ _BESIDE_THE_PROBE = {
     "ImageNet": (
         Figure("accuracy", "knn.accuracy", averaged=False, splits=("val",), protocol="k-NN"),
         Figure("accuracy (top-1)", "zero_shot.accuracy", averaged=False, splits=("val",), protocol="zero-shot"),
+        Figure("top-5 accuracy", "zero_shot.top5_accuracy", averaged=False, splits=("val",), protocol="zero-shot"),
     )
 }
 VISION = tuple(

@@ -40,7 +40,7 @@ from trivium.models.encoded import Detects, EncodesImage, EncodesText, Matches
 from trivium.models.grounding import Grounds
 
 # Of the protocols: a change of what they measure is another number.
-VERSIONS = {"classification": 2, "retrieval": 2, "grounding": 1, "detection": 1, "fine-tuning": 1}
+VERSIONS = {"classification": 3, "retrieval": 2, "grounding": 1, "detection": 1, "fine-tuning": 1}
 
 NEARLY = 0.99  # of the published test samples: a few pictures that cannot be read do not make another figure
 AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training expressions (trivium finetune {})"
@@ -265,7 +265,7 @@ def _fine_tuned(task: PaperTask, runs: Sequence[TunedRun], path: str | None) -> 
         if task.domain == "multimodal":
             how = "picture and text vector side by side" if is_side_by_side else "the model's own states"
             found.notes.append(f"fine-tuned: the head reads {how}")
-        found.notes += filter(None, [run.doubt(path)])
+        found.notes += filter(None, [run.doubt(path), run.part])
         found.notes += _on_other_splits(found)
         return found
     notes = [_how_to(task, path, "DIR")] if task.verb else []

@@ -18,7 +18,10 @@ class TunedRun:
 
     folder: Path
     results: Results
-    init: str | None = None  # the model that it began from; None: nothing says it
+    inits: tuple[
+        str, ...
+    ] = ()  # the model that it began from, and where that is a run, what that began from; (): unsaid
+    rows: int | None = None  # training rows that it was given at most; None: all
 
     @property
     def seconds(self) -> float:
@@ -40,16 +43,27 @@ class TunedRun:
         return {}, False
 
     def doubt(self, model: str | None) -> str | None:
-        """Why its figures may not be those of the model at a path; None where it is, or began from, that one."""
+        """Why its figures may not be those of the model at a path, or by which other run they are; None where it is, or
+        began from, that one."""
         if model is None or _places(model) & _places(str(self.folder)):
             return None
-        if self.init is None:
+        if not self.inits:
             return f"nothing says which model {self.folder} was fine-tuned from, so it may not be {model}"
-        if self.init == model or _places(model) & _places(self.init):
-            return None
-        if not Path(self.init).exists():
-            return f"{self.folder} was fine-tuned from {self.init}, which is not there: it may not be {model}"
-        return f"{self.folder} was fine-tuned from {self.init}, not from {model}: these are figures of another model"
+        for way, init in enumerate(self.inits):
+            if init == model or _places(model) & _places(init):
+                by = " and ".join(self.inits[:way])
+                return f"{self.folder} was fine-tuned from {model} by way of {by}" if by else None
+        last = self.inits[-1]
+        if not Path(last).exists():
+            return f"{self.folder} was fine-tuned from {last}, which is not there: it may not be {model}"
+        return (
+            f"{self.folder} was fine-tuned from {self.inits[0]}, not from {model}: these are figures of another model"
+        )
+
+    @property
+    def part(self) -> str | None:
+        """That it was not given all training rows, as the papers' were."""
+        return None if self.rows is None else f"{self.folder} was fine-tuned on at most {self.rows:,} training rows"
 
 
 def of_task(task: PaperTask, runs: Sequence[TunedRun]) -> TunedRun | None:

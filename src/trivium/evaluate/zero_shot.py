@@ -39,4 +39,15 @@ def class_vectors(
 
 def predict(images_BD: Tensor, classes_KD: Tensor) -> Tensor:
     """The nearest class by cosine, int64 [B]."""
-    return (normalize(images_BD, dim=-1) @ classes_KD.T).argmax(dim=1)
+    return _cosines(images_BD, classes_KD).argmax(dim=1)
+
+
+def among_nearest(images_BD: Tensor, classes_KD: Tensor, labels_B: Tensor, count: int) -> Tensor:
+    """Whether the right class is among the `count` nearest, bool [B]. Classes as near as it stand before it."""
+    cosines_BK = _cosines(images_BD, classes_KD)
+    own_B1 = cosines_BK.gather(1, labels_B[:, None])
+    return (cosines_BK >= own_B1).sum(dim=1) <= count
+
+
+def _cosines(images_BD: Tensor, classes_KD: Tensor) -> Tensor:
+    return normalize(images_BD, dim=-1) @ classes_KD.T

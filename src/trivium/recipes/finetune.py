@@ -146,8 +146,7 @@ class PreparedTask(Prepared):
         leaks = list(self.leaks)
         if self.task.reads != "text":
             say("pictures that training and held-out rows have in common")
-            for name, rows in self.splits.held_out.items():
-                leaks += leakage.of_pictures(self.splits.train, rows, name)
+            leaks += leakage.of_pictures(self.splits.train, self.splits.held_out)
         found.headline += [f"{sentence}." for sentence in leaks]
         tell_held_out(
             found, self.task, method, self.splits.held_out, self.collate, self.recipe.rows_at_once,
