@@ -63,7 +63,7 @@ VARIANTS: dict[str, Context] = {
     "ours alone": nullcontext,  # compiled
     "peer as a whole": nullcontext,
 }
-TURNS, STEPS = (3, 3) if torch.cuda.is_available() else (1, 2)  # turns of each side, and timed steps of a turn
+TURNS, STEPS = (3, 8) if torch.cuda.is_available() else (1, 2)  # turns of each side, and timed steps of a turn
 FEW_ROWS = 4  # where there is no GPU to fill, and for comparing losses
 FLOORS = {"ratio": 2.5, "mfu": 0.40}  # of the first row's inputs, on an H100 or H200
 LADDER = "ladder"  # stands in a row's name where a variant does
@@ -91,7 +91,7 @@ class Row:
 
 
 PLAN = (
-    Row("flava", "multimodal", "as_used", "eager", 40),
+    Row("flava", "multimodal", "as_used", "eager", 60),
     Row("flava", "multimodal", "as_used", "compiled", 130),
     Row("flava", "multimodal", "as_used", "ours alone", 45),
     Row("flava", "image", "as_used", "eager", 25),
