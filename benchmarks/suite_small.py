@@ -15,9 +15,8 @@ At most ROWS training pictures (or triples, questions, sentences) of a task are 
 as soon as it is there, with what made it, so that a command that was stopped goes on and no other settings mix with it;
 `--tasks` makes some of the rows. Writes results/suite_small.json and .md when every cell is there.
 
-About 100 minutes on two cores, reckoned from parts and never run whole: 25 of training (FLAVA 0.43 s a step of 128, the
-others less), 5 of retrieval (30 s a model), 10 of pictures, 25 of fine-tuning tiny models (36 runs, 10 to 35 s of
-reading and measuring and 15 of training each), 35 of BERT (8 runs; 1.4 s a step of 32 sentences with one thread).
+About two hours on two cores with AMX, by two calls at once that make different `--tasks`, each with one thread: 25
+minutes of training, 35 of retrieval, most of it re-ranking, 10 of pictures, 25 of fine-tuning tiny models, 30 of BERT.
 """
 
 from __future__ import annotations
