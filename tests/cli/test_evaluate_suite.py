@@ -206,3 +206,28 @@ def test_runs_in_a_folder_that_are_not_done_are_named(tmp_path: Path, capsys: py
     for name in ("begun", "seeds"):
         again = f"trivium finetune {runs / name} --resume"
         assert f"{runs / name} has no results yet and is left out: end it with `{again}`" in said
+
+
+def test_a_run_that_no_task_asks_for_is_named(
+    trained: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tuned(tmp_path / "other", {"RTE": 0.6}, trained)
+    shown = tuned(tmp_path / "suite", {"SNLI-VE.zero_shot.tr_r1": 0.3, "DTD.linear_probe.accuracy": 0.2})
+    words = ("--task", "DTD", "SNLI-VE", "--data.root", root, "--fine-tuned", other, shown, "--out", tmp_path / "out")
+    assert trivium("evaluate", trained, *words) == 0
+    said = capsys.readouterr()
+    for folder in (other, shown):
+        assert f"--fine-tuned: {folder} has no figure that these tasks ask for, and is left out" in said.err
+    assert "fine-tune it with `trivium finetune snli_ve" in said.out
+
+
+def test_a_cache_that_cannot_be_made_is_said_before_anything_is_measured(
+    trained: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    words = ("--task", "DTD", "--data.root", root, "--out", tmp_path / "out")
+    assert trivium("evaluate", trained, *words) == 2
+    said = capsys.readouterr().err
+    assert "where features are kept, cannot be made" in said and "XDG_CACHE_HOME" in said
+    assert not (tmp_path / "out").exists()

@@ -50,6 +50,7 @@ def evaluate_suite(
         raise TriviumError(f"{out} is a file: name a folder with --out")
     tuned = read_fine_tuned(fine_tuned)
     chosen_runs = [tuned_runs.of_task(task, tuned) for task in tasks]  # before anything is measured
+    _make_cache()
     bundle = load(path, choose_device(device))
 
     def say(sentence: str) -> None:
@@ -58,6 +59,8 @@ def evaluate_suite(
     for tuned_run in dict.fromkeys(filter(None, chosen_runs)):
         if (doubt := tuned_run.doubt(str(path))) is not None:
             say(f"--fine-tuned: {doubt}")
+    for unused in (each for each in tuned if each not in chosen_runs):
+        say(f"--fine-tuned: {unused.folder} has no figure that these tasks ask for, and is left out")
     run = suite.run(
         tasks, bundle, root, cache_root(), fine_tuned=tuned, rows=rows, say=say, own=open_own, path=str(path)
     )
@@ -86,6 +89,16 @@ def evaluate_suite(
     print(f"report: {page}")
     states = {each.state for each in run.tasks}
     return 1 if "failed" in states else 2 if "damaged" in states else 0
+
+
+def _make_cache() -> None:
+    """Raises TriviumError where nothing can be kept, rather than at the end of the first task."""
+    try:
+        cache_root().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TriviumError(
+            f"{cache_root()}, where features are kept, cannot be made ({error}): name another folder by XDG_CACHE_HOME"
+        ) from None
 
 
 def tasks_of(name: str | None, chosen: Sequence[str]) -> list[PaperTask]:
@@ -167,11 +180,11 @@ def _run_of(model: Path) -> Path:
 
 
 def _list_absent(run: SuiteRun) -> None:
-    for each in run.tasks:
+    for each in (each for each in run.tasks if each.state not in HAS_FIGURES):
         if each.missing is not None:
-            print(f"{each.task.name}: expected {each.missing.expected}; published at {each.missing.owners}")
+            print(f"{run.title(each.task)}: expected {each.missing.expected}; published at {each.missing.owners}")
         for note in each.notes:
-            print(f"{each.task.name}: {note}")
+            print(f"{run.title(each.task)}: {note}")
 
 
 def _print(run: SuiteRun) -> None:
@@ -190,7 +203,7 @@ def _print(run: SuiteRun) -> None:
             cell = None if published is None else published.cells.get((each.task.key, place))
             shown = f"{100 * ours.value:.2f}" if ours is not None else "–"
             beside = cell.shown if cell is not None and cell.is_comparable else "–"
-            table.add_row(*map(Text, (each.task.name, each.metric(figure), shown, beside, each.state)))
+            table.add_row(*map(Text, (run.title(each.task), each.metric(figure), shown, beside, each.state)))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    _list_absent(SuiteRun([each for each in run.tasks if each.state not in HAS_FIGURES]))
+    _list_absent(run)

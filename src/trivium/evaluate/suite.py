@@ -33,7 +33,7 @@ from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
 from trivium.evaluate.datasets.captions import Captioned, find_captions
 from trivium.evaluate.datasets.pictures import DataSet, with_rows
 from trivium.evaluate.feature_store import ModelEncoder, features, identity, model_hash, stamp_of
-from trivium.evaluate.paper_tasks import PaperTask
+from trivium.evaluate.paper_tasks import HELD_OUT_ROWS, PaperTask
 from trivium.evaluate.task_runs import SuiteRun, TaskRun
 from trivium.evaluate.tuned_runs import TunedRun
 from trivium.models.encoded import Detects, EncodesImage, EncodesText, Matches
@@ -155,7 +155,7 @@ def _one(
     folder = cache / "tasks" / f"{_slug(task.name)}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     kept = task_runs.kept(task, folder)
     if kept is not None:
-        return replace(kept, part=_part(kept, rows))
+        return replace(kept, part=_part(kept, rows, data, bundle), side_by_side=_is_side_by_side(data, bundle))
     begun = time.perf_counter()
 
     def tell(part: str) -> None:
@@ -182,27 +182,59 @@ def _one(
     if not measured.results:  # is not kept: whoever adds the labels wants figures, who reads the predictions, them
         return TaskRun(task, "unscored", notes=measured.notes, missing=Missing(task.expected, task.owners))
     named = {".".join(filter(None, (task.prefix, name))): result for name, result in measured.results.items()}
-    found = TaskRun(task, "measured", named, measured.notes)
-    found.part = _part(found, rows)
+    found = TaskRun(task, "measured", named, measured.notes, side_by_side=_is_side_by_side(data, bundle))
+    found.part = _part(found, rows, data, bundle)
     found.notes += _on_other_splits(found)
     if measured.is_final:
-        task_runs.keep(found, folder, time.perf_counter() - begun)
+        try:
+            task_runs.keep(found, folder, time.perf_counter() - begun)
+        except (OSError, TriviumError) as error:  # a full disk: what was measured stands all the same
+            found.notes.append(f"it is not kept for the next call: {error}")
     return found
 
 
-def _part(found: TaskRun, rows: int | None) -> str:
-    """Which part of the published test split was measured; "" where it is all of it, or nearly."""
+def _is_side_by_side(data: Data, bundle: Bundle) -> bool:
+    head = bundle.head_config
+    return isinstance(data, OwnTask) and head is not None and head.reads == "concatenated"
+
+
+def _part(found: TaskRun, rows: int | None, data: Data | None = None, bundle: Bundle | None = None) -> str:
+    """Which part of the published splits the figures rest on; "" where it is all of them, or nearly. Of zero-shot
+    retrieval, that the model was tuned for it."""
     if rows is not None:
         return f"at most {rows:,} of each split"
     task = found.task
+    if task.kind in ("fine-tuning", "grounding"):
+        return _part_of_rows(found)
+    if task.protocol == "zero-shot" and bundle is not None and task.name in bundle.tuned_for:
+        return "of a model that was tuned for it"
     whole = (
         layouts.BY_NAME[task.name].test_size if task.kind == "classification"
         else CAPTIONED[task.name].pictures if task.kind == "retrieval"
-        else LAYOUTS[task.verb].num_validation if task.kind == "detection"
-        else None
+        else LAYOUTS[task.verb].num_validation
     )  # fmt: skip
     measured = min((result.n for result in found.results.values() if result.n is not None), default=0)
-    return f"{measured:,} of {whole:,}" if whole is not None and measured < NEARLY * whole else ""
+    if whole is not None and measured < NEARLY * whole:
+        return f"{measured:,} of {whole:,}"
+    if isinstance(data, DataSet):
+        trained = len(data.train) + (0 if data.validation is None else len(data.validation))
+        whole = layouts.BY_NAME[task.name].train_size
+        if trained < NEARLY * whole:
+            return f"trained on {trained:,} of {whole:,}"
+    return ""
+
+
+def _part_of_rows(found: TaskRun) -> str:
+    """Likewise of fine-tuned tasks and grounding, by the splits that their figures are of. What is reported under the
+    task's title alone is of all of its splits together."""
+    sizes = HELD_OUT_ROWS.get(found.task.name, {})
+    for figure in found.task.figures:
+        result, name = found.figure(figure), found.own_name(figure) or figure.instead
+        split = name.removeprefix(found.task.prefix).lstrip(".").split(".")[0]
+        whole = sizes.get(split) if split else sum(sizes.values())
+        if result is not None and result.n is not None and whole and result.n < NEARLY * whole:
+            return f"{result.n:,} of {whole:,}"
+    return ""
 
 
 def lacks(task: PaperTask, bundle: Bundle) -> str | None:
@@ -261,7 +293,8 @@ def _fine_tuned(task: PaperTask, runs: Sequence[TunedRun], path: str | None) -> 
     run = tuned_runs.of_task(task, runs)
     if run is not None:
         figures, is_side_by_side = run.figures(task)
-        found = TaskRun(task, "read", figures, seconds=run.seconds)
+        found = TaskRun(task, "read", figures, seconds=run.seconds, side_by_side=is_side_by_side)
+        found.part = _part(found, None)
         if task.domain == "multimodal":
             how = "picture and text vector side by side" if is_side_by_side else "the model's own states"
             found.notes.append(f"fine-tuned: the head reads {how}")

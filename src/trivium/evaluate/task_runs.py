@@ -31,7 +31,9 @@ class TaskRun:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     missing: Missing | None = None
-    part: str = ""  # of the data, that it was measured on; then nothing published is compared with it
+    # What keeps it from being compared with anything published: a part of the data, or a model that was tuned on it.
+    part: str = ""
+    side_by_side: bool = False  # its head read picture and text vector, not the model's own states
 
     def figure(self, figure: Figure) -> Result | None:
         """Our own value of one of its figures, as a share."""
@@ -53,10 +55,17 @@ class TaskRun:
         return None if name is None else self.results[name]
 
     def metric(self, figure: Figure) -> str:
-        """What the figure is called, and where ours is of another split or of a part of the data, that."""
+        """What the figure is called, and what is another of ours: its split, what it rests on, what the head read."""
         ours = [figure.instead] if self.on_another_split(figure) else []
         ours += [self.part] if self.part and self.figure(figure) else []
-        return f"{figure.title} (ours: {', '.join(ours)})" if ours else figure.title
+        ours += ["picture and text vector side by side"] if self.side_by_side and self.figure(figure) else []
+        title = self.task.metric(figure)
+        return f"{title} (ours: {', '.join(ours)})" if ours else title
+
+    def written(self, name: str) -> str:
+        """The name of one of its results in files: as `trivium finetune` writes it where vectors are side by side."""
+        prefix = self.task.prefix
+        return f"{prefix} (concatenated){name.removeprefix(prefix)}" if self.side_by_side else name
 
     def _name(self, result: str) -> str:
         return ".".join(filter(None, (self.task.prefix, result)))
@@ -70,7 +79,11 @@ class SuiteRun:
 
     @property
     def results(self) -> Results:
-        return {name: result for run in self.tasks for name, result in run.results.items()}
+        return {run.written(name): result for run in self.tasks for name, result in run.results.items()}
+
+    def title(self, task: PaperTask) -> str:
+        """A task's name, with its protocol where two of the name stand here."""
+        return task.key if sum(run.task.name == task.name for run in self.tasks) > 1 else task.name
 
     def values(self) -> dict[Place, float]:
         """Our own figures in per cent, as published ones are: those of a part of the data are none."""

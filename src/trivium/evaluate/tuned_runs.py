@@ -9,6 +9,7 @@ from pathlib import Path
 from trivium.errors import TriviumError
 from trivium.evaluate.paper_tasks import PaperTask
 from trivium.evaluate.results import Results
+from trivium.evaluate.task_runs import TaskRun
 from trivium.manifest import checkpoints_in
 
 
@@ -67,14 +68,22 @@ class TunedRun:
 
 
 def of_task(task: PaperTask, runs: Sequence[TunedRun]) -> TunedRun | None:
-    """The run that has figures of a task. Raises TriviumError where several have."""
-    found = [run for run in runs if run.figures(task)[0]]
+    """The run that has a figure which the task asks for; of tasks that take no fine-tuning none is asked. Raises
+    TriviumError where several have."""
+    if task.kind in ("classification", "retrieval"):
+        return None
+    found = [run for run in runs if _has_one(run, task)]
     if len(found) > 1:
         raise TriviumError(
             f"--fine-tuned names two runs of {task.name}, {found[0].folder} and {found[1].folder}: name the one that is"
             " to stand in the report"
         )
     return found[0] if found else None
+
+
+def _has_one(run: TunedRun, task: PaperTask) -> bool:
+    there = TaskRun(task, "read", run.figures(task)[0])
+    return any(there.figure(figure) is not None for figure in task.figures)
 
 
 def _places(path: str) -> set[Path]:
