@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import re
 import resource
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.evaluate.datasets import miniatures
+from trivium.errors import TriviumError
 from trivium.evaluate import feature_store
 from trivium.evaluate.datasets import find, layouts
 from trivium.evaluate.datasets.pictures import DataSet
@@ -54,3 +56,24 @@ def test_features_that_cannot_be_kept_are_returned_all_the_same_and_that_is_said
     assert re.fullmatch(
         rf"{folder}/\w+/000000000\.safetensors cannot be written \({why}\), so .* set XDG_CACHE_HOME", sentence
     )
+
+
+def test_a_cache_folder_that_can_neither_be_found_nor_made_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert feature_store.make_cache_root() == feature_store.make_cache_root() == feature_store.cache_root()
+    assert feature_store.cache_root().is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(TriviumError, match=r"keep figures and features in \(.*file.*\): set XDG_CACHE_HOME"):
+        feature_store.make_cache_root()
+
+    def unknown(_: int) -> None:
+        raise KeyError("this user is in no table of users")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(TriviumError, match=r"\(Could not determine home directory\.\): set XDG_CACHE_HOME"):
+        feature_store.make_cache_root()

@@ -107,6 +107,18 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trivium" / "evaluate"
 
 
+def make_cache_root() -> Path:
+    """`cache_root`, made where it was not there. Raises TriviumError where it can neither be found nor made."""
+    try:
+        folder = cache_root()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter where nothing says which folder is the user's home
+        raise TriviumError(
+            f"no folder to keep figures and features in ({error}): set XDG_CACHE_HOME to one that can be written"
+        ) from None
+    return folder
+
+
 def identity(pictures: Pictures) -> str:
     """What changes when the pictures do: names in order; names, sizes and times of the files."""
     digest = hashlib.sha256(f"{len(pictures)}".encode())
