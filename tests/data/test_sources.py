@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from PIL import Image
 from trivium.data.files import TEXT_LIMIT, Folder, TextLines
 from trivium.data.sources import Concat, open_source
 from trivium.data.tables import Csv, Jsonl, ParquetFiles
-from trivium.errors import BadSample, TriviumError
+from trivium.errors import BadSample, TriviumError, UnreadableNow
 from trivium.train.protocol import Source
 
 PICTURE = b"stands for an encoded picture: sources never look inside "
@@ -428,6 +429,21 @@ def test_a_damaged_row_group_is_bad_alone(tmp_path: Path) -> None:
     source = open_source("pairs", [file])
     assert source.read(1, 1)["text"] == "text 1"
     assert f"{file} (row group 1): it cannot be read" in bad(source, 2)
+
+
+def test_a_row_group_that_the_disk_does_not_give_may_be_readable_another_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source("pairs", [write_parquet(tmp_path, rows=4)])
+
+    def broken(*_: object, **__: object) -> pa.Table:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pq.ParquetFile, "read_row_group", broken)
+        with pytest.raises(UnreadableNow, match=r"a\.parquet \(row group 1\): it cannot be read"):
+            source.read(2, 2)
+    assert source.read(2, 2)["text"] == "text 2"
 
 
 def test_the_cache_of_row_groups_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

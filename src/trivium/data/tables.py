@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trivium.data.files import TEXT_LIMIT, Kind, RandomFile, RowSource
-from trivium.errors import BadSample, TriviumError
+from trivium.errors import BadSample, TriviumError, UnreadableNow
 
 IMAGE_COLUMNS = ("image", "file", "filepath", "path", "url")  # taken, in any case, where no column is named
 TEXT_COLUMNS = ("caption", "captions", "text", "title")
@@ -378,7 +378,10 @@ class ParquetFiles(Table):
         try:
             values = self._open(file).read_row_group(number, columns=[column])[column]
         except (pa.ArrowException, OSError) as error:
-            raise BadSample(self.paths[file], f"row group {number}", f"it cannot be read: {error}") from None
+            # A number is of the system's own error; Arrow says without one that the bytes are damaged.
+            is_damaged = getattr(error, "errno", None) is None
+            kind = BadSample if is_damaged else UnreadableNow
+            raise kind(self.paths[file], f"row group {number}", f"it cannot be read: {error}") from None
         self._cache[group, column] = values
         while len(self._cache) > 2 and sum(kept.nbytes for kept in self._cache.values()) > CACHE_BYTES:
             self._cache.popitem(last=False)

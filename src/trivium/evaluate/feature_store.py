@@ -107,6 +107,18 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trivium" / "evaluate"
 
 
+def make_cache_root() -> Path:
+    """`cache_root`, made where it was not there. Raises TriviumError where it can neither be found nor made."""
+    try:
+        folder = cache_root()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter where nothing says which folder is the user's home
+        raise TriviumError(
+            f"no folder to keep figures and features in ({error}): set XDG_CACHE_HOME to one that can be written"
+        ) from None
+    return folder
+
+
 def identity(pictures: Pictures) -> str:
     """What changes when the pictures do: names in order; names, sizes and times of the files."""
     digest = hashlib.sha256(f"{len(pictures)}".encode())
@@ -147,11 +159,14 @@ def features(
 ) -> Features:
     """The features of all pictures, read from `folder` as far as they are there, and written to it piece by piece.
 
+    Where it cannot be written, that is said once, and the features are returned all the same.
+
     Raises:
         TriviumError: none of the pictures can be read.
     """
     key = hashlib.sha256(f"{VERSION} {encoder.hash} {identity(pictures)}".encode()).hexdigest()[:32]
     pieces = []
+    is_writable = True
     for first in range(0, len(pictures), PIECE):
         rows = range(first, min(first + PIECE, len(pictures)))
         file = folder / key / f"{first:09d}.safetensors"
@@ -159,8 +174,16 @@ def features(
         if piece is None:
             say(f"features of {first:,} to {rows[-1] + 1:,} of {len(pictures):,}")
             piece = _encoded(encoder, pictures, rows)
-            if piece.is_final:
-                _write(file, piece)
+            if piece.is_final and is_writable:
+                try:
+                    _write(file, piece)
+                except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+                    is_writable = False
+                    why = getattr(error, "strerror", None) or error
+                    say(
+                        f"{file} cannot be written ({why}), so a later call makes the features anew: free space, or set"
+                        " XDG_CACHE_HOME"
+                    )
         pieces.append(piece)
     bad = [sentence for piece in pieces for sentence in piece.bad]
     kept = [piece for piece in pieces if len(piece)]
@@ -221,6 +244,7 @@ def _decoded(pool: ThreadPoolExecutor, pictures: Pictures, rows: range) -> Itera
 
 
 def _write(file: Path, piece: Features) -> None:
+    """Raises OSError or SafetensorError."""
     tensors = {f"reading.{name}": rows.contiguous() for name, rows in piece.readings.items()}
     tensors |= {
         "rows": torch.from_numpy(piece.rows_N),
@@ -230,12 +254,9 @@ def _write(file: Path, piece: Features) -> None:
         "hashes": torch.from_numpy(piece.hashes_N.view(np.int64).copy()),
         "colours": torch.from_numpy(piece.colours_NC.copy()),
     }
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file_beside(file) as beside:
-            save_file(tensors, beside, metadata={"bad": json.dumps(piece.bad)})
-    except OSError as error:
-        raise TriviumError(f"{file} cannot be written ({error.strerror}): free space, or set XDG_CACHE_HOME") from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file_beside(file) as beside:
+        save_file(tensors, beside, metadata={"bad": json.dumps(piece.bad)})
 
 
 def _read(file: Path) -> Features | None:

@@ -89,6 +89,33 @@ def test_a_sixth_caption_is_left_out_aloud(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_captions_of_a_picture_that_stands_in_several_entries_are_collected(tmp_path: Path) -> None:
+    """The captions of twelve pictures one an entry, and not side by side, are those of the same file with lists."""
+    folder, names = tmp_path / "flickr30k", [f"flickr30k-images/{2000 - label}.jpg" for label in range(12)]
+    for label, name in enumerate(names):
+        save(folder / name, label % 8)
+    table = folder / "flickr30k_test.json"
+    texts = {name: [f"{name}, caption {number}" for number in range(5)] for name in names}
+    table.write_text(json.dumps([{"image": name, "caption": texts[name]} for name in names]))
+    lists = find_captions(FLICKR, tmp_path)
+    table.write_text(json.dumps([{"image": name, "caption": texts[name][n]} for n in range(5) for name in names]))
+    single = find_captions(FLICKR, tmp_path)
+    assert lists is not None and single is not None
+    assert single.captions == lists.captions == tuple(map(tuple, texts.values()))
+    assert single.notes == lists.notes
+    assert [single.pictures.name(row) for row in range(len(single.pictures))] == [Path(name).name for name in names]
+    # Karpathy's form likewise, where a picture is listed again for its last captions.
+    table.unlink()
+    images = [
+        {"filename": Path(name).name, "split": "test", "sentences": [{"raw": text} for text in texts[name][part]]}
+        for part in (slice(0, 3), slice(3, 5))
+        for name in names
+    ]
+    (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    again = find_captions(FLICKR, tmp_path)
+    assert again is not None and again.captions == lists.captions and again.notes == lists.notes
+
+
 def test_tar_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "wds_flickr30k" / "test"

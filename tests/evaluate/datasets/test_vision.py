@@ -8,9 +8,12 @@ import os
 import pickle
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy.io import savemat
@@ -18,6 +21,7 @@ from scipy.io import savemat
 from tests.evaluate.datasets import miniatures
 from tests.evaluate.datasets.miniatures import BUILDERS, PER_CLASS, red
 from trivium.errors import BadSample, TriviumError
+from trivium.evaluate import feature_store
 from trivium.evaluate.datasets import Missing, find
 from trivium.evaluate.datasets.layouts import BY_NAME, VISION
 from trivium.evaluate.datasets.pictures import SUFFIXES, DataSet, Split, UnreadableNow, capped, held_out
@@ -205,12 +209,83 @@ def test_a_damaged_parquet_copy_is_said(tmp_path: Path) -> None:
         for column in ("img", "label"):
             table = pq.read_table(io.BytesIO(whole))
             pq.write_table(table.set_column(table.schema.get_field_index(column), column, [["x"] * len(table)]), file)
-            if column == "label":
-                with pytest.raises(TriviumError, match=file.name):
-                    find(BY_NAME["CIFAR10"], tmp_path)
-            else:
-                _opened_or_told("CIFAR10", tmp_path)
+            with pytest.raises(TriviumError, match=file.name):
+                find(BY_NAME["CIFAR10"], tmp_path)
         file.write_bytes(whole)
+
+
+def in_row_groups(folder: Path, size: int) -> None:
+    for file in folder.glob("data/*.parquet"):
+        pq.write_table(pq.read_table(file), file, row_group_size=size)
+
+
+@pytest.fixture
+def groups_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
+    """Row groups and columns, in the order in which they are read; two groups at most are kept."""
+    read: list[tuple[int, list[str]]] = []
+    whole = pq.ParquetFile.read_row_group
+
+    def counted(self: pq.ParquetFile, number: int, columns: list[str]) -> pa.Table:
+        read.append((number, columns))
+        time.sleep(0.01)  # long enough for other threads to want it, too
+        return whole(self, number, columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    monkeypatch.setattr("trivium.data.tables.CACHE_BYTES", 1)
+    return read
+
+
+def test_pictures_of_a_parquet_copy_are_read_by_row_groups_when_their_turn_comes(
+    tmp_path: Path, groups_read: list[tuple[int, list[str]]]
+) -> None:
+    miniatures.parquet(tmp_path / "cifar10")
+    in_row_groups(tmp_path / "cifar10", 2)
+    train = opened("CIFAR10", tmp_path).train
+    assert train.labels_N.tolist() == miniatures.labels_of("train", 3) and not groups_read
+    feature_store.identity(train.pictures)
+    assert not groups_read
+    check_pictures(train)
+    assert groups_read == [(number, ["img"]) for number in range(6)]
+    check_pictures(train[np.arange(2)])
+    assert groups_read[6:] == [(0, ["img"])], "the first is no longer kept"
+    check_pictures(train[np.random.default_rng(0).permutation(12)])
+    check_pictures(Split(pickle.loads(pickle.dumps(train.pictures)), train.labels_N))
+
+
+def test_threads_that_want_the_same_row_group_read_it_once(
+    tmp_path: Path, groups_read: list[tuple[int, list[str]]]
+) -> None:
+    miniatures.parquet(tmp_path / "cifar10")
+    in_row_groups(tmp_path / "cifar10", 6)
+    train = opened("CIFAR10", tmp_path).train
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(train.pictures.read, range(12)))
+    assert sorted(groups_read) == [(0, ["img"]), (1, ["img"])]
+    assert [int(picture[-1, 0, 0]) for picture in read] == [red(label) for label in train.labels_N.tolist()]
+
+
+def test_what_a_parquet_copy_holds_beside_the_splits_in_use_is_not_read(tmp_path: Path) -> None:
+    miniatures.parquet(tmp_path / "cifar10", splits=("train", "validation", "test"))
+    for unused in ("val", "unlabelled"):
+        (tmp_path / "cifar10" / "data" / f"{unused}-00000-of-00001.parquet").write_bytes(b"damaged")
+    data = opened("CIFAR10", tmp_path)
+    assert [len(split) for split in data.every] == [12, 6, 9]
+
+
+def test_a_damaged_picture_of_a_parquet_copy_is_named_by_its_own_file_and_row(tmp_path: Path) -> None:
+    miniatures.parquet(tmp_path / "cifar10")
+    first = tmp_path / "cifar10" / "data" / "train-00000-of-00001.parquet"
+    second = first.with_name("train-00001-of-00002.parquet")
+    table = pq.read_table(first)
+    cells = [{"bytes": b"no picture", "path": None}, {"bytes": None, "path": None}, *table["img"].to_pylist()[2:]]
+    pq.write_table(table.set_column(0, "img", [cells]), second)
+    train = opened("CIFAR10", tmp_path).train
+    assert len(train) == 24 and list(train.pictures.files()) == [first, second]
+    assert train.pictures.name(14) == "train-00000-of-00001.parquet 14"
+    check_pictures(train[np.r_[:12, 14:24]])
+    for row in (0, 1):
+        with pytest.raises(BadSample, match=rf"train-00001-of-00002\.parquet \(row {row}\)"):
+            train.pictures.read(12 + row)
 
 
 def test_a_users_own_names_and_templates_come_first(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def find_captions(layout: CaptionLayout, root: Path) -> Captioned | None:
     return None
 
 
-Entry = tuple[str, list[str]]  # a picture's path as the list has it, its captions
+Entry = tuple[str, list[str]]  # a picture's path as the list has it, its captions or some of them
 
 
 def _karpathy(table: Path) -> list[Entry]:
@@ -113,7 +113,7 @@ def _karpathy(table: Path) -> list[Entry]:
 
 
 def _albef(table: Path) -> list[Entry]:
-    """[{"image": path, "caption": [...]}]; a single caption may stand without a list."""
+    """[{"image": path, "caption": [...]}]; a single caption may stand without a list, a picture in several entries."""
     found = []
     for entry in json_elements(str(table)):
         caption = entry.value("caption")
@@ -131,15 +131,15 @@ def _albef(table: Path) -> list[Entry]:
 
 def _flat(table: Path) -> list[Entry]:
     """A header and lines "picture.jpg,caption"; or, as .json, COCO's own form."""
-    found: dict[str, list[str]] = {}
+    found = []
     if table.suffix == ".json":
         content = json_of(table)
         name = {image["id"]: f"val2014/{image['file_name']}" for image in content["images"]}
         for number, entry in enumerate(content["annotations"]):
             if isinstance(entry["caption"], str) and not entry["caption"].strip():
                 raise BadSample(str(table), f"annotation {number}", 'its "caption" is blank')
-            found.setdefault(name[entry["image_id"]], []).append(entry["caption"])
-        return list(found.items())
+            found.append((name[entry["image_id"]], [entry["caption"]]))
+        return found
     for number, line in enumerate(lines_of(table)[1:], start=2):
         picture, comma, caption = line.partition(",")  # captions hold commas of their own
         if not comma:
@@ -147,22 +147,23 @@ def _flat(table: Path) -> list[Entry]:
         caption = caption.strip().strip('"')
         if not caption.strip():
             raise BadSample(str(table), f"line {number}", "the caption after its comma is blank")
-        found.setdefault(picture, []).append(caption)
-    return list(found.items())
+        found.append((picture, [caption]))
+    return found
 
 
 def _entries(table: Path, read: Callable[[Path], list[Entry]]) -> list[Entry]:
-    """What a list holds, checked: pictures with captions that are texts."""
+    """What a list holds, checked: each picture once, where it first stands, with all its captions."""
+    found: dict[str, list[str]] = {}
     try:
-        found = read(table)
-        for picture, captions in found:
+        for picture, captions in read(table):
             if not isinstance(picture, str) or not all(isinstance(caption, str) for caption in captions):
                 raise TypeError(f"{picture} with {captions}")
+            found.setdefault(picture, []).extend(captions)
     except BadSample as bad:
         raise TriviumError(f"{bad}: mend it, or fetch the list again") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise TriviumError(f"{table} is no list of captions ({error!r}): fetch it again") from None
-    return found
+    return list(found.items())
 
 
 def _with_files(folder: Path, table: Path, layout: CaptionLayout, entries: list[Entry]) -> Captioned:

@@ -69,14 +69,15 @@ def parquet(folder: Path) -> DataSet:
     image, label = (_column(schema, names, found["train"][0]) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
     prompts, templates, tables = own_prompts(folder)
     named = _feature_names(schema, label)
-    for path in (path for files in found.values() for path in files):
+    used = ("train", *[name for name in VALIDATION if name in found][:1], "test")  # what else is there is not opened
+    for path in (path for name in used for path in found[name]):
         if (other := _feature_names(_schema(path), label)) != named:
             number = next((n for n, (a, b) in enumerate(zip_longest(named, other)) if a != b), 0)
             raise TriviumError(
                 f"{path} and {found['train'][0].name} number their classes differently: {number} is"
                 f" {_nth(other, number)} in the one and {_nth(named, number)} in the other; fetch both again"
             )
-    splits = {name: parquet_split(files, image, label) for name, files in found.items()}
+    splits = {name: parquet_split(found[name], image, label) for name in used}
     named = named or prompts
     count = 1 + max(int(split.labels_N.max()) for split in splits.values())
     validation = next((splits[name] for name in VALIDATION if name in splits), None)

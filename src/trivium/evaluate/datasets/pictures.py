@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from scipy.io import loadmat
 from trivium.data.decode import DecodeError, decode
 from trivium.data.files import PICTURE_LIMIT, PICTURE_SUFFIXES
 from trivium.data.shards import TarShards
+from trivium.data.tables import ParquetFiles
 from trivium.errors import BadSample, TriviumError, UnreadableNow
 from trivium.train.protocol import uniform64
 
@@ -97,26 +99,33 @@ class PictureArray:
 
 
 class EncodedPictures:
-    """Encoded pictures in a column of Parquet files, kept in memory as they are."""
+    """Encoded pictures in a column of Parquet files: bytes, or a struct with `bytes` in it. The row groups that were
+    read last are in memory, so rows in order, or nearly, are cheap, and others cost a row group each."""
 
-    def __init__(self, of: Sequence[Path], data: Sequence[bytes | None]) -> None:
-        self.of, self.data = list(of), data
+    def __init__(self, source: ParquetFiles, column: str) -> None:
+        self.source, self.column = source, column
+        self._one_at_a_time = threading.Lock()  # so threads that want the same row group read it once
+
+    def __reduce__(self) -> tuple[type[EncodedPictures], tuple[ParquetFiles, str]]:
+        return EncodedPictures, (self.source, self.column)  # a lock does not go to another process
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.source)
 
     def name(self, row: int) -> str:
-        return f"{self.of[0].name} {row}"
+        return f"{Path(self.source.paths[0]).name} {row}"
 
     def read(self, row: int) -> np.ndarray:
-        data = self.data[row]
+        with self._one_at_a_time:
+            cell = self.source.cell(row, self.column)
+        data = cell["bytes"] if isinstance(cell, dict) else cell
         try:
             return decode(data or b"")
         except DecodeError as error:
-            raise BadSample(str(self.of[0]), f"row {row}", str(error)) from None
+            raise BadSample(*self.source.where(row), str(error)) from None
 
     def files(self) -> Iterable[Path]:
-        return self.of
+        return map(Path, self.source.paths)
 
 
 class ShardPictures:
@@ -331,22 +340,27 @@ def mat_variable(path: Path, key: str) -> Any:
 
 
 def parquet_split(files: Sequence[Path], image: str, label: str) -> Split:
-    """A split of Parquet files: pictures as bytes, or as a struct with `bytes` in it; labels as numbers.
+    """A split of Parquet files: labels, which are numbers, at once; a picture, bytes or a struct with `bytes` in it,
+    when its turn comes.
 
     Raises TriviumError.
     """
-    data: list[bytes | None] = []
     labels: list[int] = []
     for file in files:
         try:
-            table = pq.read_table(file, columns=[image, label])
-            data += [cell["bytes"] if isinstance(cell, dict) else cell for cell in table[image].to_pylist()]
-            labels += map(int, table[label].to_pylist())
+            with pq.ParquetFile(file) as opened:
+                kind = opened.schema_arrow.field(image).type
+                if pa.types.is_struct(kind):
+                    kind = kind.field("bytes").type
+                if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+                    raise TypeError(f"{image} holds {kind}")
+                labels += map(int, opened.read(columns=[label])[label].to_pylist())
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise TriviumError(
                 f"{file} does not hold pictures in {image} with numbers in {label} ({error}): fetch it again"
             ) from None
-    return Split(EncodedPictures(files, data), np.array(labels, dtype=np.int64))
+    pictures = EncodedPictures(ParquetFiles(files, "images", image), image)
+    return Split(pictures, np.array(labels, dtype=np.int64))
 
 
 def in_words(names: Iterable[str]) -> tuple[str, ...]:
