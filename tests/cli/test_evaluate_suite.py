@@ -229,5 +229,5 @@ def test_a_cache_that_cannot_be_made_is_said_before_anything_is_measured(
     words = ("--task", "DTD", "--data.root", root, "--out", tmp_path / "out")
     assert trivium("evaluate", trained, *words) == 2
     said = capsys.readouterr().err
-    assert "where features are kept, cannot be made" in said and "XDG_CACHE_HOME" in said
+    assert "no folder to keep figures and features in" in said and "set XDG_CACHE_HOME" in said
     assert not (tmp_path / "out").exists()

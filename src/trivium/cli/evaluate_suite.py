@@ -13,7 +13,7 @@ from typing import Any
 from trivium.cli.finetune import SEEDS
 from trivium.errors import TriviumError
 from trivium.evaluate import results, suite, suite_report, tuned_runs
-from trivium.evaluate.feature_store import cache_root
+from trivium.evaluate.feature_store import make_cache_root
 from trivium.evaluate.paper_tasks import SUITES, PaperTask
 from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun
 from trivium.evaluate.tuned_runs import TunedRun
@@ -50,7 +50,7 @@ def evaluate_suite(
         raise TriviumError(f"{out} is a file: name a folder with --out")
     tuned = read_fine_tuned(fine_tuned)
     chosen_runs = [tuned_runs.of_task(task, tuned) for task in tasks]  # before anything is measured
-    _make_cache()
+    cache = make_cache_root()
     bundle = load(path, choose_device(device))
 
     def say(sentence: str) -> None:
@@ -61,9 +61,7 @@ def evaluate_suite(
             say(f"--fine-tuned: {doubt}")
     for unused in (each for each in tuned if each not in chosen_runs):
         say(f"--fine-tuned: {unused.folder} has no figure that these tasks ask for, and is left out")
-    run = suite.run(
-        tasks, bundle, root, cache_root(), fine_tuned=tuned, rows=rows, say=say, own=open_own, path=str(path)
-    )
+    run = suite.run(tasks, bundle, root, cache, fine_tuned=tuned, rows=rows, say=say, own=open_own, path=str(path))
     if not any(each.state in HAS_FIGURES for each in run.tasks):
         _list_absent(run)
         if not any(each.state in ("unscored", "damaged", "failed") for each in run.tasks):
@@ -89,16 +87,6 @@ def evaluate_suite(
     print(f"report: {page}")
     states = {each.state for each in run.tasks}
     return 1 if "failed" in states else 2 if "damaged" in states else 0
-
-
-def _make_cache() -> None:
-    """Raises TriviumError where nothing can be kept, rather than at the end of the first task."""
-    try:
-        cache_root().mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TriviumError(
-            f"{cache_root()}, where features are kept, cannot be made ({error}): name another folder by XDG_CACHE_HOME"
-        ) from None
 
 
 def tasks_of(name: str | None, chosen: Sequence[str]) -> list[PaperTask]:

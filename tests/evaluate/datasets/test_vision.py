@@ -22,7 +22,7 @@ from tests.evaluate.datasets import miniatures
 from tests.evaluate.datasets.miniatures import BUILDERS, PER_CLASS, red
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import feature_store
-from trivium.evaluate.datasets import Missing, find
+from trivium.evaluate.datasets import Missing, copies, find
 from trivium.evaluate.datasets.layouts import BY_NAME, VISION
 from trivium.evaluate.datasets.pictures import SUFFIXES, DataSet, Split, UnreadableNow, capped, held_out
 
@@ -498,3 +498,21 @@ def test_no_part_of_a_layout_that_is_missing_or_damaged_ends_in_a_traceback(name
             if damaged is not None:
                 (root / path).write_bytes(damaged)
             _opened_or_told(name, root)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_validation_stands_for_a_test_split_whose_labels_nobody_publishes(tmp_path: Path, is_there: bool) -> None:
+    splits = ("train", "validation", "test") if is_there else ("train", "validation")
+    miniatures.parquet(tmp_path / "imagenet", splits=splits)
+    if is_there:
+        file = tmp_path / "imagenet" / "data" / "test-00000-of-00001.parquet"
+        table = pq.read_table(file)
+        hidden = pa.array([-1] * len(table), pa.int64())
+        pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", hidden), file)
+    data = copies.parquet(tmp_path / "imagenet")
+    assert data.validation is None and data.splits.endswith("its validation split, since test has no labels")
+    assert all("validation" in str(path) for path in data.test.pictures.files()) and data.test.labels_N.min() == 0
+    (tmp_path / "imagenet" / "data" / "validation-00000-of-00001.parquet").unlink()
+    if not is_there:
+        with pytest.raises(TriviumError, match=r"must hold train\*\.parquet and test"):
+            copies.parquet(tmp_path / "imagenet")

@@ -58,18 +58,20 @@ def _notes(split: Split) -> list[str]:
 
 
 def parquet(folder: Path) -> DataSet:
-    """A copy in Parquet files. Raises TriviumError."""
+    """A copy in Parquet files. Where nobody publishes the labels of the test split, as of ImageNet, or it is not there,
+    the validation split stands for it. Raises TriviumError."""
     inside = folder / "data" if any((folder / "data").glob("*.parquet")) else folder
     found: dict[str, list[Path]] = {}
     for path in sorted(inside.glob("*.parquet")):
         found.setdefault(path.stem.split("-")[0], []).append(path)
-    if not {"train", "test"} <= found.keys():
+    checked = next((name for name in VALIDATION if name in found), None)
+    if "train" not in found or not {"test", checked} & found.keys():
         raise TriviumError(f"{inside} must hold train*.parquet and test*.parquet: fetch both")
     schema = _schema(found["train"][0])
     image, label = (_column(schema, names, found["train"][0]) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
     prompts, templates, tables = own_prompts(folder)
     named = _feature_names(schema, label)
-    used = ("train", *[name for name in VALIDATION if name in found][:1], "test")  # what else is there is not opened
+    used = [name for name in ("train", checked, "test") if name in found]  # what else is there is not opened
     for path in (path for name in used for path in found[name]):
         if (other := _feature_names(_schema(path), label)) != named:
             number = next((n for n, (a, b) in enumerate(zip_longest(named, other)) if a != b), 0)
@@ -80,10 +82,13 @@ def parquet(folder: Path) -> DataSet:
     splits = {name: parquet_split(found[name], image, label) for name in used}
     named = named or prompts
     count = 1 + max(int(split.labels_N.max()) for split in splits.values())
-    validation = next((splits[name] for name in VALIDATION if name in splits), None)
+    validation, test, which = splits.get(checked or ""), splits.get("test"), "the splits of the copy in Parquet files"
+    if validation is not None and (test is None or bool((test.labels_N < 0).all())):
+        test, validation, which = validation, None, f"{which}; its validation split, since test has no labels"
+    assert test is not None
     return DataSet(
-        named or tuple(map(str, range(count))), splits["train"], splits["test"], validation, tables=tables,
-        prompts=prompts or named, templates=templates, splits="the splits of the copy in Parquet files",
+        named or tuple(map(str, range(count))), splits["train"], test, validation, tables=tables,
+        prompts=prompts or named, templates=templates, splits=which,
     )  # fmt: skip
 
 
