@@ -279,10 +279,9 @@ def commonest(task: str, splits: Splits) -> dict[str, Any]:
     train, dev, metric = splits.train, splits.held_out["dev"], TASKS[task].reported
     answer = Counter(row.label for row in train.good() if row.label is not None).most_common(1)[0][0]
     truths = np.array([row.label for row in dev.good()])
-    is_text = TASKS[task].reads == "text"
-    shared = leakage.of_texts(train, dev, "dev") if is_text else leakage.of_pictures(train, {"dev": dev})
+    leaks = leakage.of_texts if TASKS[task].reads == "text" else leakage.of_pictures
     value = METRICS[metric](np.full(len(truths), answer), truths)
-    notes = [f"the commonest answer is {splits.labels[answer]}", *splits.notes, *shared]
+    notes = [f"the commonest answer is {splits.labels[answer]}", *splits.notes, *leaks(train, {"dev": dev})]
     return {"figures": {metric: {"value": value}}, "notes": notes}
 
 

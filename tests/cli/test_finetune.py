@@ -206,13 +206,16 @@ def test_what_training_and_held_out_rows_share_is_said(
 ) -> None:
     finetune("text_classification", bert, tmp_path / "texts", "--data", reviews, "--data.dev", reviews)
     told = capsys.readouterr()
-    for stream in (told.out, told.err):  # at the start, and in what the run comes to
-        assert "leakage: 96 of 96 rows of dev stand, in the same letters, in training" in stream
+    assert "leakage: 96 of 96 rows of dev stand, in the same letters, in training" in told.out
+    assert "leakage" not in told.err, "neither start nor resume waits for it"
+    assert "texts that training and held-out rows have in common" in told.err
     assert "leakage: 96 of 96" in (tmp_path / "texts" / "report.html").read_text(encoding="utf-8")
     data = pictures(tmp_path)
     words = ("--data", data, "--data.dev", data, "--train.bad-rate", 1)
     finetune("image_text_classification", flava, tmp_path / "pictures", *words)
-    assert "rows of dev show a picture that stands, equal to the pixel, in training" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "rows of dev show a picture that stands, equal to the pixel, in training" in told.out
+    assert "pictures that training and held-out rows have in common" in told.err
 
 
 def test_layer_decay_and_freezing_reach_the_model_and_not_the_head(bert: Path, reviews: str, tmp_path: Path) -> None:

@@ -115,6 +115,18 @@ def test_an_unknown_label_is_named(glue: Callable[[str], str], tmp_path: Path) -
         read_glue("rte", root).checked()
 
 
+@pytest.mark.parametrize("score", ["high", "", "nan", "inf", "-0.1", "5.001"])
+def test_a_score_that_is_none_is_a_bad_row(score: str, glue: Callable[[str], str]) -> None:
+    root = glue("stsb")
+    with (Path(root) / "STS-B" / "train.tsv").open("a") as file:
+        file.write("1|a|b|c|d|e|f|one|two|0.000\n".replace("|", "\t"))
+        file.write(f"2|a|b|c|d|e|f|one|two|{score}\n".replace("|", "\t"))
+    rows = read_glue("stsb", root).train
+    assert [row.value for row in rows.good()] == [2.5, 0.0]
+    with pytest.raises(BadSample, match=rf'train.tsv \(line 4\): its score "{score}" is no number from 0 to 5'):
+        rows.read(2, 2)
+
+
 def test_the_folder_of_a_task_itself_serves_and_another_is_refused(glue: Callable[[str], str], tmp_path: Path) -> None:
     root = glue("sst2")
     assert len(read_glue("sst2", f"{root}/SST-2").train) == 2

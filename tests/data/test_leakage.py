@@ -39,28 +39,39 @@ def test_texts_that_are_equal_or_nearly_so() -> None:
         "an honest and moving portrait of a family that has to learn how to live with one another once again .",
         file="dev.tsv",
     )
-    exact, near = leakage.of_texts(texts(*TRAIN), dev, "dev")
+    exact, near = leakage.of_texts(texts(*TRAIN), {"dev": dev})
     assert exact == (
         "leakage: 1 of 3 rows of dev stand, in the same letters, in training; they are counted all the same; the first:"
         " dev.tsv (line 2) and train.tsv (line 2)"
     )
     assert "1 of 3 rows of dev have a near copy (at most 8 of 64 bits of the hash) in training" in near
     assert near.endswith("dev.tsv (line 3) and train.tsv (line 3)")
-    assert leakage.of_texts(texts(*TRAIN, "!"), texts("nothing of the kind", "?"), "dev") == []
+    assert leakage.of_texts(texts(*TRAIN, "!"), {"dev": texts("nothing of the kind", "?")}) == []
+
+
+def test_training_is_gone_through_once_for_all_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    simhashes = leakage.simhashes
+    monkeypatch.setattr(leakage, "simhashes", lambda texts: (hashed.extend(texts), simhashes(texts))[1])
+    dev, test = texts(TRAIN[0], file="dev.tsv"), texts("nothing of the kind", TRAIN[1], file="test.tsv")
+    [of_dev, of_test] = leakage.of_texts(texts(*TRAIN), {"dev": dev, "test": test})
+    assert "1 of 1 rows of dev stand" in of_dev and of_dev.endswith("dev.tsv (line 1) and train.tsv (line 1)")
+    assert "1 of 2 rows of test stand" in of_test and of_test.endswith("test.tsv (line 2) and train.tsv (line 2)")
+    assert len(hashed) == len(TRAIN) + 1 + 2
 
 
 def test_of_a_pair_both_texts_count() -> None:
     train = texts(("it rains", "it is wet"), ("it snows", "it is cold"))
-    assert leakage.of_texts(train, texts(("it rains", "it is cold")), "dev") == []
-    [told] = leakage.of_texts(train, texts(("it snows", "it is cold")), "dev")
+    assert leakage.of_texts(train, {"dev": texts(("it rains", "it is cold"))}) == []
+    [told] = leakage.of_texts(train, {"dev": texts(("it snows", "it is cold"))})
     assert "1 of 1 rows" in told
 
 
 def test_rows_that_cannot_be_used_are_passed_over() -> None:
     train = LabelledRows([BadSample("train.tsv", "line 1", "no text"), *texts(*TRAIN).rows], "text")
-    [told] = leakage.of_texts(train, texts(TRAIN[0]), "dev")
+    [told] = leakage.of_texts(train, {"dev": texts(TRAIN[0])})
     assert told.endswith("and train.tsv (line 1)")
-    assert leakage.of_texts(LabelledRows([BadSample("a", "", "b")], "text"), texts(TRAIN[0]), "dev") == []
+    assert leakage.of_texts(LabelledRows([BadSample("a", "", "b")], "text"), {"dev": texts(TRAIN[0])}) == []
 
 
 def test_pairs_across_two_sets_are_those_of_every_comparison() -> None:
@@ -144,7 +155,7 @@ def test_captioned_pictures_that_stand_on_both_sides(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(("task", "equal"), [("sst2", 2), ("cola", 19)])
 def test_the_sentences_that_glue_has_on_both_sides(task: str, equal: int) -> None:
     splits = read_glue(task, str(Path(os.environ["TRIVIUM_DATA"]) / "glue"))
-    told = leakage.of_texts(splits.train, splits.held_out["dev"], "dev")
+    told = leakage.of_texts(splits.train, {"dev": splits.held_out["dev"]})
     assert told[0].startswith(
         f"leakage: {equal} of {len(splits.held_out['dev']):,} rows of dev stand, in the same letters"
     )

@@ -28,7 +28,7 @@ from trivium.data.glue import GLUE
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
 from trivium.data.transforms import ImageTransform
-from trivium.evaluate import detection, feature_store, suite, suite_report
+from trivium.evaluate import detection, feature_store, suite, suite_report, task_runs
 from trivium.evaluate.classification import accuracies, classification, leakage
 from trivium.evaluate.datasets import find, layouts
 from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
@@ -323,9 +323,15 @@ def test_a_second_call_reads_what_the_first_kept(bundle: Bundle, root: Path, tmp
     assert units is not None and units.units == first.results["DTD.linear_probe.accuracy"].outcomes.units  # type: ignore[union-attr]
     assert [each.notes for each in second.tasks] == [each.notes for each in first.tasks]
     # Damage, another cap on the rows or another model is measured anew.
-    for file in (tmp_path / "tasks").glob("DTD-*/about.json"):
+    for name in ("about.json", "outcomes.parquet"):
+        [file] = (tmp_path / "tasks").glob(f"DTD-*/{name}")
         file.write_text("{")
-    assert suite.run(tasks, bundle, root, tmp_path).tasks[0].state == "measured"
+        assert suite.run(tasks, bundle, root, tmp_path).tasks[0].state == "measured"
+    [file] = (tmp_path / "tasks").glob("DTD-*/outcomes.parquet")
+    file.unlink()
+    again = suite.run(tasks, bundle, root, tmp_path).tasks
+    assert [each.state for each in again] == ["measured", "kept"]
+    assert again[0].results["DTD.linear_probe.accuracy"].outcomes is not None and file.is_file()
     capped = suite.run(tasks[:1], bundle, root, tmp_path, rows=5).tasks[0]
     assert capped.state == "measured" and capped.results["DTD.knn.accuracy"].n == 5
     assert capped.part == "at most 5 of each split" and {each.part for each in second.tasks} == {
@@ -335,6 +341,14 @@ def test_a_second_call_reads_what_the_first_kept(bundle: Bundle, root: Path, tmp
     assert "at most 5 pictures of each split" in capped.notes[0]
     torch.manual_seed(4)
     assert suite.run(tasks[:1], new_bundle(), root, tmp_path).tasks[0].state == "measured"
+
+
+def test_what_never_had_outcomes_is_kept_without_them(tmp_path: Path) -> None:
+    found = TaskRun(TASKS["DTD"], "measured", {"DTD.knn.accuracy": Result(0.5)})
+    task_runs.keep(found, tmp_path, 1.0)
+    assert not (tmp_path / "outcomes.parquet").exists()
+    kept = task_runs.kept(TASKS["DTD"], tmp_path)
+    assert kept is not None and kept.results == found.results
 
 
 def test_an_interrupted_call_goes_on(

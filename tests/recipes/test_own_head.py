@@ -4,6 +4,7 @@ every figure as a plain loop over the rows gives it."""
 from __future__ import annotations
 
 import csv
+import errno
 import html
 import json
 import re
@@ -126,6 +127,36 @@ def test_entailment_by_the_heads_own_order_of_labels(tmp_path: Path, cache: Path
     (root / "ve_dev.json").write_text(json.dumps([{**row, "label": "neutral"} for row in rows]))
     neutral = evaluated(model, root, tmp_path / "other", "SNLI-VE")["SNLI-VE.dev.accuracy"]
     assert neutral == pytest.approx(np.mean([answer == "neutral" for answer in chosen]))  # the file is another
+
+
+@pytest.mark.parametrize("lost", ["0.jpg", "3.jpg"])
+def test_what_the_disk_does_not_give_today_is_asked_for_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """One of several pictures of test, or the only one of dev."""
+    model, root = converted("ve", tmp_path / "ve"), tmp_path / "data"
+    for number in range(4):
+        picture(root / "flickr30k-images" / f"{number}.jpg", number)
+    rows = [{"image": str(number), "sentence": SENTENCES[number], "label": "neutral"} for number in range(4)]
+    for split, some in (("dev", rows[3:]), ("test", rows[:3])):
+        (root / f"ve_{split}.json").write_text(json.dumps(some))
+    whole = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == lost:
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", read_bytes)
+        first = evaluated(model, root, tmp_path / "first", "SNLI-VE")
+    assert "Input/output error" in html.unescape((tmp_path / "first" / "report.html").read_text())
+    assert ("SNLI-VE.dev.accuracy" in first) == (lost == "0.jpg")
+    assert not list(cache.glob("**/tasks/*/about.json"))
+    again = evaluated(model, root, tmp_path / "again", "SNLI-VE")
+    assert {"SNLI-VE.dev.accuracy", "SNLI-VE.test.accuracy"} <= again.keys()
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["results"]["SNLI-VE.test.accuracy"]["n"] == 3
+    assert list(cache.glob("**/tasks/*/about.json"))
 
 
 @pytest.mark.parametrize("form", ["albef", "official"])

@@ -7,6 +7,7 @@ characters that count as line breaks elsewhere; a score of STS-B lies between 0 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class GlueFiles:
     labels: Mapping[str, str] | None  # as the file has it -> its name, in order of the classes; None: a number
     header: bool = True  # of train and dev
     dev: tuple[str, ...] = ("dev",)
-    scale: float = 1.0  # what a number is divided by for the model
+    scale: float = 1.0  # the highest number, by which it is divided for the model; the lowest is 0
 
 
 GLUE = {
@@ -102,9 +103,12 @@ def _row(files: GlueFiles, path: str, number: int, cells: list[str], num_fields:
         given = cells[files.label].strip()
         if files.labels is None:
             try:
-                target["value"] = float(given)
+                score = float(given)
             except ValueError:
-                return BadSample(path, where, f'its score "{given}" is no number')
+                score = math.nan
+            if not 0 <= score <= files.scale:
+                return BadSample(path, where, f'its score "{given}" is no number from 0 to {files.scale:g}')
+            target["value"] = score
         elif given not in files.labels:
             return BadSample(path, where, f'its label "{given}" is none of {", ".join(files.labels)}')
         else:

@@ -29,19 +29,14 @@ RUN = 4  # characters
 PICTURES = 20_000  # distinct ones, beyond which files alone are compared: to open each takes longer than it is worth
 
 
-def of_texts(train: LabelledRows, held_out: LabelledRows, name: str) -> list[str]:
-    """Sentences on the rows of one held-out split that training has too. The texts of a row, both of a pair, count as
-    one. For tasks of texts alone: beside another picture a question may well be asked again."""
-    seen, asked = (list(rows.good()) for rows in (train, held_out))
-    seen_texts, asked_texts = ([_letters(row) for row in rows] for rows in (seen, asked))
-    seen_names, asked_names = ([_named(row) for row in rows] for rows in (seen, asked))
-    first = dict(zip(reversed(seen_texts), reversed(seen_names), strict=True))
-    first.pop("", None)  # marks alone
-    equal = {place: first[text] for place, text in enumerate(asked_texts) if text in first}
-    pairs = duplicates.close_across(simhashes(seen_texts), simhashes(asked_texts), TEXT_DISTANCE)
-    near = {other: seen_names[one] for one, other in pairs.tolist() if other not in equal and asked_texts[other]}
-    how = f"at most {TEXT_DISTANCE} of {duplicates.BITS} bits of the hash"
-    return _told(name, asked_names, (equal, "stand, in the same letters,"), (near, f"have a near copy ({how})"))
+def of_texts(train: LabelledRows, held_out: Mapping[str, LabelledRows]) -> list[str]:
+    """Sentences on the rows of each held-out split, by its name, that training has too. The texts of a row, both of a
+    pair, count as one. For tasks of texts alone: beside another picture a question may well be asked again. Training
+    is gone through once for all splits."""
+    written = _Written.by_rows(train)
+    return [
+        sentence for name, rows in held_out.items() for sentence in _of_written(written, _Written.by_rows(rows), name)
+    ]
 
 
 def of_pictures(train: LabelledRows, held_out: Mapping[str, LabelledRows]) -> list[str]:
@@ -64,6 +59,16 @@ def of_pairs(train: Source, held_out: Mapping[str, Source]) -> list[str]:
             few = f"being more than {PICTURES:,} together"
             found.append(f"leakage: pictures of {name} were not looked for in training, {few}")
     return found
+
+
+def _of_written(train: _Written, held_out: _Written, name: str) -> list[str]:
+    first = dict(zip(reversed(train.texts), reversed(train.names), strict=True))
+    first.pop("", None)
+    equal = {place: first[text] for place, text in enumerate(held_out.texts) if text in first}
+    pairs = duplicates.close_across(train.hashes, held_out.hashes, TEXT_DISTANCE)
+    near = {other: train.names[one] for one, other in pairs.tolist() if other not in equal and held_out.texts[other]}
+    how = f"at most {TEXT_DISTANCE} of {duplicates.BITS} bits of the hash"
+    return _told(name, held_out.names, (equal, "stand, in the same letters,"), (near, f"have a near copy ({how})"))
 
 
 def _of_shown(train: _Shown, held_out: _Shown, name: str) -> list[str]:
@@ -119,6 +124,23 @@ def _letters(row: Row) -> str:
     """Of a row's texts, in lower case; a line break between the two."""
     texts = (unicodedata.normalize("NFKC", text or "").lower() for text in (row.text, row.second_text))
     return "\n".join(re.sub(r"[\W_]+", "", text) for text in texts).strip()
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The rows of a split that can be used: the letters of each ("": marks alone), and its name in messages."""
+
+    texts: list[str]
+    names: list[str]
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        return simhashes(self.texts)
+
+    @classmethod
+    def by_rows(cls, rows: LabelledRows) -> _Written:
+        good = list(rows.good())
+        return cls([_letters(row) for row in good], [_named(row) for row in good])
 
 
 @dataclass(frozen=True)

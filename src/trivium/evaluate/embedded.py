@@ -65,6 +65,7 @@ class Evaluation:
     headline: list[str] = field(default_factory=list)  # sentences that a page begins with, beside those of report.py
     seconds: dict[str, float] = field(default_factory=dict)  # of each part, in order
     not_applicable: list[str] = field(default_factory=list)  # a sentence for each thing not measured, with the reason
+    is_final: bool = True  # False: a row could not be read that may be another time
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ class SuiteRun:
 
 
 def keep(found: TaskRun, folder: Path, seconds: float) -> None:
-    about = {"notes": found.notes, "seconds": seconds}
+    has_outcomes = any(result.outcomes is not None for result in found.results.values())
+    about = {"notes": found.notes, "seconds": seconds, "has_outcomes": has_outcomes}
     results.write(
         folder / "results.json", found.results, command="", version=__version__, machine={}, seconds={"total": seconds}
     )
@@ -119,12 +120,14 @@ def keep(found: TaskRun, folder: Path, seconds: float) -> None:
 
 
 def kept(task: PaperTask, folder: Path) -> TaskRun | None:
-    """What was measured before; None where nothing was, or it is damaged: then it is measured again."""
+    """What was measured before; None where nothing was, or it is damaged or not whole: then it is measured again."""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         read = results.read(folder / "results.json")
         units = outcomes.read(folder / outcomes.NAME)
         notes, seconds = [str(note) for note in about["notes"]], float(about["seconds"])
+        if about["has_outcomes"] and not units:
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     figures = {name: replace(result, outcomes=units.get(name)) for name, result in read.items()}

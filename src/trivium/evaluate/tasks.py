@@ -34,6 +34,7 @@ class Predictions:
     probability_of_1: np.ndarray  # [N], of class 1
     labels: tuple[str, ...]  # of the classes; none of numbers
     bad: list[str]  # a sentence for each row that could not be read
+    is_final: bool = True  # False: one of these may be readable another time
 
     @property
     def is_labelled(self) -> bool:

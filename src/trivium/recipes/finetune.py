@@ -101,7 +101,6 @@ class PreparedTask(Prepared):
     task: Task
     splits: Splits
     collate: TaskCollate
-    leaks: list[str] = field(default_factory=list)  # what held-out texts share with training
     folder: Path | None = None  # where predictions are written, once the run has chosen its checkpoint
 
     def measures(self, recipe: FinetuneRecipe) -> Callable[[Method], dict[str, Any]]:
@@ -143,11 +142,9 @@ class PreparedTask(Prepared):
                 "what a head on the fused class token gives: this one reads the pooled picture and the pooled text side"
                 " by side"
             )
-        leaks = list(self.leaks)
-        if self.task.reads != "text":
-            say("pictures that training and held-out rows have in common")
-            leaks += leakage.of_pictures(self.splits.train, self.splits.held_out)
-        found.headline += [f"{sentence}." for sentence in leaks]
+        what, leaks = ("texts", leakage.of_texts) if self.task.reads == "text" else ("pictures", leakage.of_pictures)
+        say(f"{what} that training and held-out rows have in common")
+        found.headline += [f"{sentence}." for sentence in leaks(self.splits.train, self.splits.held_out)]
         tell_held_out(
             found, self.task, method, self.splits.held_out, self.collate, self.recipe.rows_at_once,
             self.splits.labels, None if self.folder is None else self.folder / "predictions", say,
@@ -173,11 +170,6 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     head = config.build()
     initialise(head, recipe.train.seed)
     notes = list(splits.notes)
-    leaks: list[str] = []
-    if task.reads == "text":  # pictures take their time: they are looked at when the run is done
-        for split, rows in splits.held_out.items():
-            leaks += leakage.of_texts(splits.train, rows, split)
-    notes += leaks
     if isinstance(head, AnswerDecoder | TwoPictures) and isinstance(model, Albef):
         head.start(model)
     if resume_from is None and start.head is not None:
@@ -227,7 +219,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     stream = Stream(task.name, splits.train, collate, recipe.data.batch, recipe.rows_at_once)
     return PreparedTask.of(
         recipe, name, arguments, method, bundle, mixtures(recipe, [stream]), notes, export=export,
-        select=f"figures.{select}", task=task, splits=splits, collate=collate, leaks=leaks,
+        select=f"figures.{select}", task=task, splits=splits, collate=collate,
     )  # fmt: skip
 
 

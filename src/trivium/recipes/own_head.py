@@ -123,7 +123,8 @@ class OwnHead(OwnTask):
         if not found.results:
             notes.insert(0, "there is no figure, since no row that can be read has a label: labelled ones are missing")
         title = self.task.title + (" (concatenated)" if head.reads == "concatenated" else "")
-        return Measured({name[len(title) :].lstrip("."): each for name, each in found.results.items()}, notes)
+        results = {name[len(title) :].lstrip("."): each for name, each in found.results.items()}
+        return Measured(results, notes, found.is_final)
 
     def _notes(self) -> list[str]:
         """What the reader says of these rows; of answers outside a list, where it is that of the model."""

@@ -18,7 +18,7 @@ from trivium.data.labelled import LabelledRows, is_labelled
 from trivium.data.loader import read
 from trivium.data.order import Draws
 from trivium.data.task_collate import TaskCollate
-from trivium.errors import BadSample, TriviumError
+from trivium.errors import BadSample, TriviumError, UnreadableNow
 from trivium.evaluate import tasks as figures_of
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.results import mean_over
@@ -26,6 +26,14 @@ from trivium.evaluate.tasks import Predictions
 from trivium.methods.finetune import FineTuning
 from trivium.recipes.tasks import Task
 from trivium.train.protocol import Batch, Method
+
+
+class NoneReadable(TriviumError):
+    """No row of a split can be read."""
+
+    def __init__(self, bad: list[str], is_final: bool) -> None:
+        super().__init__(f"none of its rows can be read; the first: {bad[0] if bad else 'there is none'}")
+        self.is_final = is_final  # False: one of them may be readable another time
 
 
 def tell_held_out(
@@ -55,8 +63,10 @@ def tell_held_out(
             predictions = predict(method, rows, collate, batch, labels)
         except TriviumError as error:  # the figures of the other splits are not lost for it
             found.not_applicable.append(f"{name}: {error}")
+            found.is_final &= not isinstance(error, NoneReadable) or error.is_final
             continue
         found_any = True
+        found.is_final &= predictions.is_final
         if bad := predictions.bad:
             found.not_applicable.append(
                 f"{len(bad):,} of {len(rows):,} rows of {name}, which cannot be read; the first: {bad[0]}"
@@ -108,7 +118,7 @@ def predict_by(
 ) -> Predictions:
     """What a method in eval mode says of every row, in the order of the rows; texts of like length go in together.
 
-    answers: of a batch, [B, K]. stream: the name that batches bear. Raises TriviumError where no row can be read.
+    answers: of a batch, [B, K]. stream: the name that batches bear. Raises NoneReadable.
     """
     was_training = method.training
     method.eval()
@@ -117,6 +127,7 @@ def predict_by(
     order = np.arange(len(rows)) if lengths is None else np.argsort(np.asarray(lengths), kind="stable")
     at: list[int] = []
     bad: list[str] = []
+    is_final = True
     columns: list[Tensor] = []
     for first in range(0, len(order), batch):
         prepared, several = [], []
@@ -126,6 +137,7 @@ def predict_by(
                 several.append(number)
             except BadSample as error:
                 bad.append(str(error))
+                is_final &= not isinstance(error, UnreadableNow)
         if not prepared:
             continue
         at += several
@@ -138,7 +150,7 @@ def predict_by(
             columns.append(torch.stack([chosen_B.double(), probability_B, answers_BK[:, 1]], dim=1).cpu())
     method.train(was_training)
     if not at:
-        raise TriviumError(f"none of its rows can be read; the first: {bad[0] if bad else 'there is none'}")
+        raise NoneReadable(bad, is_final)
     by_row = np.argsort(at)
     table = torch.cat(columns).numpy()[by_row]
     return Predictions(
@@ -148,4 +160,5 @@ def predict_by(
         table[:, 2],
         labels,
         bad,
+        is_final,
     )
