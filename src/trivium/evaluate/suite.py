@@ -25,7 +25,7 @@ from trivium.bundle import Bundle
 from trivium.data.detection import LAYOUTS, DetectionRows, find_val
 from trivium.data.referring import SPLITS, Referring, find_referring
 from trivium.errors import BadSample, TriviumError, UnreadableNow
-from trivium.evaluate import detection, grounding, pairs, task_runs, tuned_runs
+from trivium.evaluate import comparable, detection, grounding, pairs, task_runs, tuned_runs
 from trivium.evaluate import features as encoding
 from trivium.evaluate.classification import Measured, classification
 from trivium.evaluate.datasets import Missing, find, layouts
@@ -33,7 +33,7 @@ from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
 from trivium.evaluate.datasets.captions import Captioned, find_captions
 from trivium.evaluate.datasets.pictures import DataSet, with_rows
 from trivium.evaluate.feature_store import ModelEncoder, features, identity, model_hash, stamp_of
-from trivium.evaluate.paper_tasks import HELD_OUT_ROWS, PaperTask
+from trivium.evaluate.paper_tasks import PaperTask
 from trivium.evaluate.task_runs import SuiteRun, TaskRun
 from trivium.evaluate.tuned_runs import TunedRun
 from trivium.models.encoded import Detects, EncodesImage, EncodesText, Matches
@@ -42,7 +42,6 @@ from trivium.models.grounding import Grounds
 # Of the protocols: a change of what they measure is another number.
 VERSIONS = {"classification": 3, "retrieval": 2, "grounding": 1, "detection": 1, "fine-tuning": 1}
 
-NEARLY = 0.99  # of the published test samples: a few pictures that cannot be read do not make another figure
 AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training expressions (trivium finetune {})"
 NOT_TUNED = "nothing says that this model was fine-tuned for {}, and zero-shot figures do not stand in such a row"
 
@@ -134,7 +133,7 @@ def _one(
     if task.kind == "fine-tuning":
         if task.name in CAPTIONED and task.name in bundle.tuned_for:
             found = _one(replace(task, kind="retrieval"), bundle, encoder, root, cache, (), rows, say, own, path)
-            return _as_fine_tuned(found, task, bundle.tuned_for)
+            return _as_fine_tuned(found, task, bundle.tuned_for, rows)
         opened = own(task, bundle, root)
         if opened is None or isinstance(opened, Path):
             why = NOT_TUNED.format(task.name) if task.name in CAPTIONED else "this model has no head for it"
@@ -155,7 +154,7 @@ def _one(
     folder = cache / "tasks" / f"{_slug(task.name)}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     kept = task_runs.kept(task, folder)
     if kept is not None:
-        return replace(kept, part=_part(kept, rows, data, bundle), side_by_side=_is_side_by_side(data, bundle))
+        return _told(kept, rows, data, bundle)
     begun = time.perf_counter()
 
     def tell(part: str) -> None:
@@ -174,67 +173,36 @@ def _one(
         measured = detected(task, bundle, data, tell)
     else:
         measured = zero_shot_retrieval(data, encoder, cache / "features", tell, task.shortlist)
-    if rows is not None:
-        what = "expressions" if isinstance(data, Referring) else "pictures"
-        what = "rows" if isinstance(data, OwnTask) else what
-        how = "drawn with a fixed seed" if isinstance(data, DataSet) else "evenly spread"
-        measured.notes.insert(0, f"at most {rows:,} {what} of each split, {how}: not the papers' figures")
     if not measured.results:  # is not kept: whoever adds the labels wants figures, who reads the predictions, them
-        return TaskRun(task, "unscored", notes=measured.notes, missing=Missing(task.expected, task.owners))
+        unscored = TaskRun(task, "unscored", notes=measured.notes, missing=Missing(task.expected, task.owners))
+        return _told(unscored, rows, data, bundle)
     named = {".".join(filter(None, (task.prefix, name))): result for name, result in measured.results.items()}
-    found = TaskRun(task, "measured", named, measured.notes, side_by_side=_is_side_by_side(data, bundle))
-    found.part = _part(found, rows, data, bundle)
-    found.notes += _on_other_splits(found)
+    found = TaskRun(task, "measured", named, measured.notes)
     if measured.is_final:
         try:
             task_runs.keep(found, folder, time.perf_counter() - begun)
         except (OSError, TriviumError) as error:  # a full disk: what was measured stands all the same
             found.notes.append(f"it is not kept for the next call: {error}")
-    return found
+    return _told(found, rows, data, bundle)
 
 
-def _is_side_by_side(data: Data, bundle: Bundle) -> bool:
-    head = bundle.head_config
-    return isinstance(data, OwnTask) and head is not None and head.reads == "concatenated"
-
-
-def _part(found: TaskRun, rows: int | None, data: Data | None = None, bundle: Bundle | None = None) -> str:
-    """Which part of the published splits the figures rest on; "" where it is all of them, or nearly. Of zero-shot
-    retrieval, that the model was tuned for it."""
+def _told(found: TaskRun, rows: int | None, data: Data, bundle: Bundle) -> TaskRun:
+    """With what is to be said of it in this suite and at this call, which is not kept: others ask for other figures."""
+    task, head, notes = found.task, bundle.head_config, list(found.notes)
     if rows is not None:
-        return f"at most {rows:,} of each split"
-    task = found.task
-    if task.kind in ("fine-tuning", "grounding"):
-        return _part_of_rows(found)
-    if task.protocol == "zero-shot" and bundle is not None and task.name in bundle.tuned_for:
-        return "of a model that was tuned for it"
-    whole = (
-        layouts.BY_NAME[task.name].test_size if task.kind == "classification"
-        else CAPTIONED[task.name].pictures if task.kind == "retrieval"
-        else LAYOUTS[task.verb].num_validation
-    )  # fmt: skip
-    measured = min((result.n for result in found.results.values() if result.n is not None), default=0)
-    if whole is not None and measured < NEARLY * whole:
-        return f"{measured:,} of {whole:,}"
+        what = "expressions" if isinstance(data, Referring) else "rows" if isinstance(data, OwnTask) else "pictures"
+        how = "drawn with a fixed seed" if isinstance(data, DataSet) else "evenly spread"
+        notes.insert(0, f"at most {rows:,} {what} of each split, {how}: not the papers' figures")
+    if task.protocol == "zero-shot" and task.name in bundle.tuned_for:
+        notes += _which(bundle.tuned_for)
+    trained = None
     if isinstance(data, DataSet):
         trained = len(data.train) + (0 if data.validation is None else len(data.validation))
-        whole = layouts.BY_NAME[task.name].train_size
-        if trained < NEARLY * whole:
-            return f"trained on {trained:,} of {whole:,}"
-    return ""
-
-
-def _part_of_rows(found: TaskRun) -> str:
-    """Likewise of fine-tuned tasks and grounding, by the splits that their figures are of. What is reported under the
-    task's title alone is of all of its splits together."""
-    sizes = HELD_OUT_ROWS.get(found.task.name, {})
-    for figure in found.task.figures:
-        result, name = found.figure(figure), found.own_name(figure) or figure.instead
-        split = name.removeprefix(found.task.prefix).lstrip(".").split(".")[0]
-        whole = sizes.get(split) if split else sum(sizes.values())
-        if result is not None and result.n is not None and whole and result.n < NEARLY * whole:
-            return f"{result.n:,} of {whole:,}"
-    return ""
+    is_side_by_side = isinstance(data, OwnTask) and head is not None and head.reads == "concatenated"
+    return replace(
+        found, notes=[*notes, *_on_other_splits(found)], side_by_side=is_side_by_side,
+        parts=comparable.parts(found, rows, trained, bundle.tuned_for),
+    )  # fmt: skip
 
 
 def lacks(task: PaperTask, bundle: Bundle) -> str | None:
@@ -294,11 +262,12 @@ def _fine_tuned(task: PaperTask, runs: Sequence[TunedRun], path: str | None) -> 
     if run is not None:
         figures, is_side_by_side = run.figures(task)
         found = TaskRun(task, "read", figures, seconds=run.seconds, side_by_side=is_side_by_side)
-        found.part = _part(found, None)
+        part = run.part
+        found.parts = comparable.parts(found) if part is None else dict.fromkeys(task.figures, part)
         if task.domain == "multimodal":
             how = "picture and text vector side by side" if is_side_by_side else "the model's own states"
             found.notes.append(f"fine-tuned: the head reads {how}")
-        found.notes += filter(None, [run.doubt(path), run.part])
+        found.notes += filter(None, [run.doubt(path), part])
         found.notes += _on_other_splits(found)
         return found
     notes = [_how_to(task, path, "DIR")] if task.verb else []
@@ -319,13 +288,16 @@ def _on_other_splits(found: TaskRun) -> list[str]:
     ]
 
 
-def _as_fine_tuned(found: TaskRun, task: PaperTask, tuned_for: Sequence[str]) -> TaskRun:
+def _as_fine_tuned(found: TaskRun, task: PaperTask, tuned_for: Sequence[str], rows: int | None) -> TaskRun:
     """Retrieval as any model does it, under the names of a fine-tuned one."""
     renamed = {name.replace(".zero_shot.", ".test."): result for name, result in found.results.items()}
-    notes = list(found.notes)
-    if len(tuned_for) > 1:
-        notes.append(f"it was fine-tuned for {' or '.join(tuned_for)}: its file does not say for which of them")
-    return replace(found, task=task, results=renamed, notes=notes)
+    named = replace(found, task=task, results=renamed, notes=[*found.notes, *_which(tuned_for)])
+    return replace(named, parts=comparable.parts(named, rows))
+
+
+def _which(tuned_for: Sequence[str]) -> list[str]:
+    several = f"it was fine-tuned for {' or '.join(tuned_for)}: its file does not say for which of them"
+    return [several] if len(tuned_for) > 1 else []
 
 
 def _same_classes(task: PaperTask, bundle: Bundle, data: Boxes) -> None:

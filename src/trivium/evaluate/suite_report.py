@@ -27,7 +27,7 @@ OPEN_TABLES = 2  # of the published ones; the others are folded
 PAPERS_OWN = (
     ("FLAVA", ("FLAVA full (col 6)",)),
     ("ALBEF", ("14M images, fine-tuned", "14M images, as in the ALBEF paper", "ITM Grad-CAM, third multimodal layer")),
-    ("UniT", ("8 datasets, shared decoder, COCO init",)),
+    ("UniT", ("8 datasets, shared decoder, COCO init", "8 datasets, shared decoder, COCO init, released model")),
 )
 DOMAIN_TITLES = {"language": "Language", "vision": "Vision", "multimodal": "Multimodal"}
 STATE_TITLES = {
@@ -77,11 +77,11 @@ def with_published(run: SuiteRun, published: Sequence[Column]) -> dict[str, Resu
     """Our results, and beside those that a paper prints the number of its own model, as a share."""
     found = dict(run.results)
     own = papers_own(published)
-    for each in (each for each in run.tasks if not each.part):
+    for each in run.tasks:
         for place, figure in enumerate(each.task.figures):
             name = each.own_name(figure)  # a figure of another split has none
             cell = None if own is None else own.cells.get((each.task.key, place))
-            if name is not None and cell is not None and cell.is_comparable:
+            if name is not None and figure not in each.parts and cell is not None and cell.is_comparable:
                 name = each.written(name)
                 found[name] = replace(found[name], published=cell.value / 100)
     return found
@@ -90,16 +90,13 @@ def with_published(run: SuiteRun, published: Sequence[Column]) -> dict[str, Resu
 def papers_own(published: Sequence[Column]) -> Column | None:
     """The column of the paper that has the most figures of its own model for these tasks, with what the paper prints of
     that model's other settings. Recalled ones do not count."""
-    best: Column | None = None
+    joined = []
     for system, settings in PAPERS_OWN:
-        own = {column.setting: column for column in published if column.system == system}
-        own = {setting: own[setting] for setting in settings if setting in own}
-        cells = {place: cell for setting in reversed(own) for place, cell in own[setting].cells.items()}
-        if own:
-            joined = replace(next(iter(own.values())), cells=cells)
-            if joined.values() and (best is None or len(joined.values()) > len(best.values())):
-                best = joined
-    return best
+        there = {column.setting: column for column in published if column.system == system and column.values()}
+        own = [there[setting] for setting in settings if setting in there]
+        cells = {place: cell for column in reversed(own) for place, cell in column.cells.items() if cell.is_comparable}
+        joined += [replace(own[0], cells=cells)] if own else []
+    return max(joined, key=lambda column: len(column.cells), default=None)
 
 
 def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
@@ -162,7 +159,7 @@ def headline(run: SuiteRun, own: Averages) -> list[str]:
     for domain, tasks in counts.items():
         if not tasks:
             continue
-        have = sum(each.state in HAS_FIGURES and not each.part for each in tasks)
+        have = sum(each.is_comparable for each in tasks)
         average = own.domains.get(domain)
         title = DOMAIN_TITLES[domain]
         if average is not None:

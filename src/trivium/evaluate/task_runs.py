@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -31,8 +32,9 @@ class TaskRun:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     missing: Missing | None = None
-    # What keeps it from being compared with anything published: a part of the data, or a model that was tuned on it.
-    part: str = ""
+    parts: Mapping[Figure, str] = field(
+        default_factory=dict
+    )  # of figures that are not the published ones: comparable.py
     side_by_side: bool = False  # its head read picture and text vector, not the model's own states
 
     def figure(self, figure: Figure) -> Result | None:
@@ -57,10 +59,15 @@ class TaskRun:
     def metric(self, figure: Figure) -> str:
         """What the figure is called, and what is another of ours: its split, what it rests on, what the head read."""
         ours = [figure.instead] if self.on_another_split(figure) else []
-        ours += [self.part] if self.part and self.figure(figure) else []
+        ours += [self.parts[figure]] if figure in self.parts else []
         ours += ["picture and text vector side by side"] if self.side_by_side and self.figure(figure) else []
         title = self.task.metric(figure)
         return f"{title} (ours: {', '.join(ours)})" if ours else title
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether any of its figures may stand beside a published one."""
+        return any(self.figure(figure) is not None and figure not in self.parts for figure in self.task.figures)
 
     def written(self, name: str) -> str:
         """The name of one of its results in files: as `trivium finetune` writes it where vectors are side by side."""
@@ -89,11 +96,9 @@ class SuiteRun:
         """Our own figures in per cent, as published ones are: those of a part of the data are none."""
         found = {}
         for run in self.tasks:
-            if run.part:
-                continue
             for place, figure in enumerate(run.task.figures):
                 result = run.figure(figure)
-                if result is not None:
+                if result is not None and figure not in run.parts:
                     found[run.task.key, place] = 100 * result.value
         return found
 

@@ -63,8 +63,8 @@ class TunedRun:
 
     @property
     def part(self) -> str | None:
-        """That it was not given all training rows, as the papers' were."""
-        return None if self.rows is None else f"{self.folder} was fine-tuned on at most {self.rows:,} training rows"
+        """That it may not have been given all training rows, as the papers' were."""
+        return None if self.rows is None else f"fine-tuned on at most {self.rows:,} training rows"
 
 
 def of_task(task: PaperTask, runs: Sequence[TunedRun]) -> TunedRun | None:

@@ -43,10 +43,11 @@ def predict(images_BD: Tensor, classes_KD: Tensor) -> Tensor:
 
 
 def among_nearest(images_BD: Tensor, classes_KD: Tensor, labels_B: Tensor, count: int) -> Tensor:
-    """Whether the right class is among the `count` nearest, bool [B]. Classes as near as it stand before it."""
+    """Whether the right class is among the `count` nearest, bool [B]. Classes as near as it stand before it, and where
+    cosines are no numbers it is not."""
     cosines_BK = _cosines(images_BD, classes_KD)
     own_B1 = cosines_BK.gather(1, labels_B[:, None])
-    return (cosines_BK >= own_B1).sum(dim=1) <= count
+    return (~(cosines_BK < own_B1)).sum(dim=1) <= count
 
 
 def _cosines(images_BD: Tensor, classes_KD: Tensor) -> Tensor:

@@ -72,7 +72,10 @@ def tell_held_out(
                 f"{len(bad):,} of {len(rows):,} rows of {name}, which cannot be read; the first: {bad[0]}"
             )
         if folder is not None:
-            _write(task, name, predictions, folder)
+            try:
+                _write(task, name, predictions, folder)
+            except TriviumError as error:  # nor are those of this one
+                found.not_applicable.append(f"{name}: what is said of each row is not written: {error}")
         if not is_labelled(rows):
             found.not_applicable.append(f"{name}: it has no labels; its predictions are written")
             continue

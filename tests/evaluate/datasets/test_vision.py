@@ -510,7 +510,8 @@ def test_validation_stands_for_a_test_split_whose_labels_nobody_publishes(tmp_pa
         hidden = pa.array([-1] * len(table), pa.int64())
         pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", hidden), file)
     data = copies.parquet(tmp_path / "imagenet")
-    assert data.validation is None and data.splits.endswith("its validation split, since test has no labels")
+    why = "has no labels" if is_there else "is not there"
+    assert data.validation is None and data.splits.endswith(f"measured on its validation split, since test {why}")
     assert all("validation" in str(path) for path in data.test.pictures.files()) and data.test.labels_N.min() == 0
     (tmp_path / "imagenet" / "data" / "validation-00000-of-00001.parquet").unlink()
     if not is_there:

@@ -66,7 +66,7 @@ def parquet(folder: Path) -> DataSet:
         found.setdefault(path.stem.split("-")[0], []).append(path)
     checked = next((name for name in VALIDATION if name in found), None)
     if "train" not in found or not {"test", checked} & found.keys():
-        raise TriviumError(f"{inside} must hold train*.parquet and test*.parquet: fetch both")
+        raise TriviumError(f"{inside} must hold train*.parquet and test*.parquet or validation*.parquet: fetch both")
     schema = _schema(found["train"][0])
     image, label = (_column(schema, names, found["train"][0]) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
     prompts, templates, tables = own_prompts(folder)
@@ -84,7 +84,8 @@ def parquet(folder: Path) -> DataSet:
     count = 1 + max(int(split.labels_N.max()) for split in splits.values())
     validation, test, which = splits.get(checked or ""), splits.get("test"), "the splits of the copy in Parquet files"
     if validation is not None and (test is None or bool((test.labels_N < 0).all())):
-        test, validation, which = validation, None, f"{which}; its validation split, since test has no labels"
+        why = "is not there" if test is None else "has no labels"
+        test, validation, which = validation, None, f"{which}; measured on its validation split, since test {why}"
     assert test is not None
     return DataSet(
         named or tuple(map(str, range(count))), splits["train"], test, validation, tables=tables,
