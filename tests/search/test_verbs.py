@@ -12,10 +12,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
+from tests.dino_batches import random_dino
 from trivium.cli import main
+from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
+from trivium.data.transforms import ImageTransform
 from trivium.load import Bundle, load
+from trivium.models.bert import Bert, BertConfig
 from trivium.search import embedding
 from trivium.search.table import Table
 
@@ -276,3 +281,41 @@ def test_a_full_disk_leaves_the_old_table(model: Path, pictures: Path, tmp_path:
     assert len(done.stderr.splitlines()) == 1
     assert out.read_bytes() == content
     assert not list(tmp_path.glob(".*"))
+
+
+def test_models_without_a_shared_space_are_used_by_what_they_pool(pictures: Path, tmp_path: Path, capsys) -> None:
+    sees = Bundle("dino", random_dino(seed=1, dtype=torch.float32).eval(), None, ImageTransform(32))
+    sees.save(tmp_path / "dino")
+    table = tmp_path / "x.parquet"
+    assert run(capsys, "embed", tmp_path / "dino", pictures, "--out", table)[0] == 0
+    names, vectors = Table.read(table).found()
+    pooled = sees.encode_image([pictures / name for name in names]).pooled
+    np.testing.assert_allclose(vectors, torch.nn.functional.normalize(pooled, dim=1), atol=1e-5)
+    code, said, _ = run(
+        capsys, "search", tmp_path / "dino", "--picture", pictures / "below" / "3.png", "--images", table, "-k", 1
+    )
+    assert code == 0 and "below/3.png" in said and "1.000" in said
+    torch.manual_seed(0)
+    reads = Bundle(
+        "bert", Bert(BertConfig(32, 4, 64, 2, len(BERT_SPECIALS), 16)).eval(),
+        Tokenizer.wordpiece(list(BERT_SPECIALS)), ImageTransform(32), max_length=16,
+    )  # fmt: skip
+    reads.save(tmp_path / "bert")
+    (tmp_path / "lines.txt").write_text("a red mug\nnine birds\n")
+    assert (
+        run(capsys, "embed", tmp_path / "bert", tmp_path / "lines.txt", "--text", "--out", tmp_path / "t.parquet")[0]
+        == 0
+    )
+    _, vectors = Table.read(tmp_path / "t.parquet").found()
+    pooled = reads.encode_text(["a red mug", "nine birds"]).pooled
+    np.testing.assert_allclose(vectors, torch.nn.functional.normalize(pooled, dim=1), atol=1e-5)
+
+
+def test_words_do_not_find_pictures_where_there_is_no_shared_space(
+    model: Path, pictures: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load(model)
+    bundle.model.text_projection = None  # as of a model that was never taught to compare
+    monkeypatch.setattr("trivium.load.load", lambda *_: bundle)
+    code, _, err = run(capsys, "search", model, "a red mug", "--images", pictures)
+    assert code == 2 and "no space that pictures and texts share: look for a picture, with --picture" in err

@@ -22,8 +22,9 @@ def embed(path: Path, folder: Path, *, out: Path, text: bool = False) -> None:
     """Write one embedding per picture of a folder tree, or per line of a text file.
 
     The Parquet file has the columns file, sha256, embedding (float32, length 1) and error; a file that cannot be
-    read has no embedding and says why. Run it again to go on after an interruption or to take up new and changed
-    files: the others are not computed again.
+    read has no embedding and says why. Embeddings lie in the space that pictures and texts share; those of a model
+    that has none, as a DINO or a BERT, are what it pools. Run it again to go on after an interruption or to take
+    up new and changed files: the others are not computed again.
 
     Args:
         path: the model: a run folder, a model folder, or weights of another library.

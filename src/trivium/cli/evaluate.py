@@ -92,18 +92,20 @@ def evaluate(
             say(chosen)
         prepared.run.method.to(on)
     losses: Losses = {}
+    bundle = load(path, on) if prepared is None else prepared.bundle
     if prepared is not None:
         found, losses = finish.evaluate(prepared, say)
     elif pairs:
         source = open_source("pairs", pairs, image_column=image_column, text_column=text_column)
-        found = pairs_protocol.run(load(path, on), source)
+        found = pairs_protocol.run(bundle, source)
     else:
-        found = on_drawings(load(path, on), say)
+        found = on_drawings(bundle, say)
     out.mkdir(parents=True, exist_ok=True)
     page = finish.write(
         out,
         found,
         losses,
+        bundle=bundle,
         prepared=prepared,
         run=path if own else None,
         seconds=seconds | {"total": time.perf_counter() - begun},

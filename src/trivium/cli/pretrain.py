@@ -189,6 +189,7 @@ def run(prepared: Prepared, out: Path, begun: float, *, resume: bool | Path = Fa
             out,
             found,
             losses,
+            bundle=prepared.bundle,
             prepared=prepared,
             run=out,
             seconds={"train": outcome.seconds, "total": time.perf_counter() - begun},

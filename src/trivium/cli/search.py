@@ -48,7 +48,7 @@ def search(
     if picture is not None and rerank:
         raise TriviumError("--rerank compares a text with pictures, so it needs a text as the query")
     from trivium.cli.embed import check_can_write, open_model
-    from trivium.search.embedding import find_pictures, unit_projected
+    from trivium.search.embedding import find_pictures, unit_vectors
     from trivium.search.index import top_k
     from trivium.search.page import Hit, render
 
@@ -59,11 +59,15 @@ def search(
     bundle = open_model(path)
     if rerank and not hasattr(bundle.model, "match"):
         raise TriviumError(f"--rerank needs a matching head, and a model of the family {bundle.family} has none")
-    table = read_table(images, bundle) if files is None else embedded_folder(images, files, bundle)
-
-    names, vectors_ND = table.found()
     looked_for = bundle.encode_image([picture]) if picture is not None else bundle.encode_text([query or ""])
-    scores, indices = top_k(unit_projected(looked_for), vectors_ND, max(k, rerank))
+    if picture is None and not looked_for.is_projected:
+        raise TriviumError(
+            f"this model ({bundle.family}) has no space that pictures and texts share: look for a picture, with"
+            " --picture"
+        )
+    table = read_table(images, bundle) if files is None else embedded_folder(images, files, bundle)
+    names, vectors_ND = table.found()
+    scores, indices = top_k(unit_vectors(looked_for), vectors_ND, max(k, rerank))
     hits = [
         Hit(rank, names[index], float(score))
         for rank, (score, index) in enumerate(zip(scores[0], indices[0], strict=True), start=1)

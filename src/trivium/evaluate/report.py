@@ -84,6 +84,11 @@ MONITOR_TITLES = {  # what the figure is, and on which side of its threshold a m
 }
 
 
+# What a model is for: finding pictures by words, finding them by pictures, vectors of texts, answers of a fine-tuned
+# head, boxes, codes of an image tokenizer.
+Use = Literal["words", "pictures", "texts", "answers", "boxes", "codes"]
+
+
 @dataclass
 class Report:
     """All that a page shows. What is empty has no section."""
@@ -97,15 +102,12 @@ class Report:
     config: Mapping[str, Any] = field(default_factory=dict)  # leaves by their dotted path
     command: str = ""
     model_path: str = "RUN"  # how the commands under "Use it" name the model
+    use: Use = "words"  # which commands these are
+    call: str = ""  # of `bundle.answer`, where it answers
     note: str = ""  # a sentence under the headline
     comparison: str = ""  # address of a page that sets joint training beside the contrastive loss alone
     monitors: Sequence[Mapping[str, Any]] = ()  # lines of monitors.jsonl
     measured: Mapping[str, charts.Curve] = field(default_factory=dict)  # name -> (step, figure), while it trained
-
-    @property
-    def detects(self) -> bool:
-        """Whether its model finds objects, and so is used otherwise than by cosines."""
-        return any(name.endswith(".ap50") for name in self.evaluation.results)
 
 
 def read_curves(metrics: Path, kind: Literal["losses", "results"] = "losses") -> dict[str, list[tuple[float, float]]]:

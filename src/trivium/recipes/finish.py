@@ -7,15 +7,28 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from trivium import __version__
+from trivium.bundle import Bundle
 from trivium.evaluate import report, results
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.results import Result
+from trivium.models.encoded import Detects, EncodesImage, EncodesText
+from trivium.models.finetuned import Reads
 from trivium.recipes.prepared import Losses, Prepared
 from trivium.train import run_folder
 from trivium.train.config import leaves
 
+# By what a head reads. One on pairs of texts takes `second_texts` too.
+ANSWERED: dict[Reads, str] = {
+    "text": 'texts=["so it is"]',
+    "image": '["photo.jpg"]',
+    "fused": '["photo.jpg"], ["what is it?"]',
+    "concatenated": '["photo.jpg"], ["what is it?"]',
+    "states": '["photo.jpg"], ["what is it?"]',
+    "two_pictures": '["left.jpg"], ["both show a cup"], second_pictures=["right.jpg"]',
+}
 # In a checkout; an installed package comes without.
 COMPARISON = Path(__file__).parents[3] / "benchmarks" / "results" / "joint_or_contrastive.md"
 
@@ -44,6 +57,7 @@ def write(
     found: Evaluation,
     losses: Losses,
     *,
+    bundle: Bundle | None,
     prepared: Prepared | None,
     run: Path | None,
     seconds: dict[str, float],
@@ -52,8 +66,10 @@ def write(
 ) -> Path:
     """results.json and report.html into a folder; returns the page's path.
 
+    bundle: what was measured; None: an image tokenizer.
     run: the folder of the run whose curves the page shows.
     """
+    use, call = use_of(bundle)
     command = shlex.join(["trivium", *sys.argv[1:]])
     machine = run_folder.machine()
     results.write(
@@ -79,10 +95,27 @@ def write(
             config={} if prepared is None else leaves(prepared.recipe),
             command=command,
             model_path=model_path,
+            use=use,
+            call=call,
             comparison=os.path.relpath(COMPARISON, out) if COMPARISON.is_file() and found.walls else "",
         ),
     )
     return page
+
+
+def use_of(bundle: Bundle | None) -> tuple[report.Use, str]:
+    """What a model is for, and how it is called where it answers."""
+    if bundle is None:
+        return "codes", ""
+    model: Any = bundle.model
+    if bundle.head_config is not None:
+        return "answers", f"bundle.answer({ANSWERED[bundle.head_config.reads]})"
+    if isinstance(model, Detects) and any(task.kind == "detection" for task in model.config.tasks):
+        return "boxes", ""
+    if not isinstance(model, EncodesImage):
+        return "texts", ""
+    reads_texts = isinstance(model, EncodesText) and bundle.tokenizer is not None
+    return "words" if reads_texts and bundle.encode_text(["a red mug"]).is_projected else "pictures", ""
 
 
 def summary(found: Evaluation) -> list[str]:

@@ -85,9 +85,10 @@ def embed_lines(bundle: Bundle, path: Path, known: Mapping[str, Row]) -> Iterato
             yield from _encoded([prepare(number, line) for number, line in some], bundle.encode_text)
 
 
-def unit_projected(encoded: Encoded) -> np.ndarray:
-    """float32 [B, D] in the space that pictures and texts share, length 1."""
-    return unit_rows(encoded.projected.detach().float().cpu().numpy())
+def unit_vectors(encoded: Encoded) -> np.ndarray:
+    """float32 [B, D] of length 1, in the space that pictures and texts share; of a model without one, pooled."""
+    vectors_BD = encoded.projected if encoded.is_projected else encoded.pooled
+    return unit_rows(vectors_BD.detach().float().cpu().numpy())
 
 
 def _batches(items: Iterable[T]) -> Iterator[list[T]]:
@@ -99,7 +100,7 @@ def _batches(items: Iterable[T]) -> Iterator[list[T]]:
 def _encoded(prepared: Sequence[Row | tuple[str, str, T]], encode: Callable[[list[T]], Encoded]) -> Iterator[Row]:
     """Rows that are done as they are, the others from the model, in order."""
     waiting = [one[2] for one in prepared if not isinstance(one, Row)]
-    vectors = iter(unit_projected(encode(waiting))) if waiting else iter(())
+    vectors = iter(unit_vectors(encode(waiting))) if waiting else iter(())
     for one in prepared:
         if isinstance(one, Row):
             yield one
