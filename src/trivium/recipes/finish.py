@@ -107,10 +107,10 @@ def use_of(bundle: Bundle | None) -> tuple[report.Use, str]:
     """What a model is for, and how it is called where it answers."""
     if bundle is None:
         return "codes", ""
-    model: Any = bundle.model
+    model, config = bundle.model, bundle.model.config
     if bundle.head_config is not None:
         return "answers", f"bundle.answer({ANSWERED[bundle.head_config.reads]})"
-    if isinstance(model, Detects) and any(task.kind == "detection" for task in model.config.tasks):
+    if isinstance(model, Detects) and any(task.kind == "detection" for task in config.tasks):
         return "boxes", ""
     if not isinstance(model, EncodesImage):
         return "texts", ""

@@ -141,9 +141,8 @@ def _small(model: UnitConfig, tiny: bool) -> UnitRecipe:
         return UnitRecipe(model, data=data, optim=optim, train=Train(steps=50_000, micro_batch=16))
     # Without crops scenes keep one size and need no padding, which takes as long as half of a step.
     augmentation = Augmentation(shorts=(128,), crop=0.0, before_crop=(128, 144, 160), crop_sides=(96, 128), jitter=0.3)
-    # Whether a statement holds is told by neither side alone. What both tell together is below the noise of 32 of them.
     tasks = {
-        name: replace(task, num_queries=min(task.num_queries, 20), batch=96 if name in ("vqav2", "snli_ve") else 32,
+        name: replace(task, num_queries=min(task.num_queries, 20), batch=32,
                       max_length=min(task.max_length, 48))
         for name, task in PUBLISHED.items()
     }  # fmt: skip
