@@ -69,16 +69,21 @@ def second(first: UnitRecipe, run: Path, steps: int) -> UnitRecipe:
 
 
 def trained(made: UnitRecipe, run: Path) -> bool:
-    """Begin a run, or go on with it; whether it is done."""
-    begun = time.perf_counter()
-    if (run / "results.json").is_file():
-        return True
-    if (run / "config.json").is_file():
-        code = pretrain.resume_run(str(run), None, {}, begun)
-    else:
-        prepared = made.with_absolute_paths().prepare("unit", {"size": "tiny"})
+    """Begin a run, or go on with it; whether it is done. Raises SystemExit where another one is there."""
+    begun, made = time.perf_counter(), made.with_absolute_paths()
+    if not (run / "config.json").is_file():
+        prepared = made.prepare("unit", {"size": "tiny"})
         code = pretrain.run(pretrain.with_budget(prepared), run, begun)
-    return code == 0 and (run / "results.json").is_file()
+        return code == 0 and (run / "results.json").is_file()
+    settled = ["model.tasks"]  # by the data, and the steps by the minutes
+    settled += [] if made.train.minutes is None else ["train.steps", "train.minutes"]
+    if not side_by_side.is_as(run, made, *settled):
+        raise SystemExit(
+            f"{run} is a run with other settings: give the command that it was made with, or another --out"
+        )
+    if not (run / "results.json").is_file() and pretrain.resume_run(str(run), None, {}, begun):
+        return False
+    return (run / "results.json").is_file()
 
 
 def on_scenes(out: Path, run: Path) -> dict[str, dict[str, float]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import unit_scenes
 
+from trivium.train import config
 from trivium.train.config import leaves
 
 
@@ -23,7 +25,12 @@ def test_the_second_run_goes_on_from_the_first_with_other_shares_batches_and_rat
     assert second.init == "out/run" and second.tasks["snli_ve"].batch == 96 == 3 * first.tasks["snli_ve"].batch
 
 
-def test_a_run_that_is_done_is_not_begun_again(tmp_path: Path) -> None:
+def test_a_run_that_is_done_is_not_begun_again_and_another_is_refused(tmp_path: Path) -> None:
+    first = unit_scenes.recipe(tmp_path / "nowhere", tmp_path / "nothing", tmp_path / "none.whl", minutes=33.0)
+    settled = replace(first, train=replace(first.train, minutes=None, steps=6384)).with_absolute_paths()
+    config.save(config.Config("unit", {"size": "tiny"}, config.leaves(settled)), tmp_path / "config.json")
     (tmp_path / "results.json").write_text("{}")
-    first = unit_scenes.recipe(tmp_path / "nowhere", tmp_path / "nothing", tmp_path / "none.whl")
     assert unit_scenes.trained(first, tmp_path)
+    for other in (replace(first, train=replace(first.train, seed=1)), unit_scenes.second(first, tmp_path, 1100)):
+        with pytest.raises(SystemExit, match="is a run with other settings"):
+            unit_scenes.trained(other, tmp_path)

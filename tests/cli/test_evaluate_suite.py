@@ -11,7 +11,7 @@ import pytest
 
 from tests.evaluate.datasets import miniatures
 from tests.recipes.shop import checkpoint, trivium
-from trivium.cli.evaluate_suite import evaluate_suite, read_fine_tuned, tasks_of
+from trivium.cli.evaluate_suite import _rows, _run_of, evaluate_suite, read_fine_tuned, tasks_of
 from trivium.errors import TriviumError
 from trivium.evaluate.paper_tasks import SUITES
 from trivium.evaluate.tuned_runs import of_task
@@ -72,6 +72,7 @@ def test_mistakes_are_sentences(trained: Path, root: Path, tmp_path: Path, capsy
         (["--data.root", root], "--data.root is of the papers' tasks"),
         (["--rows", 4], "--rows is of the papers' tasks"),
         (["--suite", "language", "--fine-tuned", tmp_path / "empty"], "holds no results.json"),
+        (["--suite", "language", "--fine-tuned", tmp_path / "nowhere"], "holds no results.json"),
         (["--suite", "vision", "--pairs", "a.csv"], "--pairs and --suite are two evaluations"),
     ):
         capsys.readouterr()
@@ -185,6 +186,7 @@ def test_a_run_that_began_from_another_run_of_the_same_model(trained: Path, tmp_
     mnli, rte, cola = read_fine_tuned([first, second, foreign])
     assert mnli.doubt(str(trained)) is None
     assert mnli.part == "fine-tuned on at most 400 training rows"
+    assert _rows(_run_of(first / "model")) == 400 and _rows(_run_of(trained)) is None
     assert rte.part is None and rte.doubt(str(first)) is None
     assert rte.doubt(str(trained)) == f"{second} was fine-tuned from {trained} by way of {first / 'model'}"
     assert "these are figures of another model" in str(cola.doubt(str(trained)))

@@ -659,6 +659,12 @@ def test_what_was_fine_tuned_on_a_part_stands_beside_nothing(bundle: Bundle, tmp
         tuned = TunedRun(Path("few"), {"SST-2": Result(0.9, n=n)}, rows=rows)
         run = suite.run([TASKS["SST-2"]], bundle, None, tmp_path, fine_tuned=[tuned])
         assert list(run.tasks[0].parts.values()) == [part] and run.values() == {}
+    entailment = next(task for task in SUITES["albef"] if task.name == "SNLI-VE")
+    tuned = TunedRun(Path("few"), {"SNLI-VE.dev.accuracy": Result(0.6, n=17_858)}, rows=400)
+    [found] = suite.run([entailment], bundle, None, tmp_path, fine_tuned=[tuned]).tasks
+    assert [found.metric(figure) for figure in entailment.figures] == [
+        "accuracy, val (ours: fine-tuned on at most 400 training rows)", "accuracy, test",
+    ]  # fmt: skip
 
 
 def test_a_model_that_was_tuned_for_retrieval_does_not_stand_as_a_zero_shot_one(

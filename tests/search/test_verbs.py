@@ -21,6 +21,7 @@ from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.load import Bundle, load
 from trivium.models.bert import Bert, BertConfig
+from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.search import embedding
 from trivium.search.table import Table
 
@@ -319,3 +320,24 @@ def test_words_do_not_find_pictures_where_there_is_no_shared_space(
     monkeypatch.setattr("trivium.load.load", lambda *_: bundle)
     code, _, err = run(capsys, "search", model, "a red mug", "--images", pictures)
     assert code == 2 and "no space that pictures and texts share: look for a picture, with --picture" in err
+
+
+def test_pictures_of_any_shape_are_embedded_each_as_it_is_alone(tmp_path: Path, capsys) -> None:
+    torch.manual_seed(0)
+    config = UnitConfig.of_size("tiny", tasks=(UnitTask("vg", "detection", "image", 4, 0, 4),), text_layers=0)
+    transform = ImageTransform(32, crop="shortest", longest=64)
+    Bundle("unit", Unit(config).eval(), None, transform, labels_of={"vg": list("abcd")}).save(tmp_path / "unit")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, size in enumerate(((48, 32), (32, 48), (40, 40))):
+        pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    table = tmp_path / "x.parquet"
+    assert run(capsys, "embed", tmp_path / "unit", folder, "--out", table)[0] == 0
+    names, vectors = Table.read(table).found()
+    unit = load(tmp_path / "unit")
+    for name, vector in zip(names, vectors, strict=True):
+        alone = unit.encode_image(folder / name).pooled[0]
+        np.testing.assert_allclose(vector, torch.nn.functional.normalize(alone, dim=0), atol=1e-5)
+    code, said, _ = run(capsys, "search", tmp_path / "unit", "--picture", folder / "1.png", "--images", folder, "-k", 1)
+    assert code == 0 and "1.png" in said

@@ -62,6 +62,10 @@ def evaluate_suite(
     for unused in (each for each in tuned if each not in chosen_runs):
         say(f"--fine-tuned: {unused.folder} has no figure that these tasks ask for, and is left out")
     run = suite.run(tasks, bundle, root, cache, fine_tuned=tuned, rows=rows, say=say, own=open_own, path=str(path))
+    rows_of_model = _rows(_run_of(path))
+    for each in run.tasks if rows_of_model is not None else []:
+        if each.task.kind == "fine-tuning" and each.state in ("measured", "kept"):  # by its own head
+            each.rests_on(tuned_runs.PART.format(rows_of_model))
     if not any(each.state in HAS_FIGURES for each in run.tasks):
         _list_absent(run)
         if not any(each.state in ("unscored", "damaged", "failed") for each in run.tasks):
@@ -128,15 +132,14 @@ def read_fine_tuned(folders: Sequence[Path]) -> list[TunedRun]:
                 f"--fine-tuned {folder} holds no results.json: name a run of trivium finetune that is done"
             )
         for run in runs:
-            rows = _settings(run).get("data.rows")
             read = results.read(run / "results.json")
-            found.setdefault(run.resolve(), TunedRun(run, read, _inits(run), rows if isinstance(rows, int) else None))
+            found.setdefault(run.resolve(), TunedRun(run, read, _inits(run), _rows(run)))
     return list(found.values())
 
 
 def _unfinished(folder: Path) -> list[Path]:
     """Runs in a folder, of one seed or of several, that have no results yet."""
-    inside = sorted(each for each in folder.iterdir() if (each / SEEDS).is_file() or _settings(each))
+    inside = sorted(each for each in folder.glob("*") if (each / SEEDS).is_file() or _settings(each))
     return [run for run in inside if not (run / "results.json").is_file()]
 
 
@@ -149,6 +152,12 @@ def _settings(run: Path) -> dict[str, Any]:
             continue
         return config.values if config.recipe == "finetune" else {}
     return {}
+
+
+def _rows(run: Path) -> int | None:
+    """Training rows that a run of fine-tuning was given at most; None: all, or it is none."""
+    rows = _settings(run).get("data.rows")
+    return rows if isinstance(rows, int) else None
 
 
 def _inits(run: Path) -> tuple[str, ...]:

@@ -85,8 +85,8 @@ MONITOR_TITLES = {  # what the figure is, and on which side of its threshold a m
 
 
 # What a model is for: finding pictures by words, finding them by pictures, vectors of texts, answers of a fine-tuned
-# head, boxes, codes of an image tokenizer.
-Use = Literal["words", "pictures", "texts", "answers", "boxes", "codes"]
+# head or to questions about a picture, boxes, codes of an image tokenizer.
+Use = Literal["words", "pictures", "texts", "answers", "questions", "boxes", "codes"]
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Report:
     command: str = ""
     model_path: str = "RUN"  # how the commands under "Use it" name the model
     use: Use = "words"  # which commands these are
-    call: str = ""  # of `bundle.answer`, where it answers
+    call: str = ""  # of `bundle.answer`, of a fine-tuned head
     note: str = ""  # a sentence under the headline
     comparison: str = ""  # address of a page that sets joint training beside the contrastive loss alone
     monitors: Sequence[Mapping[str, Any]] = ()  # lines of monitors.jsonl

@@ -262,12 +262,13 @@ def _fine_tuned(task: PaperTask, runs: Sequence[TunedRun], path: str | None) -> 
     if run is not None:
         figures, is_side_by_side = run.figures(task)
         found = TaskRun(task, "read", figures, seconds=run.seconds, side_by_side=is_side_by_side)
-        part = run.part
-        found.parts = comparable.parts(found) if part is None else dict.fromkeys(task.figures, part)
+        found.parts = comparable.parts(found)
+        if run.part is not None:
+            found.rests_on(run.part)
         if task.domain == "multimodal":
             how = "picture and text vector side by side" if is_side_by_side else "the model's own states"
             found.notes.append(f"fine-tuned: the head reads {how}")
-        found.notes += filter(None, [run.doubt(path), part])
+        found.notes += filter(None, [run.doubt(path)])
         found.notes += _on_other_splits(found)
         return found
     notes = [_how_to(task, path, "DIR")] if task.verb else []

@@ -64,6 +64,11 @@ class TaskRun:
         title = self.task.metric(figure)
         return f"{title} (ours: {', '.join(ours)})" if ours else title
 
+    def rests_on(self, part: str) -> None:
+        """Of every figure that it has."""
+        self.parts = {figure: part for figure in self.task.figures if self.figure(figure) is not None}
+        self.notes.append(part)
+
     @property
     def is_comparable(self) -> bool:
         """Whether any of its figures may stand beside a published one."""

@@ -12,6 +12,8 @@ from trivium.evaluate.results import Results
 from trivium.evaluate.task_runs import TaskRun
 from trivium.manifest import checkpoints_in
 
+PART = "fine-tuned on at most {:,} training rows"
+
 
 @dataclass(frozen=True, eq=False)
 class TunedRun:
@@ -64,7 +66,7 @@ class TunedRun:
     @property
     def part(self) -> str | None:
         """That it may not have been given all training rows, as the papers' were."""
-        return None if self.rows is None else f"fine-tuned on at most {self.rows:,} training rows"
+        return None if self.rows is None else PART.format(self.rows)
 
 
 def of_task(task: PaperTask, runs: Sequence[TunedRun]) -> TunedRun | None:

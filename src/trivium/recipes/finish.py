@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from trivium import __version__
 from trivium.bundle import Bundle
@@ -15,6 +16,7 @@ from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.results import Result
 from trivium.models.encoded import Detects, EncodesImage, EncodesText
 from trivium.models.finetuned import Reads
+from trivium.recipes.flava import FED_BY
 from trivium.recipes.prepared import Losses, Prepared
 from trivium.train import run_folder
 from trivium.train.config import leaves
@@ -68,7 +70,7 @@ def write(
     bundle: what was measured; None: an image tokenizer.
     run: the folder of the run whose curves the page shows.
     """
-    use, call = use_of(bundle)
+    use, call = use_of(bundle, None if prepared is None else prepared.recipe)
     command = shlex.join(["trivium", *sys.argv[1:]])
     machine = run_folder.machine()
     results.write(
@@ -102,19 +104,32 @@ def write(
     return page
 
 
-def use_of(bundle: Bundle | None) -> tuple[report.Use, str]:
-    """What a model is for, and how it is called where it answers."""
+def use_of(bundle: Bundle | None, recipe: object = None) -> tuple[report.Use, str]:
+    """What a model is for, and how its head is called, where it has one. recipe: how it was trained; None: unknown."""
     if bundle is None:
         return "codes", ""
-    model, config = bundle.model, bundle.model.config
-    if bundle.head_config is not None:
-        return "answers", f"bundle.answer({ANSWERED[bundle.head_config.reads]})"
-    if isinstance(model, Detects) and any(task.kind == "detection" for task in config.tasks):
+    model, config, head = bundle.model, cast(Any, bundle.model.config), bundle.head_config
+    if head is not None:
+        reads: Reads = "two_pictures" if head.num_pictures == 2 else head.reads
+        is_asked = reads in ("fused", "concatenated", "states") and head.gives != "number"
+        return "questions" if is_asked else "answers", f"bundle.answer({ANSWERED[reads]})"
+    tasks = getattr(config, "tasks", ())
+    if isinstance(model, Detects) and any(task.kind == "detection" for task in tasks):
         return "boxes", ""
-    if not isinstance(model, EncodesImage):
+    objectives = getattr(recipe, "objectives", None)
+    sees = isinstance(model, EncodesImage) and (not tasks or any(task.reads != "text" for task in tasks))
+    if not sees or _is_alone(objectives, "mlm"):
         return "texts", ""
-    reads_texts = isinstance(model, EncodesText) and bundle.tokenizer is not None
-    return "words" if reads_texts and bundle.encode_text(["a red mug"]).is_projected else "pictures", ""
+    compares = getattr(objectives, "contrastive", 1.0) > 0  # else the space is as it was drawn
+    shares = isinstance(model, EncodesText) and bundle.tokenizer is not None and compares
+    return "words" if shares and bundle.encode_text(["a red mug"]).is_projected else "pictures", ""
+
+
+def _is_alone(objectives: object, name: str) -> bool:
+    """Whether a FLAVA was trained by one of its losses alone."""
+    others = {field for of in FED_BY.values() for field in of} - {name}
+    weights = {field: getattr(objectives, field, None) for field in (name, *others)}
+    return bool(weights[name]) and not any(weights[field] != 0 for field in others)
 
 
 def summary(found: Evaluation) -> list[str]:

@@ -119,7 +119,7 @@ class OwnHead(OwnTask):
             raise TriviumError(f"{self.task.title}: nothing can be measured: {found.not_applicable[-1]}")
         beside = "picture and text vector side by side" if head.reads == "concatenated" else "the model's own states"
         notes = [f"by the model's own head, trained for {head.task}, which reads {beside}", *found.not_applicable]
-        notes += [f"what it says of each row: {predictions}"] if predictions.is_dir() else []
+        notes += [f"what it says of each row: {predictions}"] if any(predictions.glob("*.jsonl")) else []
         if not found.results:
             notes.insert(0, "there is no figure, since no row that can be read has a label: labelled ones are missing")
         title = self.task.title + (" (concatenated)" if head.reads == "concatenated" else "")

@@ -71,13 +71,15 @@ def tell_held_out(
             found.not_applicable.append(
                 f"{len(bad):,} of {len(rows):,} rows of {name}, which cannot be read; the first: {bad[0]}"
             )
+        written = ""
         if folder is not None:
             try:
                 _write(task, name, predictions, folder)
+                written = "; its predictions are written"
             except TriviumError as error:  # nor are those of this one
                 found.not_applicable.append(f"{name}: what is said of each row is not written: {error}")
         if not is_labelled(rows):
-            found.not_applicable.append(f"{name}: it has no labels; its predictions are written")
+            found.not_applicable.append(f"{name}: it has no labels{written}")
             continue
         results = figures_of.tell(found, title, name, task.metrics, predictions)
         if name.startswith(printed):

@@ -61,7 +61,7 @@ def embed_pictures(bundle: Bundle, folder: Path, files: Sequence[str], known: Ma
     with ThreadPoolExecutor(DECODERS) as decoders:
         for some in _batches(files):
             prepared = list(decoders.map(prepare, some))
-            yield from _encoded(prepared, lambda pixels: bundle.encode_image(torch.stack(pixels), batch=BATCH))
+            yield from _encoded(prepared, lambda pixels: _vectors_of(bundle, pixels))
 
 
 def embed_lines(bundle: Bundle, path: Path, known: Mapping[str, Row]) -> Iterator[Row]:
@@ -82,7 +82,15 @@ def embed_lines(bundle: Bundle, path: Path, known: Mapping[str, Row]) -> Iterato
 
     with path.open("rb") as lines:
         for some in _batches(enumerate(lines, start=1)):
-            yield from _encoded([prepare(number, line) for number, line in some], bundle.encode_text)
+            prepared = [prepare(number, line) for number, line in some]
+            yield from _encoded(prepared, lambda texts: unit_vectors(bundle.encode_text(texts)))
+
+
+def _vectors_of(bundle: Bundle, pixels: list[Tensor]) -> np.ndarray:
+    if len({one.shape for one in pixels}) == 1:
+        return unit_vectors(bundle.encode_image(torch.stack(pixels), batch=BATCH))
+    # A model that reads pictures of any shape: each by itself, so that none depends on its neighbours.
+    return np.concatenate([unit_vectors(bundle.encode_image(one[None])) for one in pixels])
 
 
 def unit_vectors(encoded: Encoded) -> np.ndarray:
@@ -97,10 +105,10 @@ def _batches(items: Iterable[T]) -> Iterator[list[T]]:
         yield some
 
 
-def _encoded(prepared: Sequence[Row | tuple[str, str, T]], encode: Callable[[list[T]], Encoded]) -> Iterator[Row]:
+def _encoded(prepared: Sequence[Row | tuple[str, str, T]], encode: Callable[[list[T]], np.ndarray]) -> Iterator[Row]:
     """Rows that are done as they are, the others from the model, in order."""
     waiting = [one[2] for one in prepared if not isinstance(one, Row)]
-    vectors = iter(unit_vectors(encode(waiting))) if waiting else iter(())
+    vectors = iter(encode(waiting)) if waiting else iter(())
     for one in prepared:
         if isinstance(one, Row):
             yield one
