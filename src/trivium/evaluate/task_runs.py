@@ -32,9 +32,8 @@ class TaskRun:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     missing: Missing | None = None
-    parts: Mapping[Figure, str] = field(
-        default_factory=dict
-    )  # of figures that are not the published ones: comparable.py
+    # Of figures that are not the published ones, what they rest on (comparable.py).
+    parts: Mapping[Figure, str] = field(default_factory=dict)
     side_by_side: bool = False  # its head read picture and text vector, not the model's own states
 
     def figure(self, figure: Figure) -> Result | None:
@@ -65,7 +64,7 @@ class TaskRun:
         return f"{title} (ours: {', '.join(ours)})" if ours else title
 
     def rests_on(self, part: str) -> None:
-        """Of every figure that it has."""
+        """Say it of every figure that is there."""
         self.parts = {figure: part for figure in self.task.figures if self.figure(figure) is not None}
         self.notes.append(part)
 
@@ -98,7 +97,7 @@ class SuiteRun:
         return task.key if sum(run.task.name == task.name for run in self.tasks) > 1 else task.name
 
     def values(self) -> dict[Place, float]:
-        """Our own figures in per cent, as published ones are: those of a part of the data are none."""
+        """Our own figures in per cent, as published ones are; without those of `parts`."""
         found = {}
         for run in self.tasks:
             for place, figure in enumerate(run.task.figures):

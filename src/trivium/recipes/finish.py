@@ -16,7 +16,7 @@ from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.results import Result
 from trivium.models.encoded import Detects, EncodesImage, EncodesText
 from trivium.models.finetuned import Reads
-from trivium.recipes.flava import FED_BY
+from trivium.recipes.flava import FED_BY, FlavaRecipe
 from trivium.recipes.prepared import Losses, Prepared
 from trivium.train import run_folder
 from trivium.train.config import leaves
@@ -116,20 +116,16 @@ def use_of(bundle: Bundle | None, recipe: object = None) -> tuple[report.Use, st
     tasks = getattr(config, "tasks", ())
     if isinstance(model, Detects) and any(task.kind == "detection" for task in tasks):
         return "boxes", ""
-    objectives = getattr(recipe, "objectives", None)
     sees = isinstance(model, EncodesImage) and (not tasks or any(task.reads != "text" for task in tasks))
-    if not sees or _is_alone(objectives, "mlm"):
+    compares = True
+    if isinstance(recipe, FlavaRecipe):  # what its losses leave out is as it was drawn
+        weights = vars(recipe.objectives)
+        sees = any(weights[loss] for stream in ("pairs", "images") for loss in FED_BY[stream])
+        compares = weights["contrastive"] > 0
+    if not sees:
         return "texts", ""
-    compares = getattr(objectives, "contrastive", 1.0) > 0  # else the space is as it was drawn
     shares = isinstance(model, EncodesText) and bundle.tokenizer is not None and compares
     return "words" if shares and bundle.encode_text(["a red mug"]).is_projected else "pictures", ""
-
-
-def _is_alone(objectives: object, name: str) -> bool:
-    """Whether a FLAVA was trained by one of its losses alone."""
-    others = {field for of in FED_BY.values() for field in of} - {name}
-    weights = {field: getattr(objectives, field, None) for field in (name, *others)}
-    return bool(weights[name]) and not any(weights[field] != 0 for field in others)
 
 
 def summary(found: Evaluation) -> list[str]:
