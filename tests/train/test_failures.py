@@ -304,6 +304,9 @@ def test_a_disk_that_is_really_full(straight: Path, tmp_path: Path) -> None:
 
     def fill(step: int) -> None:
         if step + 1 == 12:
+            saved, patience = disk / "run" / "checkpoints" / "step-00000010", time.monotonic() + 60
+            while not saved.exists() and time.monotonic() < patience:  # it is written while training goes on
+                time.sleep(0.01)
             with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
                 while file.write(bytes(4096)):
                     pass
