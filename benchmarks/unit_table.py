@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import side_by_side
 
@@ -36,6 +37,7 @@ TASKS = {  # ours -> its figure in results.json, how the page names it, and the 
 }
 # Updates of a task for each 100 of --updates: boxes are found late, and only once they are can pictures be asked.
 SHARES = {"vg": 200, "vqav2": 100, "snli_ve": 100, "sst2": 50}
+BATCHES = {"snli_ve": 96}  # with 32 statements an update they stay at chance in every column
 SETTINGS = {  # ours -> the paper's, as published.csv names it
     "single": "single-task models",
     "separate": "8 datasets, separate decoders",
@@ -70,11 +72,19 @@ class Cell:
     def is_done(self) -> bool:
         return (self.folder / "results.json").is_file()
 
+    @property
+    def results(self) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = json.loads((self.folder / "results.json").read_text())["results"]
+        return found
+
     def recipe(self, data: Path, updates: int, device: str, threads: int | None) -> UnitRecipe:
         """SHARES of `updates` for each task."""
         tiny = unit("tiny")
         shares = {name: SHARES[name] for name in self.tasks}
-        tasks = {name: replace(task, ratio=float(shares.get(name, 0))) for name, task in tiny.tasks.items()}
+        tasks = {
+            name: replace(task, ratio=float(shares.get(name, 0)), batch=BATCHES.get(name, task.batch))
+            for name, task in tiny.tasks.items()
+        }
         model = replace(tiny.model, decoder="separate" if self.setting == "separate" else "shared")
         start = Cell("single", "vg", self.seed, self.out).folder if self.setting == "shared-init" else None
         steps = updates * sum(shares.values()) // 100
@@ -102,7 +112,19 @@ def cells(settings: list[str], tasks: list[str], seeds: list[int], out: Path) ->
     return found
 
 
-Figures = dict[int, float]  # by seed
+class Figure(NamedTuple):
+    """One cell's figure, with its interval over what was measured."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+Figures = dict[int, Figure]  # by seed
 
 
 def figures(seeds: list[int], out: Path) -> dict[str, dict[str, Figures]]:
@@ -110,10 +132,23 @@ def figures(seeds: list[int], out: Path) -> dict[str, dict[str, Figures]]:
     table: dict[str, dict[str, Figures]] = {task: {setting: {} for setting in SETTINGS} for task in TASKS}
     for cell in cells(list(SETTINGS), list(TASKS), seeds, out):
         if cell.is_done:
-            results = json.loads((cell.folder / "results.json").read_text())["results"]
+            results = cell.results
             for task in cell.tasks:
-                table[task][cell.setting][cell.seed] = results[TASKS[task][0]]["value"]
+                entry = results[TASKS[task][0]]
+                table[task][cell.setting][cell.seed] = Figure(entry["value"], entry["low"], entry["high"])
     return table
+
+
+def majorities(seeds: list[int], out: Path) -> dict[str, float]:
+    """What the commonest answer gives, of each task that has one."""
+    found = {}
+    for cell in cells(list(SETTINGS), list(TASKS), seeds, out):
+        if cell.is_done:
+            results = cell.results
+            found |= {
+                task: results[name]["value"] for task in cell.tasks if (name := f"{TASKS[task][0]}.majority") in results
+            }
+    return found
 
 
 def papers(task: str, setting: str) -> str:
@@ -128,38 +163,41 @@ def papers(task: str, setting: str) -> str:
 
 
 def verdict(better: Figures, worse: Figures) -> str:
-    """Whether an ordering holds in every seed that both were run with."""
+    """Whether an ordering holds: in every seed, and on average by more than the intervals of the cells."""
     seeds = sorted(better.keys() & worse.keys())
     if not seeds:
         return "not run"
-    ahead = [better[seed] - worse[seed] for seed in seeds]
-    shown = f"({', '.join(f'{100 * difference:+.1f}' for difference in ahead)})"
-    if all(difference > 0 for difference in ahead):
-        return f"holds in all {len(ahead)} seeds {shown}"
-    if all(difference < 0 for difference in ahead):
-        return f"the other way round in all {len(ahead)} seeds {shown}"
-    return f"cannot be told: the seeds differ {shown}"
+    ahead = [better[seed].value - worse[seed].value for seed in seeds]
+    mean = sum(ahead) / len(seeds)
+    half_width = math.hypot(*(each[seed].half_width for each in (better, worse) for seed in seeds)) / len(seeds)
+    shown = f"{100 * mean:+.1f} ± {100 * half_width:.1f} over {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    if mean > half_width and min(ahead) > 0:
+        return f"holds ({shown})"
+    if -mean > half_width and max(ahead) < 0:
+        return f"the other way round ({shown})"
+    return f"cannot be told ({shown})"
 
 
-def page(table: dict[str, dict[str, Figures]], command: str, updates: int) -> str:
+def page(table: dict[str, dict[str, Figures]], commonest: dict[str, float], command: str, updates: int) -> str:
     each = ", ".join(f"{task} {updates * share // 100:,}" for task, share in SHARES.items())
     lines = [
         "# UniT's comparison in pocket form",
         "",
-        f"A tiny UniT on scenes and SST-2; updates of each task, in every column: {each}. The seeds' figures",
-        "in per cent, and in brackets the paper's with 150,000 and 500,000 updates on COCO (its mAP over IoU 0.5 to",
+        f"A tiny UniT on scenes and SST-2; updates of each task, in every column: {each}; an update has 32",
+        f"rows, of statements {BATCHES['snli_ve']}. The seeds' figures in per cent, and in brackets the",
+        "paper's with 150,000 and 500,000 updates on COCO (its mAP over IoU 0.5 to",
         "0.95, so not to be set beside ours), VQAv2, SNLI-VE and SST-2. A star: recalled, not read in the paper.",
         "",
-        "| | " + " | ".join(SETTINGS) + " |",
-        "|---" * (1 + len(SETTINGS)) + "|",
+        "| | commonest answer | " + " | ".join(SETTINGS) + " |",
+        "|---" * (2 + len(SETTINGS)) + "|",
     ]
     for task, (_, title, _) in TASKS.items():
-        shown = []
+        shown = [f"{100 * commonest[task]:.1f}" if task in commonest else "–"]
         for setting in SETTINGS:
-            ours = ", ".join(f"{100 * value:.1f}" for _, value in sorted(table[task][setting].items())) or "–"
+            ours = ", ".join(f"{100 * one.value:.1f}" for _, one in sorted(table[task][setting].items())) or "–"
             shown.append(f"{ours} ({papers(task, setting)})")
         lines.append(f"| {title} | " + " | ".join(shown) + " |")
-    lines += ["", "Orderings of the paper:", ""]
+    lines += ["", "Orderings of the paper, with the 95 % interval of the difference over what was measured:", ""]
     for task, better, worse, sentence in ORDERINGS:
         lines.append(f"- {sentence} ({better} above {worse}): {verdict(table[task][better], table[task][worse])}")
     return "\n".join([*lines, "", f"    {command}", ""])
@@ -200,10 +238,13 @@ def main() -> int:
     orderings: dict[str, Any] = {
         sentence: verdict(table[task][better], table[task][worse]) for task, better, worse, sentence in ORDERINGS
     }
+    commonest = majorities(arguments.seeds, out)
     side_by_side.write(
-        "unit_table", table, command=command, updates=arguments.updates, orderings=orderings, missing=missing
-    )
-    write_whole(side_by_side.RESULTS / "unit_table.md", page(table, command, arguments.updates))
+        "unit_table", {task: {name: {seed: one._asdict() for seed, one in each.items()} for name, each in row.items()}
+                       for task, row in table.items()},
+        command=command, updates=arguments.updates, commonest_answer=commonest, orderings=orderings, missing=missing,
+    )  # fmt: skip
+    write_whole(side_by_side.RESULTS / "unit_table.md", page(table, commonest, command, arguments.updates))
     return 0
 
 

@@ -6,20 +6,27 @@ from pathlib import Path
 
 import pytest
 import unit_table
+from unit_table import Figure
+
+
+def of(values: dict[int, float], half_width: float) -> dict[int, Figure]:
+    return {seed: Figure(value, value - half_width, value + half_width) for seed, value in values.items()}
 
 
 @pytest.mark.parametrize(
     ("better", "worse", "said"),
     [
-        ({0: 0.5, 1: 0.6}, {0: 0.4, 1: 0.5}, "holds in all 2 seeds (+10.0, +10.0)"),
-        ({0: 0.4, 1: 0.5}, {0: 0.5, 1: 0.7}, "the other way round in all 2 seeds (-10.0, -20.0)"),
-        ({0: 0.5, 1: 0.5}, {0: 0.4, 1: 0.6}, "cannot be told: the seeds differ (+10.0, -10.0)"),
-        ({1: 0.5}, {0: 0.9, 1: 0.4}, "holds in all 1 seeds (+10.0)"),  # by seed, not by place
+        ({0: 0.5, 1: 0.6}, {0: 0.4, 1: 0.5}, "holds (+10.0 ± 3.0 over 2 seeds)"),
+        ({0: 0.4, 1: 0.5}, {0: 0.5, 1: 0.7}, "the other way round (-15.0 ± 3.0 over 2 seeds)"),
+        ({0: 0.5, 1: 0.5}, {0: 0.4, 1: 0.52}, "cannot be told (+4.0 ± 3.0 over 2 seeds)"),  # the seeds differ
+        ({0: 0.52, 1: 0.42}, {0: 0.5, 1: 0.4}, "cannot be told (+2.0 ± 3.0 over 2 seeds)"),
+        ({0: 0.52, 1: 0.42}, {0: 0.5, 1: 0.43}, "cannot be told (+0.5 ± 3.0 over 2 seeds)"),
+        ({1: 0.5}, {0: 0.9, 1: 0.4}, "holds (+10.0 ± 4.2 over 1 seed)"),  # by seed, not by place
         ({0: 0.5}, {1: 0.4}, "not run"),
     ],
 )
-def test_orderings_are_of_the_seeds_that_both_have(better: dict, worse: dict, said: str) -> None:
-    assert unit_table.verdict(better, worse) == said
+def test_orderings_hold_in_every_seed_and_beyond_the_interval(better: dict, worse: dict, said: str) -> None:
+    assert unit_table.verdict(of(better, 0.03), of(worse, 0.03)) == said
 
 
 def test_a_task_gets_as_many_updates_alone_as_beside_others(tmp_path: Path) -> None:
@@ -33,8 +40,8 @@ def test_a_task_gets_as_many_updates_alone_as_beside_others(tmp_path: Path) -> N
 
 def test_the_page_shows_what_is_there_with_the_papers_figures_beside(tmp_path: Path) -> None:
     table: dict = {task: {setting: {} for setting in unit_table.SETTINGS} for task in unit_table.TASKS}
-    table["sst2"]["single"] = {1: 0.75, 0: 0.7}
-    lines = unit_table.page(table, "the command", 400).splitlines()
+    table["sst2"]["single"] = of({1: 0.75, 0: 0.7}, 0.01)
+    lines = unit_table.page(table, {"sst2": 0.509}, "the command", 400).splitlines()
     [row] = [line for line in lines if line.startswith("| SST-2")]
-    assert row.startswith("| SST-2 | 70.0, 75.0 (91.6") and row.count("| – (") == 3
+    assert row.startswith("| SST-2 | 50.9 | 70.0, 75.0 (91.6") and row.count("| – (") == 3
     assert any("vg 800, vqav2 400, snli_ve 400, sst2 200" in line for line in lines)
