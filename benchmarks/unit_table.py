@@ -141,7 +141,7 @@ def figures(seeds: list[int], out: Path) -> dict[str, dict[str, Figures]]:
 
 def majorities(seeds: list[int], out: Path) -> dict[str, float]:
     """What the commonest answer gives, of each task that has one."""
-    found = {}
+    found: dict[str, float] = {}
     for cell in cells(list(SETTINGS), list(TASKS), seeds, out):
         if cell.is_done:
             results = cell.results
