@@ -14,6 +14,9 @@ picture, to 1e-5, or nothing is timed. Cases:
     batch_800px   2 pictures of the published size in one step, against 2 steps of the public code
     sdpa          1 picture of the published size, against the same model with attention written out
 
+Each side has a process of its own, and its allocator as it is used: ours keeps the memory of a step for the next, as
+the trainer does (train/memory.py), the peer's is as it comes.
+
 The ladder takes one trick away at a time from batch_256px: its factor is the time without the trick over the time with
 all; "zeros in the padding" is what exactness costs, and below 1.
 """
@@ -21,10 +24,11 @@ all; "zeros in the padding" is what exactness costs, and below 1.
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import side_by_side
@@ -41,6 +45,7 @@ from trivium.methods.unit import UnitMethod
 from trivium.models import unit_transformer
 from trivium.models.unit import PUBLISHED_TASKS, Unit, UnitConfig
 from trivium.train import precision
+from trivium.train.memory import keep_freed
 from trivium.train.protocol import Batch, Images
 
 # Width over height of COCO's pictures: two thirds lie, a quarter stand.
@@ -48,6 +53,9 @@ ASPECTS = (4 / 3, 3 / 2, 4 / 3, 3 / 4, 1.0, 4 / 3, 2 / 3, 16 / 9)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MICRO_BATCH = 4  # of the published size's recipe
 FROZEN = ("image.backbone.stem.", "image.backbone.stages.0.")  # as published
+CASES = ("batch_256px", "batching", "batch_800px", "sdpa")
+CPU = torch.device("cpu")
+Kind = Literal["fp32", "bf16"]
 CONFIGS = {
     "tiny": UnitConfig(
         tasks=PUBLISHED_TASKS[:1], decoder="separate", width=64, num_heads=4, mlp_width=128, decoder_layers=2,
@@ -158,15 +166,6 @@ class Pair(StepPair):
             alone: dict[str, Any] = {"pictures": [picture], "targets": [target]}
             self.peer_step(alone)
 
-    def steps(self, batches: list[Batch]) -> None:
-        for batch in batches:
-            self.step(batch)
-
-    def timed(self, name: str, ours: Callable[[], object], peer: Callable[[], object], rounds: int | None) -> dict:
-        row = side_by_side.row(*side_by_side.interleaved(ours, peer, rounds))
-        print(f"  {name}: ours {row['ours']:.2f} s, peer {row['peer']:.2f} s, ratio {row['ratio']:.2f}", flush=True)
-        return row
-
 
 def draw_weights(model: Unit) -> None:
     """Convolutions and norms that keep the scale of what passes, the rest N(0, 0.02)."""
@@ -214,48 +213,113 @@ WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
 }
 
 
-def ladder(pair: Pair, batch: Batch) -> dict[str, float]:
-    whole = partial(pair.step, batch)
-    without = {trick: partial(side_by_side.under, patch, whole) for trick, patch in WITHOUT.items()}
-    return side_by_side.ladder(whole, without)
+GIVEN_BACK = "memory of a step kept for the next"  # a trick that is not taken away by a patch
+
+
+def make_batches(size: str, rows: int) -> dict[str, Batch]:
+    """By the names of the cases: `rows` small pictures, two large ones, and one of these."""
+    short, large = ((256, 1333), (800, 1333)) if size == "base" else ((64, 120), (96, 160))
+    few = make_batch(2, *large)
+    return {"256px": make_batch(rows, *short), "800px": few, "one": one_by_one(few)[0]}
+
+
+class Ours:
+    """Our step, in a process of its own. keeps: as the trainer does, the memory of a step for the next one."""
+
+    def __init__(self, size: str, kind: Kind, rows: int, keeps: bool) -> None:
+        if keeps:
+            keep_freed()
+        self.pair = Pair(size, lambda: precision.autocast(CPU, kind), CPU)
+        self.batches = make_batches(size, rows)
+        self.singly = one_by_one(self.batches["256px"])
+        del self.pair.peer, self.pair.peer_optimizer
+        gc.collect()
+
+    def step(self, batch: str) -> None:
+        self.pair.step(self.batches[batch])
+
+    def one_by_one(self) -> None:
+        for picture in self.singly:
+            self.pair.step(picture)
+
+    def without(self, trick: str, batch: str = "256px") -> None:
+        with WITHOUT[trick]():
+            self.pair.step(self.batches[batch])
+
+
+class Peer:
+    """The public code's steps, in a process of their own, with the allocator as it comes."""
+
+    def __init__(self, size: str, kind: Kind, rows: int) -> None:
+        self.pair = Pair(size, lambda: precision.autocast(CPU, kind), CPU)
+        batches = make_batches(size, rows)
+        self.inputs = {name: self.pair.inputs(batch) for name, batch in batches.items()}
+        # Before any step: afterwards weights may drift apart.
+        self.pair.same_losses(batches["256px"], self.inputs["256px"])
+        del self.pair.optimizer, self.pair.method.model
+        gc.collect()
+
+    def steps(self, batch: str) -> None:
+        """One for each picture."""
+        inputs = self.inputs[batch]
+        for picture, target in zip(inputs["pictures"], inputs["targets"], strict=True):
+            alone: dict[str, Any] = {"pictures": [picture], "targets": [target]}
+            self.pair.peer_step(alone)
+
+
+Side = Callable[..., Any]  # a side_by_side.Apart: the name of a method, and its arguments
+
+
+def compare(case: str, ours: Side, peer: Side, rounds: int | None) -> dict[str, Any]:
+    """One of CASES."""
+    mine, theirs = {
+        "batch_256px": (partial(ours, "step", "256px"), partial(peer, "steps", "256px")),
+        "batching": (partial(ours, "step", "256px"), partial(ours, "one_by_one")),
+        "batch_800px": (partial(ours, "step", "800px"), partial(peer, "steps", "800px")),
+        "sdpa": (partial(ours, "step", "one"), partial(ours, "without", "fused attention", "one")),
+    }[case]
+    row = side_by_side.row(*side_by_side.interleaved(mine, theirs, rounds))
+    print(
+        f"  {case}: ours {row['ours']:.2f} s, peer {row['peer']:.2f} s, ratio {row['ratio']:.2f}, of the fastest"
+        f" {row['least']:.2f}",
+        flush=True,
+    )
+    return row
+
+
+def ladder(ours: Side, given_back: Side) -> dict[str, float]:
+    """Factor of each trick. given_back: ours without `keeps`."""
+    without: dict[str, Callable[[], object]] = {trick: partial(ours, "without", trick) for trick in WITHOUT}
+    without[GIVEN_BACK] = partial(given_back, "step", "256px")
+    return side_by_side.ladder(partial(ours, "step", "256px"), without)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=CONFIGS, default="base")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--cases", nargs="*", default=["batch_256px", "batching", "batch_800px", "sdpa"])
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, help="of each case; None: 5, or 3 where a round takes over 30 s")
     parser.add_argument("--no-ladder", action="store_true")
     arguments = parser.parse_args()
-    if arguments.size == "base":
+    size, rows = arguments.size, arguments.batch
+    if size == "base":
         side_by_side.refuse_a_busy_machine()
-    device = precision.choose_device("auto")
-    kind = precision.choose("auto", device)
-    pair = Pair(arguments.size, lambda: precision.autocast(device, kind), device)
-
-    short, longest = (256, 1333) if arguments.size == "base" else (64, 120)
-    large = (800, 1333) if arguments.size == "base" else (96, 160)
-    batch, few = make_batch(arguments.batch, short, longest), make_batch(2, *large)
-    one = one_by_one(few)[0]
-    pair.same_losses(batch, pair.inputs(batch))
-    singly = one_by_one(batch)
-
-    def eager() -> None:
-        with mock.patch.object(unit_transformer, "attend", written_out):
-            pair.step(one)
-
-    cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "batch_256px": (partial(pair.step, batch), partial(pair.peer_steps, pair.inputs(batch))),
-        "batching": (partial(pair.step, batch), partial(pair.steps, singly)),
-        "batch_800px": (partial(pair.step, few), partial(pair.peer_steps, pair.inputs(few))),
-        "sdpa": (partial(pair.step, one), eager),
-    }
-    results = {name: pair.timed(f"{name} ({kind})", *cases[name], arguments.rounds) for name in arguments.cases}
-    rungs = {} if arguments.no_ladder else ladder(pair, batch)
-    if arguments.size == "base":
-        sizes = {name: b.images[0].sizes_B2.tolist() for name, b in (("256px", batch), ("800px", few))}  # type: ignore[union-attr]
-        side_by_side.write("unit_step", results, ladder=rungs, precision=kind, batch=arguments.batch, sizes=sizes)
+    kind = precision.choose("auto", CPU)
+    print(f"both in {kind}; losses", flush=True)
+    peer, ours = side_by_side.Apart(Peer, size, kind, rows), side_by_side.Apart(Ours, size, kind, rows, True)
+    results = {case: compare(case, ours, peer, arguments.rounds) for case in arguments.cases}
+    peer.end()
+    rungs = {}
+    if not arguments.no_ladder:
+        given_back = side_by_side.Apart(Ours, size, kind, rows, False)
+        rungs = ladder(ours, given_back)
+        given_back.end()
+    ours.end()
+    if size == "base":
+        sizes = {name: batch.images[0].sizes_B2 for name, batch in make_batches(size, rows).items() if name != "one"}
+        lists = {name: sizes_B2.tolist() for name, sizes_B2 in sizes.items() if sizes_B2 is not None}
+        side_by_side.write("unit_step", results, ladder=rungs, precision=kind, batch=rows, sizes=lists)
 
 
 if __name__ == "__main__":
