@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import seeds
 
 from trivium.cli import main as trivium
 from trivium.cli.overrides import set_overrides, split_overrides
@@ -100,6 +101,11 @@ class Photographs:
             if not paths["test"].is_file():
                 self._write_entailment(folder, paths)
         return paths
+
+    def premises(self) -> dict[str, str]:
+        """The photograph that each line of the table "test" is about, by the line's name in outcomes."""
+        lines = self.entailment()["test"].read_text().splitlines()
+        return {f"line {number}": json.loads(line)["image"] for number, line in enumerate(lines, start=1)}
 
     def _write_entailment(self, folder: Path, paths: dict[str, Path]) -> None:
         rows = pq.read_table(self.root / "flickr8k" / "entailment.parquet").to_pylist()
@@ -181,38 +187,51 @@ def _refuse_another(out: Path, words: Sequence[str], changes: dict[str, list[str
             )
 
 
-def units(out: Path, figures: Sequence[str]) -> dict[str, float]:
+def units(out: Path, figures: Sequence[str], picture_of: Mapping[str, str] | None = None) -> dict[str, float]:
     """What each unit of a run gave, by its name: the mean over some figures of the same units. Captions of one picture
-    are one unit, since they are right and wrong together."""
+    are one unit, since they are right and wrong together; so are lines of a table that `picture_of` has one for.
+    """
     found = outcomes.read(out / outcomes.NAME)
     several = [found[name] for name in figures]
     assert all(each.units == several[0].units for each in several), "figures of different units"
     gave: dict[str, list[float]] = {}
     for name, value in zip(several[0].units, np.mean([each.values for each in several], axis=0).tolist(), strict=True):
-        gave.setdefault(re.sub(r", caption \d+$", "", name), []).append(value)
+        one = re.sub(r", caption \d+$", "", name) if picture_of is None else picture_of[name.rpartition(", ")[2]]
+        gave.setdefault(one, []).append(value)
     return {name: float(np.mean(values)) for name, values in gave.items()}
 
 
-def mean_over(seeds: Sequence[Mapping[str, float]]) -> Result:
+Units = Mapping[str, float]  # what each unit of a run gave
+
+
+def mean_over(several: Sequence[Units]) -> Result:
     """Of the same units in runs of several seeds; the units are drawn again for the interval, and not the seeds."""
-    names = sorted(seeds[0])
-    return mean_of(np.mean([[each[name] for name in names] for each in seeds], axis=0))
+    names = sorted(several[0])
+    return mean_of(np.mean([[each[name] for name in names] for each in several], axis=0))
 
 
-def difference(mine: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]]) -> Result:
-    """Mean of mine less the other, unit by unit, with its interval."""
+def difference(mine: Sequence[Units], other: Sequence[Units]) -> Result:
+    """Mean of mine less the other, unit by unit, with its interval over the units."""
     names = sorted(mine[0])
     one, two = (np.mean([[each[name] for name in names] for each in several], axis=0) for several in (mine, other))
     return mean_of(one - two)
 
 
-def verdict(mine: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]]) -> str:
-    """ "better" or "worse" where the interval of the difference is beyond 0 and every seed says the same, too."""
-    gap, each = difference(mine, other), [difference([a], [b]).value for a, b in zip(mine, other, strict=True)]
-    assert gap.low is not None and gap.high is not None
-    if gap.low > 0 and min(each) > 0:
-        return "better"
-    return "worse" if gap.high < 0 and max(each) < 0 else "undecided"
+def spread(cells: Iterable[Sequence[Units]]) -> seeds.Spread:
+    """Of the seeds of cells that are beside each other in a table."""
+    return seeds.spread([[float(np.mean(list(each.values()))) for each in several] for several in cells])
+
+
+def compared(
+    mine: Sequence[Units], other: Sequence[Units], over: seeds.Spread, runs: int
+) -> tuple[Result, str, list[float]]:
+    """Mine less the other with its interval over units and seeds, the verdict (see `seeds`), each seed's difference.
+
+    runs: how many seeds there are to be.
+    """
+    each = [difference([a], [b]).value for a, b in zip(mine, other, strict=True)]
+    gap = seeds.widened(difference(mine, other), over, len(each))
+    return gap, seeds.verdict(gap, each, runs), each
 
 
 def per_cent(result: Result | None) -> str:

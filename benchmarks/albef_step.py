@@ -305,9 +305,9 @@ def main() -> None:
     peer.end()
     rungs = ladder(size, rows, arguments.rounds, ours) if arguments.rounds else {}
     if size == "base":
-        side_by_side.write(
-            "albef_step", results, ladder=rungs, precision=kind, batch=rows, tokens=TOKENS, queue=queue_of(size, rows)
-        )
+        same = {"precision": kind, "batch": rows, "tokens": TOKENS, "queue": queue_of(size, rows)}
+        results, rungs, command = side_by_side.beside_what_is_there("albef_step", results, rungs, **same)
+        side_by_side.write("albef_step", results, command=command, ladder=rungs, **same)
 
 
 if __name__ == "__main__":

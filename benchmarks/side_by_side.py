@@ -175,6 +175,19 @@ def row(ours: list[float], peer: list[float], memory: tuple[int, int] | None = N
     return result
 
 
+def beside_what_is_there(
+    name: str, results: dict[str, Any], ladder: dict[str, Any], *, folder: Path = RESULTS, **same: Any
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """New cases, and a new ladder where there is one, among those of a results file that this machine measured alike;
+    and the commands of all. same: what else the file must say."""
+    command, path = " ".join(["python", *sys.argv]), folder / f"{name}.json"
+    there = json.loads(path.read_text()) if path.is_file() else {}
+    if not there or there["machine"]["cpu"] != precision.cpu_name() or there | same != there:
+        return results, ladder, command
+    commands = [each for each in there["command"].split(" && ") if each != command]
+    return there["results"] | results, ladder or there["ladder"], " && ".join([*commands, command])
+
+
 def write(
     name: str, results: dict[str, Any], *, command: str | None = None, folder: Path = RESULTS, **more: Any
 ) -> Path:

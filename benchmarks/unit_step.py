@@ -310,7 +310,7 @@ def main() -> None:
     peer, ours = side_by_side.Apart(Peer, size, kind, rows), side_by_side.Apart(Ours, size, kind, rows, True)
     results = {case: compare(case, ours, peer, arguments.rounds) for case in arguments.cases}
     peer.end()
-    rungs = {}
+    rungs: dict[str, float] = {}
     if not arguments.no_ladder:
         given_back = side_by_side.Apart(Ours, size, kind, rows, False)
         rungs = ladder(ours, given_back)
@@ -319,7 +319,9 @@ def main() -> None:
     if size == "base":
         sizes = {name: batch.images[0].sizes_B2 for name, batch in make_batches(size, rows).items() if name != "one"}
         lists = {name: sizes_B2.tolist() for name, sizes_B2 in sizes.items() if sizes_B2 is not None}
-        side_by_side.write("unit_step", results, ladder=rungs, precision=kind, batch=rows, sizes=lists)
+        same = {"precision": kind, "batch": rows, "sizes": lists}
+        results, rungs, command = side_by_side.beside_what_is_there("unit_step", results, rungs, **same)
+        side_by_side.write("unit_step", results, command=command, ladder=rungs, **same)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import seeds
 
 from trivium.cli import main as trivium
 from trivium.evaluate import outcomes
@@ -58,15 +60,48 @@ def test_captions_of_a_picture_are_one_unit(tmp_path: Path) -> None:
     assert albef_runs.units(tmp_path, ["r1", "r5"]) == {"a": 0.75, "b": 0.0}
 
 
+def test_lines_about_one_photograph_are_one_unit(photographs: albef_runs.Photographs, tmp_path: Path) -> None:
+    rows = [{"file": file, "hypothesis": f"{n} of {file}", "label": "entailment"} for file in FILES for n in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "flickr8k" / "entailment.parquet")
+    test, premises = photographs.entailment()["test"], photographs.premises()
+    held_out = [file for file in FILES if albef_runs.tenth(file) == 0]
+    assert [Path(each).name for each in premises.values()] == [file for file in held_out for _ in range(3)]
+    names = tuple(f"{test}, {line}" for line in premises)
+    right = np.arange(len(names)) % 3 == 0
+    outcomes.write(tmp_path / outcomes.NAME, {"accuracy": Outcomes("mean", names, right.astype(np.float32))})
+    gave = albef_runs.units(tmp_path, ["accuracy"], premises)
+    assert gave == {f"pictures/{file}": pytest.approx(1 / 3) for file in held_out}
+
+
 def test_a_difference_is_of_the_same_units_and_every_seed_must_agree() -> None:
     other = [{str(n): float(n % 2) for n in range(40)}] * 2
     better = [{name: value + 1 for name, value in reversed(other[0].items())}] * 2
     gap = albef_runs.difference(better, other)
     assert (gap.value, gap.low, gap.high, gap.n) == (1.0, 1.0, 1.0, 40)
-    assert albef_runs.verdict(better, other) == "better" and albef_runs.verdict(other, better) == "worse"
+    none = seeds.Spread(0.0, 2)
+    assert albef_runs.compared(better, other, none, 2)[1:] == ("better", [1.0, 1.0])
+    assert albef_runs.compared(other, better, none, 2)[1] == "worse"
+    assert albef_runs.compared(better, other, none, 3)[1] == "not all seeds"
     against = {name: value - 0.1 for name, value in other[0].items()}
     assert albef_runs.difference([better[0], against], other).low > 0  # type: ignore[operator]
-    assert albef_runs.verdict([better[0], against], other) == "undecided"
+    assert albef_runs.compared([better[0], against], other, none, 2)[1] == "undecided"
+    wide = albef_runs.spread([better, [better[0], against]])  # 0 and 0, 0.55 and -0.55: 0.605 of two runs
+    assert wide == pytest.approx((0.3025, 2))
+    gap, said, _ = albef_runs.compared(better, other, wide, 2)
+    assert said == "undecided" and gap.low == pytest.approx(1 - 4.302653 * 0.55)
+
+
+def test_differences_by_chance_are_seldom_called_real() -> None:
+    """Rows of a table that are all alike: the spread of the seeds alone makes none of them better in 19 of 20."""
+    draw, called, told = np.random.default_rng(0), 0, 0
+    for _ in range(60):
+        rows = [[{str(n): value for n, value in enumerate(draw.normal(seed, 0.35, 300).tolist())}
+                 for seed in draw.normal(0.3, 0.05, 2)] for _ in range(6)]  # fmt: skip
+        over = albef_runs.spread(rows)
+        for mine, other in itertools.pairwise(rows):
+            told += 1
+            called += albef_runs.compared(mine, other, over, 2)[1] != "undecided"
+    assert called / told < 0.08
 
 
 def test_a_run_that_is_done_counts_only_for_its_own_settings(tmp_path: Path) -> None:

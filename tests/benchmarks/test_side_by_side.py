@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import flava_pair
 import flava_step
@@ -24,6 +26,25 @@ def test_a_rung_is_the_time_without_over_the_time_with_all(capsys: pytest.Captur
     assert side_by_side.ladder(lambda: "whole", without, timed=timed) == {"a trick": 1.5, "a cost": 0.333}
     assert side_by_side.ladder(lambda: "whole", without, min, timed) == {"a trick": 3.0, "a cost": 0.25}
     assert capsys.readouterr().out.splitlines()[:2] == ["  a trick: 1.5", "  a cost: 0.333"]
+
+
+def test_a_new_case_stands_beside_those_that_this_machine_measured_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(case: str, factor: float, ladder: dict[str, float], command: str, precision: str = "bf16") -> None:
+        monkeypatch.setattr("sys.argv", command.split()[1:])
+        found = side_by_side.beside_what_is_there("a", {case: factor}, ladder, folder=tmp_path, precision=precision)
+        side_by_side.write("a", found[0], command=found[2], folder=tmp_path, ladder=found[1], precision=precision)
+
+    measured("one", 1.0, {"trick": 2.0}, "python a.py")
+    measured("two", 3.0, {}, "python a.py --cases two")
+    measured("two", 4.0, {}, "python a.py --cases two")
+    there = json.loads((tmp_path / "a.json").read_text())
+    assert (there["results"], there["ladder"]) == ({"one": 1.0, "two": 4.0}, {"trick": 2.0})
+    assert there["command"] == "python a.py && python a.py --cases two"
+    measured("two", 5.0, {}, "python a.py --cases two", precision="fp32")  # not alike: the others are gone
+    there = json.loads((tmp_path / "a.json").read_text())
+    assert (there["results"], there["ladder"], there["command"]) == ({"two": 5.0}, {}, "python a.py --cases two")
 
 
 def test_both_take_turns_and_only_one_is_without_the_trick() -> None:

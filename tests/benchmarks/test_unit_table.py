@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import seeds
 import unit_table
 from unit_table import Figure
 
@@ -16,17 +17,29 @@ def of(values: dict[int, float], half_width: float) -> dict[int, Figure]:
 @pytest.mark.parametrize(
     ("better", "worse", "said"),
     [
-        ({0: 0.5, 1: 0.6}, {0: 0.4, 1: 0.5}, "holds (+10.0 ± 3.0 over 2 seeds)"),
-        ({0: 0.4, 1: 0.5}, {0: 0.5, 1: 0.7}, "the other way round (-15.0 ± 3.0 over 2 seeds)"),
-        ({0: 0.5, 1: 0.5}, {0: 0.4, 1: 0.52}, "cannot be told (+4.0 ± 3.0 over 2 seeds)"),  # the seeds differ
-        ({0: 0.52, 1: 0.42}, {0: 0.5, 1: 0.4}, "cannot be told (+2.0 ± 3.0 over 2 seeds)"),
-        ({0: 0.52, 1: 0.42}, {0: 0.5, 1: 0.43}, "cannot be told (+0.5 ± 3.0 over 2 seeds)"),
-        ({1: 0.5}, {0: 0.9, 1: 0.4}, "holds (+10.0 ± 4.2 over 1 seed)"),  # by seed, not by place
+        ({0: 0.5, 1: 0.6}, {0: 0.4, 1: 0.5}, "holds (+10.0 [7.0, 13.0])"),
+        ({0: 0.4, 1: 0.5}, {0: 0.5, 1: 0.7}, "the other way round (-15.0 [-18.0, -12.0])"),
+        ({0: 0.5, 1: 0.5}, {0: 0.4, 1: 0.52}, "cannot be told (+4.0 [1.0, 7.0])"),  # the seeds differ
+        ({0: 0.52, 1: 0.42}, {0: 0.5, 1: 0.4}, "cannot be told (+2.0 [-1.0, 5.0])"),
+        ({1: 0.5}, {0: 0.9, 1: 0.4}, "not all seeds (+10.0 [5.8, 14.2])"),  # by seed, not by place
         ({0: 0.5}, {1: 0.4}, "not run"),
     ],
 )
-def test_orderings_hold_in_every_seed_and_beyond_the_interval(better: dict, worse: dict, said: str) -> None:
-    assert unit_table.verdict(of(better, 0.03), of(worse, 0.03)) == said
+def test_orderings_hold_in_every_seed_and_beyond_the_interval(
+    better: dict, worse: dict, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seeds, "spread", lambda cells: seeds.Spread(0.0, 2))
+    table: dict = {task: {setting: {} for setting in unit_table.SETTINGS} for task in unit_table.TASKS}
+    table["vg"] |= {"single": of(better, 0.03), "shared": of(worse, 0.03)}
+    assert unit_table.orderings(table, 2)["detection loses by joint training"] == said
+
+
+def test_what_the_seeds_spread_is_not_taken_for_an_ordering() -> None:
+    table: dict = {task: {setting: {} for setting in unit_table.SETTINGS} for task in unit_table.TASKS}
+    table["vg"] |= {"single": of({0: 0.5, 1: 0.6}, 0.01), "shared": of({0: 0.4, 1: 0.5}, 0.01)}
+    # Two cells of two seeds that are 0.1 apart: a variance of 0.005, a half width of 4.303 x sqrt(0.005).
+    said = unit_table.orderings(table, 2)["detection loses by joint training"]
+    assert said == "cannot be told (+10.0 [-20.4, 40.4])"
 
 
 def test_a_task_gets_as_many_updates_alone_as_beside_others(tmp_path: Path) -> None:
@@ -41,7 +54,7 @@ def test_a_task_gets_as_many_updates_alone_as_beside_others(tmp_path: Path) -> N
 def test_the_page_shows_what_is_there_with_the_papers_figures_beside(tmp_path: Path) -> None:
     table: dict = {task: {setting: {} for setting in unit_table.SETTINGS} for task in unit_table.TASKS}
     table["sst2"]["single"] = of({1: 0.75, 0: 0.7}, 0.01)
-    lines = unit_table.page(table, {"sst2": 0.509}, "the command", 400).splitlines()
+    lines = unit_table.page(table, {"sst2": 0.509}, "the command", 400, 2).splitlines()
     [row] = [line for line in lines if line.startswith("| SST-2")]
     assert row.startswith("| SST-2 | 50.9 | 70.0, 75.0 (91.6") and row.count("| – (") == 3
     assert any("vg 800, vqav2 400, snli_ve 400, sst2 200" in line for line in lines)

@@ -96,6 +96,14 @@ def test_answers_are_written_ranked_and_asked_for(
         bundle.ask(data / "1.png", "what colour is it", second_picture=data / "0.png", freely=True)
     other = bundle.ask(data / "1.png", "what colour is it", answers=["green", "blue", "dark blue"], k=2)
     assert other[0].text == "dark blue" and len(other) == 2
+    twice = bundle.ask(data / "1.png", "what colour is it", answers=["red", "dark blue", "red"], k=3)
+    assert [each.text for each in twice] == ["dark blue", "red"] and twice == bundle.ask(
+        data / "1.png", "what colour is it", answers=["red", "dark blue"], k=3
+    )
+    with pytest.raises(TriviumError, match='no word pieces for the answer "ω": leave it out'):
+        bundle.ask(data / "1.png", "what colour is it", answers=["red", "ω"])
+    with pytest.raises(TriviumError, match=r"has more than the \d+ tokens that are read"):
+        bundle.ask(data / "1.png", "what colour is it", answers=["red", "blue " * 40])
     words = ("--image", data / "0.png", "--question", "what colour is it?", "-k", 1)
     assert run("ask", out, *words) == 0
     assert capsys.readouterr().out.split()[1] == "red"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,10 @@ def test_mistakes_of_finetuning_are_sentences(
     models: dict[str, Path], scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
+    middle = trivium.load(models["albef"])
+    replace(middle, transform=replace(middle.transform, crop="center")).save(tmp_path / "middle")
     for init, root, words, says in (
+        (tmp_path / "middle", scenes, (), "sees only the middle of a picture"),
         (models["clip"], scenes, (), "a model of the family clip has none"),
         (models["albef"], tmp_path / "empty", (), "holds no referring expressions"),
         (models["albef"], scenes / "val", (), "has no usable expression of its split train"),

@@ -75,6 +75,14 @@ def test_without_a_dev_table_equal_rows_stay_on_one_side(tmp_path: Path) -> None
     assert "rows are held out" in splits.notes[0]
 
 
+def test_without_a_dev_table_all_rows_of_a_picture_stay_on_one_side(tmp_path: Path) -> None:
+    rows = [{"image": f"{n % 60}.png", "text": f"question {n}", "label": n % 2} for n in range(300)]
+    splits = opened([table(tmp_path / "train.jsonl", rows)], kind="pairs")
+    kept, held = ({row.image for row in part.good()} for part in (splits.train, splits.held_out["dev"]))
+    assert kept and held and not kept & held
+    assert len(splits.held_out["dev"]) == 5 * len(held)
+
+
 def test_pairs_of_texts_and_pictures_beside_their_table(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"a picture")

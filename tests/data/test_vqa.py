@@ -95,6 +95,18 @@ def test_vqa_answers_must_be_frequent_and_a_question_without_them_is_bad(tmp_pat
         read_vqa(str(tmp_path / "train2014"))
 
 
+def test_vqa_annotations_that_are_no_records_cost_their_questions_alone(tmp_path: Path) -> None:
+    root = Path(vqa(tmp_path))
+    path = root / "v2_mscoco_train2014_annotations.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0] = 7
+    write(path, content)
+    rows = read_vqa(str(root), min_questions=1).train
+    with pytest.raises(BadSample, match="question 1 has no answers"):
+        rows.read(0, 0)
+    assert rows.read(1, 1)["text"] == "question 2?"
+
+
 def test_snli_ve_takes_both_spellings_and_counts_what_annotators_left_open(tmp_path: Path) -> None:
     lines(
         tmp_path / "snli_ve_train.jsonl",

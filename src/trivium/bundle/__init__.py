@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.bundle import model_folder
-from trivium.bundle.answers import Answer, ranked_list, written
+from trivium.bundle.answers import Answer, own_list, ranked_list, written
 from trivium.bundle.heat import Heat, by_words
 from trivium.bundle.pictures import Picture, Pictures, check_sides, listed, normalised, read_picture
 from trivium.data.tokenizer import Tokenizer
@@ -261,7 +261,7 @@ class Bundle:
         their end; without a list it writes what it finds. One that scores its labels gives what `answer` does.
 
         Args:
-            answers: a list of one's own, of a model that writes.
+            answers: a list of one's own, of a model that writes; what stands there twice counts once.
             freely: write, though there is a list: probabilities are those of each answer among all texts.
         """
         if self.head is None or self.head_config is None:
@@ -285,7 +285,11 @@ class Bundle:
             assert isinstance(self.head, Answers)
             with _evaluating(self.model):
                 return written(self.head, fused, self.tokenizer, k)
-        asked = self if answers is None else replace(self, labels=list(answers))
+        asked = self
+        if answers is not None:
+            assert self.tokenizer is not None and self.max_length is not None
+            most = int(self.model.config.max_length)  # type: ignore[union-attr, arg-type]
+            asked = replace(self, labels=own_list(answers, self.tokenizer, most))
         second = None if second_picture is None else [second_picture]
         found_K = asked.answer([picture], [question], second_pictures=second)[0]
         labels = asked.labels

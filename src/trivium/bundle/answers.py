@@ -6,6 +6,7 @@ C candidates, L tokens of an answer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,6 +32,25 @@ def ranked_list(labels: list[str] | None, tokenizer: Tokenizer | None, positions
         )
     tokenizer = tokenizer.for_answers()
     return tokenizer.pad(tokenizer.encode(labels, min(ANSWER_TOKENS, positions)))[0]
+
+
+def own_list(answers: Sequence[str], tokenizer: Tokenizer, positions: int) -> list[str]:
+    """A list of one's own, each answer once. positions: of the model, at most.
+
+    Raises:
+        TriviumError: an answer that the vocabulary has no word pieces for, or that has too many of them: scored by what
+            is left of it, it would stand for any other such answer.
+    """
+    found = list(dict.fromkeys(answers))
+    tokenizer, most = tokenizer.for_answers(), min(ANSWER_TOKENS, positions)
+    for answer, ids in zip(found, tokenizer.encode(found, most + 1), strict=True):
+        if tokenizer.unk_id in ids:
+            raise TriviumError(f'the model\'s vocabulary has no word pieces for the answer "{answer}": leave it out')
+        if len(ids) > most:
+            raise TriviumError(
+                f'the answer "{answer[:40]}..." has more than the {most} tokens that are read: shorten it'
+            )
+    return found
 
 
 def written(head: Answers, fused: Encoded, tokenizer: Tokenizer, k: int) -> list[Answer]:

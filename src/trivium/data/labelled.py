@@ -343,9 +343,15 @@ def _numbered(each: tuple[Row, str] | BadSample, number_of: Mapping[str, int], o
 
 
 def _is_held_out(row: Row, share: float) -> bool:
-    """By what the table says, so that the same rows are held out wherever it lies."""
-    image = "" if row.image is None else os.path.relpath(row.image, os.path.dirname(row.file))
-    return hash64("held out", row.text or "", row.second_text or "", image) % 10_000 < share * 10_000
+    """By what the table says, so that the same rows are held out wherever it lies; all rows of a picture together."""
+    shown = (row.text or "", row.second_text or "") if row.image is None else (_below(row),)
+    return hash64("held out", *shown) % 10_000 < share * 10_000
+
+
+def _below(row: Row) -> str:
+    """Its picture, as the table names it."""
+    assert row.image is not None
+    return os.path.relpath(row.image, os.path.dirname(row.file))
 
 
 def good(found: Found) -> Iterator[tuple[Row, str]]:

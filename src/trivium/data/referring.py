@@ -305,7 +305,7 @@ class _Folder:
         found = {}
         for picture, boxes in json_object(file).fields.items():
             name = f"{file} (picture {picture})"
-            if not picture.isdigit() or not isinstance(boxes, list):
+            if not picture.isdecimal() or not isinstance(boxes, list):
                 raise TriviumError(f'{name}: it must hold {{"number of a picture": [[left, top, width, height], ...]}}')
             if int(picture) not in self.instances:
                 continue  # of the other splits of COCO, say

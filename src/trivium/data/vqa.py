@@ -9,7 +9,8 @@ or in ALBEF's, whose pictures lie below the same folder (those of Visual Genome 
 
     vqa_train.json   vg_qa.json         both are trained on; a question of Visual Genome has one answer, of half weight
     vqa_val.json                        to choose the checkpoint by
-    vqa_test.json    answer_list.json   the list that answers are ranked in
+    vqa_test.json    vqa_test_dev.json
+    answer_list.json                    the list that answers are ranked in
 
 Answers are classes: those that are the commonest answer of at least 9 questions of train and val together, in normal
 form, 3,129 of them in the whole data set (Teney et al. 2018, section 3.7). What an answer is worth as a target is said
@@ -48,8 +49,13 @@ def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
     counts: Counter[str] = Counter()
     for split in ("train2014", "val2014"):
         if os.path.isfile(_annotations(root, split)):
-            for each in json_object(_annotations(root, split)).items("annotations"):
-                counts[normalized(str(each.get("multiple_choice_answer", "")))] += 1
+            file = _annotations(root, split)
+            for number, fields in enumerate(json_object(file).items("annotations")):
+                try:
+                    answer = Record(file, f"entry {number}", fields).optional("multiple_choice_answer")
+                except BadSample:
+                    continue  # its question says it
+                counts[normalized(str(answer or ""))] += 1
     labels = _common(root, counts, min_questions, trains)
     number_of = {answer: number for number, answer in enumerate(labels)}
     return Splits(
@@ -163,7 +169,10 @@ def _one_answer(each: tuple[Row, str] | BadSample, number_of: Mapping[str, int])
 
 # -------------------------------------------------------------------------------------------------- ALBEF's files
 
-ALBEF_SPLITS = {"train": ("vqa_train.json", "vg_qa.json"), "dev": ("vqa_val.json",), "test": ("vqa_test.json",)}
+ALBEF_SPLITS = {
+    "train": ("vqa_train.json", "vg_qa.json"), "dev": ("vqa_val.json",), "test": ("vqa_test.json",),
+    "test_dev": ("vqa_test_dev.json",),
+}  # fmt: skip
 VG_WEIGHT = 0.5  # of an answer of Visual Genome
 
 

@@ -106,9 +106,7 @@ def run(
     Raises:
         TriviumError: the model cannot ground, or sees only a part of each picture; a split without a usable row.
     """
-    if bundle.transform.crop != "squash":
-        raise TriviumError("this model sees only the middle of a picture, so a box at its edge cannot be found: "
-                           "grounding takes one that sees all of it")  # fmt: skip
+    refuse_cropped(bundle)
     found = Grounded(notes=list(data.notes))
     there = [split for split in splits if split in data.splits]
     if not there:
@@ -124,6 +122,13 @@ def run(
         say(f"{data.name}, {split}: {len(expressions):,} expressions")
         _measure(bundle, data, split, expressions, bad, block, by, found)
     return found
+
+
+def refuse_cropped(bundle: Bundle) -> None:
+    """Raises TriviumError where the model does not see the whole of each picture."""
+    if bundle.transform.crop != "squash":
+        raise TriviumError("this model sees only the middle of a picture, so a box at its edge cannot be found: "
+                           "grounding takes one that sees all of it")  # fmt: skip
 
 
 def _measure(

@@ -149,6 +149,7 @@ def _prepare(
         )
     if start.tokenizer is None:
         raise TriviumError(f"{recipe.init} came without a tokenizer: put its tokenizer.json or vocab.txt beside it")
+    grounding.refuse_cropped(start)
     data = read_referring(settings.root)
     if not data.splits.get("train") or not data.good("train"):
         raise TriviumError(f"{settings.root}: {data.name} has no usable expression of its split train to learn from")
