@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import seeds
 import side_by_side
@@ -99,14 +99,20 @@ class Cell:
             data=replace(tiny.data, scenes=str(self.out / "scenes"), glue=str(data / "glue"), vocabulary="bert"),
         )  # fmt: skip
 
+    def refuse_another(self, made: UnitRecipe) -> None:
+        """Raises SystemExit where a run is there that has other settings."""
+        settled = "model.tasks"  # by the data
+        if (self.folder / "config.json").is_file() and not side_by_side.is_as(self.folder, made, settled):
+            sys.exit(f"{self.folder} is a run with other settings: give its command, or another --out")
+
     def run(self, data: Path, updates: int, device: str, threads: int | None) -> int:
         begun = time.perf_counter()
         if (self.folder / "config.json").is_file():
             return pretrain.resume_run(str(self.folder), None, {}, begun)
         if self.setting == "shared-init" and not Cell("single", "vg", self.seed, self.out).is_done:
             sys.exit(f"{self.folder.name} starts from single-vg-seed{self.seed}: run that first")
-        prepared = self.recipe(data, updates, device, threads).with_absolute_paths().prepare("unit", {"size": "tiny"})
-        return pretrain.run(prepared, self.folder, begun)
+        made = self.recipe(data, updates, device, threads).with_absolute_paths()
+        return pretrain.run(made.prepare("unit", {"size": "tiny"}), self.folder, begun)
 
 
 def cells(settings: list[str], tasks: list[str], seeds: list[int], out: Path) -> list[Cell]:
@@ -168,7 +174,7 @@ def papers(task: str, setting: str) -> str:
 
 
 def orderings(table: dict[str, dict[str, Figures]], runs: int) -> dict[str, str]:
-    """Of each sentence of ORDERINGS whether it holds: in every seed, and beyond the interval that units and seeds leave.
+    """Of each sentence of ORDERINGS whether it holds: in every seed, and beyond what units and seeds leave to chance.
 
     runs: how many seeds there are to be.
     """
@@ -199,8 +205,8 @@ def page(
         "# UniT's comparison in pocket form",
         "",
         f"A tiny UniT on scenes and SST-2; updates of each task, in every column: {each}; an update has 32",
-        f"rows, of statements {BATCHES['snli_ve']}. The seeds' figures in per cent, and in brackets the",
-        "paper's with 150,000 and 500,000 updates on COCO (its mAP over IoU 0.5 to",
+        f"rows, of statements {BATCHES['snli_ve']}. A start from detection comes on top of them. The seeds' figures in",
+        "per cent, and in brackets the paper's with 150,000 and 500,000 updates on COCO (its mAP over IoU 0.5 to",
         "0.95, so not to be set beside ours), VQAv2, SNLI-VE and SST-2. A star: recalled, not read in the paper.",
         "",
         "| | commonest answer | " + " | ".join(SETTINGS) + " |",
@@ -237,15 +243,18 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="only write the table of what is done")
     arguments = parser.parse_args()
     out = arguments.out
+    chosen = arguments.data, arguments.updates, arguments.device, arguments.threads
+    every = cells(list(SETTINGS), list(TASKS), arguments.seeds, out)
+    for cell in every:
+        cell.refuse_another(cell.recipe(*chosen).with_absolute_paths())
     if not arguments.table:
         formats = ("vg", "vqa", "snli-ve")
         for split, count in (("train", arguments.scenes), ("new-scenes", arguments.measured)):
             write_scenes(Scenes(split, count), out / "scenes", formats)  # type: ignore[arg-type]
-        chosen = arguments.data, arguments.updates, arguments.device, arguments.threads
         for cell in cells(arguments.settings, arguments.tasks, arguments.seeds, out):
             if not cell.is_done and (code := cell.run(*chosen)):
                 return code
-    missing = [c.folder.name for c in cells(list(SETTINGS), list(TASKS), arguments.seeds, out) if not c.is_done]
+    missing = [cell.folder.name for cell in every if not cell.is_done]
     if missing and not arguments.table:
         print(f"still to run: {', '.join(missing)}", file=sys.stderr)
         return 0
@@ -255,10 +264,13 @@ def main() -> int:
         if (value := getattr(arguments, flag)) != parser.get_default(flag):
             command += f" --{flag} {value}"
     commonest = majorities(arguments.seeds, out)
+    told = {
+        task: {name: {seed: one._asdict() for seed, one in each.items()} for name, each in row.items()}
+        for task, row in table.items()
+    }
     side_by_side.write(
-        "unit_table", {task: {name: {seed: one._asdict() for seed, one in each.items()} for name, each in row.items()}
-                       for task, row in table.items()},
-        command=command, updates=arguments.updates, commonest_answer=commonest, orderings=orderings(table, len(arguments.seeds)), missing=missing,
+        "unit_table", told, command=command, updates=arguments.updates, commonest_answer=commonest,
+        orderings=orderings(table, len(arguments.seeds)), missing=missing,
     )  # fmt: skip
     write_whole(
         side_by_side.RESULTS / "unit_table.md", page(table, commonest, command, arguments.updates, len(arguments.seeds))
