@@ -86,8 +86,8 @@ def trained(made: UnitRecipe, run: Path) -> bool:
     return (run / "results.json").is_file()
 
 
-def on_scenes(out: Path, run: Path) -> dict[str, dict[str, float]]:
-    """COCO's figures on every split."""
+def on_scenes(out: Path, run: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """COCO's figures on every split, with their intervals."""
     bundle = load(run)
     assert bundle.labels_of is not None
     found = {}
@@ -95,17 +95,17 @@ def on_scenes(out: Path, run: Path) -> dict[str, dict[str, float]]:
         rows = read_val("vg", str(out / ("scenes" if split == "new-scenes" else split) / "vg"))
         seen, _ = detection.find(bundle, rows, "vg")
         figures = detection.measure(rows, seen, bundle.labels_of["vg"])
-        found[split] = {name: result.value for name, result in figures.items()}
-        print(f"{split}: {found[split]}", file=sys.stderr)
+        found[split] = {name: result.as_json() for name, result in figures.items()}
+        print(f"{split}: {found[split]['ap50']}", file=sys.stderr)
     return found
 
 
-def misses(splits: dict[str, dict[str, float]], words: dict[str, dict[str, Any]]) -> list[str]:
+def misses(splits: dict[str, dict[str, dict[str, Any]]], words: dict[str, dict[str, Any]]) -> list[str]:
     """A sentence for each floor that is missed."""
     found = [
-        f"mAP at IoU 0.5 on {split} is {splits[split]['ap50']:.3f}, below {floor}"
+        f"mAP at IoU 0.5 on {split} is {splits[split]['ap50']['value']:.3f}, below {floor}"
         for split, floor in FLOORS.items()
-        if splits[split]["ap50"] < floor
+        if splits[split]["ap50"]["value"] < floor
     ]
     for name, entry in words.items():
         if entry["low"] < entry["majority"] + ABOVE_MAJORITY:

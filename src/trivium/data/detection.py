@@ -215,6 +215,7 @@ def read_detection(name: str, root: str) -> Detection:
         both = min(len(names[1]), len(attributes))  # where they have no names, one may have higher numbers
         if names[0] != classes or names[1][:both] != attributes[:both]:
             raise TriviumError(f"{other} lists other categories than {file}: take both from one release")
+        attributes = max(attributes, names[1], key=len)
         notes += more
     return Detection(train, held_out, classes, attributes, notes)
 
