@@ -31,8 +31,8 @@ class Augmentation:
     crop: float = 0.5  # probability
     before_crop: tuple[int, ...] = (400, 500, 600)  # pixels of the shorter side, likewise, of what is cropped
     crop_sides: tuple[int, int] = (384, 600)  # of a crop, each drawn for itself
-    # Brightness, contrast and saturation times 1 ± this. Hues are not turned, since attributes name them; but what tells
-    # orange from brown is brightness, so at 0.3 one named hue in eight becomes another's.
+    # Brightness, contrast and saturation times 1 ± this. Hues are not turned, since attributes name them; but orange is
+    # told from brown by its brightness, so at 0.3 one named hue in eight becomes another's.
     jitter: float = 0.0
 
     def __call__(
