@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,20 @@ def test_detection_that_was_trained_alone_starts_the_shared_decoder(detector: Pa
     assert len(kept) == len(moved)
     assert any("tensors start as" in note for note in prepared.notes)
     assert any("new are" in note and "heads.sst2" in note for note in prepared.notes)
+
+
+def test_a_head_of_other_labels_does_not_start_from_detection(
+    detector: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load(detector)
+    assert bundle.labels_of is not None
+    known = bundle.labels_of | {"vg": ["", *reversed(bundle.labels_of["vg"][1:])]}
+    monkeypatch.setattr(sys.modules[UnitRecipe.__module__], "load", lambda _: replace(bundle, labels_of=known))
+    prepared = replace(with_flags(unit("tiny"), data), init="it").prepare("unit", {})
+    assert "it knows other labels of vg: what tells them apart starts anew" in prepared.notes
+    old, new = bundle.model.state_dict(), prepared.bundle.model.state_dict()
+    same = [torch.equal(old[name], new[name]) for name in ("heads.vg.classes.weight", "heads.vg.boxes.0.weight")]
+    assert same == [False, True]
 
 
 def test_with_separate_decoders_only_its_own_starts_from_detection(detector: Path, data: Path) -> None:

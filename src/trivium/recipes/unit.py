@@ -78,7 +78,7 @@ class UnitRecipe:
     data: JointData = field(default_factory=JointData)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
-    init: str | None = None  # a UniT, such as a run of detection alone: what fits is taken
+    init: str | None = None  # a UniT, such as a run of detection alone: what fits is taken; or a DETR
     init_text: str | None = None  # a BERT in Hugging Face's layout for the text encoder, with its tokenizer
     measure: int | None = None  # rows of each held-out split that are measured, evenly spread; None: all
 
@@ -113,8 +113,8 @@ class UnitRecipe:
 def unit(size: str = "tiny") -> UnitRecipe:
     """UniT (Hu & Singh 2021). size: "tiny" for a laptop tonight, "small", or "base", the published one.
 
-    Base has the paper's optimizer and shares of the tasks, and starts as the paper does only with --init-text, a BERT,
-    and --init, DETR's weights.
+    Base has the paper's optimizer and shares of the tasks, and starts as the paper does with --init-text, a BERT, and
+    --init, a DETR, whose backbone alone is taken.
     """
     if size not in SIZES:
         raise TriviumError(f"there is no UniT of size {size}: use one of {', '.join(SIZES)}")
@@ -259,8 +259,9 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     at_random(model, recipe.train.seed)
     if text is not None:
         notes.append(from_bert(model, text, str(recipe.init_text)))
+    labels_of = {name: names for task in tasks for name, names in task.labels.items()}
     if start is not None:
-        taken = from_unit(model, start, str(recipe.init), recipe.train.seed)
+        taken = from_unit(model, start, str(recipe.init), recipe.train.seed, labels_of)
         notes += taken if resume_from is None else []
     transform = recipe.data.transform
     targets: dict[str, Labels] = {
@@ -271,7 +272,7 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     bundle = Bundle(
         "unit", model, tokenizer if config.text_layers else None, transform,
         max_length=min(max_length, config.max_length),
-        labels_of={name: names for task in tasks for name, names in task.labels.items()},
+        labels_of=labels_of,
     )  # fmt: skip
     collates = {
         task.name: task.collate(transform, recipe.data.augmentation, tokenizer, config.max_length) for task in tasks
