@@ -229,6 +229,15 @@ def test_the_verb_detect_takes_a_run(trained: Path, data: Path, tmp_path: Path) 
     assert len(found) == 20 and found == sorted(found, key=lambda each: -each["score"])
 
 
+def test_texts_that_are_cut_are_told(data: Path) -> None:
+    recipe = set_leaves(with_flags(unit("tiny"), data), {"tasks.sst2.max_length": 4})
+    notes = recipe.prepare("unit", {}).notes
+    for split in ("train", "dev"):
+        [told] = [note for note in notes if note.startswith(f"sst2, {split}: ")]
+        assert "4 texts have more than 4 tokens and are cut there; the first: " in told and "SST-2" in told
+    assert not any("are cut there" in note for note in with_flags(unit("tiny"), data).prepare("unit", {}).notes)
+
+
 def test_two_tasks_of_one_kind_keep_their_figures_apart(data: Path) -> None:
     recipe = with_flags(unit("tiny"), data)
     again = JointTask(21, task="coco", root=str(data / "scenes" / "coco"), num_queries=5, batch=4)

@@ -277,6 +277,7 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     collates = {
         task.name: task.collate(transform, recipe.data.augmentation, tokenizer, config.max_length) for task in tasks
     }
+    notes += [sentence for task in tasks for sentence in task.cut(collates[task.name])]
 
     def mixture_of(train: Train) -> StreamMixture:
         with_train = replace(recipe, train=train)

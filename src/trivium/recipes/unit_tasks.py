@@ -147,6 +147,13 @@ class Opened:
             sort_by_length=False,
         )
 
+    def cut(self, collate: TaskCollate | DetectionCollate) -> list[str]:
+        """Sentences on texts of each split that are longer than what is read of them."""
+        if isinstance(self.data, Detection) or isinstance(collate, DetectionCollate):
+            return []
+        splits = {"train": self.data.train, **self.data.held_out}
+        return [f"{self.name}, {split}: {said}" for split, rows in splits.items() for said in collate.cut(rows)]
+
 
 def known() -> list[str]:
     return [*LAYOUTS, *TASKS]
