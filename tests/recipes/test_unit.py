@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -284,6 +285,47 @@ def test_mistakes_are_one_sentence(data: Path, tmp_path: Path) -> None:
         set_leaves(unit("tiny"), {"data.scenes": str(tmp_path)}).prepare("unit", {})
     with pytest.raises(TriviumError, match="there is no UniT of size huge"):
         unit("huge")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("tasks.vg.num_queries", 0, "--tasks.vg.num-queries 0: this must be a whole number of 1 or more"),
+        ("tasks.vg.batch", 0, "--tasks.vg.batch 0: this must be a whole number of 1 or more"),
+        ("tasks.snli_ve.max_length", 1, "--tasks.snli-ve.max-length 1: this must be 3 tokens or more"),
+        ("tasks.qnli.rows", 0, "--tasks.qnli.rows 0: this must be a whole number of 1 or more"),
+        ("tasks.vqav2.min_questions", 0, "--tasks.vqav2.min-questions 0: this must be a whole number of 1 or more"),
+        ("tasks.vg.ratio", -1.0, "--tasks.vg.ratio -1.0: this must be 0 or more"),
+        ("tasks.vg.ratio", math.nan, "--tasks.vg.ratio nan: this must be 0 or more"),
+        ("tasks.vg.ratio", math.inf, "--tasks.vg.ratio inf: this must be 0 or more"),
+        ("data.augmentation.shorts", [], "--data.augmentation.shorts : this must be one or more whole numbers"),
+        ("data.augmentation.before_crop", [0], "--data.augmentation.before-crop 0: this must be one or more whole"),
+        ("data.augmentation.crop_sides", [128, 96], "crop-sides 128 96: this must be two whole numbers of 1 or more"),
+        ("data.augmentation.crop_sides", [0, 0], "crop-sides 0 0: this must be two whole numbers of 1 or more"),
+        ("data.augmentation.flip", 2.0, "--data.augmentation.flip 2.0: this must be a share between 0 and 1"),
+        ("data.augmentation.crop", -1.0, "--data.augmentation.crop -1.0: this must be a share between 0 and 1"),
+        ("data.short", 0, "--data.short 0: this must be a whole number of 1 or more"),
+        ("data.num_scenes", 0, "--data.num-scenes 0: this must be a whole number of 1 or more"),
+        (
+            "model.num_heads",
+            3,
+            "a width of 32 cannot be shared by 3 heads: choose --model.num-heads so that it divides",
+        ),
+        ("model.text_heads", 3, "3 heads: choose --model.text-heads so that it divides --model.text-width"),
+        ("model.image_width", 33, "a width of 33 cannot be shared by 2 heads: choose --model.num-heads so that it"),
+        ("model.image_width", 34, "--model.image-width 34: this must be a multiple of 4"),
+        ("model.backbone_blocks", [1, 1], "gives 2 stages and --model.backbone-widths 4: give both as many numbers"),
+        ("model.backbone_blocks", [1, 0, 1, 1], "--model.backbone-blocks 1 0 1 1: this must be one or more whole"),
+        ("model.backbone_widths", [8, 8, 8, 20], "GroupNorm makes groups of 8 channels, so each must be a multiple"),
+        ("model.decoder_layers", 0, "--model.decoder-layers 0: this must be a whole number of 1 or more"),
+        ("model.max_length", 2, "--model.max-length 2: this must be 3 tokens or more"),
+        ("measure", 0, "--measure 0: this must be a whole number of 1 or more"),
+        ("measure", -1, "--measure -1: this must be a whole number of 1 or more"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(data: Path, path: str, value: Any, says: str) -> None:
+    with pytest.raises(TriviumError, match=re.escape(says)):
+        set_leaves(with_flags(unit("tiny"), data), {path: value}).prepare("unit", {})
 
 
 def test_base_is_the_published_recipe() -> None:

@@ -252,6 +252,7 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     if tokenizer is None:
         tokenizer = make_tokenizer(recipe.data.vocabulary, tasks, recipe.model.vocab_size)
     config = _config(recipe, tasks, start, text, tokenizer)
+    _check_shape(config)
     # A text encoder that no task needs is left out of the model, not out of the recipe.
     recipe = replace(recipe, model=replace(config, text_layers=config.text_layers or recipe.model.text_layers))
 
@@ -327,6 +328,29 @@ def _config(
             " vocabulary that it was trained with"
         )
     return replace(config, tasks=of_tasks)
+
+
+def _check_shape(config: UnitConfig) -> None:
+    """Raises TriviumError where parts of the model would not fit each other."""
+    limits.check_heads(config.width, config.num_heads)
+    limits.check_heads(config.image_width, config.num_heads, of="image-width")
+    if config.text_layers:
+        limits.check_heads(config.text_width, config.text_heads, "text-heads", "text-width")
+    if config.image_width % 4:
+        raise TriviumError(
+            f"--model.image-width {config.image_width}: this must be a multiple of 4, a sine and a cosine for each side"
+        )
+    widths, blocks = config.backbone_widths, config.backbone_blocks
+    if len(widths) != len(blocks):
+        raise TriviumError(
+            f"--model.backbone-blocks gives {len(blocks)} stages and --model.backbone-widths {len(widths)}: give both"
+            " as many numbers"
+        )
+    if config.backbone_norm == "group" and any(width > 8 and width % 8 for width in widths):
+        raise TriviumError(
+            f"--model.backbone-widths {' '.join(map(str, widths))}: GroupNorm makes groups of 8 channels, so each must"
+            " be a multiple of 8, or less"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- measuring
