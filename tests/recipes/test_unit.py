@@ -16,14 +16,16 @@ import torch
 from torch.nn import functional
 
 from tests.recipes.shop import digests, trivium
+from trivium.bundle import Bundle
 from trivium.data.labelled import read_tables
 from trivium.data.order import Draws
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
+from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.load import load
 from trivium.methods.unit import UnitMethod
-from trivium.models.unit import Unit
+from trivium.models.unit import Unit, UnitTask
 from trivium.recipes import RECIPES
 from trivium.recipes.tasks import TASKS
 from trivium.recipes.unit import UnitRecipe, unit
@@ -338,6 +340,26 @@ def test_base_is_the_published_recipe() -> None:
     eight = ("coco", "vg", "snli_ve", "vqav2", "qnli", "mnli", "qqp", "sst2")
     assert sum(recipe.tasks[name].ratio for name in eight) == pytest.approx(1.0)
     assert [recipe.tasks[name].number for name in eight] == [0, 1, 9, 3, 5, 6, 8, 7]
+
+
+def test_base_trains_no_random_weights_behind_frozen_norms(detector: Path, data: Path, tmp_path: Path) -> None:
+    """It starts from DETR's backbone, and from none it does not start."""
+    small = {"model.backbone_widths": [8, 8, 8, 8], "model.backbone_blocks": [1, 1, 1, 1], "model.num_heads": 4}
+    recipe = set_leaves(with_flags(unit("base"), data), small)
+    with pytest.raises(TriviumError, match="from a DETR or a UniT with the same backbone: name one with --init, or"):
+        recipe.prepare("unit", {})
+    shape = replace(recipe.model, tasks=(UnitTask("coco", "detection", "image", 91, 0, 100),), text_layers=0)
+    detr = Unit(replace(shape, num_task_tokens=0, residual=False))
+    Bundle("unit", detr, None, ImageTransform()).save(tmp_path / "detr")
+    prepared = replace(recipe, init=str(tmp_path / "detr")).prepare("unit", {})
+    assert f"{tmp_path / 'detr'} is a DETR: its backbone alone is taken, as in the paper" in prepared.notes
+    old, new = detr.state_dict(), prepared.bundle.model.state_dict()
+    same = {name for name in old if name in new and torch.equal(old[name], new[name]) and old[name].ndim > 1}
+    assert same == {name for name in old if name.startswith("image.backbone.") and old[name].ndim > 1}
+    alike = replace(shape, backbone_widths=(8, 8, 8, 16))
+    Bundle("unit", Unit(alike), None, ImageTransform()).save(tmp_path / "other")
+    with pytest.raises(TriviumError, match=r"with the same backbone, and .*other has another: name one with --init"):
+        replace(recipe, init=str(tmp_path / "other")).prepare("unit", {})
 
 
 def test_losses_of_boxes_weigh_what_the_recipe_says(data: Path) -> None:

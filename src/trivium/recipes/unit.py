@@ -35,7 +35,7 @@ from trivium.recipes import limits, unit_losses
 from trivium.recipes.data import absolute
 from trivium.recipes.predict import predict_by
 from trivium.recipes.prepared import Losses, Prepared
-from trivium.recipes.unit_start import at_random, from_bert, from_unit
+from trivium.recipes.unit_start import FROZEN, at_random, from_bert, from_unit
 from trivium.recipes.unit_tasks import (
     PUBLISHED,
     JointData,
@@ -237,6 +237,8 @@ class PreparedUnit(Prepared):
 
 def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> PreparedUnit:
     limits.check(leaves(recipe))
+    if recipe.model.backbone_norm == "frozen" and recipe.init is None and resume_from is None:
+        raise TriviumError(f"{FROZEN}: name one with --init, or train from a random start with --size small")
     given = with_data(recipe.tasks, recipe.data)
     tasks = opened(given)
     notes = [f"{task.name}: {note}" for task in tasks for note in task.data.notes]

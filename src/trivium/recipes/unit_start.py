@@ -27,6 +27,7 @@ QUERY_NOISE = 0.3  # deviation of a query beside its place
 ANCHOR_SIDE = 0.3  # of a query's first box, as a share of the picture's
 CORRECTION = 0.1  # factor on the weights that correct it, so that boxes begin as their anchors
 BACKBONE = "image.backbone"
+FROZEN = "the norms of this backbone are frozen, so its weights must come from a DETR or a UniT with the same backbone"
 # What is one part of a model; beside these, each module with tensors of its own.
 WHOLE = re.compile(r"(image\.backbone|.*\.blocks\.\d+|heads\.[^.]+\.[^.]+)(\.|$)")
 NAMELESS = (".boxes", ".anchors")  # parts of a head that are the same whatever its classes are
@@ -133,6 +134,8 @@ def from_unit(
         notes.append(f"{path} is a DETR: its backbone alone is taken, as in the paper")
     if not any(part == BACKBONE or ".blocks." in part for part in taken):
         raise TriviumError(f"{path} has no backbone and no block that fits this model: give a run of the same --size")
+    if model.config.backbone_norm == "frozen" and BACKBONE not in taken:
+        raise TriviumError(f"{FROZEN}, and {path} has another: name one with --init")
     _check_same(model.config, of_start, taken, path)
     known = start.labels_of or {}
     for name, names in (labels_of or {}).items():
