@@ -289,6 +289,29 @@ def test_mistakes_are_one_sentence(data: Path, tmp_path: Path) -> None:
         unit("huge")
 
 
+def test_sentences_of_readers_name_the_flags_of_their_task(data: Path, tmp_path: Path) -> None:
+    moods = tmp_path / "moods.csv"
+    moods.write_text("text,label\n" + "".join(f"word {n},{'glad' if n % 2 else 'sad'}\n" for n in range(40)))
+    (tmp_path / "other.csv").write_text("words,label\na,b\n")
+    own = JointTask(20, task="text_classification", batch=4)
+
+    def prepared(**tasks: JointTask) -> Any:
+        recipe = with_flags(unit("tiny"), data)
+        return replace(recipe, tasks=recipe.tasks | tasks).prepare("unit", {})
+
+    for task, says in (
+        ({"vqav2": JointTask(3, min_questions=1000)}, "lower --tasks.vqav2.min-questions"),
+        ({"snli_ve": JointTask(9, train=("a.csv",))}, "give --tasks.snli-ve.root DIR, the folder of SNLI-VE"),
+        ({"my_moods": replace(own, root=str(tmp_path))}, "name one with --tasks.my-moods.train (CSV"),
+        ({"my_moods": replace(own, train=(str(tmp_path / "other.csv"),))}, "are words, label: rename them so that one"),
+    ):
+        with pytest.raises(TriviumError, match=re.escape(says)) as error:
+            prepared(**task)
+        assert "--data." not in str(error.value)
+    notes = prepared(my_moods=replace(own, train=(str(moods),))).notes
+    assert any(note.startswith("my_moods: no --tasks.my-moods.dev is given: ") for note in notes)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
