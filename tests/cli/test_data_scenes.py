@@ -51,3 +51,11 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "'held-out-style', 'held-out-both'" in complaint("--split", "dev")
     assert "voc" in complaint("--format", "voc")
     assert not (tmp_path / "scenes").exists()
+
+
+def test_a_file_is_no_folder_to_write_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "notes.txt"
+    out.write_text("mine")
+    assert trivium("data", "scenes", "--out", out, "--count", 4) == 2
+    assert capsys.readouterr().err.splitlines() == [f"trivium: --out {out} is a file: name a folder"]
+    assert out.read_text() == "mine"

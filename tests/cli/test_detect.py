@@ -118,3 +118,18 @@ def test_mistakes_are_sentences_and_nothing_is_written(
         assert says in capsys.readouterr().err
         assert not list(tmp_path.glob("found*")) and not list(tmp_path.glob(".*"))
     assert picture.read_bytes() == before
+
+
+def test_a_file_of_ones_own_is_not_replaced_by_the_list(
+    model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, own = tmp_path / "keep.png", tmp_path / "keep.json"
+    for content in ('{"mine": 1}', "[]", "no JSON"):
+        own.write_text(content)
+        assert trivium("detect", model, picture, "--out", out) == 2
+        assert f"{own}, where the objects would be listed, holds something else" in capsys.readouterr().err
+        assert own.read_text() == content and not out.exists()
+    own.unlink()
+    for score in (0.5, 0.71):  # a list of its own is
+        assert trivium("detect", model, picture, "--out", out, "--score", score) == 0
+    assert json.loads(own.read_text())["objects"] == []

@@ -55,6 +55,16 @@ def test_pictures_of_different_sizes_in_one_batch_give_what_each_gives_alone() -
         torch.testing.assert_close(of_parts[name], gradient, rtol=0, atol=1e-9 * max(1.0, float(gradient.abs().max())))
 
 
+def test_sizes_of_pictures_stay_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model looks at them there, and waits for nothing that the device has still to do."""
+    method, batch = unit_method(random_unit()), make_batch("vg", 4)
+    moved: list[torch.Tensor] = []
+    to = method._to
+    monkeypatch.setattr(method, "_to", lambda tensor: moved.append(tensor) or to(tensor))
+    method.image(batch)
+    assert [tensor is batch.images[0].pixels_BCHW for tensor in moved] == [True]
+
+
 def test_losses_of_detection_are_those_of_the_paper_written_out() -> None:
     """Weighted mean of cross-entropies, L1 and 1 - GIoU over the number of boxes, attributes over the boxes that have
     some: each layer for itself, box by box in plain Python."""

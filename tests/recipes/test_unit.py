@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,16 @@ import torch
 from torch.nn import functional
 
 from tests.recipes.shop import digests, trivium
+from trivium.bundle import Bundle
 from trivium.data.labelled import read_tables
 from trivium.data.order import Draws
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
+from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.load import load
 from trivium.methods.unit import UnitMethod
-from trivium.models.unit import Unit
+from trivium.models.unit import Unit, UnitTask
 from trivium.recipes import RECIPES
 from trivium.recipes.tasks import TASKS
 from trivium.recipes.unit import UnitRecipe, unit
@@ -191,6 +195,20 @@ def test_detection_that_was_trained_alone_starts_the_shared_decoder(detector: Pa
     assert any("new are" in note and "heads.sst2" in note for note in prepared.notes)
 
 
+def test_a_head_of_other_labels_does_not_start_from_detection(
+    detector: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load(detector)
+    assert bundle.labels_of is not None
+    known = bundle.labels_of | {"vg": ["", *reversed(bundle.labels_of["vg"][1:])]}
+    monkeypatch.setattr(sys.modules[UnitRecipe.__module__], "load", lambda _: replace(bundle, labels_of=known))
+    prepared = replace(with_flags(unit("tiny"), data), init="it").prepare("unit", {})
+    assert "it knows other labels of vg: what tells them apart starts anew" in prepared.notes
+    old, new = bundle.model.state_dict(), prepared.bundle.model.state_dict()
+    same = [torch.equal(old[name], new[name]) for name in ("heads.vg.classes.weight", "heads.vg.boxes.0.weight")]
+    assert same == [False, True]
+
+
 def test_with_separate_decoders_only_its_own_starts_from_detection(detector: Path, data: Path) -> None:
     recipe = with_flags(unit("tiny"), data)
     recipe = replace(recipe, init=str(detector), model=replace(recipe.model, decoder="separate"))
@@ -212,6 +230,15 @@ def test_the_verb_detect_takes_a_run(trained: Path, data: Path, tmp_path: Path) 
     assert trivium("detect", trained, picture, "--out", tmp_path / "found.png", "--score", 0, "--task", "vg") == 0
     found = json.loads((tmp_path / "found.json").read_text())["objects"]
     assert len(found) == 20 and found == sorted(found, key=lambda each: -each["score"])
+
+
+def test_texts_that_are_cut_are_told(data: Path) -> None:
+    recipe = set_leaves(with_flags(unit("tiny"), data), {"tasks.sst2.max_length": 4})
+    notes = recipe.prepare("unit", {}).notes
+    for split in ("train", "dev"):
+        [told] = [note for note in notes if note.startswith(f"sst2, {split}: ")]
+        assert "4 texts have more than 4 tokens and are cut there; the first: " in told and "SST-2" in told
+    assert not any("are cut there" in note for note in with_flags(unit("tiny"), data).prepare("unit", {}).notes)
 
 
 def test_two_tasks_of_one_kind_keep_their_figures_apart(data: Path) -> None:
@@ -262,6 +289,70 @@ def test_mistakes_are_one_sentence(data: Path, tmp_path: Path) -> None:
         unit("huge")
 
 
+def test_sentences_of_readers_name_the_flags_of_their_task(data: Path, tmp_path: Path) -> None:
+    moods = tmp_path / "moods.csv"
+    moods.write_text("text,label\n" + "".join(f"word {n},{'glad' if n % 2 else 'sad'}\n" for n in range(40)))
+    (tmp_path / "other.csv").write_text("words,label\na,b\n")
+    own = JointTask(20, task="text_classification", batch=4)
+
+    def prepared(**tasks: JointTask) -> Any:
+        recipe = with_flags(unit("tiny"), data)
+        return replace(recipe, tasks=recipe.tasks | tasks).prepare("unit", {})
+
+    for task, says in (
+        ({"vqav2": JointTask(3, min_questions=1000)}, "lower --tasks.vqav2.min-questions"),
+        ({"snli_ve": JointTask(9, train=("a.csv",))}, "give --tasks.snli-ve.root DIR, the folder of SNLI-VE"),
+        ({"my_moods": replace(own, root=str(tmp_path))}, "name one with --tasks.my-moods.train (CSV"),
+        ({"my_moods": replace(own, train=(str(tmp_path / "other.csv"),))}, "are words, label: rename them so that one"),
+    ):
+        with pytest.raises(TriviumError, match=re.escape(says)) as error:
+            prepared(**task)
+        assert "--data." not in str(error.value)
+    notes = prepared(my_moods=replace(own, train=(str(moods),))).notes
+    assert any(note.startswith("my_moods: no --tasks.my-moods.dev is given: ") for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("tasks.vg.num_queries", 0, "--tasks.vg.num-queries 0: this must be a whole number of 1 or more"),
+        ("tasks.vg.batch", 0, "--tasks.vg.batch 0: this must be a whole number of 1 or more"),
+        ("tasks.snli_ve.max_length", 1, "--tasks.snli-ve.max-length 1: this must be 3 tokens or more"),
+        ("tasks.qnli.rows", 0, "--tasks.qnli.rows 0: this must be a whole number of 1 or more"),
+        ("tasks.vqav2.min_questions", 0, "--tasks.vqav2.min-questions 0: this must be a whole number of 1 or more"),
+        ("tasks.vg.ratio", -1.0, "--tasks.vg.ratio -1.0: this must be 0 or more"),
+        ("tasks.vg.ratio", math.nan, "--tasks.vg.ratio nan: this must be 0 or more"),
+        ("tasks.vg.ratio", math.inf, "--tasks.vg.ratio inf: this must be 0 or more"),
+        ("data.augmentation.shorts", [], "--data.augmentation.shorts : this must be one or more whole numbers"),
+        ("data.augmentation.before_crop", [0], "--data.augmentation.before-crop 0: this must be one or more whole"),
+        ("data.augmentation.crop_sides", [128, 96], "crop-sides 128 96: this must be two whole numbers of 1 or more"),
+        ("data.augmentation.crop_sides", [0, 0], "crop-sides 0 0: this must be two whole numbers of 1 or more"),
+        ("data.augmentation.flip", 2.0, "--data.augmentation.flip 2.0: this must be a share between 0 and 1"),
+        ("data.augmentation.crop", -1.0, "--data.augmentation.crop -1.0: this must be a share between 0 and 1"),
+        ("data.short", 0, "--data.short 0: this must be a whole number of 1 or more"),
+        ("data.num_scenes", 0, "--data.num-scenes 0: this must be a whole number of 1 or more"),
+        (
+            "model.num_heads",
+            3,
+            "a width of 32 cannot be shared by 3 heads: choose --model.num-heads so that it divides",
+        ),
+        ("model.text_heads", 3, "3 heads: choose --model.text-heads so that it divides --model.text-width"),
+        ("model.image_width", 33, "a width of 33 cannot be shared by 2 heads: choose --model.num-heads so that it"),
+        ("model.image_width", 34, "--model.image-width 34: this must be a multiple of 4"),
+        ("model.backbone_blocks", [1, 1], "gives 2 stages and --model.backbone-widths 4: give both as many numbers"),
+        ("model.backbone_blocks", [1, 0, 1, 1], "--model.backbone-blocks 1 0 1 1: this must be one or more whole"),
+        ("model.backbone_widths", [8, 8, 8, 20], "GroupNorm makes groups of 8 channels, so each must be a multiple"),
+        ("model.decoder_layers", 0, "--model.decoder-layers 0: this must be a whole number of 1 or more"),
+        ("model.max_length", 2, "--model.max-length 2: this must be 3 tokens or more"),
+        ("measure", 0, "--measure 0: this must be a whole number of 1 or more"),
+        ("measure", -1, "--measure -1: this must be a whole number of 1 or more"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(data: Path, path: str, value: Any, says: str) -> None:
+    with pytest.raises(TriviumError, match=re.escape(says)):
+        set_leaves(with_flags(unit("tiny"), data), {path: value}).prepare("unit", {})
+
+
 def test_base_is_the_published_recipe() -> None:
     recipe = unit("base")
     assert recipe.objectives.parts == {"class": 1, "box": 5, "giou": 2, "attributes": 1}
@@ -272,6 +363,26 @@ def test_base_is_the_published_recipe() -> None:
     eight = ("coco", "vg", "snli_ve", "vqav2", "qnli", "mnli", "qqp", "sst2")
     assert sum(recipe.tasks[name].ratio for name in eight) == pytest.approx(1.0)
     assert [recipe.tasks[name].number for name in eight] == [0, 1, 9, 3, 5, 6, 8, 7]
+
+
+def test_base_trains_no_random_weights_behind_frozen_norms(detector: Path, data: Path, tmp_path: Path) -> None:
+    """It starts from DETR's backbone, and from none it does not start."""
+    small = {"model.backbone_widths": [8, 8, 8, 8], "model.backbone_blocks": [1, 1, 1, 1], "model.num_heads": 4}
+    recipe = set_leaves(with_flags(unit("base"), data), small)
+    with pytest.raises(TriviumError, match="from a DETR or a UniT with the same backbone: name one with --init, or"):
+        recipe.prepare("unit", {})
+    shape = replace(recipe.model, tasks=(UnitTask("coco", "detection", "image", 91, 0, 100),), text_layers=0)
+    detr = Unit(replace(shape, num_task_tokens=0, residual=False))
+    Bundle("unit", detr, None, ImageTransform()).save(tmp_path / "detr")
+    prepared = replace(recipe, init=str(tmp_path / "detr")).prepare("unit", {})
+    assert f"{tmp_path / 'detr'} is a DETR: its backbone alone is taken, as in the paper" in prepared.notes
+    old, new = detr.state_dict(), prepared.bundle.model.state_dict()
+    same = {name for name in old if name in new and torch.equal(old[name], new[name]) and old[name].ndim > 1}
+    assert same == {name for name in old if name.startswith("image.backbone.") and old[name].ndim > 1}
+    alike = replace(shape, backbone_widths=(8, 8, 8, 16))
+    Bundle("unit", Unit(alike), None, ImageTransform()).save(tmp_path / "other")
+    with pytest.raises(TriviumError, match=r"with the same backbone, and .*other has another: name one with --init"):
+        replace(recipe, init=str(tmp_path / "other")).prepare("unit", {})
 
 
 def test_losses_of_boxes_weigh_what_the_recipe_says(data: Path) -> None:

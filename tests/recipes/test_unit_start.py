@@ -11,6 +11,7 @@ import torch
 
 from trivium.bundle import Bundle
 from trivium.data.transforms import ImageTransform
+from trivium.errors import TriviumError
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.objectives.detection import Objects, match
 from trivium.recipes.unit_start import SELF_ATTENTION, at_random, from_unit
@@ -149,3 +150,91 @@ def test_queries_of_a_new_task_are_spread_as_the_trained_decoder_sees_places() -
     assert float(gap_QD.std()) == pytest.approx(0.3, abs=0.03)
     heads: Any = other.heads["coco"]
     assert float((heads.anchors.sigmoid()[:, :2] - CENTRES).abs().max()) < 1e-6
+
+
+KIND = UnitTask("kind", "labels", "both", 2, 2)
+SHAPE = UnitConfig.of_size(
+    "tiny", tasks=(TASK, KIND), width=32, num_heads=4, mlp_width=32, decoder_layers=2, image_width=32, image_layers=1,
+    backbone_widths=(8, 16), backbone_blocks=(1, 1), text_width=32, text_heads=2, text_mlp_width=32, text_layers=1,
+    vocab_size=50, max_length=16,
+)  # fmt: skip
+LABELS = {"vg": ["", "a", "b", "c", "d", "e"], "vg.attributes": list("tuvwxyz"), "kind": ["yes", "no"]}
+
+
+def taken_of(trained: UnitConfig, config: UnitConfig, **labels: list[str]) -> tuple[set[str], list[str]]:
+    """The tensors that a model of this shape takes of a trained one, and the sentences on them."""
+    start, model = Unit(trained), Unit(config)
+    at_random(start, 5)
+    at_random(model, 0)
+    bundle = Bundle("unit", start, None, ImageTransform(), labels_of=LABELS)
+    notes = from_unit(model, bundle, "it", 0, LABELS | {name.replace("__", "."): each for name, each in labels.items()})
+    theirs = start.state_dict()
+    fresh = Unit(config)
+    at_random(fresh, 0)
+    own, before = model.state_dict(), fresh.state_dict()
+    changed = {name for name in own if not torch.equal(own[name], before[name])}
+    assert all(torch.equal(own[name], theirs[name]) for name in changed)
+    return changed, notes
+
+
+def test_a_model_of_the_same_shape_and_labels_starts_as_the_trained_one() -> None:
+    changed, notes = taken_of(SHAPE, SHAPE)
+    count = len(Unit(SHAPE).state_dict())
+    assert notes == [f"{count} of {count} tensors start as it has them"]
+    assert {name for name, t in Unit(SHAPE).state_dict().items() if t.ndim > 1} - changed == {"heads.vg.anchors"}
+
+
+def test_of_a_detr_the_backbone_alone_is_taken() -> None:
+    detr = replace(SHAPE, tasks=(TASK,), text_layers=0, num_task_tokens=0, residual=False)
+    changed, notes = taken_of(detr, replace(SHAPE, width=48))
+    assert changed and all(name.startswith("image.backbone.") for name in changed)
+    assert notes[0] == "it is a DETR: its backbone alone is taken, as in the paper"
+    changed, notes = taken_of(detr, detr)  # to go on with it
+    assert any(name.startswith("decoders.") for name in changed) and len(notes) == 1
+
+
+def test_what_fits_in_a_part_alone_is_left() -> None:
+    """Biases without their weights, and attention without what stands behind it."""
+    changed, notes = taken_of(SHAPE, replace(SHAPE, mlp_width=48))
+    assert "image.projection.weight" in changed and not any(
+        ".blocks." in name and "text" not in name for name in changed
+    )
+    assert "decoders.shared" in notes[-1] and "image.blocks" in notes[-1]
+    changed, _ = taken_of(SHAPE, replace(SHAPE, width=48))
+    assert changed and not any(name.startswith(("decoders.", "heads.", "queries.")) for name in changed)
+
+
+def test_another_size_is_refused() -> None:
+    """Tables of tokens and of classes may have one shape in both."""
+    with pytest.raises(TriviumError, match="it has no backbone and no block that fits this model: give a run of the"):
+        taken_of(UnitConfig.of_size("tiny", tasks=(TASK,)), UnitConfig.of_size("small", tasks=(TASK,)))
+    other = replace(SHAPE, mlp_width=48, backbone_widths=(8, 24), text_mlp_width=48)
+    with pytest.raises(TriviumError, match="give a run of the same --size"):
+        taken_of(SHAPE, other)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("num_heads", 2, "it has --model.num-heads 4 and this model 2: give the former"),
+        ("text_heads", 4, "it has --model.text-heads 2 and this model 4"),
+        ("residual", False, "it has --model.residual true and this model false"),
+        ("dilated", False, "it has --model.dilated true and this model false"),
+        ("backbone_eps", 0.0, "it has --model.backbone-eps 1e-05 and this model 0.0"),
+    ],
+)
+def test_what_would_compute_another_thing_with_the_same_weights_is_refused(field: str, value: Any, says: str) -> None:
+    with pytest.raises(TriviumError, match=says):
+        taken_of(SHAPE, replace(SHAPE, **{field: value}))
+
+
+def test_what_tells_other_labels_apart_starts_anew() -> None:
+    others = ["", "f", "g", "h", "i", "j"]
+    changed, notes = taken_of(SHAPE, SHAPE, vg=others, kind=["no", "yes"])
+    assert "it knows other labels of vg: what tells them apart starts anew" in notes
+    assert "it knows other labels of kind: what tells them apart starts anew" in notes and "new are heads." in notes[-1]
+    heads = {name for name in changed if name.startswith("heads.")}
+    assert heads == {f"heads.vg.boxes.{n}.weight" for n in range(3)} and "queries.vg.weight" in changed
+    changed, _ = taken_of(SHAPE, SHAPE, vg__attributes=list("abcdefg"))
+    assert "heads.vg.classes.weight" in changed and "heads.kind.decoder.weight" in changed
+    assert not any(name.startswith("heads.vg.attributes.") for name in changed)

@@ -17,7 +17,7 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
       trivium detect runs/unit photo.jpg --out found.png
 
     The JSON beside the picture (found.json) lists label, score, box (left, top, right, bottom in pixels) and, where the
-    model has them, attribute of each object, the surest first.
+    model has them, attribute of each object, the surest first. A list from before is replaced, another file is not.
 
     Args:
         path: the model: a run folder, a model folder, or weights of another library.
@@ -38,6 +38,9 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
     if not 0 <= score <= 1:
         raise TriviumError(f"--score {score:g}: it lies between 0 and 1")
     check_can_write(out)
+    listed = out.with_suffix(".json")
+    if listed.exists() and not _is_list(listed):
+        raise TriviumError(f"{listed}, where the objects would be listed, holds something else: name another --out")
     from PIL import Image
 
     from trivium.data.decode import decode
@@ -67,10 +70,18 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
     page = Image.fromarray(drawn(decode(picture.read_bytes()), found, classes, attributes))
     with file_beside(out) as beside:
         page.save(beside, FORMATS[out.suffix.lower()])
-    listed = out.with_suffix(".json")
     write_whole(listed, json.dumps({"picture": str(picture), "objects": objects}, indent=1, ensure_ascii=False) + "\n")
     for each in objects:
         left, top, right, bottom = each["box"]
         word = f"{each['attribute']} " if "attribute" in each else ""
         print(f"{each['score']:.2f}  {word}{each['label']}  from ({left}, {top}) to ({right}, {bottom})")
     print(f"{len(objects)} objects with a score of {score:g} or more: {out}, {listed}")
+
+
+def _is_list(file: Path) -> bool:
+    """Whether a file is what `detect` writes."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() == {"picture", "objects"}

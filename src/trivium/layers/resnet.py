@@ -168,7 +168,8 @@ class ResNet(nn.Module):
         height, width = pixels_BCHW.shape[2:]
         if sizes_B2 is not None and bool((sizes_B2 == torch.tensor([height, width], device=sizes_B2.device)).all()):
             sizes_B2 = None
-        reach = Reach(None if sizes_B2 is None else sizes_B2.to(pixels_BCHW.device), height, width)
+        device = pixels_BCHW.device
+        reach = Reach(None if sizes_B2 is None else sizes_B2.to(device, non_blocking=True), height, width)
         x_BCHW = pixels_BCHW
         if reach.mask is not None:
             x_BCHW = x_BCHW.masked_fill(~reach.mask, 0.0)  # not by a product: anything may stand there

@@ -97,10 +97,9 @@ class UnitMethod(MethodOfPictures):
         return Objects(targets["box_row"], targets["box_class"], targets["box"], attributes)
 
     def image(self, batch: Batch) -> Encoded:
-        """The pictures, encoded for the batch's task."""
+        """The pictures, encoded for the batch's task. Their sizes stay on CPU, where the model looks at them."""
         images = batch.images[0]
-        sizes_B2 = None if images.sizes_B2 is None else self._to(images.sizes_B2)
-        return self.model.encode_image(self.pixels(images.pixels_BCHW), sizes_B2, batch.stream)
+        return self.model.encode_image(self.pixels(images.pixels_BCHW), images.sizes_B2, batch.stream)
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, K] of a task of labels."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from fnmatch import filter as those_like
 from typing import Any
 
 from trivium.errors import TriviumError
@@ -14,13 +16,15 @@ NOT_NEGATIVE: Rule = (lambda value: value >= 0, "0 or more")
 SHARE: Rule = (lambda value: 0 <= value <= 1, "a share between 0 and 1")
 SOME: Rule = (lambda value: value >= 1, "a whole number of 1 or more")
 SHARES: Rule = (lambda pair: 0 < pair[0] <= pair[1] <= 1, "two shares, the smaller first, above 0 and at most 1")
-
+EACH: Rule = (lambda values: values and min(values) >= 1, "one or more whole numbers of 1 or more")
+TOKENS: Rule = (lambda value: value >= 3, "3 tokens or more: [CLS], [SEP] and a word between them")
 PROBABILITIES: Rule = (lambda values: all(0 <= value <= 1 for value in values), "three shares between 0 and 1")
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {  # by path; * stands for any name
     **dict.fromkeys(("model.width", "model.num_heads", "model.mlp_width", "model.image_size"), SOME),
     **dict.fromkeys(("model.image_layers", "model.text_layers", "model.multimodal_layers"), SOME),
-    **dict.fromkeys(("model.patch_size", "model.vocab_size", "model.max_length", "model.num_codes"), SOME),
+    **dict.fromkeys(("model.patch_size", "model.vocab_size", "model.num_codes"), SOME),
+    "model.max_length": TOKENS,
     **dict.fromkeys(("model.image_width", "model.image_heads", "model.image_mlp_width"), SOME),
     **dict.fromkeys(("model.text_width", "model.text_heads", "model.text_mlp_width"), SOME),
     "model.num_segments": SOME,
@@ -55,7 +59,7 @@ RULES: dict[str, Rule] = {
     "head.ranked": SOME,
     "data.batch": SOME,
     "data.image_size": (lambda value: value is None or value >= 1, "a number of pixels of 1 or more"),
-    "data.max_length": (lambda value: value >= 3, "3 tokens or more: [CLS], [SEP] and a word between them"),
+    "data.max_length": TOKENS,
     "data.false_pairs": SHARE,
     "data.mask_probability": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "data.crop_scale": SHARES,
@@ -64,8 +68,21 @@ RULES: dict[str, Rule] = {
     "block": NOT_NEGATIVE,
     "data.color_jitter": NOT_NEGATIVE,
     "data.cache_megabytes": NOT_NEGATIVE,
+    # Of UniT.
     "model.place_temperature": (lambda value: value > 1, "a number above 1"),
-    "model.place_scale": NOT_NEGATIVE,
+    **dict.fromkeys(("model.place_scale", "model.backbone_eps", "model.num_task_tokens"), NOT_NEGATIVE),
+    **dict.fromkeys(("model.decoder_layers", "model.attribute_width"), SOME),
+    **dict.fromkeys(("model.backbone_widths", "model.backbone_blocks"), EACH),
+    **dict.fromkeys([f"tasks.*.{name}" for name in ("batch", "rows", "num_queries", "min_questions")], SOME),
+    "tasks.*.ratio": (lambda value: 0 <= value < math.inf, "0 or more"),
+    "tasks.*.max_length": TOKENS,
+    **dict.fromkeys(("data.short", "data.longest", "data.num_scenes", "measure"), SOME),
+    **dict.fromkeys(("data.augmentation.flip", "data.augmentation.crop"), SHARE),
+    **dict.fromkeys(("data.augmentation.shorts", "data.augmentation.before_crop"), EACH),
+    "data.augmentation.crop_sides": (
+        lambda pair: 1 <= pair[0] <= pair[1],
+        "two whole numbers of 1 or more, the smaller first",
+    ),
     # Of DINO.
     **dict.fromkeys(("model.num_layers", "model.head_width", "model.bottleneck_width", "model.num_prototypes"), SOME),
     "model.drop_path": (lambda value: 0 <= value < 1, "0 or more and below 1"),
@@ -113,12 +130,13 @@ RULES: dict[str, Rule] = {
 
 def check(values: Mapping[str, Any]) -> None:
     """Raises TriviumError for the first leaf (by its dotted path) that breaks its rule. None is always allowed."""
-    for path, (holds, says) in RULES.items():
-        value = values.get(path)
-        if value is not None and not holds(value):
-            flag = "--" + path.replace("_", "-")
-            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            raise TriviumError(f"{flag} {shown}: this must be {says}")
+    for pattern, (holds, says) in RULES.items():
+        for path in those_like(values, pattern):
+            value = values[path]
+            if value is not None and not holds(value):
+                flag = "--" + path.replace("_", "-")
+                shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+                raise TriviumError(f"{flag} {shown}: this must be {says}")
 
 
 def check_patches(size: int, patch: int, flag: str = "--data.image-size") -> None:

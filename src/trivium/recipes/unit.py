@@ -35,7 +35,7 @@ from trivium.recipes import limits, unit_losses
 from trivium.recipes.data import absolute
 from trivium.recipes.predict import predict_by
 from trivium.recipes.prepared import Losses, Prepared
-from trivium.recipes.unit_start import at_random, from_bert, from_unit
+from trivium.recipes.unit_start import FROZEN, at_random, from_bert, from_unit
 from trivium.recipes.unit_tasks import (
     PUBLISHED,
     JointData,
@@ -78,7 +78,7 @@ class UnitRecipe:
     data: JointData = field(default_factory=JointData)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
-    init: str | None = None  # a UniT, such as a run of detection alone: what fits is taken
+    init: str | None = None  # a UniT, such as a run of detection alone: what fits is taken; or a DETR
     init_text: str | None = None  # a BERT in Hugging Face's layout for the text encoder, with its tokenizer
     measure: int | None = None  # rows of each held-out split that are measured, evenly spread; None: all
 
@@ -113,8 +113,8 @@ class UnitRecipe:
 def unit(size: str = "tiny") -> UnitRecipe:
     """UniT (Hu & Singh 2021). size: "tiny" for a laptop tonight, "small", or "base", the published one.
 
-    Base has the paper's optimizer and shares of the tasks, and starts as the paper does only with --init-text, a BERT,
-    and --init, DETR's weights.
+    Base has the paper's optimizer and shares of the tasks, and starts as the paper does with --init-text, a BERT, and
+    --init, a DETR, whose backbone alone is taken.
     """
     if size not in SIZES:
         raise TriviumError(f"there is no UniT of size {size}: use one of {', '.join(SIZES)}")
@@ -237,6 +237,8 @@ class PreparedUnit(Prepared):
 
 def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_from: Path | None) -> PreparedUnit:
     limits.check(leaves(recipe))
+    if recipe.model.backbone_norm == "frozen" and recipe.init is None and resume_from is None:
+        raise TriviumError(f"{FROZEN}: name one with --init, or train from a random start with --size small")
     given = with_data(recipe.tasks, recipe.data)
     tasks = opened(given)
     notes = [f"{task.name}: {note}" for task in tasks for note in task.data.notes]
@@ -252,6 +254,7 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     if tokenizer is None:
         tokenizer = make_tokenizer(recipe.data.vocabulary, tasks, recipe.model.vocab_size)
     config = _config(recipe, tasks, start, text, tokenizer)
+    _check_shape(config)
     # A text encoder that no task needs is left out of the model, not out of the recipe.
     recipe = replace(recipe, model=replace(config, text_layers=config.text_layers or recipe.model.text_layers))
 
@@ -259,8 +262,9 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     at_random(model, recipe.train.seed)
     if text is not None:
         notes.append(from_bert(model, text, str(recipe.init_text)))
+    labels_of = {name: names for task in tasks for name, names in task.labels.items()}
     if start is not None:
-        taken = from_unit(model, start, str(recipe.init), recipe.train.seed)
+        taken = from_unit(model, start, str(recipe.init), recipe.train.seed, labels_of)
         notes += taken if resume_from is None else []
     transform = recipe.data.transform
     targets: dict[str, Labels] = {
@@ -271,11 +275,12 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     bundle = Bundle(
         "unit", model, tokenizer if config.text_layers else None, transform,
         max_length=min(max_length, config.max_length),
-        labels_of={name: names for task in tasks for name, names in task.labels.items()},
+        labels_of=labels_of,
     )  # fmt: skip
     collates = {
         task.name: task.collate(transform, recipe.data.augmentation, tokenizer, config.max_length) for task in tasks
     }
+    notes += [sentence for task in tasks for sentence in task.cut(collates[task.name])]
 
     def mixture_of(train: Train) -> StreamMixture:
         with_train = replace(recipe, train=train)
@@ -325,6 +330,29 @@ def _config(
             " vocabulary that it was trained with"
         )
     return replace(config, tasks=of_tasks)
+
+
+def _check_shape(config: UnitConfig) -> None:
+    """Raises TriviumError where parts of the model would not fit each other."""
+    limits.check_heads(config.width, config.num_heads)
+    limits.check_heads(config.image_width, config.num_heads, of="image-width")
+    if config.text_layers:
+        limits.check_heads(config.text_width, config.text_heads, "text-heads", "text-width")
+    if config.image_width % 4:
+        raise TriviumError(
+            f"--model.image-width {config.image_width}: this must be a multiple of 4, a sine and a cosine for each side"
+        )
+    widths, blocks = config.backbone_widths, config.backbone_blocks
+    if len(widths) != len(blocks):
+        raise TriviumError(
+            f"--model.backbone-blocks gives {len(blocks)} stages and --model.backbone-widths {len(widths)}: give both"
+            " as many numbers"
+        )
+    if config.backbone_norm == "group" and any(width > 8 and width % 8 for width in widths):
+        raise TriviumError(
+            f"--model.backbone-widths {' '.join(map(str, widths))}: GroupNorm makes groups of 8 channels, so each must"
+            " be a multiple of 8, or less"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- measuring

@@ -6,7 +6,8 @@ Q queries, D width of the decoder.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from trivium.bundle import Bundle
 from trivium.errors import TriviumError
-from trivium.models.unit import Unit
+from trivium.models.unit import Unit, UnitConfig
 from trivium.train.initial import initialise
 from trivium.train.protocol import hash64
 
@@ -25,6 +26,17 @@ SELF_ATTENTION, CROSS_ATTENTION = 0.35, 0.6
 QUERY_NOISE = 0.3  # deviation of a query beside its place
 ANCHOR_SIDE = 0.3  # of a query's first box, as a share of the picture's
 CORRECTION = 0.1  # factor on the weights that correct it, so that boxes begin as their anchors
+BACKBONE = "image.backbone"
+FROZEN = "the norms of this backbone are frozen, so its weights must come from a DETR or a UniT with the same backbone"
+# What is one part of a model; beside these, each module with tensors of its own.
+WHOLE = re.compile(r"(image\.backbone|.*\.blocks\.\d+|heads\.[^.]+\.[^.]+)(\.|$)")
+NAMELESS = (".boxes", ".anchors")  # parts of a head that are the same whatever its classes are
+COMPUTING = {  # what parts compute beside their shapes
+    BACKBONE: ("backbone_eps", "dilated"),
+    "image.blocks.": ("num_heads", "eps", "residual"),
+    "decoders.": ("num_heads", "eps"),
+    "text.": ("text_heads", "text_eps"),
+}
 
 
 @torch.no_grad()
@@ -88,31 +100,90 @@ def _grid(count: int) -> Tensor:
     return torch.stack([(number % columns + 0.5) / columns, (number // columns + 0.5) / rows], dim=1)
 
 
-def from_unit(model: Unit, start: Bundle, path: str, seed: int) -> list[str]:
-    """Give the model what fits of a trained one; a decoder of its own for one task fills a shared one, as the paper's
-    start from detection does (section 4.2). Queries of another task of detection are spread as its decoder sees
-    places."""
+def from_unit(
+    model: Unit, start: Bundle, path: str, seed: int, labels_of: Mapping[str, Sequence[str]] | None = None
+) -> list[str]:
+    """Give the model what fits of a trained one, part by part; a decoder of its own for one task fills a shared one, as
+    the paper's start from detection does (section 4.2). Of a DETR it is the backbone alone (section 4). Queries of
+    another task of detection are spread as its decoder sees places.
+
+    Args:
+        labels_of: names of the classes that the model is for, as `Bundle` has them. What tells others apart is not
+            taken; a start that names none is believed to have these.
+
+    Returns: sentences on what was taken.
+
+    Raises TriviumError where neither a backbone nor a block fits, or where what fits was trained to compute another
+    thing.
+    """
     state = dict(start.model.state_dict())
     decoders = sorted({name.split(".")[1] for name in state if name.startswith("decoders.")})
     if model.config.decoder == "shared" and "shared" not in decoders and len(decoders) == 1:
         old = f"decoders.{decoders[0]}."
         state = {f"decoders.shared.{n.removeprefix(old)}" if n.startswith(old) else n: t for n, t in state.items()}
+    of_start: Any = start.model.config
     if model.config.decoder == "separate" and decoders == ["shared"]:
-        of_start: Any = start.model.config
         shared = {name: tensor for name, tensor in state.items() if name.startswith("decoders.shared.")}
         for task in of_start.tasks:
             state |= {name.replace("shared", task.name, 1): tensor for name, tensor in shared.items()}
-    own = model.state_dict()
-    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
-    if not fitting:
-        raise TriviumError(f"{path} has no tensor that fits this model: give a run of the same --size")
+    own, theirs = _parts(model.state_dict()), _parts(state)
+    taken = {part: theirs[part] for part in own if part in theirs and _shapes(own[part]) == _shapes(theirs[part])}
+    notes = []
+    if _is_detr(of_start) and not _is_detr(model.config):
+        taken = {part: tensors for part, tensors in taken.items() if part == BACKBONE}
+        notes.append(f"{path} is a DETR: its backbone alone is taken, as in the paper")
+    if not any(part == BACKBONE or ".blocks." in part for part in taken):
+        raise TriviumError(f"{path} has no backbone and no block that fits this model: give a run of the same --size")
+    if model.config.backbone_norm == "frozen" and BACKBONE not in taken:
+        raise TriviumError(f"{FROZEN}, and {path} has another: name one with --init")
+    _check_same(model.config, of_start, taken, path)
+    known = start.labels_of or {}
+    for name, names in (labels_of or {}).items():
+        if name in known and list(known[name]) != list(names):
+            taken = {part: t for part, t in taken.items() if part.endswith(NAMELESS) or not _is_of(part, name)}
+            notes.append(f"{path} knows other labels of {name}: what tells them apart starts anew")
+    fitting = {name: tensor for tensors in taken.values() for name, tensor in tensors.items()}
     model.load_state_dict(fitting, strict=False)
     for task in model.config.tasks:
         if model.config.anchored and task.kind == "detection" and f"queries.{task.name}.weight" not in fitting:
             spread_queries(model, task.name, seed)
-    new = sorted({".".join(name.split(".")[:2]) for name in own.keys() - fitting.keys()})
-    notes = [f"{len(fitting):,} of {len(own):,} tensors start as {path} has them"]
+    count = sum(map(len, own.values()))
+    new = sorted({".".join(part.split(".")[:2]) for part in own.keys() - taken.keys()})
+    notes.append(f"{len(fitting):,} of {count:,} tensors start as {path} has them")
     return notes + ([f"new are {', '.join(new)}"] if new else [])
+
+
+def _parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each part, which is taken whole or not at all: half of it would compute nothing that was
+    learned."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        match = WHOLE.match(name)
+        found.setdefault(match[1] if match else name.rpartition(".")[0], {})[name] = tensor
+    return found
+
+
+def _shapes(part: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in part.items()}
+
+
+def _is_detr(config: UnitConfig) -> bool:
+    return not config.num_task_tokens and not config.residual
+
+
+def _is_of(part: str, labels: str) -> bool:
+    """Whether a part is of the head that gives these labels."""
+    return f"{part}.".startswith(f"heads.{labels}.")
+
+
+def _check_same(own: UnitConfig, theirs: UnitConfig, taken: Iterable[str], path: str) -> None:
+    """Raises TriviumError where weights that are taken would compute another thing, though all shapes agree."""
+    for begins, fields in COMPUTING.items():
+        for field in fields if any(part.startswith(begins) for part in taken) else ():
+            was, is_now = (str(getattr(config, field)).lower() for config in (theirs, own))
+            if was != is_now:
+                flag = f"--model.{field.replace('_', '-')}"
+                raise TriviumError(f"{path} has {flag} {was} and this model {is_now}: give the former")
 
 
 def from_bert(model: Unit, text: Bundle, path: str) -> str:

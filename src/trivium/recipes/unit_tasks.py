@@ -7,6 +7,7 @@ of one's own is one more entry of TASKS and one of the recipe's `tasks` (see doc
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,6 +148,13 @@ class Opened:
             sort_by_length=False,
         )
 
+    def cut(self, collate: TaskCollate | DetectionCollate) -> list[str]:
+        """Sentences on texts of each split that are longer than what is read of them."""
+        if isinstance(self.data, Detection) or isinstance(collate, DetectionCollate):
+            return []
+        splits = {"train": self.data.train, **self.data.held_out}
+        return [f"{self.name}, {split}: {said}" for split, rows in splits.items() for said in collate.cut(rows)]
+
 
 def known() -> list[str]:
     return [*LAYOUTS, *TASKS]
@@ -211,9 +219,19 @@ def opened(tasks: Mapping[str, JointTask]) -> list[Opened]:
             what = "two pictures" if of.num_pictures > 1 else f"a {of.gives}"
             raise TriviumError(f"{of.title} is about {what}, and a UniT answers with classes: leave out {name}")
         rows = TaskData(given.root, given.train, given.dev, min_questions=given.min_questions)
-        splits = of.open(rows).checked()
+        try:
+            splits = of.open(rows).checked()
+        except TriviumError as error:
+            raise TriviumError(_with_own_flags(str(error), name)) from error
+        splits = replace(splits, notes=[_with_own_flags(note, name) for note in splits.notes])
         found.append(Opened(name, given, of, replace(splits, train=splits.train.capped(given.rows))))
     return found
+
+
+def _with_own_flags(sentence: str, name: str) -> str:
+    """Readers name the flags of `finetune`, which has one task and can be told its columns."""
+    sentence = re.sub(r"name one of them with --data\.[\w-]+", "rename them so that one is meant", sentence)
+    return sentence.replace("--data.", f"--tasks.{name.replace('_', '-')}.")
 
 
 def make_tokenizer(vocabulary: str, tasks: list[Opened], vocab_size: int) -> Tokenizer:
