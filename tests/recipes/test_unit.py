@@ -25,13 +25,13 @@ from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.load import load
 from trivium.methods.unit import UnitMethod
-from trivium.models.unit import Unit, UnitTask
+from trivium.models.unit import PUBLISHED_TASKS, Unit, UnitConfig, UnitTask
 from trivium.recipes import RECIPES
 from trivium.recipes.tasks import TASKS
 from trivium.recipes.unit import UnitRecipe, unit
 from trivium.recipes.unit_losses import on_held_out
 from trivium.recipes.unit_tasks import JointTask
-from trivium.train import config
+from trivium.train import config, optim
 from trivium.train.config import leaves, set_leaves
 
 TINY = {
@@ -357,6 +357,9 @@ def test_base_is_the_published_recipe() -> None:
     recipe = unit("base")
     assert recipe.objectives.parts == {"class": 1, "box": 5, "giou": 2, "attributes": 1}
     assert recipe.data.augmentation.jitter == 0
+    model = Unit(UnitConfig.of_size("tiny", tasks=PUBLISHED_TASKS[:1]))
+    groups = optim.build(model, recipe.optim).param_groups
+    assert {(group["full_lr"], group["full_decay"]) for group in groups} == {(5e-5, 1e-4), (1e-5, 1e-4)}
     found = leaves(recipe)
     assert (found["optim.lr"], found["optim.clip_norm"], found["optim.warmup"]) == (5e-5, 0.1, 2000)
     assert found["train.steps"] == 500_000 and {t.batch for t in recipe.tasks.values()} == {64}

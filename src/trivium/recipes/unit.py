@@ -123,7 +123,9 @@ def unit(size: str = "tiny") -> UnitRecipe:
         return _small(model, size == "tiny")
     published = Optim(
         lr=5e-5, betas=(0.9, 0.999), weight_decay=1e-4, warmup=2000, clip_norm=0.1, no_decay=(),
-        freeze=("image.backbone.stem.*", "image.backbone.stages.0.*"), groups=(Group("image.backbone.*", rate=0.2),),
+        freeze=("image.backbone.stem.*", "image.backbone.stages.0.*"),
+        # Spelled out, since it is of biases and norms too.
+        groups=(Group("*", weight_decay=1e-4), Group("image.backbone.*", rate=0.2, weight_decay=1e-4)),
     )  # fmt: skip
     return UnitRecipe(model, optim=published, train=Train(steps=500_000, micro_batch=4, save_every=10_000))
 
@@ -249,6 +251,11 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     if text is not None and not isinstance(text.model, Bert):
         raise TriviumError(
             f"{recipe.init_text} holds a {text.family}, and the text encoder starts from a BERT: give one"
+        )
+    if text is not None and start is not None and start.tokenizer is not None:
+        raise TriviumError(
+            f"{recipe.init} brings a text encoder, and so does {recipe.init_text}: leave out --init-text, or name a run"
+            " of boxes alone"
         )
     tokenizer = next((b.tokenizer for b in (start, text) if b is not None and b.tokenizer is not None), None)
     if tokenizer is None:
