@@ -25,6 +25,7 @@ from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.load import load
 from trivium.methods.unit import UnitMethod
+from trivium.models.bert import Bert, BertConfig
 from trivium.models.unit import PUBLISHED_TASKS, Unit, UnitConfig, UnitTask
 from trivium.recipes import RECIPES
 from trivium.recipes.tasks import TASKS
@@ -351,6 +352,20 @@ def test_sentences_of_readers_name_the_flags_of_their_task(data: Path, tmp_path:
 def test_a_value_that_cannot_be_is_refused(data: Path, path: str, value: Any, says: str) -> None:
     with pytest.raises(TriviumError, match=re.escape(says)):
         set_leaves(with_flags(unit("tiny"), data), {path: value}).prepare("unit", {})
+
+
+def test_the_text_encoder_starts_from_a_bert_or_with_the_rest(data: Path, trained: Path, tmp_path: Path) -> None:
+    start = load(trained)
+    bert = Bert(BertConfig(24, 2, 40, 2, vocab_size=250, max_length=64)).eval()
+    Bundle("bert", bert, start.tokenizer, ImageTransform(32)).save(tmp_path / "bert")
+    recipe = replace(with_flags(unit("tiny"), data), init_text=str(tmp_path / "bert"))
+    prepared = recipe.prepare("unit", {})
+    text = prepared.bundle.model.text  # type: ignore[union-attr]
+    assert isinstance(text, Bert) and len(text.state_dict()) > 20
+    assert all(torch.equal(tensor, bert.state_dict()[name]) for name, tensor in text.state_dict().items())
+    assert any("the text encoder starts as" in note for note in prepared.notes)
+    with pytest.raises(TriviumError, match=r"brings a text encoder, and so does .* leave out --init-text"):
+        replace(recipe, init=str(trained)).prepare("unit", {})
 
 
 def test_base_is_the_published_recipe() -> None:
