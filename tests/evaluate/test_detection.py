@@ -91,6 +91,9 @@ def test_a_perfect_and_an_empty_guess(scenes: Path) -> None:
     found = measure(rows, perfect, data.classes)
     assert found["ap"].value == found["ap50"].value == pytest.approx(1.0)
     assert found["attributes"].value == 1.0
+    every = [{int(n) for n in each if n >= 0} for row in range(len(rows)) for each in rows.read(row, row)["attributes"]]
+    shares = [sum(name in each for each in every) / len(every) for name in range(1, len(data.attributes))]
+    assert found["attributes.majority"].value == max(shares) < 1
     nothing = {row: objects([], [], [], []) for row in range(len(rows))}
     assert measure(rows, nothing, data.classes)["ap"].value == 0.0
 

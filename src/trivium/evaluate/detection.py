@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,6 +99,7 @@ def measure(
     right = attributes_right(rows, found)
     if len(right):
         results["attributes"] = mean_of(right)
+        results["attributes.majority"] = Result(share_of_commonest_attribute(rows, found))
     return results
 
 
@@ -156,6 +158,15 @@ def attributes_right(rows: DetectionRows, found: dict[int, Objects]) -> np.ndarr
                 covered = len(overlap_Q) > 0 and overlap_Q[best] >= MATCH
                 right.append(bool(covered and named_Q[best] in attributes[attributes >= 0]))
     return np.array(right)
+
+
+def share_of_commonest_attribute(rows: DetectionRows, found: dict[int, Objects]) -> float:
+    """Of the true boxes with attributes those that have the commonest one: what always naming it would come to."""
+    assert rows.attributes_MA is not None
+    has_MA = np.concatenate([rows.attributes_MA[rows.of(row)][rows.usable_M[rows.of(row)]] for row in found])
+    has_MA = has_MA[(has_MA >= 0).any(axis=1)]
+    counts = Counter(name for names in has_MA.tolist() for name in {*names} - {-1})
+    return counts.most_common(1)[0][1] / len(has_MA)
 
 
 def intersection_over_union(box: np.ndarray, boxes_Q4: np.ndarray) -> np.ndarray:
