@@ -140,6 +140,19 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert metrics_of(straight) == metrics_of(tmp_path)
 
 
+def test_pruning_spares_the_sound_checkpoint_where_a_later_one_is_damaged(straight: Path, tmp_path: Path) -> None:
+    train(stopped_at(make(with_train(save_every=5, log_every=1)), 10), tmp_path)
+    weights = tmp_path / "checkpoints" / "step-00000010" / "model" / "model.safetensors"
+    weights.write_bytes(DAMAGES["flipped"](weights.read_bytes()))
+    recipe = with_train(save_every=5, log_every=1, keep_last=1)
+    assert train(stopped_at(make(recipe), 8), tmp_path, resume=True).done == 8
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        *("damaged-0-step-00000010", "step-00000008")
+    ]
+    assert train(make(recipe), tmp_path, resume=True).done == 20
+    assert_same_state(straight, tmp_path, 20)
+
+
 DAMAGES = {
     "cut": lambda whole: whole[: len(whole) // 2],
     "flipped": lambda whole: whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:],

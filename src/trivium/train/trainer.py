@@ -156,11 +156,14 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
 
     def write(taken: checkpoint.Snapshot, best: int | None) -> None:
         checkpoint.write(folder.checkpoints, taken, run.export)
-        checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every, best)
+        prune(taken.step, best)
 
-    def prune(best: int | None) -> None:
+    def prune(*spared: int | None) -> None:
+        checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every, spared)
+
+    def keep_best(best: int) -> None:
         saving.finish()
-        checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every, best)
+        prune(best)
 
     def measured(done: int) -> dict[str, Any] | None:
         trained.gather()
@@ -219,7 +222,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
                 if (best or given_up) and not saved:
                     distributed.first_process_does(partial(save, done))
                 elif best:  # saved before it was known: the one that was the best is needed no more
-                    distributed.first_process_does(partial(prune, done))
+                    distributed.first_process_does(partial(keep_best, done))
                 if given_up and done < settings.steps:
                     log.say(f"stopped after step {done} of {settings.steps}: {selection}")
                     break
@@ -355,8 +358,13 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
         step, seconds = int(saved["step"]), float(saved["seconds"])
         layout = _settled_layout(layout, saved["layout"], settings.precision, say)
         say(f"resuming after step {step} of {settings.steps}")
+
+    def rewind() -> None:
+        checkpoint.set_aside_after(folder.checkpoints, step)
+        run_folder.rewind(folder, step)
+
     if resume:
-        distributed.first_process_does(lambda: run_folder.rewind(folder, step))
+        distributed.first_process_does(rewind)
     if settings.compile and run.blocks is not None:
         compile_blocks(run.blocks())
     state = {
