@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import torch
 from runs import assert_same_state, metrics_of, state_of, stopped_at
 from tiny_run import TinyMixture, make, real_mixture, with_train
 
+from trivium import manifest
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint
@@ -150,6 +152,27 @@ def test_pruning_spares_the_sound_checkpoint_where_a_later_one_is_damaged(straig
         *("damaged-0-step-00000010", "step-00000008")
     ]
     assert train(make(recipe), tmp_path, resume=True).done == 20
+    assert_same_state(straight, tmp_path, 20)
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_is_passed_over(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(stopped_at(make(with_train(save_every=4, log_every=1)), 10), tmp_path)
+    weights = tmp_path / "checkpoints" / "step-00000010" / "model" / "model.safetensors"
+    plain_digest = manifest.sha256
+
+    def sha256(path: Path) -> str:
+        if path == weights:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return plain_digest(path)
+
+    monkeypatch.setattr(manifest, "sha256", sha256)
+    capsys.readouterr()
+    train(make(with_train(save_every=4, log_every=1)), tmp_path, resume=True)
+    said = capsys.readouterr().out
+    assert f"step-00000010 is damaged and is passed over ({weights} cannot be read (Input/output error): " in said
+    assert "resuming after step 8 of 20" in said
     assert_same_state(straight, tmp_path, 20)
 
 

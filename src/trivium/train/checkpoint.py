@@ -154,12 +154,18 @@ def _set_aside_if_damaged(checkpoint: Path) -> bool:
         verify_manifest(checkpoint)
     except TriviumError:
         number = next(n for n in range(1000) if not checkpoint.with_name(f"damaged-{n}-{checkpoint.name}").exists())
-        checkpoint.rename(checkpoint.with_name(f"damaged-{number}-{checkpoint.name}"))
+        try:
+            checkpoint.rename(checkpoint.with_name(f"damaged-{number}-{checkpoint.name}"))
+        except OSError as error:
+            why = error.strerror
+            raise TriviumError(f"{checkpoint} is damaged and cannot be renamed ({why}): move it away") from error
         return True
     return False
 
 
-def prune(checkpoints: Path, keep_last: int, keep_every: int | None = None, spared: Collection[int | None] = ()) -> None:
+def prune(
+    checkpoints: Path, keep_last: int, keep_every: int | None = None, spared: Collection[int | None] = ()
+) -> None:
     """Remove all but the last `keep_last` checkpoints, those at multiples of `keep_every` steps and those of the
     `spared` steps."""
     assert keep_last >= 1
