@@ -46,6 +46,34 @@ def test_two_processes_stop_together_and_resume(straight: Path, tmp_path: Path) 
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_a_signal_in_an_evaluation_stops_both(tmp_path: Path) -> None:
+    """The first process evaluates while the second waits; a signal to the second alone is acted on after that."""
+
+    def leg(folder: Path, rank: int, receiver: int | None) -> None:
+        run = make(with_train(log_every=1, save_every=100, evaluate_every=4, steps=8))
+
+        def evaluate(method: object) -> dict[str, Any]:
+            if receiver is not None:
+                os.kill(int((tmp_path / f"process-{receiver}").read_text()), signal.SIGTERM)
+            return {"a": 1}
+
+        run.evaluate = evaluate
+        (tmp_path / f"process-{rank}").write_text(str(os.getpid()))
+        outcome = train(run, folder, resume=folder.exists())
+        assert outcome.done == (8 if receiver is None else 4)
+        assert outcome.signal == (None if receiver is None else signal.SIGTERM)
+        assert outcome.results == ({"a": 1} if rank == 0 and receiver != 0 else None)
+
+    on_two_processes(lambda rank: leg(tmp_path / "whole", rank, None))
+    for receiver in (0, 1):
+        run = tmp_path / str(receiver)
+        on_two_processes(lambda rank, run=run, receiver=receiver: leg(run, rank, receiver))  # type: ignore[misc]
+        assert [checkpoint.step_of(path) for path in checkpoints_in(run / "checkpoints")] == [4]
+        on_two_processes(lambda rank, run=run: leg(run, rank, None))  # type: ignore[misc]
+        assert_same_state(tmp_path / "whole", run, 8)
+        assert metrics_of(tmp_path / "whole") == metrics_of(run)
+
+
 def test_a_partial_checkpoint_in_the_way_stops_no_process(straight: Path, tmp_path: Path) -> None:
     """Others hang for ever where the first process alone meets the folder that an interrupted save left."""
     for name in ("step-00000010", ".tmp-step-00000010", ".tmp-step-00000020"):

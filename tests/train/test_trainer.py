@@ -190,6 +190,42 @@ def test_an_evaluation_that_was_killed_is_done_again(tmp_path: Path) -> None:
     assert found == [(8, {"a": 1}), (16, {"a": 1}), (20, {"a": 2})]
 
 
+@pytest.mark.parametrize(("at", "number"), [(8, signal.SIGTERM), (20, signal.SIGTERM), (20, signal.SIGINT)])
+def test_a_signal_in_an_evaluation_leaves_it_and_saves(
+    straight: Path, tmp_path: Path, at: int, number: signal.Signals
+) -> None:
+    """In one between, in the last, and in the one that a resumed run repeats; what follows is exact."""
+    run = make(with_train(evaluate_every=at, save_every=100, log_every=1))
+    went_on: list[bool] = []
+
+    def stopped(method: object) -> dict[str, Any]:
+        signal.raise_signal(number)
+        went_on.append(True)
+        return {"a": 1}
+
+    for resume in (False, True):
+        run.evaluate = stopped
+        outcome = train(run, tmp_path, resume=resume)
+        assert (outcome.done, outcome.signal, outcome.results) == (at, number, None)
+        assert outcome.exit_code == (130 if number == signal.SIGINT else 0)
+        assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path / "checkpoints")] == [at]
+        assert run.method.training
+    assert not went_on
+    run.evaluate = lambda method: {"a": 2}
+    assert train(run, tmp_path, resume=True).results == {"a": 2}
+    assert_same_state(straight, tmp_path, 20)
+    assert [line["step"] for line in metrics_of(tmp_path) if "results" in line] == ([8, 16, 20] if at == 8 else [20])
+
+
+def test_a_signal_in_the_last_step_does_not_wait_for_the_evaluation(tmp_path: Path) -> None:
+    run = stopped_at(make(), 20)
+    run.evaluate = lambda method: pytest.fail("it was to stop")
+    outcome = train(run, tmp_path)
+    assert (outcome.done, outcome.signal) == (20, signal.SIGTERM)
+    run.evaluate = lambda method: {"a": 1}
+    assert train(run, tmp_path, resume=True).results == {"a": 1}
+
+
 def test_options_out_of_range() -> None:
     with pytest.raises(TriviumError, match=r"train\.save_every is 0: it must be at least 1"):
         with_train(save_every=0)

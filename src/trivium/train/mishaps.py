@@ -6,11 +6,11 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,11 +19,19 @@ from trivium.train import distributed
 from trivium.train.protocol import Batch, Mixture
 
 
+T = TypeVar("T")
+
+
+class _Stopped(BaseException):
+    """A signal came in the midst of what need not be finished."""
+
+
 class StopSignals:
     """Notes Ctrl-C and SIGTERM, so that the step in hand is finished and saved. A second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._may_leave = False
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -37,6 +45,17 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def unless_stopped(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None where a signal came, which ends it at once. For what a resumed run does again:
+        whoever stops a run does not wait for an evaluation as long as for a step."""
+        try:
+            self._may_leave = True
+            return work() if self.received is None else None
+        except _Stopped:
+            return None
+        finally:
+            self._may_leave = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker of the loader: Ctrl-C is its parent's affair
             if number == signal.SIGTERM:
@@ -45,7 +64,11 @@ class StopSignals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        os.write(2, f"\n{self.received.name}: finishing this step and saving\n".encode())  # print may be interrupted
+        doing = "leaving the evaluation" if self._may_leave else "finishing this step"
+        os.write(2, f"\n{self.received.name}: {doing} and saving\n".encode())  # print may be interrupted
+        if self._may_leave:
+            self._may_leave = False  # once: what is cleaned up on the way out is not interrupted again
+            raise _Stopped
 
 
 @contextmanager

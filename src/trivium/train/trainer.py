@@ -101,7 +101,7 @@ class Run:
 class Outcome:
     done: int  # steps
     seconds: float  # of the whole run, evaluations included
-    signal: signal.Signals | None  # what stopped the run before its last step
+    signal: signal.Signals | None  # what stopped the run before its last step, or in the evaluation after it
     results: dict[str, Any] | None  # of the last evaluation
 
     @property
@@ -167,7 +167,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
 
     def measured(done: int) -> dict[str, Any] | None:
         trained.gather()
-        results = distributed.first_process_does(partial(evaluate, run))
+        results = distributed.first_process_does(lambda: stop.unless_stopped(partial(evaluate, run)))
         if results is not None:
             log.results(done, results)
             selection.note(done, results)
@@ -181,10 +181,13 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         Saving() as saving,
         closing(_steps(run, first, settings.steps)) as steps,
     ):
-        # A run that was killed while it evaluated does that again: its old lines are gone.
-        results = measured(first) if first and settings.evaluates_after(first) else None
-        if distributed.any_process(selection.is_exhausted):
-            steps.close()  # the run had ended early
+        # A run that was stopped or killed while it evaluated does that again: its old lines are gone.
+        results, stopping = None, False
+        if first and settings.evaluates_after(first):
+            results = measured(first)
+            stopping = distributed.any_process(stop.received is not None)
+        if stopping or distributed.any_process(selection.is_exhausted):
+            steps.close()  # before a step: the run had ended early, or is to end now
         done = first
         refused: list[int] = []  # steps in a row whose gradient was not finite
         clock = time.perf_counter()
@@ -211,23 +214,25 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
                 trained.gather()
                 distributed.first_process_does(partial(save, done))  # raises what failed in the one before
                 clock = time.perf_counter()
-            if stopping and done < settings.steps:
-                distributed.first_process_does(saving.finish)
-                log.say(f"saved after step {done} of {settings.steps}; to go on: {run_folder.to_resume(out)}")
-                return Outcome(done, log.seconds(), stop.received or signal.SIGTERM, results)
-            if settings.evaluates_after(done):
+            if settings.evaluates_after(done) and not stopping:
                 results = measured(done)
+                stopping = distributed.any_process(stop.received is not None)
                 given_up = distributed.any_process(selection.is_exhausted)
                 best = distributed.any_process(selection.best_step == done)
-                if (best or given_up) and not saved:
+                if (best or given_up or stopping) and not saved:
                     distributed.first_process_does(partial(save, done))
                 elif best:  # saved before it was known: the one that was the best is needed no more
                     distributed.first_process_does(partial(keep_best, done))
-                if given_up and done < settings.steps:
+                if given_up and done < settings.steps and not stopping:
                     log.say(f"stopped after step {done} of {settings.steps}: {selection}")
                     break
                 clock = time.perf_counter()
+            if stopping:
+                break
         distributed.first_process_does(saving.finish)
+        if stopping:
+            log.say(f"saved after step {done} of {settings.steps}; to go on: {run_folder.to_resume(out)}")
+            return Outcome(done, log.seconds(), stop.received or signal.SIGTERM, results)
     if distributed.rank() == 0:  # for whoever measures it next
         run.method.to(precision.choose_device(settings.device))
     return Outcome(done, log.seconds(), None, results)
@@ -265,11 +270,12 @@ def evaluate(run: Run) -> dict[str, Any] | None:
     if run.evaluate is None:
         return None
     training, home = run.method.training, next(run.method.parameters()).device
-    run.method.to(precision.choose_device(run.train.device)).eval()
-    with torch.no_grad():
-        results = run.evaluate(run.method)
-    run.method.to(home).train(training)
-    return results
+    try:
+        run.method.to(precision.choose_device(run.train.device)).eval()
+        with torch.no_grad():
+            return run.evaluate(run.method)
+    finally:
+        run.method.to(home).train(training)
 
 
 def steps_in(run: Run, minutes: float) -> int:
