@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import tiny_run
 import torch
 from runs import assert_same_state, metrics_of, on_two_processes, state_of, stopped_at
-from tiny_run import TinyMixture, make, real_mixture, with_train
+from tiny_run import Recipe, TinyMixture, make, real_mixture, with_train
 
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
@@ -72,6 +74,40 @@ def test_a_signal_in_an_evaluation_stops_both(tmp_path: Path) -> None:
         on_two_processes(lambda rank, run=run: leg(run, rank, None))  # type: ignore[misc]
         assert_same_state(tmp_path / "whole", run, 8)
         assert metrics_of(tmp_path / "whole") == metrics_of(run)
+
+
+def test_the_first_process_chooses_what_is_resumed(straight: Path, tmp_path: Path) -> None:
+    """On disks of their own: a process that has more than the first goes back with it, one that has less stops both."""
+    recipe = with_train(save_every=5, log_every=1)
+    train(stopped_at(make(recipe), 10), tmp_path / "stopped")
+    for name in ("more-0", "more-1", "less-0", "less-1"):
+        shutil.copytree(tmp_path / "stopped", tmp_path / name)
+    for name in ("more-0", "less-1"):
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000010")
+
+    def more(rank: int) -> None:
+        assert train(make(recipe), tmp_path / f"more-{rank}", resume=True).done == 20
+
+    def less(rank: int) -> None:
+        sentence = r"process 1 of 2: .* goes on from is not sound here \(.*step-00000010: no manifest\.json"
+        with pytest.raises(TriviumError, match=sentence):
+            train(make(recipe), tmp_path / f"less-{rank}", resume=True)
+
+    on_two_processes(more)
+    on_two_processes(less)
+    one, two = state_of(straight, 20), state_of(tmp_path / "more-0", 20)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_processes_with_other_values_do_not_begin(tmp_path: Path) -> None:
+    def action(rank: int) -> None:
+        settings = Recipe(replace(Recipe().train, workers=rank), replace(Recipe().optim, lr=0.5 if rank else 0.01))
+        with pytest.raises(TriviumError, match=r"optim\.lr is 0\.01 on the first process and 0\.5 on process 1"):
+            train(make(settings), tmp_path / "run")
+
+    on_two_processes(action)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_partial_checkpoint_in_the_way_stops_no_process(straight: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ B rows on this process, G rows on all of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -93,6 +93,46 @@ def first_process_does(action: Callable[[], T]) -> T | None:
     if any_process(error is not None):
         raise error or TriviumError("the first process stopped: its message says why")
     return result
+
+
+def chosen_by_first(choose: Callable[[], T]) -> T:
+    """What the first process chooses, a small value, on every process; an error there stops all of them."""
+    chosen: list[Any] = [first_process_does(choose)]
+    if world() > 1:
+        dist.broadcast_object_list(chosen, src=0)
+    result: T = chosen[0]
+    return result
+
+
+def everywhere(value: T) -> list[T]:
+    """A small value of every process, in their order."""
+    if world() == 1:
+        return [value]
+    everyone: list[Any] = [None] * world()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def all_do(action: Callable[[], None]) -> None:
+    """Run an action on every process; what is wrong on one of them stops all with the same sentence."""
+    told = None
+    try:
+        action()
+    except TriviumError as error:
+        told = str(error)
+    for process, sentence in enumerate(everywhere(told)):
+        if sentence is not None:
+            raise TriviumError(f"process {process} of {world()}: {sentence}" if world() > 1 else sentence)
+
+
+def refuse_differences(facts: Mapping[str, Any], advice: str) -> None:
+    """Raises TriviumError on every process, naming the first of these facts that is not the same on all of them."""
+    everyone = everywhere(dict(facts))
+    for process, theirs in enumerate(everyone):
+        for name in sorted(theirs.keys() | everyone[0].keys()):
+            first, here = everyone[0].get(name), theirs.get(name)
+            if first != here:
+                raise TriviumError(f"{name} is {first} on the first process and {here} on process {process}: {advice}")
 
 
 def from_first(make: Callable[[], Sequence[Tensor]]) -> list[Tensor]:

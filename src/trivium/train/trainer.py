@@ -338,6 +338,9 @@ def _trained(run: Run, optimizer: torch.optim.Optimizer) -> Trained:
 
 # ---------------------------------------------------------------------------------------- beginning and resuming
 
+# Options that each process may have for itself.
+OF_A_PROCESS = ("train.device", "train.workers", "train.threads", "train.compile", "train.tensorboard")
+
 
 def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.optim.Optimizer, Context, dict[str, Any]]:
     """Make the run folder or reopen it, and put method and optimizer where the run stands.
@@ -352,6 +355,8 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
         torch.set_num_threads(settings.threads)
     if device.type == "cpu":
         keep_freed()
+    values = {name: value for name, value in run.config.values.items() if name not in OF_A_PROCESS}
+    distributed.refuse_differences(values, "start all of them with the same command")
     run.method.to(_home(run, device))
     optimizer = optim.build(run.method, run.optim)
     distributed.first_process_does(lambda: (run_folder.reopen if resume else run_folder.create)(out, run.config))
@@ -364,6 +369,7 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
         step, seconds = int(saved["step"]), float(saved["seconds"])
         layout = _settled_layout(layout, saved["layout"], settings.precision, say)
         say(f"resuming after step {step} of {settings.steps}")
+    distributed.refuse_differences({"the step to begin at": step}, "put the run folder where all see the same files")
 
     def rewind() -> None:
         checkpoint.set_aside_after(folder.checkpoints, step)
