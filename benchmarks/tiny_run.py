@@ -117,7 +117,7 @@ class TinyMixture:
 
     def stream_at(self, step: int) -> Stream:
         name = "text" if step % 3 == 2 else "pairs"
-        return Stream(name, None, None, *SIZES[name])  # type: ignore[arg-type]
+        return Stream(name, TinySource(), None, *SIZES[name])
 
     def place_at(self, step: int) -> int:
         name = self.stream_at(step).name
@@ -154,12 +154,13 @@ class TinySource:
     """Rows of a stream for the loader itself; every seventh cannot be read, unless all are `sound`."""
 
     sound: bool = False
+    rows: int = 50
 
     def __len__(self) -> int:
-        return 50
+        return self.rows
 
     def blocks(self) -> list[range]:
-        return [range(20), range(20, 50)]
+        return [range(20), range(20, self.rows)]
 
     def read(self, image_row: int, text_row: int) -> Sample:
         if image_row % 7 == 3 and not self.sound:

@@ -16,7 +16,7 @@ import tiny_run
 import torch
 from runs import assert_same_state, metrics_of, on_two_processes
 from safetensors.torch import save_file
-from tiny_run import make, with_train
+from tiny_run import TinySource, make, with_train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,7 +96,7 @@ class Things:
     slow: bool = False
 
     def stream_at(self, step: int) -> Stream:
-        return Stream("pairs", None, None, ROWS, ROWS)  # type: ignore[arg-type]
+        return Stream("pairs", TinySource(), None, ROWS, ROWS)
 
     def place_at(self, step: int) -> int:
         return step * ROWS

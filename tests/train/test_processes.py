@@ -17,7 +17,7 @@ import pytest
 import tiny_run
 import torch
 from runs import assert_same_state, metrics_of, on_two_processes, state_of, stopped_at
-from tiny_run import Recipe, TinyMixture, make, real_mixture, with_train
+from tiny_run import Recipe, TinyMixture, TinySource, make, real_mixture, with_train
 
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
@@ -105,6 +105,19 @@ def test_processes_with_other_values_do_not_begin(tmp_path: Path) -> None:
         settings = Recipe(replace(Recipe().train, workers=rank), replace(Recipe().optim, lr=0.5 if rank else 0.01))
         with pytest.raises(TriviumError, match=r"optim\.lr is 0\.01 on the first process and 0\.5 on process 1"):
             train(make(settings), tmp_path / "run")
+
+    on_two_processes(action)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_data_do_not_begin(tmp_path: Path) -> None:
+    def action(rank: int) -> None:
+        mixture = real_mixture(0)
+        if rank == 1:
+            mixture.streams[1].source = TinySource(rows=30)
+        sentence = "rows of stream text is 50 on the first process and 30 on process 1: give all of them the same files"
+        with pytest.raises(TriviumError, match=sentence):
+            train(make(None, mixture), tmp_path / "run")
 
     on_two_processes(action)
     assert not (tmp_path / "run").exists()

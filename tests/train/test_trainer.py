@@ -16,11 +16,12 @@ from unittest import mock
 import pytest
 import torch
 from runs import assert_same_state, metrics_of, state_of, stopped_at
-from tiny_run import Recipe, TinyMixture, make, real_mixture, with_train
+from tiny_run import Recipe, TinyMixture, TinySource, make, real_mixture, with_train
 from torch.utils.data import DataLoader
 
+from trivium.data.mixture import StreamMixture
 from trivium.errors import TriviumError
-from trivium.manifest import checkpoints_in
+from trivium.manifest import checkpoints_in, write_manifest
 from trivium.train import budget, checkpoint, precision, trainer
 from trivium.train.trainer import Outcome, train
 
@@ -124,6 +125,30 @@ def test_resuming_with_other_values(tmp_path: Path) -> None:
         train(make(other), tmp_path, resume=True)
     free = with_train(log_every=3, save_every=7, workers=0, keep_last=1)
     assert train(make(free), tmp_path, resume=True).done == 20
+
+
+def test_resuming_with_other_data(tmp_path: Path) -> None:
+    """Rows that came or went, and files that were cut otherwise, give every later place another sample."""
+
+    def mixture(source: TinySource) -> StreamMixture:
+        streams = [replace(stream, source=source) for stream in real_mixture(0).streams]
+        return StreamMixture(streams, seed=0)
+
+    class Recut(TinySource):
+        def blocks(self) -> list[range]:
+            return [range(25), range(25, 50)]
+
+    train(stopped_at(make(None, mixture(TinySource())), 3), tmp_path)
+    with pytest.raises(TriviumError, match=r"stream text has 40 rows, and had 50 when .* was saved, .*--init"):
+        train(make(None, mixture(TinySource(rows=40))), tmp_path, resume=True)
+    with pytest.raises(TriviumError, match="stream text has its 50 rows in other files or blocks than when"):
+        train(make(None, mixture(Recut())), tmp_path, resume=True)
+    of_an_older_version = tmp_path / "checkpoints" / "step-00000003"
+    state = json.loads((of_an_older_version / "training" / "state.json").read_text())
+    del state["data"]
+    (of_an_older_version / "training" / "state.json").write_text(json.dumps(state))
+    write_manifest(of_an_older_version)
+    assert train(make(None, mixture(TinySource())), tmp_path, resume=True).done == 20
 
 
 def test_what_a_run_folder_holds(straight: Path) -> None:

@@ -142,7 +142,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def set_aside_after(checkpoints: Path, step: int) -> None:
-    """Of a run that goes on after `step`: later checkpoints that are damaged, so that pruning counts sound ones alone."""
+    """Of a run that goes on after `step`: later ones that are damaged, so that pruning counts sound checkpoints."""
     for path in checkpoints_in(checkpoints):
         if step_of(path) > step:
             _set_aside_if_damaged(path)

@@ -18,7 +18,6 @@ from trivium.errors import TriviumError, lost_process
 from trivium.train import distributed
 from trivium.train.protocol import Batch, Mixture
 
-
 T = TypeVar("T")
 
 

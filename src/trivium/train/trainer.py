@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from trivium.errors import TriviumError
-from trivium.train import checkpoint, distributed, optim, precision, run_folder
+from trivium.train import agreement, checkpoint, distributed, optim, precision, run_folder
 from trivium.train.budget import OutOfMemory, calibrate, memory_dial_named
 from trivium.train.checkpoint import Saving
 from trivium.train.compilation import compile_blocks
@@ -338,9 +338,6 @@ def _trained(run: Run, optimizer: torch.optim.Optimizer) -> Trained:
 
 # ---------------------------------------------------------------------------------------- beginning and resuming
 
-# Options that each process may have for itself.
-OF_A_PROCESS = ("train.device", "train.workers", "train.threads", "train.compile", "train.tensorboard")
-
 
 def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.optim.Optimizer, Context, dict[str, Any]]:
     """Make the run folder or reopen it, and put method and optimizer where the run stands.
@@ -355,8 +352,8 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
         torch.set_num_threads(settings.threads)
     if device.type == "cpu":
         keep_freed()
-    values = {name: value for name, value in run.config.values.items() if name not in OF_A_PROCESS}
-    distributed.refuse_differences(values, "start all of them with the same command")
+    data = agreement.facts_of(_streams(run).values())
+    agreement.refuse_other_processes(run.config, data)
     run.method.to(_home(run, device))
     optimizer = optim.build(run.method, run.optim)
     distributed.first_process_does(lambda: (run_folder.reopen if resume else run_folder.create)(out, run.config))
@@ -366,6 +363,7 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
     found = resume if isinstance(resume, Path) else _checkpoint_to_resume(folder, say) if resume else None
     if found is not None:
         saved = checkpoint.restore(found, run.method, optimizer)
+        agreement.refuse_other_data(data, saved.get("data", {}), out)
         step, seconds = int(saved["step"]), float(saved["seconds"])
         layout = _settled_layout(layout, saved["layout"], settings.precision, say)
         say(f"resuming after step {step} of {settings.steps}")
@@ -386,6 +384,7 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
         "config_sha256": run.config.digest(),
         "versions": run_folder.versions(),
         "layout": layout,
+        "data": data,
     }
     return folder, optimizer, partial(precision.autocast, device, layout["precision"]), state
 
@@ -398,12 +397,16 @@ def _checkpoint_to_resume(folder: RunFolder, say: Callable[[str], None]) -> Path
     return found
 
 
+def _streams(run: Run) -> dict[str, Stream]:
+    drawn = (run.mixture.stream_at(step) for step in range(min(run.train.steps, 1000)))
+    return {stream.name: stream for stream in drawn}
+
+
 def _layout(run: Run, device: torch.device) -> dict[str, Any]:
     """What the last bit of the weights depends on, besides the recipe."""
-    streams = [run.mixture.stream_at(step) for step in range(min(run.train.steps, 1000))]
     return {
         "processes": distributed.world(),
-        "micro_batch": {stream.name: stream.micro_batch for stream in streams},
+        "micro_batch": {name: stream.micro_batch for name, stream in _streams(run).items()},
         "sharded": run.train.in_parts,
         "threads": torch.get_num_threads(),
         "device": device.type,
