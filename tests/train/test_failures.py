@@ -273,6 +273,16 @@ def test_the_fatal_rate_belongs_to_the_recipe(tmp_path: Path) -> None:
         with_train(bad_rate=5)
 
 
+def test_a_run_that_is_stopped_often_counts_its_bad_samples_on(tmp_path: Path) -> None:
+    """Stopped every second step it ends where a straight run does; a higher rate lets it go on."""
+    recipe = with_train(bad_rate=0.05, bad_window=60)
+    mixture = TinyMixture(bad_at=frozenset(range(20)))
+    train(stopped_at(make(recipe, mixture), 2), tmp_path)
+    with pytest.raises(TriviumError, match=r"4 of the last 30 samples were bad \(more than 5% of 60\)"):
+        train(stopped_at(make(recipe, mixture), 4), tmp_path, resume=True)
+    assert train(make(with_train(bad_rate=0.2, bad_window=60), mixture), tmp_path, resume=True).done == 20
+
+
 def test_running_out_of_memory_names_the_dial(tmp_path: Path) -> None:
     run = make()
 

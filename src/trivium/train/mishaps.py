@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -84,11 +84,18 @@ def lost_processes_told() -> Iterator[None]:
 
 class Replaced:
     """Logs the samples that the loader replaced, and stops the run where they are more than `rate` of a `window` of
-    samples, over all processes."""
+    samples, over all processes. `counts` are those of the window so far: a run that is resumed goes on counting."""
 
-    def __init__(self, path: Path, window: int = 10_000, rate: float = 0.01) -> None:
+    def __init__(
+        self, path: Path, window: int = 10_000, rate: float = 0.01, counts: Mapping[str, int] | None = None
+    ) -> None:
         self.path, self.window, self.rate = path, window, rate
-        self.seen = self.bad = 0
+        counts = counts or {}
+        self.seen, self.bad = counts.get("seen", 0), counts.get("bad", 0)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"seen": self.seen, "bad": self.bad}
 
     def note(self, done: int, batches: Sequence[Batch]) -> None:
         sentences = [(batch.stream, sentence) for batch in batches for sentence in batch.bad]

@@ -28,7 +28,7 @@ from trivium.train.config import Config
 FREE = (
     *("train.device", "train.workers", "train.threads", "train.compile", "train.tensorboard", "train.minutes"),
     *("train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.evaluate_every"),
-    "train.monitor_every",
+    *("train.monitor_every", "train.bad_rate"),
     "train.shard",
 )
 

@@ -132,7 +132,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         quiet=distributed.rank() > 0,
         tensorboard=settings.tensorboard,
     )
-    replaced = Replaced(folder.skipped, settings.bad_window, settings.bad_rate)
+    replaced = Replaced(folder.skipped, settings.bad_window, settings.bad_rate, state["bad_samples"])
     monitors = Monitors(
         folder.monitors,
         log.say,
@@ -150,7 +150,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
 
     def save(done: int) -> None:
         saving.finish()  # before the copy: there is never a second one in memory
-        state.update(step=done, seconds=log.seconds())
+        state.update(step=done, seconds=log.seconds(), bad_samples=replaced.counts)
         taken = checkpoint.snapshot(done, run.method, optimizer, state)
         saving.begin(partial(write, taken, selection.best_step))
 
@@ -360,11 +360,13 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
     folder = RunFolder(out)
 
     step, seconds, layout = 0, 0.0, _layout(run, device)
+    bad_samples: dict[str, int] = {}
     found = resume if isinstance(resume, Path) else _checkpoint_to_resume(folder, say) if resume else None
     if found is not None:
         saved = checkpoint.restore(found, run.method, optimizer)
         agreement.refuse_other_data(data, saved.get("data", {}), out)
         step, seconds = int(saved["step"]), float(saved["seconds"])
+        bad_samples = saved.get("bad_samples", {})  # checkpoints of older versions hold none
         layout = _settled_layout(layout, saved["layout"], settings.precision, say)
         say(f"resuming after step {step} of {settings.steps}")
     distributed.refuse_differences({"the step to begin at": step}, "put the run folder where all see the same files")
@@ -385,6 +387,7 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
         "versions": run_folder.versions(),
         "layout": layout,
         "data": data,
+        "bad_samples": bad_samples,
     }
     return folder, optimizer, partial(precision.autocast, device, layout["precision"]), state
 
