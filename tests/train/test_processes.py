@@ -8,20 +8,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
 import torch
+import torch.distributed as dist
 from runs import assert_same_state, metrics_of, on_two_processes, state_of, stopped_at
 from tiny_run import Recipe, TinyMixture, TinySource, make, real_mixture, with_train
 
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
-from trivium.train import budget, checkpoint, distributed, optim, trainer
+from trivium.train import budget, checkpoint, distributed, mishaps, optim, trainer
 from trivium.train.trainer import Run, train
 
 
@@ -266,6 +269,22 @@ def test_a_mistake_on_the_first_process_stops_both(straight: Path) -> None:
             train(make(with_train(log_every=1)), straight)
 
     on_two_processes(again)
+
+
+def test_the_first_process_is_waited_for_longer_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the time after which a message is given up, which is then told as a process that is lost."""
+    plain = dist.init_process_group
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: plain(backend, timeout=timedelta(seconds=2)))
+
+    def action(rank: int) -> None:
+        distributed.start()
+        assert distributed.first_process_does(lambda: time.sleep(4) or "done") == (None if rank else "done")
+        if rank == 1:
+            time.sleep(4)
+        with pytest.raises(TriviumError, match="another process of this run ended"), mishaps.lost_processes_told():
+            distributed.any_process(False)
+
+    on_two_processes(action)
 
 
 def test_memory_that_runs_out_on_one_process_alone_lowers_the_micro_batch_of_all() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,14 @@ def start() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
+    global _patient
+    _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+# What the first process does alone (an evaluation, a save, learning from data) may take longer than any message: torch
+# gives up after half an hour. A process that ends closes its connections, and the others know at once all the same.
+PATIENCE = timedelta(days=30)
+_patient: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
@@ -56,6 +65,8 @@ def alone() -> Iterator[None]:
 
 
 def stop() -> None:
+    global _patient
+    _patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -72,17 +83,18 @@ def sum_over_processes(sums: Sums) -> Sums:
     return {name: part.view(sums[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
-def any_process(flag: bool) -> bool:
-    """True where at least one process says so; every process gets the same answer."""
+def any_process(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """True where at least one process says so; every process gets the same answer. group: that the vote goes through;
+    None: the usual one."""
     if world() == 1:
         return flag
     vote = torch.tensor(float(flag))
-    dist.all_reduce(vote)
+    dist.all_reduce(vote, group=group)
     return bool(vote.item() > 0)
 
 
 def first_process_does(action: Callable[[], T]) -> T | None:
-    """Run an action on the first process while the others wait; an error there stops all of them."""
+    """Run an action on the first process while the others wait, however long; an error there stops all of them."""
     result, error = None, None
     if rank() == 0:
         try:
@@ -90,7 +102,7 @@ def first_process_does(action: Callable[[], T]) -> T | None:
                 result = action()
         except TriviumError as raised:
             error = raised
-    if any_process(error is not None):
+    if any_process(error is not None, _patient):
         raise error or TriviumError("the first process stopped: its message says why")
     return result
 
