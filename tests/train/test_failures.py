@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
@@ -22,11 +23,13 @@ from runs import assert_same_state, metrics_of, state_of, stopped_at
 from tiny_run import TinyMixture, make, real_mixture, with_train
 
 from trivium import manifest
+from trivium.data.mixture import StreamMixture
+from trivium.data.sources import open_source
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint
-from trivium.train.mishaps import Replaced
-from trivium.train.protocol import Batch
+from trivium.train.mishaps import Replaced, not_finite
+from trivium.train.protocol import Batch, Stream
 from trivium.train.trainer import train
 
 
@@ -241,6 +244,19 @@ def test_three_in_a_row_stop_the_run(tmp_path: Path) -> None:
         train(make(with_train(log_every=1, save_every=5), mixture), tmp_path)
     assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path / "checkpoints")] == [5]
     assert metrics_of(tmp_path)[-1]["step"] == 9  # the log says how it ended
+
+
+def test_samples_to_look_at_are_named_by_file(tmp_path: Path) -> None:
+    path = tmp_path / "words.csv"
+    path.write_text("text\n" + "".join(f"word {row}\n" for row in range(50)))
+    collate = tiny_run.TinyCollate()
+    collate.false_pairs = 0.0
+    mixture = StreamMixture([Stream("text", open_source("text", [path]), collate, 6, 3)], seed=0)
+    first_places = [range(mixture.place_at(step), mixture.place_at(step) + 2) for step in (6, 7, 8)]
+    rows = [int(row) for places in first_places for row in mixture.readers["text"].order.rows(np.array(places))]
+    sentence = not_finite(mixture, [6, 7, 8])
+    names = sentence.partition("among them ")[2].split("; ")
+    assert names == [f"{path} (line {row + 2})" for row in rows]
 
 
 def test_replaced_samples_are_logged_and_too_many_are_fatal(tmp_path: Path) -> None:

@@ -119,11 +119,12 @@ class Replaced:
 
 def not_finite(mixture: Mixture, steps: Sequence[int]) -> str:
     """Which samples to look at: whole global batches, since what is not finite on one process is so on all."""
-    named = []
+    named, samples = [], []
     for step in steps:
         stream, first = mixture.stream_at(step), mixture.place_at(step)
         named.append(f"step {step + 1} with places {first} to {first + stream.batch - 1} of stream {stream.name}")
+        samples += mixture.names_at(step, most=2)
     return (
         f"the gradient was not finite in three steps in a row, {', '.join(named)}: lower --optim.lr, or look at these"
-        " samples"
+        f" samples, among them {'; '.join(samples)}"
     )
