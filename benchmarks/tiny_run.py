@@ -117,11 +117,14 @@ class TinyMixture:
 
     def stream_at(self, step: int) -> Stream:
         name = "text" if step % 3 == 2 else "pairs"
-        return Stream(name, None, None, *SIZES[name])  # type: ignore[arg-type]
+        return Stream(name, TinySource(), None, *SIZES[name])
 
     def place_at(self, step: int) -> int:
         name = self.stream_at(step).name
         return sum(SIZES[name][0] for before in range(step) if self.stream_at(before).name == name)
+
+    def names_at(self, step: int, most: int) -> list[str]:
+        return [f"{self.stream_at(step).name} {self.place_at(step) + row}" for row in range(most)]
 
     def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:
         for number in range(step, stop):
@@ -154,12 +157,13 @@ class TinySource:
     """Rows of a stream for the loader itself; every seventh cannot be read, unless all are `sound`."""
 
     sound: bool = False
+    rows: int = 50
 
     def __len__(self) -> int:
-        return 50
+        return self.rows
 
     def blocks(self) -> list[range]:
-        return [range(20), range(20, 50)]
+        return [range(20), range(20, self.rows)]
 
     def read(self, image_row: int, text_row: int) -> Sample:
         if image_row % 7 == 3 and not self.sound:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-# How gloo and NCCL begin to say that another process is gone.
+# How gloo, NCCL and the store begin to say that another process is gone, or gives no answer.
 LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
+    "Timed out waiting",
+    "wait timeout after",
     "NCCL communicator was aborted",
     "ncclRemoteError",
 )

@@ -75,13 +75,17 @@ def verify_manifest(folder: Path) -> None:
     """Check every file that folder/manifest.json lists.
 
     Raises:
-        TriviumError: naming the first file that is missing, cut short or changed; or the manifest itself.
+        TriviumError: naming the first file that is missing, cut short, changed or not to be read; or the manifest.
     """
     manifest = folder / NAME
-    if not manifest.is_file():
-        raise TriviumError(f"{folder}: no {NAME}, so this is no complete checkpoint or model folder; use another copy")
+    with _read_errors_told(manifest):
+        if not manifest.is_file():
+            raise TriviumError(
+                f"{folder}: no {NAME}, so this is no complete checkpoint or model folder; use another copy"
+            )
+        text = manifest.read_bytes()
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = json.loads(text.decode("utf-8"))
         files = content["files"]
         if content["sha256"] != digest_of(files):
             raise ValueError("not what was written")
@@ -90,12 +94,25 @@ def verify_manifest(folder: Path) -> None:
         raise TriviumError(f"{manifest}: damaged; use another checkpoint or copy") from None
     for name, (size, digest) in expected.items():
         path = folder / name
-        if not path.is_file():
-            raise TriviumError(f"{path}: missing, although {NAME} lists it; use another checkpoint or copy")
-        if path.stat().st_size != size:
-            raise TriviumError(f"{path}: {path.stat().st_size} bytes where {size} were written; use another copy")
-        if sha256(path) != digest:
-            raise TriviumError(f"{path}: its bytes changed since it was written; use another checkpoint or copy")
+        with _read_errors_told(path):
+            if not path.is_file():
+                raise TriviumError(f"{path}: missing, although {NAME} lists it; use another checkpoint or copy")
+            if path.stat().st_size != size:
+                raise TriviumError(f"{path}: {path.stat().st_size} bytes where {size} were written; use another copy")
+            if sha256(path) != digest:
+                raise TriviumError(f"{path}: its bytes changed since it was written; use another checkpoint or copy")
+
+
+@contextmanager
+def _read_errors_told(path: Path) -> Iterator[None]:
+    """A disk that does not give a file is a sentence: an older checkpoint, or a copy, may be sound."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise TriviumError(
+            f"{path} cannot be read ({why}): check the disk, or use another checkpoint or copy"
+        ) from None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -287,12 +287,20 @@ def numbered(folder: Path, *steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_every", "left"),
-    [(1, None, [50]), (2, None, [40, 50]), (1, 20, [20, 40, 50]), (9, None, [10, 20, 30, 40, 50])],
+    ("keep_last", "keep_every", "spared", "left"),
+    [
+        (1, None, (), [50]),
+        (2, None, (), [40, 50]),
+        (1, 20, (), [20, 40, 50]),
+        (1, None, (30, None), [30, 50]),
+        (9, None, (), [10, 20, 30, 40, 50]),
+    ],
 )
-def test_pruning(tmp_path: Path, keep_last: int, keep_every: int | None, left: list[int]) -> None:
+def test_pruning(
+    tmp_path: Path, keep_last: int, keep_every: int | None, spared: tuple[int | None, ...], left: list[int]
+) -> None:
     numbered(tmp_path, 10, 20, 30, 40, 50)
-    checkpoint.prune(tmp_path, keep_last, keep_every)
+    checkpoint.prune(tmp_path, keep_last, keep_every, spared)
     assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path)] == left
     assert len(list(tmp_path.iterdir())) == len(left)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import multiprocessing
 import os
@@ -14,17 +15,21 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
 from runs import assert_same_state, metrics_of, state_of, stopped_at
 from tiny_run import TinyMixture, make, real_mixture, with_train
 
+from trivium import manifest
+from trivium.data.mixture import StreamMixture
+from trivium.data.sources import open_source
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint
-from trivium.train.mishaps import Replaced
-from trivium.train.protocol import Batch
+from trivium.train.mishaps import Replaced, not_finite
+from trivium.train.protocol import Batch, Stream
 from trivium.train.trainer import train
 
 
@@ -140,6 +145,40 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert metrics_of(straight) == metrics_of(tmp_path)
 
 
+def test_pruning_spares_the_sound_checkpoint_where_a_later_one_is_damaged(straight: Path, tmp_path: Path) -> None:
+    train(stopped_at(make(with_train(save_every=5, log_every=1)), 10), tmp_path)
+    weights = tmp_path / "checkpoints" / "step-00000010" / "model" / "model.safetensors"
+    weights.write_bytes(DAMAGES["flipped"](weights.read_bytes()))
+    recipe = with_train(save_every=5, log_every=1, keep_last=1)
+    assert train(stopped_at(make(recipe), 8), tmp_path, resume=True).done == 8
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        *("damaged-0-step-00000010", "step-00000008")
+    ]
+    assert train(make(recipe), tmp_path, resume=True).done == 20
+    assert_same_state(straight, tmp_path, 20)
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_is_passed_over(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(stopped_at(make(with_train(save_every=4, log_every=1)), 10), tmp_path)
+    weights = tmp_path / "checkpoints" / "step-00000010" / "model" / "model.safetensors"
+    plain_digest = manifest.sha256
+
+    def sha256(path: Path) -> str:
+        if path == weights:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return plain_digest(path)
+
+    monkeypatch.setattr(manifest, "sha256", sha256)
+    capsys.readouterr()
+    train(make(with_train(save_every=4, log_every=1)), tmp_path, resume=True)
+    said = capsys.readouterr().out
+    assert f"step-00000010 is damaged and is passed over ({weights} cannot be read (Input/output error): " in said
+    assert "resuming after step 8 of 20" in said
+    assert_same_state(straight, tmp_path, 20)
+
+
 DAMAGES = {
     "cut": lambda whole: whole[: len(whole) // 2],
     "flipped": lambda whole: whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:],
@@ -207,6 +246,19 @@ def test_three_in_a_row_stop_the_run(tmp_path: Path) -> None:
     assert metrics_of(tmp_path)[-1]["step"] == 9  # the log says how it ended
 
 
+def test_samples_to_look_at_are_named_by_file(tmp_path: Path) -> None:
+    path = tmp_path / "words.csv"
+    path.write_text("text\n" + "".join(f"word {row}\n" for row in range(50)))
+    collate = tiny_run.TinyCollate()
+    collate.false_pairs = 0.0
+    mixture = StreamMixture([Stream("text", open_source("text", [path]), collate, 6, 3)], seed=0)
+    first_places = [range(mixture.place_at(step), mixture.place_at(step) + 2) for step in (6, 7, 8)]
+    rows = [int(row) for places in first_places for row in mixture.readers["text"].order.rows(np.array(places))]
+    sentence = not_finite(mixture, [6, 7, 8])
+    names = sentence.partition("among them ")[2].split("; ")
+    assert names == [f"{path} (line {row + 2})" for row in rows]
+
+
 def test_replaced_samples_are_logged_and_too_many_are_fatal(tmp_path: Path) -> None:
     train(make(None, TinyMixture(bad_at=frozenset({2, 5}))), tmp_path / "few")
     lines = [json.loads(line) for line in (tmp_path / "few" / "skipped.jsonl").read_text().splitlines()]
@@ -235,6 +287,16 @@ def test_the_fatal_rate_belongs_to_the_recipe(tmp_path: Path) -> None:
         train(make(with_train(bad_rate=0.05, bad_window=60), mixture), tmp_path / "strict")
     with pytest.raises(TriviumError, match=r"train\.bad_rate is 5: it is a share, from 0 to 1"):
         with_train(bad_rate=5)
+
+
+def test_a_run_that_is_stopped_often_counts_its_bad_samples_on(tmp_path: Path) -> None:
+    """Stopped every second step it ends where a straight run does; a higher rate lets it go on."""
+    recipe = with_train(bad_rate=0.05, bad_window=60)
+    mixture = TinyMixture(bad_at=frozenset(range(20)))
+    train(stopped_at(make(recipe, mixture), 2), tmp_path)
+    with pytest.raises(TriviumError, match=r"4 of the last 30 samples were bad \(more than 5% of 60\)"):
+        train(stopped_at(make(recipe, mixture), 4), tmp_path, resume=True)
+    assert train(make(with_train(bad_rate=0.2, bad_window=60), mixture), tmp_path, resume=True).done == 20
 
 
 def test_running_out_of_memory_names_the_dial(tmp_path: Path) -> None:

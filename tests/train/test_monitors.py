@@ -16,7 +16,7 @@ import tiny_run
 import torch
 from runs import assert_same_state, metrics_of, on_two_processes
 from safetensors.torch import save_file
-from tiny_run import make, with_train
+from tiny_run import TinySource, make, with_train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,10 +96,13 @@ class Things:
     slow: bool = False
 
     def stream_at(self, step: int) -> Stream:
-        return Stream("pairs", None, None, ROWS, ROWS)  # type: ignore[arg-type]
+        return Stream("pairs", TinySource(), None, ROWS, ROWS)
 
     def place_at(self, step: int) -> int:
         return step * ROWS
+
+    def names_at(self, step: int, most: int) -> list[str]:
+        return [f"thing {place}" for place in range(self.place_at(step), self.place_at(step) + most)]
 
     def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:
         step_took = 0.0

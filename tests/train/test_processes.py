@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
 import torch
+import torch.distributed as dist
 from runs import assert_same_state, metrics_of, on_two_processes, state_of, stopped_at
-from tiny_run import TinyMixture, make, real_mixture, with_train
+from tiny_run import Recipe, TinyMixture, TinySource, make, real_mixture, with_train
 
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
-from trivium.train import budget, checkpoint, distributed, optim, trainer
+from trivium.train import budget, checkpoint, distributed, mishaps, optim, trainer
 from trivium.train.trainer import Run, train
 
 
@@ -44,6 +49,81 @@ def test_two_processes_stop_together_and_resume(straight: Path, tmp_path: Path) 
     one, two = state_of(straight, 20), state_of(tmp_path / "whole", 20)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_signal_in_an_evaluation_stops_both(tmp_path: Path) -> None:
+    """The first process evaluates while the second waits; a signal to the second alone is acted on after that."""
+
+    def leg(folder: Path, rank: int, receiver: int | None) -> None:
+        run = make(with_train(log_every=1, save_every=100, evaluate_every=4, steps=8))
+
+        def evaluate(method: object) -> dict[str, Any]:
+            if receiver is not None:
+                os.kill(int((tmp_path / f"process-{receiver}").read_text()), signal.SIGTERM)
+            return {"a": 1}
+
+        run.evaluate = evaluate
+        (tmp_path / f"process-{rank}").write_text(str(os.getpid()))
+        outcome = train(run, folder, resume=folder.exists())
+        assert outcome.done == (8 if receiver is None else 4)
+        assert outcome.signal == (None if receiver is None else signal.SIGTERM)
+        assert outcome.results == ({"a": 1} if rank == 0 and receiver != 0 else None)
+
+    on_two_processes(lambda rank: leg(tmp_path / "whole", rank, None))
+    for receiver in (0, 1):
+        run = tmp_path / str(receiver)
+        on_two_processes(lambda rank, run=run, receiver=receiver: leg(run, rank, receiver))  # type: ignore[misc]
+        assert [checkpoint.step_of(path) for path in checkpoints_in(run / "checkpoints")] == [4]
+        on_two_processes(lambda rank, run=run: leg(run, rank, None))  # type: ignore[misc]
+        assert_same_state(tmp_path / "whole", run, 8)
+        assert metrics_of(tmp_path / "whole") == metrics_of(run)
+
+
+def test_the_first_process_chooses_what_is_resumed(straight: Path, tmp_path: Path) -> None:
+    """On disks of their own: a process that has more than the first goes back with it, one that has less stops both."""
+    recipe = with_train(save_every=5, log_every=1)
+    train(stopped_at(make(recipe), 10), tmp_path / "stopped")
+    for name in ("more-0", "more-1", "less-0", "less-1"):
+        shutil.copytree(tmp_path / "stopped", tmp_path / name)
+    for name in ("more-0", "less-1"):
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000010")
+
+    def more(rank: int) -> None:
+        assert train(make(recipe), tmp_path / f"more-{rank}", resume=True).done == 20
+
+    def less(rank: int) -> None:
+        sentence = r"process 1 of 2: .* goes on from is not sound here \(.*step-00000010: no manifest\.json"
+        with pytest.raises(TriviumError, match=sentence):
+            train(make(recipe), tmp_path / f"less-{rank}", resume=True)
+
+    on_two_processes(more)
+    on_two_processes(less)
+    one, two = state_of(straight, 20), state_of(tmp_path / "more-0", 20)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_processes_with_other_values_do_not_begin(tmp_path: Path) -> None:
+    def action(rank: int) -> None:
+        settings = Recipe(replace(Recipe().train, workers=rank), replace(Recipe().optim, lr=0.5 if rank else 0.01))
+        with pytest.raises(TriviumError, match=r"optim\.lr is 0\.01 on the first process and 0\.5 on process 1"):
+            train(make(settings), tmp_path / "run")
+
+    on_two_processes(action)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_data_do_not_begin(tmp_path: Path) -> None:
+    def action(rank: int) -> None:
+        mixture = real_mixture(0)
+        if rank == 1:
+            mixture.streams[1].source = TinySource(rows=30)
+        sentence = "rows of stream text is 50 on the first process and 30 on process 1: give all of them the same files"
+        with pytest.raises(TriviumError, match=sentence):
+            train(make(None, mixture), tmp_path / "run")
+
+    on_two_processes(action)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_partial_checkpoint_in_the_way_stops_no_process(straight: Path, tmp_path: Path) -> None:
@@ -189,6 +269,22 @@ def test_a_mistake_on_the_first_process_stops_both(straight: Path) -> None:
             train(make(with_train(log_every=1)), straight)
 
     on_two_processes(again)
+
+
+def test_the_first_process_is_waited_for_longer_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the time after which a message is given up, which is then told as a process that is lost."""
+    plain = dist.init_process_group
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: plain(backend, timeout=timedelta(seconds=2)))
+
+    def action(rank: int) -> None:
+        distributed.start()
+        assert distributed.first_process_does(lambda: time.sleep(4) or "done") == (None if rank else "done")
+        if rank == 1:
+            time.sleep(4)
+        with pytest.raises(TriviumError, match="another process of this run ended"), mishaps.lost_processes_told():
+            distributed.any_process(False)
+
+    on_two_processes(action)
 
 
 def test_memory_that_runs_out_on_one_process_alone_lowers_the_micro_batch_of_all() -> None:

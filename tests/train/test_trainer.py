@@ -16,11 +16,12 @@ from unittest import mock
 import pytest
 import torch
 from runs import assert_same_state, metrics_of, state_of, stopped_at
-from tiny_run import Recipe, TinyMixture, make, real_mixture, with_train
+from tiny_run import Recipe, TinyMixture, TinySource, make, real_mixture, with_train
 from torch.utils.data import DataLoader
 
+from trivium.data.mixture import StreamMixture
 from trivium.errors import TriviumError
-from trivium.manifest import checkpoints_in
+from trivium.manifest import checkpoints_in, write_manifest
 from trivium.train import budget, checkpoint, precision, trainer
 from trivium.train.trainer import Outcome, train
 
@@ -126,6 +127,30 @@ def test_resuming_with_other_values(tmp_path: Path) -> None:
     assert train(make(free), tmp_path, resume=True).done == 20
 
 
+def test_resuming_with_other_data(tmp_path: Path) -> None:
+    """Rows that came or went, and files that were cut otherwise, give every later place another sample."""
+
+    def mixture(source: TinySource) -> StreamMixture:
+        streams = [replace(stream, source=source) for stream in real_mixture(0).streams]
+        return StreamMixture(streams, seed=0)
+
+    class Recut(TinySource):
+        def blocks(self) -> list[range]:
+            return [range(25), range(25, 50)]
+
+    train(stopped_at(make(None, mixture(TinySource())), 3), tmp_path)
+    with pytest.raises(TriviumError, match=r"stream text has 40 rows, and had 50 when .* was saved, .*--init"):
+        train(make(None, mixture(TinySource(rows=40))), tmp_path, resume=True)
+    with pytest.raises(TriviumError, match="stream text has its 50 rows in other files or blocks than when"):
+        train(make(None, mixture(Recut())), tmp_path, resume=True)
+    of_an_older_version = tmp_path / "checkpoints" / "step-00000003"
+    state = json.loads((of_an_older_version / "training" / "state.json").read_text())
+    del state["data"]
+    (of_an_older_version / "training" / "state.json").write_text(json.dumps(state))
+    write_manifest(of_an_older_version)
+    assert train(make(None, mixture(TinySource())), tmp_path, resume=True).done == 20
+
+
 def test_what_a_run_folder_holds(straight: Path) -> None:
     assert {path.name for path in straight.iterdir()} == {
         *("config.json", "passport.json", "metrics.jsonl", "skipped.jsonl", "monitors.jsonl", "checkpoints")
@@ -188,6 +213,42 @@ def test_an_evaluation_that_was_killed_is_done_again(tmp_path: Path) -> None:
     assert run_with(lambda method: {"a": 2}).results == {"a": 2}  # a finished run only evaluates
     found = [(line["step"], line["results"]) for line in metrics_of(tmp_path) if "results" in line]
     assert found == [(8, {"a": 1}), (16, {"a": 1}), (20, {"a": 2})]
+
+
+@pytest.mark.parametrize(("at", "number"), [(8, signal.SIGTERM), (20, signal.SIGTERM), (20, signal.SIGINT)])
+def test_a_signal_in_an_evaluation_leaves_it_and_saves(
+    straight: Path, tmp_path: Path, at: int, number: signal.Signals
+) -> None:
+    """In one between, in the last, and in the one that a resumed run repeats; what follows is exact."""
+    run = make(with_train(evaluate_every=at, save_every=100, log_every=1))
+    went_on: list[bool] = []
+
+    def stopped(method: object) -> dict[str, Any]:
+        signal.raise_signal(number)
+        went_on.append(True)
+        return {"a": 1}
+
+    for resume in (False, True):
+        run.evaluate = stopped
+        outcome = train(run, tmp_path, resume=resume)
+        assert (outcome.done, outcome.signal, outcome.results) == (at, number, None)
+        assert outcome.exit_code == (130 if number == signal.SIGINT else 0)
+        assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path / "checkpoints")] == [at]
+        assert run.method.training
+    assert not went_on
+    run.evaluate = lambda method: {"a": 2}
+    assert train(run, tmp_path, resume=True).results == {"a": 2}
+    assert_same_state(straight, tmp_path, 20)
+    assert [line["step"] for line in metrics_of(tmp_path) if "results" in line] == ([8, 16, 20] if at == 8 else [20])
+
+
+def test_a_signal_in_the_last_step_does_not_wait_for_the_evaluation(tmp_path: Path) -> None:
+    run = stopped_at(make(), 20)
+    run.evaluate = lambda method: pytest.fail("it was to stop")
+    outcome = train(run, tmp_path)
+    assert (outcome.done, outcome.signal) == (20, signal.SIGTERM)
+    run.evaluate = lambda method: {"a": 1}
+    assert train(run, tmp_path, resume=True).results == {"a": 1}
 
 
 def test_options_out_of_range() -> None:

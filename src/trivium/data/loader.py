@@ -120,6 +120,14 @@ def read(source: Source, collate: StreamCollate, image_row: int, text_row: int, 
         raise BadSample(sample["name"], "", str(error)) from None
 
 
+def name_of(source: Source, image_row: int, text_row: int) -> str:
+    """How messages name a sample, whether it can be read or not."""
+    try:
+        return source.read(image_row, text_row).get("name", f"row {image_row}")
+    except BadSample as error:
+        return str(error)
+
+
 # ------------------------------------------------------------------------------------------------- workers
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from trivium.data.loader import StreamReader, micro_batches
+from trivium.data.loader import StreamReader, micro_batches, name_of
 from trivium.data.order import keyed_generator
 from trivium.errors import TriviumError
 from trivium.train.protocol import Batch, Stream, hash64, uniform64
@@ -73,6 +73,13 @@ class StreamMixture:
             cycle, position = divmod(step, CYCLE)
             earlier = int(self._counts_before(cycle)[number] + np.sum(self._dealt(cycle)[:position] == number))
         return self.streams[number].batch * earlier
+
+    def names_at(self, step: int, most: int) -> list[str]:
+        """How messages name the first `most` samples of this step's global batch."""
+        stream = self.stream_at(step)
+        plan = self.readers[stream.name].plan(self.place_at(step))
+        rows = zip(plan.image_rows[:most].tolist(), plan.text_rows[:most].tolist(), strict=True)
+        return [name_of(stream.source, image_row, text_row) for image_row, text_row in rows]
 
     def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step in [step, stop), in order; `pinned` for a run on a GPU.

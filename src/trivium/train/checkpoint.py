@@ -23,7 +23,7 @@ import json
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +97,8 @@ def write(checkpoints: Path, taken: Snapshot, export: Export, shard_bytes: int =
         TriviumError: the disk is full or not writable; older checkpoints are untouched and nothing half-written stays.
     """
     target = folder_of(checkpoints, taken.step)
-    if target.exists():
-        _set_aside(target)
+    if target.exists() and not _set_aside_if_damaged(target):
+        raise TriviumError(f"{target} exists already and is sound: it is not written over")
     with written_beside(target) as folder:
         model, training = folder / "model", folder / "training"
         model.mkdir()
@@ -141,22 +141,36 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def _set_aside(checkpoint: Path) -> None:
+def set_aside_after(checkpoints: Path, step: int) -> None:
+    """Of a run that goes on after `step`: later ones that are damaged, so that pruning counts sound checkpoints."""
+    for path in checkpoints_in(checkpoints):
+        if step_of(path) > step:
+            _set_aside_if_damaged(path)
+
+
+def _set_aside_if_damaged(checkpoint: Path) -> bool:
     """Make room where a damaged checkpoint stands; it is kept under another name for whoever wants to look."""
     try:
         verify_manifest(checkpoint)
     except TriviumError:
         number = next(n for n in range(1000) if not checkpoint.with_name(f"damaged-{n}-{checkpoint.name}").exists())
-        checkpoint.rename(checkpoint.with_name(f"damaged-{number}-{checkpoint.name}"))
-        return
-    raise TriviumError(f"{checkpoint} exists already and is sound: it is not written over")
+        try:
+            checkpoint.rename(checkpoint.with_name(f"damaged-{number}-{checkpoint.name}"))
+        except OSError as error:
+            why = error.strerror
+            raise TriviumError(f"{checkpoint} is damaged and cannot be renamed ({why}): move it away") from error
+        return True
+    return False
 
 
-def prune(checkpoints: Path, keep_last: int, keep_every: int | None = None, best: int | None = None) -> None:
-    """Remove all but the last `keep_last` checkpoints, those at multiples of `keep_every` steps and the best one's."""
+def prune(
+    checkpoints: Path, keep_last: int, keep_every: int | None = None, spared: Collection[int | None] = ()
+) -> None:
+    """Remove all but the last `keep_last` checkpoints, those at multiples of `keep_every` steps and those of the
+    `spared` steps."""
     assert keep_last >= 1
     for path in checkpoints_in(checkpoints)[:-keep_last]:
-        if (keep_every and step_of(path) % keep_every == 0) or step_of(path) == best:
+        if (keep_every and step_of(path) % keep_every == 0) or step_of(path) in spared:
             continue
         doomed = path.with_name(f".tmp-{path.name}")  # first out of sight: a half-removed one is never found
         path.rename(doomed)

@@ -6,8 +6,9 @@ B rows on this process, G rows on all of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,14 @@ def start() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
+    global _patient
+    _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+# What the first process does alone (an evaluation, a save, learning from data) may take longer than any message: torch
+# gives up after half an hour. A process that ends closes its connections, and the others know at once all the same.
+PATIENCE = timedelta(days=30)
+_patient: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
@@ -56,6 +65,8 @@ def alone() -> Iterator[None]:
 
 
 def stop() -> None:
+    global _patient
+    _patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -72,17 +83,18 @@ def sum_over_processes(sums: Sums) -> Sums:
     return {name: part.view(sums[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
-def any_process(flag: bool) -> bool:
-    """True where at least one process says so; every process gets the same answer."""
+def any_process(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """True where at least one process says so; every process gets the same answer. group: that the vote goes through;
+    None: the usual one."""
     if world() == 1:
         return flag
     vote = torch.tensor(float(flag))
-    dist.all_reduce(vote)
+    dist.all_reduce(vote, group=group)
     return bool(vote.item() > 0)
 
 
 def first_process_does(action: Callable[[], T]) -> T | None:
-    """Run an action on the first process while the others wait; an error there stops all of them."""
+    """Run an action on the first process while the others wait, however long; an error there stops all of them."""
     result, error = None, None
     if rank() == 0:
         try:
@@ -90,9 +102,49 @@ def first_process_does(action: Callable[[], T]) -> T | None:
                 result = action()
         except TriviumError as raised:
             error = raised
-    if any_process(error is not None):
+    if any_process(error is not None, _patient):
         raise error or TriviumError("the first process stopped: its message says why")
     return result
+
+
+def chosen_by_first(choose: Callable[[], T]) -> T:
+    """What the first process chooses, a small value, on every process; an error there stops all of them."""
+    chosen: list[Any] = [first_process_does(choose)]
+    if world() > 1:
+        dist.broadcast_object_list(chosen, src=0)
+    result: T = chosen[0]
+    return result
+
+
+def everywhere(value: T) -> list[T]:
+    """A small value of every process, in their order."""
+    if world() == 1:
+        return [value]
+    everyone: list[Any] = [None] * world()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def all_do(action: Callable[[], None]) -> None:
+    """Run an action on every process; what is wrong on one of them stops all with the same sentence."""
+    told = None
+    try:
+        action()
+    except TriviumError as error:
+        told = str(error)
+    for process, sentence in enumerate(everywhere(told)):
+        if sentence is not None:
+            raise TriviumError(f"process {process} of {world()}: {sentence}" if world() > 1 else sentence)
+
+
+def refuse_differences(facts: Mapping[str, Any], advice: str) -> None:
+    """Raises TriviumError on every process, naming the first of these facts that is not the same on all of them."""
+    everyone = everywhere(dict(facts))
+    for process, theirs in enumerate(everyone):
+        for name in sorted(theirs.keys() | everyone[0].keys()):
+            first, here = everyone[0].get(name), theirs.get(name)
+            if first != here:
+                raise TriviumError(f"{name} is {first} on the first process and {here} on process {process}: {advice}")
 
 
 def from_first(make: Callable[[], Sequence[Tensor]]) -> list[Tensor]:

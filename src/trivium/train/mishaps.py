@@ -6,11 +6,11 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,12 +18,19 @@ from trivium.errors import TriviumError, lost_process
 from trivium.train import distributed
 from trivium.train.protocol import Batch, Mixture
 
+T = TypeVar("T")
+
+
+class _Stopped(BaseException):
+    """A signal came in the midst of what need not be finished."""
+
 
 class StopSignals:
     """Notes Ctrl-C and SIGTERM, so that the step in hand is finished and saved. A second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._may_leave = False
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -37,6 +44,17 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def unless_stopped(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None where a signal came, which ends it at once. For what a resumed run does again:
+        whoever stops a run does not wait for an evaluation as long as for a step."""
+        try:
+            self._may_leave = True
+            return work() if self.received is None else None
+        except _Stopped:
+            return None
+        finally:
+            self._may_leave = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker of the loader: Ctrl-C is its parent's affair
             if number == signal.SIGTERM:
@@ -45,7 +63,11 @@ class StopSignals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        os.write(2, f"\n{self.received.name}: finishing this step and saving\n".encode())  # print may be interrupted
+        doing = "leaving the evaluation" if self._may_leave else "finishing this step"
+        os.write(2, f"\n{self.received.name}: {doing} and saving\n".encode())  # print may be interrupted
+        if self._may_leave:
+            self._may_leave = False  # once: what is cleaned up on the way out is not interrupted again
+            raise _Stopped
 
 
 @contextmanager
@@ -62,11 +84,18 @@ def lost_processes_told() -> Iterator[None]:
 
 class Replaced:
     """Logs the samples that the loader replaced, and stops the run where they are more than `rate` of a `window` of
-    samples, over all processes."""
+    samples, over all processes. `counts` are those of the window so far: a run that is resumed goes on counting."""
 
-    def __init__(self, path: Path, window: int = 10_000, rate: float = 0.01) -> None:
+    def __init__(
+        self, path: Path, window: int = 10_000, rate: float = 0.01, counts: Mapping[str, int] | None = None
+    ) -> None:
         self.path, self.window, self.rate = path, window, rate
-        self.seen = self.bad = 0
+        counts = counts or {}
+        self.seen, self.bad = counts.get("seen", 0), counts.get("bad", 0)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"seen": self.seen, "bad": self.bad}
 
     def note(self, done: int, batches: Sequence[Batch]) -> None:
         sentences = [(batch.stream, sentence) for batch in batches for sentence in batch.bad]
@@ -90,11 +119,12 @@ class Replaced:
 
 def not_finite(mixture: Mixture, steps: Sequence[int]) -> str:
     """Which samples to look at: whole global batches, since what is not finite on one process is so on all."""
-    named = []
+    named, samples = [], []
     for step in steps:
         stream, first = mixture.stream_at(step), mixture.place_at(step)
         named.append(f"step {step + 1} with places {first} to {first + stream.batch - 1} of stream {stream.name}")
+        samples += mixture.names_at(step, most=2)
     return (
         f"the gradient was not finite in three steps in a row, {', '.join(named)}: lower --optim.lr, or look at these"
-        " samples"
+        f" samples, among them {'; '.join(samples)}"
     )

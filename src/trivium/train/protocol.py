@@ -203,6 +203,10 @@ class Mixture(Protocol):
         """Place of the first row of this step's global batch within its stream."""
         ...
 
+    def names_at(self, step: int, most: int) -> list[str]:
+        """How messages name the first `most` samples of this step's global batch: by file and line, row or member."""
+        ...
+
     def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step in [step, stop), in order; `pinned` for a run on a GPU."""
         ...

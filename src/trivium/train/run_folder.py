@@ -20,15 +20,15 @@ from typing import Any
 import torch
 
 from trivium.errors import TriviumError
-from trivium.manifest import checkpoints_in, newest_checkpoint, write_whole
-from trivium.train import checkpoint, config, precision
+from trivium.manifest import checkpoints_in, newest_checkpoint, verify_manifest, write_whole
+from trivium.train import checkpoint, config, distributed, precision
 from trivium.train.config import Config
 
 # Options that a resumed run may change: they alter what is seen or kept, not what is learned.
 FREE = (
     *("train.device", "train.workers", "train.threads", "train.compile", "train.tensorboard", "train.minutes"),
     *("train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.evaluate_every"),
-    "train.monitor_every",
+    *("train.monitor_every", "train.bad_rate"),
     "train.shard",
 )
 
@@ -103,21 +103,41 @@ def reopen(path: Path, settings: Config) -> RunFolder:
 
 
 def newest_sound(path: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest sound checkpoint of a run; None where it ended before its first.
+    """The newest sound checkpoint of a run; None where it ended before its first. All processes call it: the first one
+    chooses, since others may see a folder of their own, or what a network still remembers of it.
 
     Args:
         say: gets a sentence about each damaged one that was passed over.
 
     Raises:
-        TriviumError: there are checkpoints, and every one is damaged.
+        TriviumError: there are checkpoints, and every one is damaged; or a process does not find the one chosen.
     """
     folder = RunFolder(path)
-    found = newest_checkpoint(folder.checkpoints, say)
-    if found is None and checkpoints_in(folder.checkpoints):
-        raise TriviumError(
-            f"{folder.checkpoints}: every checkpoint is damaged; use another copy, or begin a new run in another folder"
-        )
-    return found
+
+    def choose() -> int | None:
+        found = newest_checkpoint(folder.checkpoints, say)
+        if found is None and checkpoints_in(folder.checkpoints):
+            raise TriviumError(
+                f"{folder.checkpoints}: every checkpoint is damaged; use another copy, or begin a new run in another"
+                " folder"
+            )
+        return None if found is None else checkpoint.step_of(found)
+
+    def check() -> None:
+        if chosen is None or distributed.rank() == 0:
+            return
+        try:
+            verify_manifest(chosen)
+        except TriviumError as error:
+            raise TriviumError(
+                f"the checkpoint that the first process goes on from is not sound here ({error}); put the run folder"
+                " where all processes see the same files"
+            ) from None
+
+    step = distributed.chosen_by_first(choose)
+    chosen = None if step is None else checkpoint.folder_of(folder.checkpoints, step)
+    distributed.all_do(check)
+    return chosen
 
 
 def rewind(folder: RunFolder, step: int) -> None:

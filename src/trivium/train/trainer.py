@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from trivium.errors import TriviumError
-from trivium.train import checkpoint, distributed, optim, precision, run_folder
+from trivium.train import agreement, checkpoint, distributed, optim, precision, run_folder
 from trivium.train.budget import OutOfMemory, calibrate, memory_dial_named
 from trivium.train.checkpoint import Saving
 from trivium.train.compilation import compile_blocks
@@ -101,7 +101,7 @@ class Run:
 class Outcome:
     done: int  # steps
     seconds: float  # of the whole run, evaluations included
-    signal: signal.Signals | None  # what stopped the run before its last step
+    signal: signal.Signals | None  # what stopped the run before its last step, or in the evaluation after it
     results: dict[str, Any] | None  # of the last evaluation
 
     @property
@@ -132,7 +132,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         quiet=distributed.rank() > 0,
         tensorboard=settings.tensorboard,
     )
-    replaced = Replaced(folder.skipped, settings.bad_window, settings.bad_rate)
+    replaced = Replaced(folder.skipped, settings.bad_window, settings.bad_rate, state["bad_samples"])
     monitors = Monitors(
         folder.monitors,
         log.say,
@@ -150,21 +150,24 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
 
     def save(done: int) -> None:
         saving.finish()  # before the copy: there is never a second one in memory
-        state.update(step=done, seconds=log.seconds())
+        state.update(step=done, seconds=log.seconds(), bad_samples=replaced.counts)
         taken = checkpoint.snapshot(done, run.method, optimizer, state)
         saving.begin(partial(write, taken, selection.best_step))
 
     def write(taken: checkpoint.Snapshot, best: int | None) -> None:
         checkpoint.write(folder.checkpoints, taken, run.export)
-        checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every, best)
+        prune(taken.step, best)
 
-    def prune(best: int | None) -> None:
+    def prune(*spared: int | None) -> None:
+        checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every, spared)
+
+    def keep_best(best: int) -> None:
         saving.finish()
-        checkpoint.prune(folder.checkpoints, settings.keep_last, settings.keep_every, best)
+        prune(best)
 
     def measured(done: int) -> dict[str, Any] | None:
         trained.gather()
-        results = distributed.first_process_does(partial(evaluate, run))
+        results = distributed.first_process_does(lambda: stop.unless_stopped(partial(evaluate, run)))
         if results is not None:
             log.results(done, results)
             selection.note(done, results)
@@ -178,10 +181,13 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         Saving() as saving,
         closing(_steps(run, first, settings.steps)) as steps,
     ):
-        # A run that was killed while it evaluated does that again: its old lines are gone.
-        results = measured(first) if first and settings.evaluates_after(first) else None
-        if distributed.any_process(selection.is_exhausted):
-            steps.close()  # the run had ended early
+        # A run that was stopped or killed while it evaluated does that again: its old lines are gone.
+        results, stopping = None, False
+        if first and settings.evaluates_after(first):
+            results = measured(first)
+            stopping = distributed.any_process(stop.received is not None)
+        if stopping or distributed.any_process(selection.is_exhausted):
+            steps.close()  # before a step: the run had ended early, or is to end now
         done = first
         refused: list[int] = []  # steps in a row whose gradient was not finite
         clock = time.perf_counter()
@@ -208,23 +214,25 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
                 trained.gather()
                 distributed.first_process_does(partial(save, done))  # raises what failed in the one before
                 clock = time.perf_counter()
-            if stopping and done < settings.steps:
-                distributed.first_process_does(saving.finish)
-                log.say(f"saved after step {done} of {settings.steps}; to go on: {run_folder.to_resume(out)}")
-                return Outcome(done, log.seconds(), stop.received or signal.SIGTERM, results)
-            if settings.evaluates_after(done):
+            if settings.evaluates_after(done) and not stopping:
                 results = measured(done)
+                stopping = distributed.any_process(stop.received is not None)
                 given_up = distributed.any_process(selection.is_exhausted)
                 best = distributed.any_process(selection.best_step == done)
-                if (best or given_up) and not saved:
+                if (best or given_up or stopping) and not saved:
                     distributed.first_process_does(partial(save, done))
                 elif best:  # saved before it was known: the one that was the best is needed no more
-                    distributed.first_process_does(partial(prune, done))
-                if given_up and done < settings.steps:
+                    distributed.first_process_does(partial(keep_best, done))
+                if given_up and done < settings.steps and not stopping:
                     log.say(f"stopped after step {done} of {settings.steps}: {selection}")
                     break
                 clock = time.perf_counter()
+            if stopping:
+                break
         distributed.first_process_does(saving.finish)
+        if stopping:
+            log.say(f"saved after step {done} of {settings.steps}; to go on: {run_folder.to_resume(out)}")
+            return Outcome(done, log.seconds(), stop.received or signal.SIGTERM, results)
     if distributed.rank() == 0:  # for whoever measures it next
         run.method.to(precision.choose_device(settings.device))
     return Outcome(done, log.seconds(), None, results)
@@ -262,11 +270,12 @@ def evaluate(run: Run) -> dict[str, Any] | None:
     if run.evaluate is None:
         return None
     training, home = run.method.training, next(run.method.parameters()).device
-    run.method.to(precision.choose_device(run.train.device)).eval()
-    with torch.no_grad():
-        results = run.evaluate(run.method)
-    run.method.to(home).train(training)
-    return results
+    try:
+        run.method.to(precision.choose_device(run.train.device)).eval()
+        with torch.no_grad():
+            return run.evaluate(run.method)
+    finally:
+        run.method.to(home).train(training)
 
 
 def steps_in(run: Run, minutes: float) -> int:
@@ -343,20 +352,31 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
         torch.set_num_threads(settings.threads)
     if device.type == "cpu":
         keep_freed()
+    data = agreement.facts_of(_streams(run).values())
+    agreement.refuse_other_processes(run.config, data)
     run.method.to(_home(run, device))
     optimizer = optim.build(run.method, run.optim)
     distributed.first_process_does(lambda: (run_folder.reopen if resume else run_folder.create)(out, run.config))
     folder = RunFolder(out)
 
     step, seconds, layout = 0, 0.0, _layout(run, device)
+    bad_samples: dict[str, int] = {}
     found = resume if isinstance(resume, Path) else _checkpoint_to_resume(folder, say) if resume else None
     if found is not None:
         saved = checkpoint.restore(found, run.method, optimizer)
+        agreement.refuse_other_data(data, saved.get("data", {}), out)
         step, seconds = int(saved["step"]), float(saved["seconds"])
+        bad_samples = saved.get("bad_samples", {})  # checkpoints of older versions hold none
         layout = _settled_layout(layout, saved["layout"], settings.precision, say)
         say(f"resuming after step {step} of {settings.steps}")
+    distributed.refuse_differences({"the step to begin at": step}, "put the run folder where all see the same files")
+
+    def rewind() -> None:
+        checkpoint.set_aside_after(folder.checkpoints, step)
+        run_folder.rewind(folder, step)
+
     if resume:
-        distributed.first_process_does(lambda: run_folder.rewind(folder, step))
+        distributed.first_process_does(rewind)
     if settings.compile and run.blocks is not None:
         compile_blocks(run.blocks())
     state = {
@@ -366,6 +386,8 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
         "config_sha256": run.config.digest(),
         "versions": run_folder.versions(),
         "layout": layout,
+        "data": data,
+        "bad_samples": bad_samples,
     }
     return folder, optimizer, partial(precision.autocast, device, layout["precision"]), state
 
@@ -378,12 +400,16 @@ def _checkpoint_to_resume(folder: RunFolder, say: Callable[[str], None]) -> Path
     return found
 
 
+def _streams(run: Run) -> dict[str, Stream]:
+    drawn = (run.mixture.stream_at(step) for step in range(min(run.train.steps, 1000)))
+    return {stream.name: stream for stream in drawn}
+
+
 def _layout(run: Run, device: torch.device) -> dict[str, Any]:
     """What the last bit of the weights depends on, besides the recipe."""
-    streams = [run.mixture.stream_at(step) for step in range(min(run.train.steps, 1000))]
     return {
         "processes": distributed.world(),
-        "micro_batch": {stream.name: stream.micro_batch for stream in streams},
+        "micro_batch": {name: stream.micro_batch for name, stream in _streams(run).items()},
         "sharded": run.train.in_parts,
         "threads": torch.get_num_threads(),
         "device": device.type,
