@@ -296,7 +296,7 @@ def test_killed_in_each_phase_and_run_again_the_bytes_are_the_same(table: str, t
         first(f"{renamed}.joined.parquet"),
         first(f"{renamed}.urls.parquet"),
         first(f"{renamed}shards/.packing/shard-000001.tar"),
-        first(f"{renamed}shards/.packing/manifest.json"),
+        first(f"{renamed}shards/.packing/.manifest.json"),
         first(f"{renamed}.pmd.json"),
         first(f"{renamed}pmd.json"),
     ]
