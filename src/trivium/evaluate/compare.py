@@ -183,6 +183,7 @@ def _less_is_better(name: str) -> bool:
 
 
 # What a figure is by its name, with the form of its number and its unit; every other one is a share, in per cent.
+# Of several seeds, or of guessing, its name goes on.
 _BESIDE = r"(\.(median|lowest|highest|majority))?"
 FORMS = {
     re.compile(f"(?:{pattern}){_BESIDE}"): form
