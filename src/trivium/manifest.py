@@ -64,6 +64,14 @@ def write_whole(path: Path, text: str) -> None:
         raise TriviumError(f"{path} cannot be written ({error.strerror}): free space or name another folder") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where it is not there. Raises TriviumError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TriviumError(f"{folder} cannot be made a folder ({error.strerror}): name another one") from None
+
+
 def write_manifest(folder: Path) -> None:
     """Write folder/manifest.json: bytes and sha256 of every other file below the folder."""
     manifest = folder / NAME

@@ -254,6 +254,10 @@ def test_a_folder_of_other_settings_is_refused(table: Path, tmp_path: Path) -> N
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(TriviumError, match="mine exists already and holds other things"):
         pack(settings(table), tmp_path / "mine")
+    with pytest.raises(TriviumError, match=r"thesis.txt exists already and holds other things"):
+        pack(settings(table), tmp_path / "mine" / "thesis.txt")
+    with pytest.raises(TriviumError, match=r"thesis.txt/sub cannot be made a folder \(Not a directory\): name another"):
+        pack(settings(table), tmp_path / "mine" / "thesis.txt" / "sub")
 
 
 @pytest.mark.parametrize("part", [(0, 3), (4, 3), (1, 0)])

@@ -41,7 +41,7 @@ from trivium.data.shards import open_index
 from trivium.data.sources import open_source
 from trivium.data.transforms import resize
 from trivium.errors import BadSample, TriviumError
-from trivium.manifest import file_beside, sha256
+from trivium.manifest import file_beside, make_folder, sha256
 from trivium.train.protocol import Sample, Source
 
 FORMAT = 1  # of the shards: another number is another setting
@@ -334,7 +334,8 @@ def _at_work(out: Path, total: int, described: dict[str, Any]) -> Iterator[None]
     """
     under_way = out / UNDER_WAY
     kept = {_record_path(out, shard).name for shard in range(total)} | {"settings.json", "lock"}
-    under_way.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    make_folder(under_way)
     with (under_way / "lock").open("a+") as lock:
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_SH)

@@ -53,7 +53,7 @@ from trivium.data.pmd_annotations import (
     yfcc,
 )
 from trivium.errors import TriviumError
-from trivium.manifest import HALF_WRITTEN, NAME, file_beside, sha256, write_whole
+from trivium.manifest import HALF_WRITTEN, NAME, file_beside, make_folder, sha256, write_whole
 from trivium.train.protocol import hash64
 
 FORMAT = 1  # of what a build writes: another number reads the annotations anew
@@ -230,7 +230,7 @@ def _entries(reader: Reader, files: Sequence[str], held_out: Sequence[str]) -> I
 
 def _write_pairs(name: str, entries: Iterator[Entry], folder: Path, given: dict[str, Any]) -> Facts:
     """Write pairs.parquet and left_out.jsonl. Raises TriviumError where there is no pair."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     dropped: Counter[str] = Counter()
     images = array("Q")
     words = num_entries = left_out = without_url = 0
