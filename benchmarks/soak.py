@@ -1,6 +1,6 @@
 """20,000 steps of a run in miniature: does memory grow, does a file stay open?
 
-    python benchmarks/soak.py                 # three to five minutes on two cores
+    python benchmarks/soak.py                 # a quarter of an hour on two cores
 
 `tiny_run` with the loader's own worker, a log and a checkpoint every 500 steps. Every 1,000 steps, long after the last
 save, the resident memory of the training process and the number of its open files are read. Growth is counted from

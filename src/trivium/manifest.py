@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,17 +26,22 @@ from safetensors import SafetensorError
 from trivium.errors import TriviumError
 
 NAME = "manifest.json"
+HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{16}")  # names of file_beside, where a killed process left them
 _STEP = re.compile(r"step-\d{8}")
 
 
 @contextmanager
-def file_beside(path: Path) -> Iterator[Path]:
+def file_beside(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """A name beside `path` to write a file under; it takes its place, synced, when the block ends well.
 
-    A crash leaves the old file or the new one, never a part. Several processes may write the same file at once.
-    What goes wrong in writing is raised as it is, mostly an OSError; nothing half-written stays.
+    A crash leaves the old file or the new one, never a part. Several processes may write the same file at once, on any
+    machines. What goes wrong in writing is raised as it is, mostly an OSError; nothing half-written stays.
+
+    Args:
+        folder: of that name, on the same file system; None: that of `path`.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Drawn, not the number of the process: containers that share a file system often have the same numbers.
+    beside = (folder or path.parent) / f".{path.name}.{secrets.token_hex(8)}"
     try:
         beside.touch()
         mode = beside.stat().st_mode  # as the user's umask has it; safetensors writes for the owner alone
@@ -56,6 +62,14 @@ def write_whole(path: Path, text: str) -> None:
             beside.write_text(text, encoding="utf-8")
     except OSError as error:
         raise TriviumError(f"{path} cannot be written ({error.strerror}): free space or name another folder") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where it is not there. Raises TriviumError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TriviumError(f"{folder} cannot be made a folder ({error.strerror}): name another one") from None
 
 
 def write_manifest(folder: Path) -> None:

@@ -135,6 +135,20 @@ def report() -> tuple[gpu.Report, list[dict[str, Any]]]:
     return gpu.Report(1.0, lambda report: written.append(dict(report.not_measured))), written
 
 
+def test_each_row_stands_beside_the_floors_with_both_of_its_own_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    found, _ = report()
+    found.rows |= {
+        "a/as_used/eager": {"ratio": 3.0, "ours_mfu": 0.25},
+        "a/as_used/ours alone": {"ours_mfu": 0.45},
+        "b/as_used/eager": {"ratio": 9.0, "ours_mfu": 0.9},
+    }
+    gpu.print_floors(found, "a/as_used/")
+    assert capsys.readouterr().out.splitlines() == [
+        "a/as_used/eager: 3.00 times the peer (floor 2.5), MFU 25.0% (floor 40%)",
+        "a/as_used/ours alone: no peer (floor 2.5), MFU 45.0% (floor 40%)",
+    ]
+
+
 def test_a_section_that_takes_too_long_is_ended_and_what_it_found_stays() -> None:
     found, written = report()
 

@@ -115,6 +115,18 @@ def test_answers_are_written_ranked_and_asked_for(
     assert "holds 1 answers: two at least" in capsys.readouterr().err
     assert run("ask", out, "--image", tmp_path / "no.jpg", "--question", "what?") == 2
     assert "there is no such picture" in capsys.readouterr().err
+    assert run("ask", out, "--image", data / "0.png", "--question", "what colour is it " * 8) == 0
+    assert capsys.readouterr().err == (
+        "trivium: note: the question is longer than the 16 tokens that this model reads: its first 15 of 32 words and"
+        " marks are read, the others are not\n"
+    )
+    for freely in ([], ["--freely"]):
+        assert run("ask", out, "--image", data / "0.png", "--question", "???", *freely) == 2
+        assert 'the question "???" holds nothing that this model reads' in capsys.readouterr().err
+    with pytest.raises(TriviumError, match='the question "!" holds nothing that this model reads, only marks that'):
+        bundle.ask(data / "0.png", "!")
+    with pytest.warns(UserWarning, match="its first 15 of 16 words and marks are read"):
+        bundle.ask(data / "0.png", "is it " * 8)
     assert run("ask", albef, *words) == 2
     assert "no head for a task: fine-tune it first" in capsys.readouterr().err
 

@@ -56,6 +56,17 @@ def test_findings_are_said_shown_and_written(shop: Path, tmp_path: Path, capsys:
     assert str(shop / "goods.jsonl") in page
 
 
+def test_the_share_at_which_a_run_stops_is_the_runs_own(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.png").write_bytes(b"no picture")
+    (tmp_path / "more.csv").write_text("image,caption\ncut.png,a bar that is cut\n")
+    words = [*data_of(shop), *flags(), "--train.bad-rate", "0.2"]
+    words.insert(words.index("--data.images"), str(tmp_path / "more.csv"))
+    assert trivium(*DOCTOR, "--out", tmp_path / "seen", *words) == 0
+    assert "! pairs: 1 of 25 samples (4 %) cannot be read, which a run replaces by others" in capsys.readouterr().out
+
+
 def test_without_any_data_it_examines_the_embedded_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert trivium(*DOCTOR, "--out", tmp_path, "--sample", 200, *flags()) == 0
     out = capsys.readouterr().out

@@ -105,6 +105,20 @@ def test_a_word_of_several_pieces_is_one_map(models: dict[str, Path], picture: P
     assert torch.allclose(several[0].text_nn, bundle.ground(picture, "number two")[0].text_nn, rtol=1e-4, atol=1e-12)
 
 
+def test_of_a_long_text_it_is_told_how_much_is_read(
+    models: dict[str, Path], picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, max_length = tmp_path / "maps.png", trivium.load(models["flava"]).max_length
+    for num_words in (max_length - 2, max_length + 5):  # [CLS] and [SEP] are tokens, too
+        text = " ".join(["number"] * num_words)
+        assert run("ground", models["flava"], "--image", picture, "--text", text, "--out", out) == 0
+        told = capsys.readouterr().err.splitlines()
+    assert told == [
+        f"trivium: note: the text is longer than the {max_length} tokens that this model reads: its first"
+        f" {max_length - 2} of {max_length + 5} words and marks are read, the others are not"
+    ]
+
+
 def test_mistakes_are_sentences(
     models: dict[str, Path], picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +129,7 @@ def test_mistakes_are_sentences(
         ((models["albef"], "--image", tmp_path / "none.png", "--text", "a"), "none.png: there is no such picture"),
         ((models["albef"], "--image", tmp_path / "no.png", "--text", "a"), "no.png: cannot be read as a picture"),
         ((models["albef"], "--image", picture, "--text", " "), "the text to look for is empty"),
+        ((models["albef"], "--image", picture, "--text", "?"), 'the text "?" holds nothing that this model reads'),
         ((models["albef"], "--image", picture, "--text", "a", "--block", 3), "there is no block 3 in which words"),
     ):
         assert run("ground", *words, "--out", out) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from PIL import Image
@@ -135,6 +137,45 @@ def test_finished_shards_stay_and_a_lost_one_is_made_again(table: Path, tmp_path
     assert content(out) == before
 
 
+# ------------------------------------------------------------------------------------- parts at the same time
+
+
+def pack_part(made_from: Settings, out: Path, part: int, together: Any, pid: int | None) -> None:
+    together.wait()
+    with patch("os.getpid", return_value=pid or os.getpid()):
+        pack(made_from, out, part=(part, 4))
+
+
+@pytest.mark.parametrize("pid", [None, 7])
+def test_parts_that_run_at_once_give_the_bytes_of_one_run(table: Path, tmp_path: Path, pid: int | None) -> None:
+    """Four parts that begin and end together, also with equal numbers of processes, as in containers."""
+    pack(settings(table), tmp_path / "one")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trivium.data.pack"])
+    for round_ in range(5):
+        out, together = tmp_path / f"parts-{round_}", context.Barrier(4)
+        parts = [context.Process(target=pack_part, args=(settings(table), out, k, together, pid)) for k in (1, 2, 3, 4)]
+        for part in parts:
+            part.start()
+        for part in parts:
+            part.join()
+        assert [part.exitcode for part in parts] == [0, 0, 0, 0]
+        assert content(out) == content(tmp_path / "one")
+
+
+def test_what_a_part_is_at_work_on_stays(table: Path, tmp_path: Path) -> None:
+    pack(settings(table), tmp_path / "out")
+    expected = content(tmp_path / "out")
+    begun = tmp_path / "out" / ".packing" / ".manifest.json.of-another"
+    begun.touch()
+    with (tmp_path / "out" / ".packing" / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        pack(settings(table), tmp_path / "out")
+        assert begun.exists()
+    pack(settings(table), tmp_path / "out")  # it was killed
+    assert content(tmp_path / "out") == expected
+
+
 # ------------------------------------------------------------------------------------------------------ kills
 
 
@@ -191,9 +232,9 @@ def test_killed_at_ten_points_and_run_again_the_bytes_are_the_same(table: Path, 
         first(f"os.rename {tmp_path}/whole/.packing/shard-000001.tar") + 1,  # between an index and its shard
         first("os.rename " + str(tmp_path / "whole/.packing/.000001.json")),
         first("source/6.png"),  # between shards
-        first("os.rename " + str(tmp_path / "whole/.packing/skipped.jsonl")),
+        first(f"open {tmp_path}/whole/.packing/.skipped.jsonl"),
+        first("os.rename " + str(tmp_path / "whole/.packing/.skipped.jsonl")),
         first("os.rename " + str(tmp_path / "whole/.packing/.manifest.json")),
-        first("os.rename " + str(tmp_path / "whole/.packing/manifest.json")),
     ]
     assert len(set(named)) == 10
     for kill_at in named:
@@ -213,6 +254,10 @@ def test_a_folder_of_other_settings_is_refused(table: Path, tmp_path: Path) -> N
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(TriviumError, match="mine exists already and holds other things"):
         pack(settings(table), tmp_path / "mine")
+    with pytest.raises(TriviumError, match=r"thesis.txt exists already and holds other things"):
+        pack(settings(table), tmp_path / "mine" / "thesis.txt")
+    with pytest.raises(TriviumError, match=r"thesis.txt/sub cannot be made a folder \(Not a directory\): name another"):
+        pack(settings(table), tmp_path / "mine" / "thesis.txt" / "sub")
 
 
 @pytest.mark.parametrize("part", [(0, 3), (4, 3), (1, 0)])

@@ -296,7 +296,7 @@ def test_killed_in_each_phase_and_run_again_the_bytes_are_the_same(table: str, t
         first(f"{renamed}.joined.parquet"),
         first(f"{renamed}.urls.parquet"),
         first(f"{renamed}shards/.packing/shard-000001.tar"),
-        first(f"{renamed}shards/.packing/manifest.json"),
+        first(f"{renamed}shards/.packing/.manifest.json"),
         first(f"{renamed}.pmd.json"),
         first(f"{renamed}pmd.json"),
     ]
@@ -324,6 +324,8 @@ def test_what_is_refused(table: str, tmp_path: Path) -> None:
     ):
         pmd.build("cc12m", [swapped], tmp_path / "pmd")
     assert not list((tmp_path / "pmd" / "cc12m").iterdir())
+    with pytest.raises(TriviumError, match=r"swapped.tsv/cc12m cannot be made a folder \(Not a directory\): name an"):
+        pmd.build("cc12m", [table], Path(swapped))
     with pytest.raises(TriviumError, match=r'no.json: it has no "dataset": is it the file'):
         pmd.build("coco", [table], tmp_path / "pmd", held_out=[write_json(tmp_path / "no.json", {"images": []})])
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, trainers
 
 from trivium.data import embedded
 from trivium.data.running_text import pack_text
@@ -33,10 +37,10 @@ def by_brute_force(documents: list[list[str]], tokenizer: Tokenizer, max_length:
     for document in filter(None, documents):
         whole = " ".join(document)
         if fits(whole):
-            joined = f"{rows[-1]} [SEP] {whole}" if rows[-1] else whole
+            joined = f"{rows[-1]} {tokenizer.sep_token} {whole}" if rows[-1] else whole
             rows[-1:] = [joined] if fits(joined) else [rows[-1], whole]
             continue
-        between = " [SEP] "
+        between = f" {tokenizer.sep_token} "
         for word in document:
             joined = f"{rows[-1]}{between}{word}" if rows[-1] else word
             rows[-1:] = [joined] if fits(joined) else [rows[-1], word]
@@ -66,6 +70,40 @@ def test_sequences_are_those_of_the_plain_form(
     assert packed([table], folder / "out.parquet", bert, max_length) == expected
     assert packed([plain], folder / "out.parquet", bert, max_length) == expected
     assert max(len(ids) for ids in bert.encode(expected, 10**6)) <= max_length
+
+
+def learned(pre_tokenizer: Any, alphabet: list[str]) -> Tokenizer:
+    """Byte pairs of other vocabularies than BERT's, in which a word and the same word after a blank differ."""
+    made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizer
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=350, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(["a dog unbelievably don't dog", "a dog 's unbelievably big dog"], trainer)
+    return Tokenizer(made)
+
+
+VOCABULARIES = {
+    "bytes": learned(pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.ByteLevel.alphabet()),
+    "bytes_with_a_blank_before": learned(pre_tokenizers.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()),
+    "sentencepiece": learned(pre_tokenizers.Metaspace(), []),
+}
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+@given(documents=st.lists(st.lists(WORDS | st.just("'s"), max_size=40), max_size=12), max_length=st.integers(28, 60))
+def test_a_blank_that_belongs_to_a_word_is_counted_with_it(
+    name: str, documents: list[list[str]], max_length: int
+) -> None:
+    tokenizer = VOCABULARIES[name]
+    if any(documents):
+        with tempfile.TemporaryDirectory() as folder:
+            table = Path(folder, "a.parquet")
+            pq.write_table(pa.table({"text": [" ".join(words) or None for words in documents]}), table)
+            expected = by_brute_force(documents, tokenizer, max_length)
+            assert packed([table], Path(folder, "out.parquet"), tokenizer, max_length) == expected
+            assert max(len(ids) for ids in tokenizer.encode(expected, 10**6)) <= max_length
 
 
 def test_512_tokens_whole_documents_and_the_separator(bert: Tokenizer, tmp_path: Path) -> None:

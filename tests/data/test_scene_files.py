@@ -334,6 +334,9 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "coco" / "train2017").mkdir(parents=True)  # photographs of somebody
     with pytest.raises(TriviumError, match="coco exists already and holds other things: name a new folder"):
         write_scenes(scenes, tmp_path, ("coco",))
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(TriviumError, match=r"a.txt/vqa cannot be made a folder \(Not a directory\): name another one"):
+        write_scenes(scenes, tmp_path / "a.txt", ("vqa",))
     write_scenes(scenes, tmp_path, ("vqa",))
     with pytest.raises(TriviumError, match="holds scenes of its train half made with seed = 0, not 1: name a new"):
         write_scenes(Scenes("train", 2, seed=1), tmp_path, ("vqa",))

@@ -142,6 +142,29 @@ def test_how_a_figure_is_written() -> None:
     assert shown("losses.itm.final", float("nan")) == "–"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("reconstruction.psnr", 12.0, "12.00\N{NO-BREAK SPACE}dB"),
+        ("reconstruction.gain", -0.5, "-0.50\N{NO-BREAK SPACE}dB"),
+        ("codes.perplexity", 312.25, "312.2"),
+        ("codes.perplexity_beyond_white", 1312.25, "1,312.2"),
+        ("codes.used_beyond_white", 0.5, "50.0\N{NO-BREAK SPACE}%"),
+        ("matthews", 0.5065, "0.506"),
+        ("glue.cola", -0.01, "-0.010"),
+        ("spearman.lowest", 0.8, "0.800"),
+        ("cola.dev.matthews.majority", 0.0, "0.000"),
+        ("accuracy.median", 0.8, "80.0\N{NO-BREAK SPACE}%"),
+        ("retrieval.text_to_image_median_rank.highest", 12.5, "12.5"),
+        ("updates.pairs", 12_000, "12,000"),
+        ("attention.jaccard.all", 0.25, "25.0\N{NO-BREAK SPACE}%"),
+        ("ap", 0.43, "43.0\N{NO-BREAK SPACE}%"),
+    ],
+)
+def test_each_figure_has_its_unit(name: str, value: float, told: str) -> None:
+    assert shown(name, value) == told
+
+
 def test_outcomes_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     scores = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)

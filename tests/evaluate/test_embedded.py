@@ -323,9 +323,9 @@ def test_page_shows_captioned_pictures_of_ones_own() -> None:
 
 def test_curves_are_read_past_a_line_that_was_cut(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text(
-        '{"step": 1, "stream": "images", "losses": {"mim": 6.5}}\n{"step": 2, "results": {}}\n'
-        '{"step": 2, "stream": "images", "losses": {"mim": null}}\n{"step": 3, "losses": {"mi'
+    metrics.write_bytes(
+        b'{"step": 1, "stream": "images", "losses": {"mim": 6.5}}\n{"step": 2, "results": {}}\n\xff\n'
+        b'{"step": 2, "stream": "images", "losses": {"mim": null}}\n{"step": 3, "losses": {"mi'
     )
     assert report.read_curves(metrics) == {"mim": [(1.0, 6.5)]}
     assert report.read_curves(tmp_path / "none.jsonl") == {}

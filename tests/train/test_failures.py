@@ -222,8 +222,8 @@ def test_killed_before_the_first_checkpoint(straight: Path, tmp_path: Path) -> N
     run.method.before_accept = crash  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="power cut"):
         train(run, tmp_path)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "los')  # a line cut short
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\n{"step": 5, "los')  # a byte that is no text, and a line cut short
     train(make(with_train(log_every=1)), tmp_path, resume=True)
     assert_same_state(straight, tmp_path, 20)
     assert metrics_of(straight) == metrics_of(tmp_path)

@@ -175,7 +175,10 @@ BAD = {
 def test_a_bad_run_is_told_so_once(monitor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     method, data, sentence = BAD[monitor]
     lines = [line for line in run_on(tmp_path, method, data) if line["monitor"] == monitor]
-    said, shown = [line for line in lines if "sentence" in line], capsys.readouterr().out.splitlines()
+    said, shown = (
+        [line for line in lines if "sentence" in line and line["crossed"]],
+        capsys.readouterr().out.splitlines(),
+    )
     assert len(said) == (2 if monitor == "collapse" else 1)  # of the left rows and of the right ones
     for line in said:
         assert line["crossed"]
@@ -193,6 +196,23 @@ def test_it_is_said_again_after_a_while(tmp_path: Path) -> None:
         result = take_step(method, batches, Key(0, "pairs", number), optimizer)
         watch.note(number + 1, data.stream_at(number), batches, result, seconds=1.0, waited=0.0)
     assert [sentence.partition(" (")[0] for sentence in said] == ["step 2", "step 22", "step 42"]
+
+
+def test_a_run_is_loader_bound_or_compute_bound(tmp_path: Path) -> None:
+    """The first is said while it trains, the second is written for the report: each at its first look."""
+    said: list[str] = []
+    data, method = Things(), Views()
+    watch = Monitors(tmp_path / "m", said.append, method, seed=0, every=2, first=0, warmup=10**6, workers=3)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.0)
+    for number, batches in enumerate(data.loader(0, 0, 1, 8)):
+        result = take_step(method, batches, Key(0, "pairs", number), optimizer)
+        watch.note(number + 1, data.stream_at(number), batches, result, seconds=1.0, waited=0.1 if number < 4 else 0.5)
+    lines = [json.loads(line) for line in (tmp_path / "m").read_text().splitlines()]
+    found = [(line["step"], line["sentence"][:14]) for line in lines if "sentence" in line]
+    assert found == [(2, "compute-bound:"), (6, "loader-bound: ")]
+    [sentence] = said
+    assert sentence.startswith("step 6: loader-bound: 50% of the time goes by waiting for data")
+    assert not any("well" in line for line in lines)
 
 
 def test_use_of_a_gpu_is_a_share_of_its_measured_speed(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from trivium.bundle import model_folder
 from trivium.bundle.answers import Answer, own_list, ranked_list, written
 from trivium.bundle.heat import Heat, by_words
 from trivium.bundle.pictures import Picture, Pictures, check_sides, listed, normalised, read_picture
+from trivium.bundle.texts import check_read
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform, padded
 from trivium.errors import TriviumError
@@ -151,14 +152,18 @@ class Bundle:
         batch: int = 16,
     ) -> list[Heat]:
         """Where in its picture each text is looked for, word by word: Grad-CAM of the matching head through the
-        attention from words to patches (models/grounding.py). A single picture is paired with every text.
+        attention from words to patches (models/grounding.py). A single picture is paired with every text. Of a text
+        that is given alone it is told where it is cut, and refused where nothing of it is read.
 
         Args:
             block: of those in which words attend patches, counted from 0; None: the family's own choice.
         """
         model = self._able(Grounds, "has no attention from words to patches that a matching head judges")  # type: ignore[type-abstract]
         image = pictures if isinstance(pictures, Encoded) else self.encode_image(pictures)
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        if isinstance(texts, str):  # of many, as an evaluation has them, one that is empty must not stop the others
+            if self.tokenizer is not None:
+                check_read(texts, self.tokenizer, self.max_length, "text")
+            texts = [texts]
         text = self.encode_text(texts)
         if len(image.states) not in (1, len(texts)):
             raise TriviumError(f"{len(image.states)} pictures and {len(texts)} texts do not pair up: give as many")
@@ -258,7 +263,8 @@ class Bundle:
         """The k likeliest answers to a question on a picture, or on two; best first.
 
         A model that writes its answers ranks those of `labels`, and probabilities are shares among the ones it reads to
-        their end; without a list it writes what it finds. One that scores its labels gives what `answer` does.
+        their end; without a list it writes what it finds. One that scores its labels gives what `answer` does. A
+        question that is longer than the model reads is cut, with a warning.
 
         Args:
             answers: a list of one's own, of a model that writes; what stands there twice counts once.
@@ -272,6 +278,8 @@ class Bundle:
             raise TriviumError(f"{k} answers are asked for: it must be 1 at least")
         if self.head_config.gives == "number" or self.head_config.reads in ("text", "image"):
             raise TriviumError(f"the task {self.head_config.task} asks nothing about a picture in words: see `answer`")
+        if self.tokenizer is not None:
+            check_read(question, self.tokenizer, self.max_length, "question")
         writes = isinstance(self.head, Answers)
         if not writes and (answers is not None or freely):
             raise TriviumError("this model chooses among its labels and writes nothing: leave out a list of its own")

@@ -87,6 +87,7 @@ def doctor(
         workers=tree.train.workers,
         threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         queue=queue,
+        bad_rate=tree.train.bad_rate,
         sample=sample,
         progress=lambda part: print(part, file=sys.stderr),
     )

@@ -26,6 +26,7 @@ from trivium.errors import TriviumError
 from trivium.train.protocol import Stream
 
 ALBEF_QUEUE = 65_536
+BAD_RATE = 0.01  # a run's own, where it says no other
 MOST_SECONDS = 3.0  # of timing the loader, for each stream
 
 
@@ -58,6 +59,7 @@ def diagnose(
     workers: int,
     threads: int,
     queue: int = ALBEF_QUEUE,
+    bad_rate: float = BAD_RATE,
     sample: int | None = None,
     seconds: float = 60.0,
     progress: Callable[[str], None] = lambda part: None,
@@ -70,6 +72,7 @@ def diagnose(
         decode: of pictures. max_length: tokens of a caption that the model sees.
         workers: processes of the loader that is timed. threads: that decode for everything else.
         queue: length of a momentum queue.
+        bad_rate: share of unreadable samples above which the run stops.
         sample: rows of each stream to read; None: as many as fit into `seconds` in all.
         progress: is told what is under way.
 
@@ -92,7 +95,7 @@ def diagnose(
         fits = sample or sample_that_fits(stream, decode, tokenizer, max_length, seed, share, threads)
         surveys.append(survey(stream, decode, tokenizer, max_length, seed, fits, threads))
     progress("comparing")
-    found = conclude(surveys[: len(train)], surveys[len(train) :], max_length, seed, queue)
+    found = conclude(surveys[: len(train)], surveys[len(train) :], max_length, seed, queue, bad_rate)
     for name, rate in rates.items():
         found.streams[name].samples_per_second = rate
     if len(rates) == len(train):
@@ -105,7 +108,12 @@ def diagnose(
 
 
 def conclude(
-    train: Sequence[Survey], held_out: Sequence[Survey], max_length: int, seed: int = 0, queue: int = ALBEF_QUEUE
+    train: Sequence[Survey],
+    held_out: Sequence[Survey],
+    max_length: int,
+    seed: int = 0,
+    queue: int = ALBEF_QUEUE,
+    bad_rate: float = BAD_RATE,
 ) -> Diagnosis:
     """The figures and findings of what was read."""
     findings: list[Finding] = []
@@ -119,7 +127,7 @@ def conclude(
                 f"{each.stream}: {each.num_read:,} of {each.num_rows:,} samples were read, whole batches spread evenly;"
                 " the others were not looked at, and duplicates among them are found in part"
             )
-        findings += unreadable(each)
+        findings += unreadable(each, bad_rate)
         findings += pictures(each, facts[each.stream])
         findings += captions(each, facts[each.stream], max_length)
         if number < len(train) and each.stream == "pairs":

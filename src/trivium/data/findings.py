@@ -20,7 +20,6 @@ from trivium.data.duplicates import COLOURS, DISTANCE, Fingerprint
 from trivium.data.loss_floor import contrastive_floor
 from trivium.data.survey import Looked, Survey
 
-FATAL = 0.01  # share of unreadable samples at which a run stops
 LONG = 0.01  # share of captions above the model's length from which on it is a finding
 LABEL_LIKE = 0.2  # distinct captions to a picture at or below which captions are like labels
 VERY_REPEATED = 0.01  # share of the pictures that one caption stands beside, from which on it is a finding ...
@@ -72,12 +71,12 @@ class StreamFacts:
 # ----------------------------------------------------------------------------------------------- one stream
 
 
-def unreadable(seen: Survey) -> list[Finding]:
-    """Samples that a run would have to replace by others."""
+def unreadable(seen: Survey, bad_rate: float) -> list[Finding]:
+    """Samples that a run would have to replace by others. bad_rate: their share above which it stops."""
     if not seen.bad:
         return []
     share = len(seen.bad) / seen.num_read
-    stops = f": above {_percent(FATAL)} a run stops" if share > FATAL else ", which a run replaces by others"
+    stops = f": above {_percent(bad_rate)} a run stops" if share > bad_rate else ", which a run replaces by others"
     sentence = f"{_of(len(seen.bad), seen.num_read, 'sample')} cannot be read{stops}"
     advice = "mend or remove them: report.json names each with the reason"
     return [Finding("unreadable", seen.stream, sentence, advice, len(seen.bad), examples=tuple(seen.bad))]

@@ -15,6 +15,7 @@ or another part of a job array, knows what is done. It may be removed when the m
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import logging
@@ -24,6 +25,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -39,7 +41,7 @@ from trivium.data.shards import open_index
 from trivium.data.sources import open_source
 from trivium.data.transforms import resize
 from trivium.errors import BadSample, TriviumError
-from trivium.manifest import file_beside, sha256
+from trivium.manifest import file_beside, make_folder, sha256
 from trivium.train.protocol import Sample, Source
 
 FORMAT = 1  # of the shards: another number is another setting
@@ -121,14 +123,15 @@ def pack(
     total = -(-len(source) // settings.samples_per_shard)
     mine = range(total * (number - 1) // parts, total * number // parts)
     try:
-        _claim(out, described)
-        todo = [shard for shard in mine if not _is_finished(out, shard)]
-        make = partial(pack_shard, source, settings, out)
-        for done, _ in enumerate(_run(make, todo, workers, engine), start=len(mine) - len(todo) + 1):
-            if progress is not None:
-                progress(done, len(mine))
-        records = [_read(_record_path(out, shard)) for shard in mine]
-        complete = _finish(out, total, described)
+        _refuse_other_things(out, described)
+        with _at_work(out, total, described):
+            todo = [shard for shard in mine if not _is_finished(out, shard)]
+            make = partial(pack_shard, source, settings, out)
+            for done, _ in enumerate(_run(make, todo, workers, engine), start=len(mine) - len(todo) + 1):
+                if progress is not None:
+                    progress(done, len(mine))
+            records = [_read(_record_path(out, shard)) for shard in mine]
+            complete = _finish(out, total, described)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise TriviumError(
@@ -306,9 +309,11 @@ def _on_ray(make: Callable[[int], Record], shards: Sequence[int]) -> Iterator[An
 # --------------------------------------------------------------------------------------- what is done already
 
 
-def _claim(out: Path, described: dict[str, Any]) -> None:
-    """Make the folder ours. Raises TriviumError where it holds shards of other settings, or anything else."""
+def _refuse_other_things(out: Path, described: dict[str, Any]) -> None:
+    """Raises TriviumError where the folder holds shards of other settings, or anything else."""
     stated = out / UNDER_WAY / "settings.json"
+    # Looked at before the settings: what another part writes in between comes with settings that are found below.
+    taken = out.exists() and (not out.is_dir() or any(path.name != UNDER_WAY for path in out.iterdir()))
     if stated.exists() or (out / manifest.NAME).exists():
         before = _read(stated) if stated.exists() else _read(out / manifest.NAME).get("settings", {})
         differing = next((name for name in described if before.get(name) != described[name]), None)
@@ -317,11 +322,33 @@ def _claim(out: Path, described: dict[str, Any]) -> None:
             raise TriviumError(
                 f"{out} holds shards made with {differing} = {then}, not {now}: name a new folder or pack as before"
             )
-    elif out.exists() and (not out.is_dir() or any(path.name != UNDER_WAY for path in out.iterdir())):
+    elif taken:
         raise TriviumError(f"{out} exists already and holds other things: name a new folder")
-    stated.parent.mkdir(parents=True, exist_ok=True)
-    with file_beside(stated) as beside:
-        beside.write_text(json.dumps(described), encoding="utf-8")
+
+
+@contextmanager
+def _at_work(out: Path, total: int, described: dict[str, Any]) -> Iterator[None]:
+    """Make the folder ours. The part that ends last, which locks tell, removes what killed ones left behind.
+
+    Where the file system has no locks, it is left there.
+    """
+    under_way = out / UNDER_WAY
+    kept = {_record_path(out, shard).name for shard in range(total)} | {"settings.json", "lock"}
+    make_folder(out)
+    make_folder(under_way)
+    with (under_way / "lock").open("a+") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        with file_beside(under_way / "settings.json") as beside:
+            beside.write_text(json.dumps(described), encoding="utf-8")
+        yield
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_UN)  # else two that end together would both find another at work
+            if (out / manifest.NAME).exists():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for path in under_way.iterdir():
+                    if path.name not in kept:
+                        path.unlink(missing_ok=True)
 
 
 def _record_path(out: Path, shard: int) -> Path:
@@ -365,13 +392,8 @@ def _finish(out: Path, total: int, described: dict[str, Any]) -> bool:
     content = {"settings": described, "samples": samples, "skipped": len(skipped), "files": files}
     content["sha256"] = manifest.digest_of(files)
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+    # Parts that end together write the same bytes, each under names of its own.
     for name, text in (("skipped.jsonl", lines), (manifest.NAME, json.dumps(content, indent=1) + "\n")):
-        staged = out / UNDER_WAY / name
-        with file_beside(staged) as beside:
+        with file_beside(out / name, out / UNDER_WAY) as beside:
             beside.write_text(text, encoding="utf-8")
-        staged.replace(out / name)
-    kept = {path.name for path in paths} | {"settings.json"}
-    for path in (out / UNDER_WAY).iterdir():
-        if path.name not in kept:  # left by a killed process
-            path.unlink(missing_ok=True)
     return True

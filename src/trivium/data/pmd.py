@@ -22,7 +22,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -54,7 +53,7 @@ from trivium.data.pmd_annotations import (
     yfcc,
 )
 from trivium.errors import TriviumError
-from trivium.manifest import NAME, file_beside, sha256, write_whole
+from trivium.manifest import HALF_WRITTEN, NAME, file_beside, make_folder, sha256, write_whole
 from trivium.train.protocol import hash64
 
 FORMAT = 1  # of what a build writes: another number reads the annotations anew
@@ -169,7 +168,7 @@ def build(
     facts = _read_facts(folder / "subset.json")
     given = {"format": FORMAT, "annotations": _digests(files), "held_out": _digests(held_out)}
     for path in folder.glob(".*"):
-        if re.fullmatch(r"\..+\.\d+", path.name):  # left by a killed process
+        if HALF_WRITTEN.fullmatch(path.name):
             path.unlink(missing_ok=True)
     if facts is None or facts.given != given or not (folder / "pairs.parquet").exists():
         facts = _write_pairs(name, _entries(subset.reader, files, held_out), folder, given)
@@ -231,7 +230,7 @@ def _entries(reader: Reader, files: Sequence[str], held_out: Sequence[str]) -> I
 
 def _write_pairs(name: str, entries: Iterator[Entry], folder: Path, given: dict[str, Any]) -> Facts:
     """Write pairs.parquet and left_out.jsonl. Raises TriviumError where there is no pair."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     dropped: Counter[str] = Counter()
     images = array("Q")
     words = num_entries = left_out = without_url = 0

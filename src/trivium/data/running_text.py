@@ -5,7 +5,8 @@ A document that fits into a sequence is never cut; a longer one fills the sequen
 So the rows are a pure function of the order of the documents.
 
 In plain text a blank line ends a document, in a table a row is one. Blanks and line breaks become single blanks. Tokens
-are counted word by word, which is exact for word pieces: no piece crosses a blank.
+are counted word by word, each with the blank before it and, at the head of a document, the separator: bytes and
+SentencePiece have the blank in the word's first piece, and no piece crosses it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from trivium.manifest import file_beside, sha256, write_whole
 
 ROWS = 1000  # in a row group
 WORDS_KEPT = 2**20  # whose number of tokens is remembered
+ANY = "a"  # stands for the word before another: which one it is changes no count
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ def pack_text(
     reader = Words(files, text_column)
 
     @lru_cache(WORDS_KEPT)
-    def num_tokens(word: str) -> int:
-        return len(tokenizer.encode([word], 2**30)[0]) - 2
+    def num_tokens(word: str, before: str) -> int:
+        [whole, alone] = tokenizer.encode([before + word, ANY if before else ""], 2**30)
+        return len(whole) - len(alone)
 
     rows = 0
     with file_beside(out) as beside, pq.ParquetWriter(beside, pa.schema([("text", pa.string())])) as writer:
@@ -78,40 +81,41 @@ def pack_text(
 
 
 def sequences(
-    words: Iterator[str | None], num_tokens: Callable[[str], int], separator: str, room: int
+    words: Iterator[str | None], num_tokens: Callable[[str, str], int], separator: str, room: int
 ) -> Iterator[list[str]]:
-    """Words, None after each document -> words of each sequence of at most `room` tokens, a separator being one."""
+    """Words, None after each document -> words of each sequence of at most `room` tokens.
+
+    num_tokens: of a word and of all that stands before it in its row, "" at the row's start, beyond that of ANY.
+    """
+    following, apart = f"{ANY} ", f"{ANY} {separator} "
     row: list[str] = []
     used = 0
-    document: list[tuple[str, int]] = []  # words that are read and in no row yet, each with its tokens
-    length = 0
+    document: list[str] = []  # words that are read and in no row yet
+    length = 0  # of the document in a row of its own
     is_long = False  # part of the document is in a row already
     for word in words:
         if word is None:
-            if document and row and used + 1 + length > room:
-                yield row
-                row, used = [], 0
-            if document and row:
-                row.append(separator)
-                used += 1
-            row += [each for each, _ in document]
-            used += length
+            if document:
+                joined = length - num_tokens(document[0], "") + num_tokens(document[0], apart)
+                if row and used + joined > room:
+                    yield row
+                    row, used = [], 0
+                used += joined if row else length
+                row += [separator, *document] if row else document
             document, length, is_long = [], 0, False
             continue
         for piece in _pieces(word, num_tokens, room):
-            document.append((piece, num_tokens(piece)))
-            length += document[-1][1]
+            length += num_tokens(piece, following if document else "")
+            document.append(piece)
             if not is_long and length <= room:
                 continue
-            for each, size in document:
-                gap = bool(row) and not is_long
-                if used + gap + size > room:
+            for each in document:
+                before = "" if not row else following if is_long else apart
+                if row and used + num_tokens(each, before) > room:
                     yield row
-                    row, used, gap = [], 0, False
-                if gap:
-                    row.append(separator)
-                row.append(each)
-                used += gap + size
+                    row, used, before = [], 0, ""
+                row += [separator, each] if before == apart else [each]
+                used += num_tokens(each, before)
                 is_long = True
             document, length = [], 0
     assert not document, "the last document is ended by None, too"
@@ -119,9 +123,9 @@ def sequences(
         yield row
 
 
-def _pieces(word: str, num_tokens: Callable[[str], int], room: int) -> Iterator[str]:
+def _pieces(word: str, num_tokens: Callable[[str, str], int], room: int) -> Iterator[str]:
     """The word; where not even it fits, such as a data URL, its halves."""
-    if num_tokens(word) <= room or len(word) == 1:
+    if num_tokens(word, "") <= room or len(word) == 1:
         yield word
     else:
         yield from _pieces(word[: len(word) // 2], num_tokens, room)

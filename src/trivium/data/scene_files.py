@@ -22,7 +22,7 @@ from PIL import Image
 from trivium.data.scene_formats import FIRST_ID, FORMATS, SET_SIZE, Format, Half, Rows, half_of, text_of
 from trivium.data.scenes import Scene, Scenes
 from trivium.errors import TriviumError
-from trivium.manifest import digest_of, file_beside, sha256
+from trivium.manifest import digest_of, file_beside, make_folder, sha256
 
 RUN = 200  # scenes; whole sets of NLVR2
 QUALITY = 95  # of JPEGs, colours at full resolution
@@ -117,7 +117,8 @@ class _Folder:
             if self.complete:
                 return
             self.mark.unlink()
-        self.under_way.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
+        make_folder(self.under_way)
         _write(stated, json.dumps({"settings": settings}))
 
     def _is_whole(self, mark: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ it tells apart what two intervals that overlap do not.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -175,20 +176,36 @@ def _kinds(side: Side) -> str:
 
 
 def _less_is_better(name: str) -> bool:
-    return name.startswith("losses.") or name.endswith("median_rank")
+    return name.startswith("losses.") or "median_rank" in name
 
 
 # --------------------------------------------------------------------------------------------- what is shown
 
 
+# What a figure is by its name, with the form of its number and its unit; every other one is a share, in per cent.
+# Of several seeds, or of guessing, its name goes on.
+_BESIDE = r"(\.(median|lowest|highest|majority))?"
+FORMS = {
+    re.compile(f"(?:{pattern}){_BESIDE}"): form
+    for pattern, form in {
+        r"losses\..*": (".3f", ""),
+        r".*median_rank": (",.4g", ""),
+        r"codes\.perplexity(_\w+)?": (",.1f", ""),
+        r"reconstruction\.(psnr|mean_picture_psnr|gain)": (".2f", "dB"),
+        r"(.*\.)?(matthews|pearson|spearman)|glue\.cola": (".3f", ""),  # a correlation
+        r"updates(\.pairs)?": (",.0f", ""),
+    }.items()
+}
+
+
 def shown(name: str, value: float, *, sign: bool = False) -> str:
-    """A figure as people read it: shares in per cent, losses and ranks as they are."""
+    """A figure as people read it: shares in per cent, others as they are, with their unit."""
     if not math.isfinite(value):
         return NONE
     plus = "+" if sign and value >= 0 else ""
-    if name.startswith("losses."):
-        return f"{plus}{value:.3f}"
-    return f"{plus}{value:,.4g}" if name.endswith("median_rank") else f"{plus}{100 * value:.1f}\N{NO-BREAK SPACE}%"
+    form, unit = next((form for pattern, form in FORMS.items() if pattern.fullmatch(name)), (".1f", "%"))
+    number = f"{plus}{100 * value if unit == '%' else value:{form}}"
+    return f"{number}\N{NO-BREAK SPACE}{unit}" if unit else number
 
 
 def interval(name: str, result: Result | Difference, *, sign: bool = False) -> str:

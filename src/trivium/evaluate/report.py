@@ -126,10 +126,10 @@ def read_curves(metrics: Path, kind: Literal["losses", "results"] = "losses") ->
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The JSON values of a run's log, one a line. A line that was cut off by a kill is left out; a file that is not
+    """The JSON values of a run's log, one a line. A line that was cut off or damaged is left out; a file that is not
     there has none."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with suppress(ValueError):
             found.append(json.loads(line))
     return found

@@ -11,11 +11,12 @@ threshold it says one sentence: the figure, and what to do. It knows no family: 
     health        a figure that a method watches itself leaves its range        needs `watched`
     chance        a loss is no better than the frequencies of its labels        needs `chance`
     duplicates    rows of a batch that are not each other's negatives           needs marks "same_..."
-    loading       share of the time that is spent waiting for data
+    loading       share of the time that is spent waiting for data: whether a run is loader-bound or compute-bound
     mfu           share of the measured speed of a matrix product that is used  GPU alone
 
 Every figure goes to monitors.jsonl, one JSON object a line. "stream" is empty where a figure is of the whole run, and
-"sentence" is there where it was said, at most once in QUIET_LOOKS looks:
+"sentence" is there where it was said, at most once in QUIET_LOOKS looks; what there is to say of a figure that is well
+stands there as often, for the report, and is not shown while it trains:
 
     {"step": 300, "stream": "pairs", "monitor": "duplicates", "subject": "same_image", "value": 0.31,
      "threshold": 0.2, "crossed": true, "sentence": "..."}
@@ -72,6 +73,7 @@ class Finding:
     threshold: float
     crossed: bool
     sentence: str  # what is said where it is crossed
+    well: str = ""  # what is written where it is not, if there is something to say
 
 
 # ------------------------------------------------------------------------------------------------- the figures
@@ -215,6 +217,7 @@ def loading(waited: float, seconds: float, workers: int) -> Iterator[Finding]:
         "loading", "", share, WAITING, share > WAITING,
         f"loader-bound: {share:.0%} of the time goes by waiting for data; raise --train.workers ({workers} now), or"
         " pack the data into shards of smaller pictures (trivium data pack)",
+        f"compute-bound: {share:.0%} of the time goes by waiting for data",
     )  # fmt: skip
 
 
@@ -287,7 +290,7 @@ class Monitors:
         self._of_run = _Window()
         self._of_stream: defaultdict[str, _Window] = defaultdict(_Window)
         self._forward_flops: dict[str, int] = {}  # stream -> of one micro-batch
-        self._said: dict[tuple[str, str, str], int] = {}
+        self._said: dict[tuple[str, str, str, bool], int] = {}
 
     def note(
         self, done: int, stream: Stream, batches: Sequence[Batch], result: StepResult, seconds: float, waited: float
@@ -340,13 +343,15 @@ class Monitors:
             return
         lines = []
         for finding in findings:
-            about = (stream, finding.monitor, finding.subject)
+            about = (stream, finding.monitor, finding.subject, finding.crossed)
             line = {"step": done, "stream": stream, **asdict(finding)}
-            if finding.crossed and done - self._said.get(about, -math.inf) >= QUIET_LOOKS * self.every:
+            well, sentence = line.pop("well"), line.pop("sentence")
+            sentence = sentence if finding.crossed else well
+            if sentence and done - self._said.get(about, -math.inf) >= QUIET_LOOKS * self.every:
                 self._said[about] = done
-                self.say(f"step {done}{stream and f' ({stream})'}: {finding.sentence}")
-            else:
-                del line["sentence"]
+                line["sentence"] = sentence
+                if finding.crossed:
+                    self.say(f"step {done}{stream and f' ({stream})'}: {sentence}")
             lines.append(json.dumps(line) + "\n")
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))

@@ -147,7 +147,7 @@ def rewind(folder: RunFolder, step: int) -> None:
     """
     checkpoint.remove_leftovers(folder.checkpoints)
     for path in (folder.metrics, folder.skipped, folder.monitors):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if _belongs_before(line, step)]
         write_whole(path, "".join(line + "\n" for line in kept))
     try:
@@ -162,7 +162,7 @@ def _belongs_before(line: str, step: int) -> bool:
     try:
         entry = json.loads(line)
         return entry["step"] < step or (entry["step"] == step and "results" not in entry)
-    except (ValueError, KeyError, TypeError):  # a kill cut the line short
+    except (ValueError, KeyError, TypeError):  # a kill cut the line short, or it is damaged
         return False
 
 
