@@ -101,8 +101,8 @@ class Cell:
 
     def refuse_another(self, made: UnitRecipe) -> None:
         """Raises SystemExit where a run is there that has other settings."""
-        settled = "model.tasks"  # by the data
-        if (self.folder / "config.json").is_file() and not side_by_side.is_as(self.folder, made, settled):
+        settled = ("model.tasks", "model.vocab_size")  # by the data
+        if (self.folder / "config.json").is_file() and not side_by_side.is_as(self.folder, made, *settled):
             sys.exit(f"{self.folder} is a run with other settings: give its command, or another --out")
 
     def run(self, data: Path, updates: int, device: str, threads: int | None) -> int:
