@@ -343,7 +343,7 @@ def test_numbers_come_back_in_their_own_unit(bert: Path, tmp_path: Path) -> None
     data, out = tmp_path / "scores.csv", tmp_path / "run"
     data.write_text("text,score\n" + "the film was good,90\nthe film was bad,10\n" * 12)
     words = ("--data", data, "--data.dev", data)
-    found = finetune("text_regression", bert, out, *words, train__steps=60, train__patience="null")
+    found = finetune("text_regression", bert, out, *words, train__steps=60, train__evaluate_every=60)
     assert found["text regression.dev.pearson"] == found["text regression"] > 0.99
     values = trivium.load(out).answer(texts=["the film was good", "the film was bad"])[:, 0].tolist()
     assert values == pytest.approx([90, 10], abs=15)
