@@ -32,7 +32,8 @@ from trivium.train.config import Config
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
 from trivium.train.protocol import Batch, Key, Method, Mixture, Rows, Sample, Stream, Sums, hash64
-from trivium.train.trainer import Run, Train, train
+from trivium.train.run import Run, Train
+from trivium.train.trainer import train
 
 WIDTH = 6
 SIZES = {"pairs": (8, 4), "text": (6, 3)}  # global batch, micro-batch

@@ -16,7 +16,7 @@ import torch
 
 from trivium.train import checkpoint, distributed, optim
 from trivium.train.optim import Optim
-from trivium.train.trainer import Run
+from trivium.train.run import Run
 
 
 def state_of(folder: Path, step: int) -> dict[str, torch.Tensor]:

@@ -27,8 +27,9 @@ from trivium.train.config import Config
 from trivium.train.monitors import Monitors
 from trivium.train.optim import Optim
 from trivium.train.protocol import Batch, Key, Method, Rows, Stream, Sums, hash64
+from trivium.train.run import Run, Train
 from trivium.train.step import step as take_step
-from trivium.train.trainer import Run, Train, train
+from trivium.train.trainer import train
 
 ROWS, FALSE, WIDTH = 32, 8, 8
 LATENT = torch.randn(10_000, WIDTH, generator=torch.Generator().manual_seed(0))  # what there is to see in each thing

@@ -25,7 +25,8 @@ from tiny_run import Recipe, TinyMixture, TinySource, make, real_mixture, with_t
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import budget, checkpoint, distributed, mishaps, optim, trainer
-from trivium.train.trainer import Run, train
+from trivium.train.run import Run
+from trivium.train.trainer import train
 
 
 def test_two_processes_stop_together_and_resume(straight: Path, tmp_path: Path) -> None:

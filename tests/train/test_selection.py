@@ -17,8 +17,9 @@ from tiny_run import make, with_train
 from tests.train.test_trainer import assert_same_state, state_of
 from trivium.manifest import checkpoints_in
 from trivium.train import checkpoint
+from trivium.train.run import Outcome
 from trivium.train.selection import Selection, value_of
-from trivium.train.trainer import Outcome, train
+from trivium.train.trainer import train
 
 
 def results(value: object) -> dict:

@@ -17,7 +17,8 @@ from tiny_run import Tiny, make, with_train
 from trivium.errors import TriviumError
 from trivium.train import distributed, monitors, sharding
 from trivium.train.protocol import Key, Rows
-from trivium.train.trainer import Run, _steps, train
+from trivium.train.run import Run
+from trivium.train.trainer import _steps, train
 
 
 def run_of(shard: bool) -> Run:

@@ -23,7 +23,8 @@ from trivium.data.mixture import StreamMixture
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, write_manifest
 from trivium.train import budget, checkpoint, precision, trainer
-from trivium.train.trainer import Outcome, train
+from trivium.train.run import Outcome
+from trivium.train.trainer import train
 
 
 @pytest.mark.parametrize("at", [1, 7, 10, 19])

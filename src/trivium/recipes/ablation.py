@@ -25,7 +25,7 @@ from trivium.recipes.data import PairData, make_tokenizer, open_sources
 from trivium.recipes.dino import DinoRecipe
 from trivium.recipes.flava import FlavaRecipe
 from trivium.recipes.stages import Stages
-from trivium.train.trainer import Train
+from trivium.train.run import Train
 
 PAIR_LOSSES = ("mmm_image", "mmm_text", "itm", "contrastive")
 TRAINED_BY = {  # column -> its losses

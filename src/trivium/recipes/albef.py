@@ -26,7 +26,7 @@ from trivium.train.config import leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
 from trivium.train.protocol import Stream
-from trivium.train.trainer import Train
+from trivium.train.run import Train
 
 PUBLISHED_QUEUE = 65_536
 HELD_OUT_MASKED = 0.15  # of the tokens, in validation

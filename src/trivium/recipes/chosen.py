@@ -12,9 +12,9 @@ from trivium.errors import TriviumError
 from trivium.manifest import verify_manifest, written_beside
 from trivium.train import checkpoint
 from trivium.train.optim import warmup_steps
+from trivium.train.run import Run
 from trivium.train.run_folder import RunFolder
 from trivium.train.selection import Selection
-from trivium.train.trainer import Run
 
 Recipe = TypeVar("Recipe", bound=Any)  # with `data.batch`, `optim`, `train` and `epochs`
 

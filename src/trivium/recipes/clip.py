@@ -21,7 +21,7 @@ from trivium.recipes.start import open_start, vocabulary
 from trivium.train.config import leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
-from trivium.train.trainer import Train
+from trivium.train.run import Train
 
 
 @dataclass(frozen=True)

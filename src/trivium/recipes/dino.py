@@ -29,7 +29,7 @@ from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Group, Optim
 from trivium.train.protocol import Method, Source, Stream
-from trivium.train.trainer import Run, Train
+from trivium.train.run import Run, Train
 
 LAST_LAYER = ("head.prototypes", "head.gain")  # the gain too, where it is learned
 NOTHING_LABELLED = (

@@ -39,7 +39,7 @@ from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Source, Stream
-from trivium.train.trainer import Run, Train
+from trivium.train.run import Run, Train
 
 PICTURES_FOR_MEAN = 10_000
 PICTURES_FOR_SPREAD = 128

@@ -46,7 +46,7 @@ from trivium.train.config import leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Stream
-from trivium.train.trainer import Train
+from trivium.train.run import Train
 
 EPOCHS = 10.0  # of a task without published updates
 

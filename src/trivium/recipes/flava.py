@@ -42,7 +42,7 @@ from trivium.train.config import leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
 from trivium.train.protocol import Source
-from trivium.train.trainer import Train
+from trivium.train.run import Train
 
 HEADS = ("*_head.decoder.weight",)
 FED_BY = {"pairs": ("mmm_image", "mmm_text", "itm", "contrastive"), "images": ("mim",), "text": ("mlm",)}

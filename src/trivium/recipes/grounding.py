@@ -32,7 +32,7 @@ from trivium.recipes.start import open_trained
 from trivium.train.config import leaves
 from trivium.train.optim import Optim
 from trivium.train.protocol import Method
-from trivium.train.trainer import Train
+from trivium.train.run import Train
 
 TITLES = {"refcoco+": "RefCOCO+", "refcoco": "RefCOCO", "refcocog": "RefCOCOg"}  # as papers call them
 

@@ -19,7 +19,7 @@ from trivium.recipes.validation import Validation
 from trivium.train.checkpoint import Export
 from trivium.train.config import Config, leaves
 from trivium.train.protocol import Method, Stream
-from trivium.train.trainer import Run, Train
+from trivium.train.run import Run, Train
 
 # name -> (on held-out samples, for a guess from the labels' frequencies; None: there is no such guess)
 Losses = dict[str, tuple[float, float | None]]

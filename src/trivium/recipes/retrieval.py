@@ -48,7 +48,7 @@ from trivium.recipes.start import open_trained
 from trivium.train.config import leaves
 from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Source, Stream
-from trivium.train.trainer import Train
+from trivium.train.run import Train
 
 SPLITS = ("train", "val", "test")  # of the official files; val chooses the checkpoint
 OFFICIAL = {  # how the official files of a folder begin -> how papers call the data set

@@ -26,7 +26,7 @@ from trivium.recipes.dino import Objectives as DinoObjectives
 from trivium.recipes.flava import FlavaRecipe, flava
 from trivium.recipes.unimodal import NOTHING, mim, mlm
 from trivium.train.optim import Optim
-from trivium.train.trainer import Train
+from trivium.train.run import Train
 
 WAYS = (("dino",), ("mim",), ("dino", "mim"))  # to train the image encoder
 JOINT = "joint"  # the last stage, and the folder that holds what all of it was for

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from trivium.recipes.flava import FlavaRecipe, Objectives, flava
 from trivium.train.optim import Optim
-from trivium.train.trainer import Train
+from trivium.train.run import Train
 
 NOTHING = Objectives(mim=0.0, mlm=0.0, mmm_image=0.0, mmm_text=0.0, itm=0.0, contrastive=0.0)
 

@@ -49,7 +49,7 @@ from trivium.recipes.unit_tasks import (
 from trivium.train.config import leaves
 from trivium.train.optim import Group, Optim
 from trivium.train.protocol import Method, Stream
-from trivium.train.trainer import Train
+from trivium.train.run import Train
 
 
 @dataclass(frozen=True)
