@@ -311,6 +311,11 @@ def test_schedules_are_the_published_ones() -> None:
     assert shares.ramp_at(250, 1000, 7) == 0.5 and shares.momentum(1000) == pytest.approx(0.99)
     assert Distillation(ramp=100).ramp_at(25, 1000, 7) == 0.25
     assert Distillation(ramp=0.0).ramp_at(0, 1000, 7) == 1.0
+    for batch in (8, 32):  # the same samples are seen when half of them are
+        samples = Distillation(ramp_samples=6400).in_steps(batch)
+        assert samples.ramp_at(3200 // batch, 10**6, 7) == 0.5
+    assert Distillation(ramp_samples=0).in_steps(8).ramp_at(0, 1000, 7) == 1.0
+    assert Distillation(ramp_samples=3).in_steps(8).ramp_at(1, 1000, 7) == 1.0  # a step, and no share of the run
 
 
 def test_validation_has_hard_labels_and_no_teacher_of_words(monkeypatch: pytest.MonkeyPatch) -> None:

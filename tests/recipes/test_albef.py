@@ -133,6 +133,12 @@ def test_a_run_of_another_length_has_other_schedules(prepared: PreparedAlbef) ->
     prepared.with_train(steps=6)
 
 
+def test_a_ramp_in_samples_is_one_in_steps_of_this_batch(shop: Path) -> None:
+    recipe = recipe_on(shop, distillation__ramp_samples=100, data__batch=8)
+    method = recipe.prepare("albef", {"size": "tiny"}).run.method
+    assert method.distillation.ramp == 13  # type: ignore[union-attr]
+
+
 def test_chance_is_what_a_model_without_knowledge_reaches(prepared: PreparedAlbef) -> None:
     chance = prepared.chance()
     assert chance["itc"] == pytest.approx(math.log(8 + 6))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 import torch
@@ -34,9 +34,18 @@ class Teaching:
     ramp: float | None = None  # steps over which its share rises from 0; below 1: share of the run; None: one epoch
     reach: float = 200.0  # steps that it looks back on: momentum 1 - 1 / reach, here 0.995; below 1: share of the run
     dropout: bool = False  # True: the teacher has the student's dropout, as in the public code
+    ramp_samples: int | None = None  # the ramp in samples, which is the same at any batch; None: as `ramp` says
+
+    def in_steps(self, batch: int) -> Self:
+        """The same with its ramp in steps of so many samples."""
+        if self.ramp_samples is None:
+            return self
+        steps = -(-self.ramp_samples // batch)  # whole ones: below 1 it were a share of the run
+        return replace(self, ramp=float(steps), ramp_samples=None)
 
     def ramp_at(self, step: int, num_steps: int, epoch_steps: int) -> float:
         """What its share is multiplied by at a step."""
+        assert self.ramp_samples is None, "see in_steps"
         ramp = epoch_steps if self.ramp is None else self.ramp * (num_steps if self.ramp < 1 else 1)
         return min(1.0, step / ramp) if ramp else 1.0
 

@@ -196,7 +196,8 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     queue = queue_rows(objectives.queue, len(sources.pairs), notes)
     epoch_steps = math.ceil(len(sources.pairs) / data.batch)
     method = AlbefMethod(
-        model, Pixels(transform.mean, transform.std), recipe.distillation, recipe.train.steps, epoch_steps, queue,
+        model, Pixels(transform.mean, transform.std), recipe.distillation.in_steps(data.batch),
+        recipe.train.steps, epoch_steps, queue,
         seed=seed, weights={loss: getattr(objectives, loss) for loss in LOSSES}, duplicates=objectives.duplicates,
         negatives=objectives.negatives, pool=objectives.pool,
     )  # fmt: skip

@@ -197,7 +197,8 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
             )
     made = Answering if config.gives == "text" else TextAssignment if task.name == "text_assignment" else FineTuning
     method = made(
-        FineTuned(model, head, config, answers_KT), Pixels(transform.mean, transform.std), recipe.distillation,
+        FineTuned(model, head, config, answers_KT), Pixels(transform.mean, transform.std),
+        recipe.distillation.in_steps(recipe.data.batch),
         recipe.train.steps, steps_per_epoch(len(splits.train), recipe.data.batch),
     )  # fmt: skip
 

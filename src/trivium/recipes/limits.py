@@ -54,7 +54,7 @@ RULES: dict[str, Rule] = {  # by path; * stands for any name
     "objectives.pool": (lambda value: value >= 2, "a whole number of 2 or more: one pair alone has no false one"),
     "objectives.queue": NOT_NEGATIVE,
     **dict.fromkeys(("distillation.itc", "distillation.mlm", "distillation.alpha"), SHARE),
-    "distillation.ramp": NOT_NEGATIVE,
+    **dict.fromkeys(("distillation.ramp", "distillation.ramp_samples"), NOT_NEGATIVE),
     "distillation.reach": POSITIVE,
     "head.ranked": SOME,
     "data.batch": SOME,

@@ -289,7 +289,7 @@ def _trains_matching(recipe: Any, model: Albef | Flava | Clip) -> bool:
 
 
 def _method(model: Albef | Flava | Clip, pixels: Pixels, recipe: Any, num_pairs: int, notes: list[str]) -> Method:
-    objectives, soft = recipe.objectives, recipe.distillation
+    objectives, soft = recipe.objectives, recipe.distillation.in_steps(recipe.data.batch)
     if not objectives.contrastive and not _trains_matching(recipe, model):
         raise TriviumError(
             "every loss has weight 0, so nothing would be trained: set one, such as --objectives.contrastive 1"
