@@ -1,0 +1,103 @@
+"""What ALBEF's tables say of runs that are there, of some seeds or of all."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import albef_noise
+import albef_table1
+import numpy as np
+import pytest
+import side_by_side
+
+from trivium.cli.overrides import set_overrides
+from trivium.evaluate import outcomes
+from trivium.evaluate.outcomes import Outcomes
+from trivium.recipes.albef import albef
+from trivium.train import config
+
+NAMES = [str(number) for number in range(200)]
+
+
+@pytest.fixture(autouse=True)
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where pages and numbers go in place of the folder of results."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    monkeypatch.setattr(side_by_side, "write", partial(side_by_side.write, folder=folder))
+    return folder
+
+
+def units(mean: float) -> dict[str, float]:
+    """Right on so large a part of them."""
+    return {name: float(number < round(mean * len(NAMES))) for number, name in enumerate(NAMES)}
+
+
+def test_table_1_gives_verdicts_on_cells_of_all_seeds_and_marks_the_others(
+    tmp_path: Path, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gave = {row: {0: 0.50, 1: 0.51} for row in albef_table1.ROWS} | {"mlm-itm": {0: 0.20, 1: 0.21}, "hard": {0: 0.9}}
+    monkeypatch.setattr(
+        albef_table1, "COLUMNS", dict.fromkeys(albef_table1.COLUMNS, lambda cell: units(gave[cell.row][cell.seed]))
+    )
+
+    def cell(row: str, seed: int) -> albef_table1.Cell:
+        photographs = albef_table1.Photographs(tmp_path, tmp_path / "out")
+        return albef_table1.Cell(row, seed, photographs, 300, 300, 100, "cpu", 1)
+
+    for row, seeds in gave.items():
+        for seed in seeds:
+            for folder in albef_table1.FOLDERS.values():
+                (cell(row, seed).folder / folder).mkdir(parents=True, exist_ok=True)
+                (cell(row, seed).folder / folder / "results.json").write_text("{}")
+    albef_table1.table(cell, [0, 1], "the command")
+    lines = (written / "albef_table1.md").read_text().splitlines()
+    [full, part] = [line for line in lines if line.startswith(("| ITC + MLM + ITM |", "| ITC + MLM + ITM_hard |"))]
+    assert full.startswith("| ITC + MLM + ITM | 50.5 [") and "of 2 seeds" not in full
+    assert part.startswith("| ITC + MLM + ITM_hard | 90.0 [") and part.count("1 of 2 seeds") == 5
+    orderings = json.loads((written / "albef_table1.json").read_text())["orderings"]
+    told = {name: {cell["verdict"] for cell in row.values()} for name, row in orderings.items()}
+    assert told["itc over mlm-itm"] == {"holds"}
+    assert told["hard over itc"] == told["itc-mod over hard"] == {"not all seeds"}
+    assert told["albef over full"] == {"undecided"}
+    assert orderings["itc over mlm-itm"]["TR"]["each seed"] == pytest.approx([0.3, 0.3])
+
+
+def noisy(out: Path, mean: float, pairs: str, steps: int = 30) -> None:
+    """A run whose figures by cosine are so good, and 0.05 better re-ranked."""
+    out.mkdir(parents=True)
+    told = {"train.steps": str(steps), "data.pairs": [str(out / pairs)]}
+    tree = set_overrides(albef("tiny"), told).with_absolute_paths()
+    config.save(config.Config("albef", {"size": "tiny"}, config.leaves(tree)), out / "config.json")
+    (out / "results.json").write_text("{}")
+    found = {}
+    for direction in ("image_to_text", "text_to_image"):
+        for order, more in (("", 0.0), ("_reranked", 0.05)):
+            for cutoff in (1, 5, 10):
+                values = np.array(list(units(mean + more).values()), dtype=np.float32)
+                found[f"retrieval.pairs.{direction}{order}_r{cutoff}"] = Outcomes("mean", tuple(NAMES), values)
+    outcomes.write(out / outcomes.NAME, found)
+
+
+def test_noise_is_summed_up_over_runs_of_its_own_settings(tmp_path: Path, written: Path) -> None:
+    out = tmp_path / "out"
+    for seed in range(3):
+        noisy(out / f"without-{seed}", 0.3 + 0.01 * seed, f"noise-0.4-{seed}.parquet")
+        noisy(out / f"with-{seed}", 0.5 + 0.01 * seed, f"noise-0.4-{seed}.parquet")
+    for way in ("with", "without"):
+        noisy(out / f"{way}-3", 0.9, "noise-0.4-3.parquet", steps=31)  # longer
+        noisy(out / f"{way}-4", 0.9, "noise-0.2-4.parquet")  # less noise
+    albef_noise.sum_up(out, 0.4, 30)
+    results = json.loads((written / "albef_noise.json").read_text())["results"]
+    assert results["seeds"] == 3
+    row = results["pictures of a text, R@10, by cosine"]
+    assert row["verdict"] == "better" and row["each seed"] == pytest.approx([0.2, 0.2, 0.2])
+    assert (
+        row["difference"]["low"] < 0.2 - 2.77 * (2 / 3) ** 0.5 * 0.01 < 0.2 == pytest.approx(row["difference"]["value"])
+    )
+    again = results["re-ranking, pictures of a text, R@10, with distillation"]
+    assert again["verdict"] == "better" and again["difference"]["value"] == pytest.approx(0.05)
+    page = (written / "albef_noise.md").read_text()
+    assert "seeds 0, 1, 2;" in page
