@@ -249,8 +249,25 @@ def test_two_tasks_of_one_kind_keep_their_figures_apart(data: Path) -> None:
     assert [task.title for task in prepared.tasks if task.kind == "coco"] == ["COCO detection", "boats"]
 
 
+def test_the_task_that_the_docs_add_is_trained_and_measured(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to.md").read_text()
+    code = page.partition("## Add a task to UniT")[2].partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "my_run.py").write_text(code)
+    pictures = sorted((data / "scenes" / "vg" / "images").glob("*.jpg"))[:12]
+    rows = [f"{picture},a {'good' if n % 2 else 'bad'} one,{n % 2}" for n in range(3) for picture in pictures]
+    (tmp_path / "memes.csv").write_text("\n".join(["image,text,label", *rows]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(TASKS, "memes", TASKS["hateful_memes"])  # what my_run.py puts there is gone afterwards
+    words = [word for word in joint(data) if word != str(data / "glue") and word != "--data.glue"]
+    assert trivium("pretrain", "my_run.py:shop", "--out", "runs/memes", *words, *flags()) == 0
+    results = json.loads((tmp_path / "runs" / "memes" / "results.json").read_text())["results"]
+    assert 0 <= results["my memes.dev.auroc"]["value"] <= 1 and "losses.memes.final" in results
+
+
 def test_a_task_of_ones_own_is_one_more_entry(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As docs/how-to.md shows it: the dataclass that `finetune` takes, and a place in the mixture."""
+    """The dataclass that `finetune` takes, and a place in the mixture."""
     table = tmp_path / "moods.csv"
     table.write_text("text,label\n" + "".join(f"word {n},{'glad' if n % 2 else 'sad'}\n" for n in range(40)))
     own = replace(
