@@ -175,6 +175,20 @@ def row(ours: list[float], peer: list[float], memory: tuple[int, int] | None = N
     return result
 
 
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": precision.cpu_name(),
+        "class": precision.cpu_class(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {peer: version(peer) for peer in ("torch", "transformers", "scikit-learn")}
+
+
 def beside_what_is_there(
     name: str, results: dict[str, Any], ladder: dict[str, Any], *, folder: Path = RESULTS, **same: Any
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -182,7 +196,7 @@ def beside_what_is_there(
     and the commands of all. same: what else the file must say."""
     command, path = " ".join(["python", *sys.argv]), folder / f"{name}.json"
     there = json.loads(path.read_text()) if path.is_file() else {}
-    if not there or there["machine"]["cpu"] != precision.cpu_name() or there | same != there:
+    if there | {"machine": _machine(), "versions": _versions()} | same != there:
         return results, ladder, command
     commands = [each for each in there["command"].split(" && ") if each != command]
     return there["results"] | results, ladder or there["ladder"], " && ".join([*commands, command])
@@ -193,17 +207,9 @@ def write(
 ) -> Path:
     """results/NAME.json with machine, versions and command; `command` where what was typed names this machine's own
     folders. Whole or not at all: a benchmark that writes as it goes may be cut off at any time."""
-
-    machine = {
-        "cpu": precision.cpu_name(),
-        "class": precision.cpu_class(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
     document = {
-        "machine": machine,
-        "versions": {peer: version(peer) for peer in ("torch", "transformers", "scikit-learn")},
+        "machine": _machine(),
+        "versions": _versions(),
         "command": command or " ".join(["python", *sys.argv]),
         "results": results,
         **more,

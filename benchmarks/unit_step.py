@@ -319,7 +319,7 @@ def main() -> None:
     if size == "base":
         sizes = {name: batch.images[0].sizes_B2 for name, batch in make_batches(size, rows).items() if name != "one"}
         lists = {name: sizes_B2.tolist() for name, sizes_B2 in sizes.items() if sizes_B2 is not None}
-        same = {"precision": kind, "batch": rows, "sizes": lists}
+        same = {"precision": kind, "batch": rows, "sizes": lists, "memory": "kept"}
         results, rungs, command = side_by_side.beside_what_is_there("unit_step", results, rungs, **same)
         side_by_side.write("unit_step", results, command=command, ladder=rungs, **same)
 

@@ -252,8 +252,8 @@ def main() -> int:
         for split, count in (("train", arguments.scenes), ("new-scenes", arguments.measured)):
             write_scenes(Scenes(split, count), out / "scenes", formats)  # type: ignore[arg-type]
         for cell in cells(arguments.settings, arguments.tasks, arguments.seeds, out):
-            if not cell.is_done and (code := cell.run(*chosen)):
-                return code
+            if not cell.is_done and ((code := cell.run(*chosen)) or not cell.is_done):  # it was stopped
+                return code or 1
     missing = [cell.folder.name for cell in every if not cell.is_done]
     if missing and not arguments.table:
         print(f"still to run: {', '.join(missing)}", file=sys.stderr)

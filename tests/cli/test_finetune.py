@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +31,9 @@ from trivium.models.bert import Bert, BertConfig
 from trivium.models.flava import Flava
 from trivium.models.unit import Unit
 from trivium.recipes.unit_start import at_random
+from trivium.train import trainer
 from trivium.train.initial import initialise
+from trivium.train.run import Run
 
 WORDS = [*BERT_SPECIALS, "good", "bad", "fine", "awful", "film", "the", "a", "was", "it", "red", "blue", "two"]
 QUICK = {
@@ -172,6 +177,26 @@ def test_several_seeds_have_a_folder_each_and_a_median(bert: Path, reviews: str,
     assert run("finetune", out, "--resume") == 0
     assert figures(out)["text classification.median"] == found["text classification.median"]
     assert (out / "seed-7" / "model" / "head.safetensors").read_bytes() == heads[2]
+
+
+def test_a_signal_stops_all_seeds_and_they_go_on(
+    bert: Path, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, plain = tmp_path / "runs", trainer.one_step
+
+    def one_step(recipe: Run, optimizer: torch.optim.Optimizer, step: int, *rest: Any) -> Any:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(recipe, optimizer, step, *rest)
+
+    monkeypatch.setattr(trainer, "one_step", one_step)
+    words = ("--init", bert, "--out", out, "--seeds", 2, *flags(), "--data", reviews)
+    assert run("finetune", "text_classification", *words) == 0
+    assert (out / "seed-0" / "checkpoints" / "step-00000004").is_dir() and not (out / "seed-1").exists()
+    assert not (out / "results.json").exists()
+    monkeypatch.undo()
+    assert run("finetune", out, "--resume") == 0
+    assert "text classification.median" in figures(out)
 
 
 def test_seeds_that_never_began_leave_nothing_in_the_way(

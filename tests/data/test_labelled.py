@@ -83,6 +83,16 @@ def test_without_a_dev_table_all_rows_of_a_picture_stay_on_one_side(tmp_path: Pa
     assert len(splits.held_out["dev"]) == 5 * len(held)
 
 
+@pytest.mark.parametrize(("pictures", "held_out"), [(2, 1), (4, 1), (8, 1), (20, 2), (100, 10)])
+def test_of_few_pictures_one_is_held_out(tmp_path: Path, pictures: int, held_out: int) -> None:
+    rows = [{"image": f"{n % pictures}.png", "text": f"question {n}", "label": n // 7 % 2} for n in range(400)]
+    for names in ("one", "other"):
+        (tmp_path / names).mkdir()
+        given = [{**row, "image": f"{names}/{row['image']}"} for row in rows]
+        splits = opened([table(tmp_path / f"{names}.jsonl", given)], kind="pairs", held_out_share=0.1)
+        assert len({row.image for row in splits.held_out["dev"].good()}) == held_out
+
+
 def test_pairs_of_texts_and_pictures_beside_their_table(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"a picture")

@@ -133,11 +133,11 @@ def test_freezing_and_groups_by_pattern() -> None:
     assert len({group["name"] for group in optimizer.param_groups}) == len(optimizer.param_groups)
 
 
-def test_a_decay_of_ones_own_is_of_vectors_too() -> None:
+def test_vectors_decay_where_asked() -> None:
     """As UniT's authors decay biases and norms with the rest."""
     model = Towers()
-    everywhere = groups_of(model, optim.build(model, Optim(weight_decay=0.1, groups=(Group("*", weight_decay=0.2),))))
-    assert {group["weight_decay"] for group in everywhere.values()} == {0.2}
+    everywhere = groups_of(model, optim.build(model, Optim(weight_decay=0.1, no_decay=(), decay_vectors=True)))
+    assert {group["weight_decay"] for group in everywhere.values()} == {0.1}
     usual = groups_of(model, optim.build(model, Optim(weight_decay=0.1, no_decay=())))
     assert usual["head.bias"]["weight_decay"] == 0 and usual["head.weight"]["weight_decay"] == 0.1
 

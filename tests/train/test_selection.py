@@ -59,7 +59,8 @@ def test_a_log_gives_the_choice_of_the_run_that_wrote_it(tmp_path: Path) -> None
     assert Selection.of_log(log, "figures.dev.accuracy").best_step is None
     lines = [{"step": 10, "stream": "sst2", "losses": {}}]
     lines += [{"step": step, "results": results(value)} for step, value in ((10, 0.5), (20, 0.7), (30, 0.6))]
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 40, "resu')  # a kill cut it short
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    log.write_bytes(b"\xff\xfe\n7\n" + whole.encode() + b'{"step": 40, "resu')  # damaged bytes, and cut by a kill
     selection = Selection.of_log(log, "figures.dev.accuracy", patience=1)
     assert (selection.best_step, selection.best, selection.since) == (20, 0.7, 1)
     assert selection.is_exhausted

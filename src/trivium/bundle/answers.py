@@ -38,10 +38,12 @@ def own_list(answers: Sequence[str], tokenizer: Tokenizer, positions: int) -> li
     """A list of one's own, each answer once. positions: of the model, at most.
 
     Raises:
-        TriviumError: an answer that the vocabulary has no word pieces for, or that has too many of them: scored by what
-            is left of it, it would stand for any other such answer.
+        TriviumError: there are not two; or one has pieces that the vocabulary has not, or too many: scored by what is
+            left of it, it would stand for any other such answer.
     """
     found = list(dict.fromkeys(answers))
+    if len(found) < 2:
+        raise TriviumError(f"{len(found)} different answers are given: two at least are needed to choose from")
     tokenizer, most = tokenizer.for_answers(), min(ANSWER_TOKENS, positions)
     for answer, ids in zip(found, tokenizer.encode(found, most + 1), strict=True):
         if tokenizer.unk_id in ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -110,7 +111,8 @@ def _all_seeds(out: Path, settings: Config | None, changes: Mapping[str, Any]) -
         else:
             like = settings or configuration.load(next(iter(folders.values())))
             code = pretrain.begin(like, {**changes, "train.seed": str(seed)}, folder, begun)
-        if code:
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"  # else others than the first find it later, or not at all
+        if code or (alone and not (folder / "results.json").is_file()):  # stopped by Ctrl-C, or saved by SIGTERM
             return code
     return _summarise(out, list(folders.values()))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -252,8 +252,9 @@ def open_tables(
     if "dev" not in opened:
         kept: list[tuple[Row, str] | BadSample] = []
         held: list[tuple[Row, str] | BadSample] = []
+        pictures = _held_out_pictures([row for row, _ in good(opened["train"])], held_out_share)
         for each in opened["train"]:
-            apart = isinstance(each, tuple) and _is_held_out(each[0], held_out_share)
+            apart = isinstance(each, tuple) and _is_held_out(each[0], held_out_share, pictures)
             (held if apart else kept).append(each)
         opened |= {"train": kept, "dev": held}
         notes.append(f"no --data.dev is given: {len(held):,} of {len(held) + len(kept):,} training rows are held out")
@@ -342,14 +343,29 @@ def _numbered(each: tuple[Row, str] | BadSample, number_of: Mapping[str, int], o
     return replace(row, label=number_of[label])
 
 
-def _is_held_out(row: Row, share: float) -> bool:
-    """By what the table says, so that the same rows are held out wherever it lies; all rows of a picture together."""
-    shown = (row.text or "", row.second_text or "") if row.image is None else (_below(row),)
-    return hash64("held out", *shown) % 10_000 < share * 10_000
+def _held_out_pictures(rows: Sequence[Row], share: float) -> set[str]:
+    """Pictures with about this share of the rows, one at least, and never all. By a hash of their names below the
+    table, so that they are the same wherever it lies."""
+    rows_of = Counter(_picture(row) for row in rows if row.image is not None)
+    chosen: set[str] = set()
+    held = 0
+    for picture in sorted(rows_of, key=lambda name: hash64("held out", name))[:-1]:
+        if held >= share * rows_of.total():
+            break
+        chosen.add(picture)
+        held += rows_of[picture]
+    return chosen
 
 
-def _below(row: Row) -> str:
-    """Its picture, as the table names it."""
+def _is_held_out(row: Row, share: float, pictures: Collection[str]) -> bool:
+    """With its picture; a text by a hash of what it says."""
+    if row.image is not None:
+        return _picture(row) in pictures
+    return hash64("held out", row.text or "", row.second_text or "", "") % 10_000 < share * 10_000
+
+
+def _picture(row: Row) -> str:
+    """As its table names it."""
     assert row.image is not None
     return os.path.relpath(row.image, os.path.dirname(row.file))
 

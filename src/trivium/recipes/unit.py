@@ -122,10 +122,8 @@ def unit(size: str = "tiny") -> UnitRecipe:
     if size != "base":
         return _small(model, size == "tiny")
     published = Optim(
-        lr=5e-5, betas=(0.9, 0.999), weight_decay=1e-4, warmup=2000, clip_norm=0.1, no_decay=(),
-        freeze=("image.backbone.stem.*", "image.backbone.stages.0.*"),
-        # Spelled out, since it is of biases and norms too.
-        groups=(Group("*", weight_decay=1e-4), Group("image.backbone.*", rate=0.2, weight_decay=1e-4)),
+        lr=5e-5, betas=(0.9, 0.999), weight_decay=1e-4, warmup=2000, clip_norm=0.1, no_decay=(), decay_vectors=True,
+        freeze=("image.backbone.stem.*", "image.backbone.stages.0.*"), groups=(Group("image.backbone.*", rate=0.2),),
     )  # fmt: skip
     return UnitRecipe(model, optim=published, train=Train(steps=500_000, micro_batch=4, save_every=10_000))
 

@@ -142,25 +142,30 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def set_aside_after(checkpoints: Path, step: int) -> None:
-    """Of a run that goes on after `step`: later ones that are damaged, so that pruning counts sound checkpoints."""
+    """Of a run that goes on after `step`: later ones, which were passed over. Pruning counts sound checkpoints alone,
+    and what a disk did not give once is not to be in the way when it does again."""
     for path in checkpoints_in(checkpoints):
         if step_of(path) > step:
-            _set_aside_if_damaged(path)
+            _set_aside(path)
 
 
 def _set_aside_if_damaged(checkpoint: Path) -> bool:
-    """Make room where a damaged checkpoint stands; it is kept under another name for whoever wants to look."""
+    """Make room where a damaged checkpoint stands."""
     try:
         verify_manifest(checkpoint)
     except TriviumError:
-        number = next(n for n in range(1000) if not checkpoint.with_name(f"damaged-{n}-{checkpoint.name}").exists())
-        try:
-            checkpoint.rename(checkpoint.with_name(f"damaged-{number}-{checkpoint.name}"))
-        except OSError as error:
-            why = error.strerror
-            raise TriviumError(f"{checkpoint} is damaged and cannot be renamed ({why}): move it away") from error
+        _set_aside(checkpoint)
         return True
     return False
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """It is kept under another name for whoever wants to look."""
+    number = next(n for n in range(1000) if not checkpoint.with_name(f"damaged-{n}-{checkpoint.name}").exists())
+    try:
+        checkpoint.rename(checkpoint.with_name(f"damaged-{number}-{checkpoint.name}"))
+    except OSError as error:
+        raise TriviumError(f"{checkpoint} is damaged and cannot be renamed ({error.strerror}): move it away") from error
 
 
 def prune(

@@ -20,7 +20,7 @@ from trivium.errors import TriviumError
 from trivium.train import distributed
 
 # What decay towards zero only harms, although it may have more than one dimension. 0-D and 1-D tensors (biases,
-# norms, logit scale) are never decayed.
+# norms, logit scale) are not decayed either.
 UNDECAYED = ("*bias", "*norm*", "*position*", "*class_token*", "*mask_token*", "*logit_scale*", "*temperature*")
 
 
@@ -30,7 +30,7 @@ class Group:
 
     pattern: str
     rate: float = 1.0  # times the learning rate
-    weight_decay: float | None = None  # of all its tensors, 1-D ones too; None: as everywhere
+    weight_decay: float | None = None  # None: as everywhere
     freeze_until: int = 0  # steps during which they stay as they are (DINO's last layer)
 
 
@@ -48,6 +48,7 @@ class Optim:
     clip_norm: float = 1.0
     layer_decay: float = 1.0  # factor on the rate for each block below the top of its tower (BEiT, section 3.1)
     no_decay: tuple[str, ...] = UNDECAYED
+    decay_vectors: bool = False  # decay 0-D and 1-D tensors too, where no pattern of no_decay spares them
     freeze: tuple[str, ...] = ()  # never trained
     groups: tuple[Group, ...] = ()
 
@@ -97,8 +98,9 @@ def build(method: nn.Module, optim: Optim) -> torch.optim.AdamW:
             continue
         own = next((group for group in reversed(optim.groups) if _matches(name, [group.pattern])), Group(name))
         rate = own.rate * optim.layer_decay ** _blocks_above(name, depths)
-        exempt = parameter.ndim < 2 or _matches(name, optim.no_decay)
-        decay = own.weight_decay if own.weight_decay is not None else 0.0 if exempt else optim.weight_decay
+        decay = optim.weight_decay if own.weight_decay is None else own.weight_decay
+        if (parameter.ndim < 2 and not optim.decay_vectors) or _matches(name, optim.no_decay):
+            decay = 0.0
         key = (rate, decay, own.freeze_until)
         if key not in groups:
             title = f"rate {rate:g}, decay {decay:g}" + (f", from step {own.freeze_until}" if own.freeze_until else "")

@@ -27,13 +27,13 @@ class Selection:
     def of_log(cls, metrics: Path, figure: str, patience: int | None = None) -> Selection:
         """What the lines of a run's log came to."""
         selection = cls(figure, patience)
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
         for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError:  # a kill cut the line short
+            except ValueError:  # a kill cut the line short, or the disk damaged it
                 continue
-            if "results" in entry:
+            if isinstance(entry, dict) and "results" in entry:
                 selection.note(entry["step"], entry["results"])
         return selection
 

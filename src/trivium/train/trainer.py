@@ -95,7 +95,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
 
     def measured(done: int) -> dict[str, Any] | None:
         trained.gather()
-        results = distributed.first_process_does(lambda: stop.unless_stopped(partial(evaluate, run)))
+        results = distributed.first_process_does(partial(evaluate, run, stop))
         if results is not None:
             log.results(done, results)
             selection.note(done, results)
@@ -193,15 +193,16 @@ def one_step(
         )
 
 
-def evaluate(run: Run) -> dict[str, Any] | None:
-    """What the recipe measures, in eval mode; the method is left as it was."""
+def evaluate(run: Run, stop: StopSignals | None = None) -> dict[str, Any] | None:
+    """What the recipe measures, in eval mode; the method is left as it was. None where a signal to `stop` came."""
     if run.evaluate is None:
         return None
+    measure = partial(run.evaluate, run.method)
     training, home = run.method.training, next(run.method.parameters()).device
     try:
         run.method.to(precision.choose_device(run.train.device)).eval()
         with torch.no_grad():
-            return run.evaluate(run.method)
+            return measure() if stop is None else stop.unless_stopped(measure)
     finally:
         run.method.to(home).train(training)
 
