@@ -95,7 +95,7 @@ def beside(photographs: Photographs) -> dict[str, Result]:
               for split, path in paths.items()}  # fmt: skip
     [(commonest, _)] = Counter(labels["train"]).most_common(1)
     right: dict[str, list[float]] = {}
-    for (_, photograph), label in zip(premises.items(), labels["test"], strict=True):
+    for photograph, label in zip(premises.values(), labels["test"], strict=True):
         right.setdefault(photograph, []).append(float(label == commonest))
     return {
         f"{WHOLE}, by photograph": mean_over([whole]),

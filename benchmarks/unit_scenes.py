@@ -120,7 +120,7 @@ def of_words(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {
         name: entry | {"majority": results[f"{name}.majority"]["value"]}
         for name, entry in results.items()
-        if f"{name}.majority" in results
+        if f"{name}.majority" in results and not name.endswith(".attributes")  # these are of boxes
     }
 
 

@@ -161,11 +161,6 @@ class Pair(StepPair):
         weighted = [self.method.weights[name] * value for name, value in losses.items()]
         return losses | {"total": torch.stack(weighted).sum()}
 
-    def peer_steps(self, inputs: dict[str, Any]) -> None:
-        for picture, target in zip(inputs["pictures"], inputs["targets"], strict=True):
-            alone: dict[str, Any] = {"pictures": [picture], "targets": [target]}
-            self.peer_step(alone)
-
 
 def draw_weights(model: Unit) -> None:
     """Convolutions and norms that keep the scale of what passes, the rest N(0, 0.02)."""

@@ -57,5 +57,8 @@ def test_a_file_is_no_folder_to_write_into(tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "notes.txt"
     out.write_text("mine")
     assert trivium("data", "scenes", "--out", out, "--count", 4) == 2
-    assert capsys.readouterr().err.splitlines() == [f"trivium: --out {out} is a file: name a folder"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"trivium: {out / 'coco'} cannot be made a folder (Not a directory): name another one"
+    ]
+    assert out.read_text() == "mine"
     assert out.read_text() == "mine"

@@ -295,7 +295,7 @@ class Bundle:
                 return written(self.head, fused, self.tokenizer, k)
         asked = self
         if answers is not None:
-            assert self.tokenizer is not None and self.max_length is not None
+            assert self.tokenizer is not None  # or there were no question
             most = int(self.model.config.max_length)  # type: ignore[union-attr, arg-type]
             asked = replace(self, labels=own_list(answers, self.tokenizer, most))
         second = None if second_picture is None else [second_picture]

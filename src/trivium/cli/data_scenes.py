@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from trivium.cli.data import progress_bar
-from trivium.errors import TriviumError
 
 
 def scenes(
@@ -40,8 +39,6 @@ def scenes(
         difficulty: 0 to 1: number and size of the objects, how much of them is hidden, contrast of the background.
         classes: the 9 groups of emoji, or 24 subgroups, which is harder.
     """
-    if out.exists() and not out.is_dir():
-        raise TriviumError(f"--out {out} is a file: name a folder")
     from trivium.data.scene_files import write_scenes
     from trivium.data.scene_formats import FORMATS
     from trivium.data.scenes import Scenes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -102,6 +101,7 @@ def _all_seeds(out: Path, settings: Config | None, changes: Mapping[str, Any]) -
     them."""
     from trivium.cli import pretrain
     from trivium.train import config as configuration
+    from trivium.train import distributed
 
     folders = {seed: out / f"seed-{seed}" for seed in json.loads((out / SEEDS).read_text(encoding="utf-8"))}
     for seed, folder in folders.items():
@@ -111,7 +111,7 @@ def _all_seeds(out: Path, settings: Config | None, changes: Mapping[str, Any]) -
         else:
             like = settings or configuration.load(next(iter(folders.values())))
             code = pretrain.begin(like, {**changes, "train.seed": str(seed)}, folder, begun)
-        alone = os.environ.get("WORLD_SIZE", "1") == "1"  # else others than the first find it later, or not at all
+        alone = distributed.launched() == 1  # else others than the first find its results later, or not at all
         if code or (alone and not (folder / "results.json").is_file()):  # stopped by Ctrl-C, or saved by SIGTERM
             return code
     return _summarise(out, list(folders.values()))

@@ -22,9 +22,14 @@ from trivium.train.protocol import Rows, Sums
 T = TypeVar("T")
 
 
+def launched() -> int:
+    """How many processes torchrun started, whether they have met already or not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start() -> None:
     """Join the process group when torchrun started us; without its variables, stay a single process."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
+    if launched() == 1 or dist.is_initialized():
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank < torch.cuda.device_count():
