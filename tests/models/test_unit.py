@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.parity.test_unit_plain import SIZES, SMALL_TASKS, TINY, draw_weights, padded
 from trivium.errors import TriviumError
+from trivium.layers.resnet import Convolution
 from trivium.models.encoded import Detects, Encoded, EncodesImage, EncodesText
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 
@@ -61,6 +62,15 @@ def test_the_published_model_has_as_many_parameters_as_are_published() -> None:
         assert sum(parameter.numel() for parameter in model.parameters()) + pooler == published
 
 
+@pytest.fixture(params=["each size apart", "all together"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How pictures of different sizes are encoded: as on a processor, and as on a GPU."""
+    if request.param == "all together":
+        monkeypatch.setattr("trivium.models.unit.goes_apart", lambda device: False)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("norm", ["group", "frozen"])
 def test_a_padded_picture_is_encoded_and_decoded_as_it_is_alone(norm: str, dtype: torch.dtype, bound: float) -> None:
@@ -80,12 +90,42 @@ def test_a_padded_picture_is_encoded_and_decoded_as_it_is_alone(norm: str, dtype
             assert error <= bound, f"{SIZES[row]}: {error:.2g}"
 
 
-def test_gradients_of_a_padded_batch_are_the_sums_of_its_pictures() -> None:
-    model = make()
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("norm", ["group", "frozen"])
+def test_gradients_of_a_padded_batch_are_the_sums_of_its_pictures(norm: str) -> None:
+    model = make(GROUP if norm == "group" else replace(GROUP, backbone_norm="frozen"))
     pixels, sizes_B2 = padded(pictures())
     together = model.decode("coco", model.encode_image(pixels, sizes_B2, "coco"))
     alone = torch.cat([model.decode("coco", model.encode_image(p, None, "coco")) for p in pictures()], dim=1)
     assert_same_gradients(model, together, alone)
+
+
+def test_pictures_of_one_size_go_through_together_and_norms_into_the_weights_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In bfloat16 too, where the product of weights and norms is rounded once for all."""
+    model = make(replace(GROUP, backbone_norm="frozen"), torch.float32)
+    pixels, sizes_B2 = padded([*pictures(torch.float32), *pictures(torch.float32)])
+    seen: list[tuple[int, ...]] = []
+    model.image.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    folded = mock.Mock(side_effect=Convolution.folded, autospec=True)
+    monkeypatch.setattr(Convolution, "folded", lambda *arguments: folded(*arguments))
+    with torch.autocast("cpu", torch.bfloat16):
+        apart = model.encode_image(pixels, sizes_B2, "coco")
+        assert sorted(seen) == sorted((2, 3, *size) for size in SIZES)
+        convolutions = [each for each in model.modules() if isinstance(each, Convolution)]
+        assert folded.call_count == len(convolutions)
+        assert all(each._folded is None for each in convolutions)
+        alone = [model.encode_image(picture, None, "coco") for picture in pictures(torch.float32)]
+    assert apart.mask is not None
+    for row, one in enumerate([*alone, *alone]):
+        error = (apart.states[row][apart.mask[row]] - one.states[0]).float().norm() / one.states.float().norm()
+        assert float(error.detach()) <= 1e-2  # products of two pictures and of one may round otherwise
+    mine, wanted = (
+        torch.cat([encoded.flatten() for encoded in gradients(model, output)])
+        for output in (apart.pooled, torch.cat([one.pooled for one in [*alone, *alone]]))
+    )
+    assert float((mine - wanted).norm() / wanted.norm()) <= 2e-2
 
 
 def test_of_a_text_whose_class_token_is_read_the_last_block_computes_no_more() -> None:

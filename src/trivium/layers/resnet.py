@@ -10,7 +10,8 @@ B batch, C channels, H height, W width, G groups of channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -49,6 +50,7 @@ class Convolution(nn.Module):
     picture is its own; gradients are those of the two apart."""
 
     norm: FrozenBatchNorm | nn.GroupNorm
+    _folded: tuple[Tensor, Tensor] | None = None  # within ResNet.folded_once
 
     def __init__(
         self, channels: int, out_channels: int, side: int, norm: Norm, eps: float, stride: int = 1, dilation: int = 1
@@ -66,11 +68,15 @@ class Convolution(nn.Module):
         """out_mask: bool [B, 1, H, W] of the result, True = no padding; None: no padding anywhere."""
         conv, norm = self.conv, self.norm
         if isinstance(norm, FrozenBatchNorm):
-            scale, shift = norm.scale_and_shift()
-            weight = conv.weight * scale.view(-1, 1, 1, 1)
+            weight, shift = self._folded or self.folded(norm)
             return F.conv2d(x_BCHW, weight, shift, conv.stride, conv.padding, conv.dilation)
         x_BCHW = conv(x_BCHW)
         return norm(x_BCHW) if out_mask is None else group_norm(x_BCHW, out_mask, norm)
+
+    def folded(self, norm: FrozenBatchNorm) -> tuple[Tensor, Tensor]:
+        """Weights that have the norm in them, and the bias."""
+        scale, shift = norm.scale_and_shift()
+        return self.conv.weight * scale.view(-1, 1, 1, 1), shift
 
 
 def group_norm(x_BCHW: Tensor, mask_B1HW: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -159,6 +165,23 @@ class ResNet(nn.Module):
                 channels = 4 * width if bottleneck else width
             self.stages.append(blocks)
         self.out_channels = channels
+
+    @contextmanager
+    def folded_once(self) -> Iterator[None]:
+        """Within it frozen norms are multiplied into the weights once for all calls, and the product is brought to the
+        precision of autocast once."""
+        frozen = [each for each in self.modules() if isinstance(each, Convolution)]
+        frozen = [each for each in frozen if isinstance(each.norm, FrozenBatchNorm)]
+        try:
+            for each in frozen:
+                weight, shift = each.folded(each.norm)  # type: ignore[arg-type]
+                kind = weight.device.type
+                dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+                each._folded = weight.to(dtype), shift.to(dtype)
+            yield
+        finally:
+            for each in frozen:
+                each._folded = None
 
     def forward(self, pixels_BCHW: Tensor, sizes_B2: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The last feature map, [B, C, H, W], and the sizes of the pictures in it, int64 [B, 2]; None: no padding.

@@ -20,8 +20,9 @@ How it is used, by name of a task in `config.tasks`:
     logits_BK = model.heads["vqav2"](hidden_LBQD[-1, :, 0])   # or all of it: model.label("vqav2", image, text)
     found = model.heads["coco"](model.decode("coco", image))  # Detections: logits_LBQK, boxes_LBQ4
 
-B batch, C channels, H height, W width, N image tokens, T text tokens, S positions of the decoder's memory, L decoder
-layers, Q queries, P points, E width of the image encoder, D width of the decoder, K classes.
+B batch, R rows of it, U sizes of pictures, C channels, H height, W width, N image tokens, T text tokens, S positions of
+the decoder's memory, L decoder layers, Q queries, P points, E width of the image encoder, D width of the decoder,
+K classes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from trivium.errors import TriviumError
 from trivium.layers.embeddings import sine_positions, sines
@@ -177,6 +179,12 @@ SIZES = {
 }  # fmt: skip
 
 
+def goes_apart(device: torch.device) -> bool:
+    """Whether pictures of one size are encoded together and others apart: on a processor, where arithmetic decides and
+    padding is a third of it. A GPU is faster with all of them in one pass."""
+    return device.type == "cpu"
+
+
 class ImageEncoder(nn.Module):
     """ResNet, and a transformer over its feature map."""
 
@@ -200,6 +208,27 @@ class ImageEncoder(nn.Module):
         self, pixels_BCHW: Tensor, sizes_B2: Tensor | None, number: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """States and places, [B, N, E] each (places [1, N, E] where all pictures are of one size), and the mask."""
+        if sizes_B2 is None or not goes_apart(pixels_BCHW.device):
+            return self.together(pixels_BCHW, sizes_B2, number)
+        kinds_U2, kind_B = torch.unique(sizes_B2, dim=0, return_inverse=True)
+        if len(kinds_U2) == 1:
+            height, width = kinds_U2[0].tolist()
+            return self.together(pixels_BCHW[:, :, :height, :width], None, number)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        with self.backbone.folded_once():
+            for kind, (height, width) in enumerate(kinds_U2.tolist()):
+                rows = (kind_B == kind).nonzero()[:, 0].tolist()
+                states_RNE, places_1NE, _ = self.together(pixels_BCHW[rows, :, :height, :width], None, number)
+                found |= {row: (states_NE, places_1NE[0]) for row, states_NE in zip(rows, states_RNE, strict=True)}
+        states, places = ([found[row][part] for row in range(len(found))] for part in (0, 1))
+        lengths_B = torch.tensor([len(each) for each in states])
+        mask_BN = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+        return pad_sequence(states, batch_first=True), pad_sequence(places, batch_first=True), mask_BN
+
+    def together(
+        self, pixels_BCHW: Tensor, sizes_B2: Tensor | None, number: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All pictures in one pass, padded to the largest, and so are their maps."""
         map_BCHW, sizes_B2 = self.backbone(pixels_BCHW, sizes_B2)
         height, width = map_BCHW.shape[2:]
         source_BNE = self.projection(map_BCHW.flatten(2).transpose(1, 2))

@@ -29,12 +29,14 @@ class Attention(nn.Module):
         """[B, Q, D]. mask_BS: bool, True = may be attended."""
         D = query_BQD.shape[2]
         weight, bias = self.qkv.weight, self.qkv.bias
+        parts = [2 * D, D] if query_BQD is key_BSD else [D, D, D]
+        # Split and not cut out one by one, whose gradients would each be as large as the whole and mostly zeros.
+        *placed, value_map = zip(weight.split(parts), bias.split(parts), strict=True)
         if query_BQD is key_BSD:
-            query, key = F.linear(query_BQD, weight[: 2 * D], bias[: 2 * D]).chunk(2, dim=-1)
+            query, key = F.linear(query_BQD, *placed[0]).chunk(2, dim=-1)
         else:
-            query = F.linear(query_BQD, weight[:D], bias[:D])
-            key = F.linear(key_BSD, weight[D : 2 * D], bias[D : 2 * D])
-        value = F.linear(value_BSD, weight[2 * D :], bias[2 * D :])
+            query, key = F.linear(query_BQD, *placed[0]), F.linear(key_BSD, *placed[1])
+        value = F.linear(value_BSD, *value_map)
         query, key, value = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = attend(query, key, value, mask_BS, self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
