@@ -306,8 +306,9 @@ def main() -> None:
     rungs = ladder(size, rows, arguments.rounds, ours) if arguments.rounds else {}
     if size == "base":
         same = {"precision": kind, "batch": rows, "tokens": TOKENS, "queue": queue_of(size, rows)}
-        results, rungs, command = side_by_side.beside_what_is_there("albef_step", results, rungs, **same)
-        side_by_side.write("albef_step", results, command=command, ladder=rungs, **same)
+        name = side_by_side.of_this_class("albef_step")
+        results, rungs, command = side_by_side.beside_what_is_there(name, results, rungs, **same)
+        side_by_side.write(name, results, command=command, ladder=rungs, **same)
 
 
 if __name__ == "__main__":

@@ -172,8 +172,8 @@ def main() -> None:
         rungs = ladder(pair, make_batch(config, few, None), make_batch(config, few, PADDED))
     if arguments.size == "base":
         side_by_side.write(
-            "clip_step", results, ladder=rungs, precision=kind, batch=arguments.batch, ladder_batch=few,
-            token_lengths=LENGTHS,
+            side_by_side.of_this_class("clip_step"), results, ladder=rungs, precision=kind, batch=arguments.batch,
+            ladder_batch=few, token_lengths=LENGTHS,
         )  # fmt: skip
 
 

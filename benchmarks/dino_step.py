@@ -242,7 +242,8 @@ def main() -> None:
     )
     rungs = {} if arguments.no_ladder else ladder(pair, batch)
     if arguments.size == "base":
-        side_by_side.write("dino_step", results, ladder=rungs, precision=kind, batch=arguments.batch)
+        name = side_by_side.of_this_class("dino_step")
+        side_by_side.write(name, results, ladder=rungs, precision=kind, batch=arguments.batch)
 
 
 if __name__ == "__main__":

@@ -169,12 +169,13 @@ def main() -> None:
     parser.add_argument("--only", choices=("table", "ladder"), help="the ladder goes into the file of the table")
     parser.add_argument("--rounds", type=int, default=4, help="of each trick of the ladder")
     arguments = parser.parse_args()
-    size, rows, path = arguments.size, arguments.batch, side_by_side.RESULTS / "flava_step.json"
+    size, rows = arguments.size, arguments.batch
+    path = side_by_side.RESULTS / f"{side_by_side.of_this_class('flava_step')}.json"
     if size == "base":
         side_by_side.refuse_a_busy_machine()
     kind = precision.choose("auto", CPU)
     print(f"both in {kind}", flush=True)
-    command = " ".join(["python", *sys.argv])
+    command = side_by_side.typed()
     if arguments.only != "ladder":
         document = measure_table(size, kind, rows) | {"ladder": {}}
     elif size == "base":
@@ -194,7 +195,7 @@ def main() -> None:
 
 def write(document: dict[str, Any], command: str) -> None:
     measured = {name: value for name, value in document.items() if name not in ("machine", "versions", "command")}
-    side_by_side.write("flava_step", measured.pop("results"), command=command, **measured)
+    side_by_side.write(side_by_side.of_this_class("flava_step"), measured.pop("results"), command=command, **measured)
 
 
 if __name__ == "__main__":

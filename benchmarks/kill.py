@@ -282,7 +282,7 @@ def main() -> None:
     before = json.loads(file.read_text()) if file.exists() else {}
     results, points = before.get("results", {}), before.get("points", [])
     commands = before.get("commands", {})  # what each part of the file was made by
-    command = " ".join(["python", *sys.argv])
+    command = side_by_side.typed()
     more = {name: before.get(name, {}) for name in ("sigterm_seconds", "sigterm_details", "saving")}
 
     def write() -> None:

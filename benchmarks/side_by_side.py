@@ -23,6 +23,9 @@ from trivium.manifest import write_whole
 from trivium.train import config, precision, run_folder
 
 RESULTS = Path(__file__).parent / "results"
+# With these set in the environment a processor of a newer class works as one with AVX2 alone: what torch and oneDNN
+# obey. Results then say that they were held to it.
+HELD_TO_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
 def refuse_a_busy_machine(limit: float = 1.0) -> None:
@@ -175,10 +178,28 @@ def row(ours: list[float], peer: list[float], memory: tuple[int, int] | None = N
     return result
 
 
+def held_to_avx2() -> bool:
+    """Whether a newer processor works as one with AVX2 alone."""
+    held = all(os.environ.get(name) == value for name, value in HELD_TO_AVX2.items())
+    return held and precision.cpu_class() != "AVX2"
+
+
+def typed() -> str:
+    """The command of this process, with what the environment holds it to."""
+    held = [f"{name}={value}" for name, value in HELD_TO_AVX2.items()] if held_to_avx2() else []
+    return " ".join([*held, "python", *sys.argv])
+
+
+def of_this_class(name: str) -> str:
+    """The results file of a step on this class of processor: NAME with AMX, NAME_avx512, NAME_avx2."""
+    kind = "AVX2" if held_to_avx2() else precision.cpu_class()
+    return name if kind == "AMX" else f"{name}_{kind.lower()}"
+
+
 def _machine() -> dict[str, Any]:
     return {
         "cpu": precision.cpu_name(),
-        "class": precision.cpu_class(),
+        "class": f"{precision.cpu_class()}, held to AVX2" if held_to_avx2() else precision.cpu_class(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -194,7 +215,7 @@ def beside_what_is_there(
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """New cases, and a new ladder where there is one, among those of a results file that this machine measured alike;
     and the commands of all. same: what else the file must say."""
-    command, path = " ".join(["python", *sys.argv]), folder / f"{name}.json"
+    command, path = typed(), folder / f"{name}.json"
     there = json.loads(path.read_text()) if path.is_file() else {}
     if there | {"machine": _machine(), "versions": _versions()} | same != there:
         return results, ladder, command
@@ -210,7 +231,7 @@ def write(
     document = {
         "machine": _machine(),
         "versions": _versions(),
-        "command": command or " ".join(["python", *sys.argv]),
+        "command": command or typed(),
         "results": results,
         **more,
     }

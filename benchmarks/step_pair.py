@@ -54,13 +54,8 @@ class StepPair(ABC):
     def peer_losses(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each loss under our name, and their sum as "total"; under `autocast`."""
 
-    def micro_batches(self, batch: Batch) -> list[Batch]:
-        """What our step cuts a batch into."""
-        return [batch]
-
     def step(self, batch: Batch) -> dict[str, float]:
-        key, cut = Key(0, batch.stream, 0), self.micro_batches(batch)
-        return step(self.method, cut, key, self.optimizer, autocast=self.autocast).losses
+        return step(self.method, [batch], Key(0, batch.stream, 0), self.optimizer, autocast=self.autocast).losses
 
     def peer_step(self, inputs: dict[str, Tensor]) -> dict[str, float]:
         self.peer_optimizer.zero_grad(set_to_none=True)
@@ -72,15 +67,15 @@ class StepPair(ABC):
     def memory(self, batch: Batch | dict[str, Tensor]) -> int:
         """Peak of a forward and backward above the state; a Batch is ours, a dict the peer's."""
         if isinstance(batch, Batch):
-            key, cut = Key(0, batch.stream, 0), self.micro_batches(batch)
-            return memory_above_state(lambda: backward(self.method, cut, key, self.autocast), self.optimizer)
+            key = Key(0, batch.stream, 0)
+            return memory_above_state(lambda: backward(self.method, [batch], key, self.autocast), self.optimizer)
         return memory_above_state(lambda: self.peer_losses(batch)["total"].backward(), self.peer_optimizer)
 
     def same_losses(self, batch: Batch, inputs: dict[str, Tensor]) -> None:
         """Both sides in float32, or nothing is timed."""
         autocast, self.autocast = self.autocast, nullcontext
         self.method.zero_grad(set_to_none=True)
-        sums, counts, _ = backward(self.method, self.micro_batches(batch), Key(0, batch.stream, 0))
+        sums, counts, _ = backward(self.method, [batch], Key(0, batch.stream, 0))
         self.method.zero_grad(set_to_none=True)
         with torch.no_grad():
             theirs = self.peer_losses(inputs)

@@ -3,10 +3,9 @@
     python benchmarks/unit_step.py                 # base size: half an hour on two cores
     python benchmarks/unit_step.py --size tiny     # seconds, to see that it runs
 
-The public code cannot pad exactly, so it takes one picture a step. Ours takes micro-batches of MICRO_BATCH pictures of
-like shape, as the recipe of this size and the loader make them. Same weights, pictures and boxes, threads, optimizer
-and precision on both sides, no dropout; in float32 the losses of the padded batch agree with the peer's, picture by
-picture, to 1e-5, or nothing is timed. Cases:
+The public code cannot pad exactly, so it takes one picture a step. Ours takes all of them in one micro-batch. Same
+weights, pictures and boxes, threads, optimizer and precision on both sides, no dropout; in float32 the losses of the
+batch agree with the peer's, picture by picture, to 1e-5, or nothing is timed. Cases:
 
     batch_256px   8 pictures whose shorter side has 256 pixels in one step, against 8 steps of one picture by the
                   computation of the public code (published_unit.py, with eager attention)
@@ -18,7 +17,7 @@ Each side has a process of its own, and its allocator as it is used: ours keeps 
 the trainer does (train/memory.py), the peer's is as it comes.
 
 The ladder takes one trick away at a time from batch_256px: its factor is the time without the trick over the time with
-all; "zeros in the padding" is what exactness costs, and below 1.
+all.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 from unittest import mock
@@ -42,7 +41,7 @@ from trivium.convert.unit import to_mmf
 from trivium.layers import resnet
 from trivium.methods.pixels import Pixels
 from trivium.methods.unit import UnitMethod
-from trivium.models import unit_transformer
+from trivium.models import unit, unit_transformer
 from trivium.models.unit import PUBLISHED_TASKS, Unit, UnitConfig
 from trivium.train import precision
 from trivium.train.memory import keep_freed
@@ -51,7 +50,6 @@ from trivium.train.protocol import Batch, Images
 # Width over height of COCO's pictures: two thirds lie, a quarter stand.
 ASPECTS = (4 / 3, 3 / 2, 4 / 3, 3 / 4, 1.0, 4 / 3, 2 / 3, 16 / 9)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MICRO_BATCH = 4  # of the published size's recipe
 FROZEN = ("image.backbone.stem.", "image.backbone.stages.0.")  # as published
 CASES = ("batch_256px", "batching", "batch_800px", "sdpa")
 CPU = torch.device("cpu")
@@ -87,35 +85,19 @@ def make_batch(rows: int, short: int, longest: int) -> Batch:
     return Batch("coco", number, number, (Images(pixels, number, sizes_B2),), (), targets)
 
 
-def of_rows(batch: Batch, rows: list[int]) -> Batch:
-    """Some pictures of a batch, padded to the largest of them."""
-    images, targets = batch.images[0], batch.targets
-    number = torch.arange(len(rows))
-    if images.sizes_B2 is None:
-        sizes_B2 = torch.tensor([images.pixels_BCHW.shape[2:]] * len(rows))
-    else:
-        sizes_B2 = images.sizes_B2[rows]
-    height, width = sizes_B2.amax(0).tolist()
-    pixels = images.pixels_BCHW[rows, :, :height, :width].contiguous()
-    of_row = [targets["box_row"] == row for row in rows]
-    mine = {name: torch.cat([tensor[here] for here in of_row]) for name, tensor in targets.items()}
-    mine["box_row"] = torch.repeat_interleave(torch.tensor([int(here.sum()) for here in of_row]))
-    padded = None if bool((sizes_B2 == sizes_B2[0]).all()) else sizes_B2
-    return Batch(batch.stream, number, number, (Images(pixels, number, padded),), (), mine)
-
-
 def one_by_one(batch: Batch) -> list[Batch]:
     """A batch of each picture, without padding."""
-    return [of_rows(batch, [row]) for row in range(len(batch))]
-
-
-def micro_batches(batch: Batch, size: int) -> list[Batch]:
-    """Pictures of like shape together, as the loader sorts a global batch."""
-    sizes_B2 = batch.images[0].sizes_B2
-    if sizes_B2 is None:
-        return [batch]
-    order = torch.argsort(sizes_B2[:, 1] / sizes_B2[:, 0], stable=True).tolist()
-    return [of_rows(batch, order[start : start + size]) for start in range(0, len(order), size)]
+    images, targets, first = batch.images[0], batch.targets, torch.arange(1)
+    assert images.sizes_B2 is not None
+    alone = []
+    for row, (height, width) in enumerate(images.sizes_B2.tolist()):
+        pixels = images.pixels_BCHW[row : row + 1, :, :height, :width].contiguous()
+        mine = {name: tensor[targets["box_row"] == row] for name, tensor in targets.items()}
+        mine["box_row"] = torch.zeros_like(mine["box_row"])
+        alone.append(
+            Batch(batch.stream, first, first, (Images(pixels, first, images.sizes_B2[row : row + 1]),), (), mine)
+        )
+    return alone
 
 
 class Pair(StepPair):
@@ -134,9 +116,6 @@ class Pair(StepPair):
         body.layer1.requires_grad_(False)
         super().__init__(UnitMethod(model, Pixels(MEAN, STD), {}), peer, autocast, device)
         self.task = config.tasks[0]
-
-    def micro_batches(self, batch: Batch) -> list[Batch]:
-        return micro_batches(batch, MICRO_BATCH)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The same batch as the peer takes it."""
@@ -203,8 +182,10 @@ WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
     "backward of attention by whole products": lambda: mock.patch.object(
         unit_transformer, "attend", attention_of_torch
     ),
-    "pictures of like shape together": lambda: mock.patch.dict(globals(), MICRO_BATCH=10**6),
-    "zeros in the padding": lambda: mock.patch.object(resnet, "without_padding", lambda x, mask: x),
+    "pictures of one size together, others apart": lambda: mock.patch.object(unit, "goes_apart", return_value=False),
+    "one product of weights and norms for all sizes": lambda: mock.patch.object(
+        resnet.ResNet, "folded_once", return_value=nullcontext()
+    ),
 }
 
 
@@ -315,8 +296,9 @@ def main() -> None:
         sizes = {name: batch.images[0].sizes_B2 for name, batch in make_batches(size, rows).items() if name != "one"}
         lists = {name: sizes_B2.tolist() for name, sizes_B2 in sizes.items() if sizes_B2 is not None}
         same = {"precision": kind, "batch": rows, "sizes": lists, "memory": "kept"}
-        results, rungs, command = side_by_side.beside_what_is_there("unit_step", results, rungs, **same)
-        side_by_side.write("unit_step", results, command=command, ladder=rungs, **same)
+        name = side_by_side.of_this_class("unit_step")
+        results, rungs, command = side_by_side.beside_what_is_there(name, results, rungs, **same)
+        side_by_side.write(name, results, command=command, ladder=rungs, **same)
 
 
 if __name__ == "__main__":

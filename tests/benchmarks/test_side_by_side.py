@@ -73,10 +73,9 @@ def test_both_take_turns_and_only_one_is_without_the_trick() -> None:
 def test_the_ladder_of_unit_has_a_rung_for_each_trick_and_the_exact_ones_leave_the_losses_as_they_are() -> None:
     pair = unit_step.Pair("tiny", nullcontext, torch.device("cpu"))
     batch = unit_step.make_batch(2, 64, 120)
-    for trick, patch in unit_step.WITHOUT.items():
-        if trick != "zeros in the padding":
-            with patch():
-                pair.same_losses(batch, pair.inputs(batch))
+    for patch in unit_step.WITHOUT.values():
+        with patch():
+            pair.same_losses(batch, pair.inputs(batch))
     ours = unit_step.Ours("tiny", "fp32", 2, keeps=False)
 
     def side(name: str, *arguments: str) -> object:
@@ -107,3 +106,24 @@ def test_the_ladder_of_flava_has_a_rung_where_a_trick_can_matter_and_none_change
         assert set(rungs[name]) == {modality for modality in flava_pair.MODALITIES if trick.touches(modality)}
     assert set(rungs[flava_step.GIVEN_BACK]) == set(flava_pair.MODALITIES)
     assert all(math.isfinite(factor) and factor > 0 for rung in rungs.values() for factor in rung.values())
+
+
+def test_a_step_on_another_class_of_processor_has_a_file_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in side_by_side.HELD_TO_AVX2:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.argv", ["benchmarks/a.py"])
+    named = []
+    for kind in ("AMX", "AVX512", "AVX2"):
+        monkeypatch.setattr("trivium.train.precision.cpu_class", lambda kind=kind: kind)
+        named.append(side_by_side.of_this_class("step"))
+    assert named == ["step", "step_avx512", "step_avx2"]
+    monkeypatch.setattr("trivium.train.precision.cpu_class", lambda: "AMX")
+    for name, value in side_by_side.HELD_TO_AVX2.items():
+        assert not side_by_side.held_to_avx2(), "by half of it, products would be those of the newer class"
+        monkeypatch.setenv(name, value)
+    assert side_by_side.of_this_class("step") == "step_avx2"
+    found = json.loads(side_by_side.write("step_avx2", {}, folder=tmp_path).read_text())
+    assert found["machine"]["class"] == "AMX, held to AVX2"
+    assert found["command"] == "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/a.py"
