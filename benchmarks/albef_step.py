@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from trivium.layers import attention
+from trivium.layers import attention, packing
 from trivium.methods import albef as method_module
 from trivium.methods.albef import AlbefMethod, Distillation
 from trivium.methods.albef_flops import useful_flops
@@ -149,7 +149,7 @@ def four_passes(
 ) -> tuple[Encoded | None, Encoded | None]:
     """Keys and values anew for each: true pairs, both kinds of false ones, masked words."""
     assert masked is not None and text is not None and negatives is not None
-    words = self.fuse(image, masked, rows)
+    words = self.fuse(image, masked, rows, pads=False)
     true = self.fuse(image, text, 1)
     other_mask = None if text.mask is None else text.mask.repeat(2, 1)
     if other_mask is not None and text.mask is not None:
@@ -212,6 +212,7 @@ WITHOUT: dict[str, Callable[[Batch], AbstractContextManager]] = {
     "fused scaled-dot-product attention": lambda _: patched(attention, "attend", eager_attention),
     "false pairs drawn at once": lambda _: patched(method_module, "hard_negatives", one_by_one),
     "average of weights in one call": lambda _: patched(method_module, "follow", average_by_tensor),
+    "pads left out": lambda _: patched(packing, "WORTH_IT", 2.0),
     "queue not joined to the batch": lambda _: patched(method_module, "distilled_contrastive", joined_queue),
 }
 

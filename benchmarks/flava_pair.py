@@ -26,7 +26,7 @@ from trivium.convert.dalle import to_hf as codebook_to_hf
 from trivium.convert.flava import config_to_hf, to_hf
 from trivium.data.masking import block_mask
 from trivium.data.order import keyed_generator
-from trivium.layers import attention, embeddings, transformer
+from trivium.layers import attention, embeddings, packing, transformer
 from trivium.methods.flava import FlavaMethod, Pixels
 from trivium.methods.flava_flops import useful_flops
 from trivium.models.dvae import DVae, DVaeConfig, map_pixels
@@ -201,13 +201,12 @@ def codes_in_float32(self: DVae, pixels: Tensor) -> Tensor:
 
 @contextmanager
 def every_row() -> Iterator[None]:
-    def whole(self: nn.Module, x: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
-        for block in self.blocks:  # type: ignore[union-attr]
-            x = block(x, mask)
+    def whole(self: Any, x: Tensor, mask: Any = None, rows: Any = None, pads: bool = True) -> Tensor:
+        x = transformer.through(self.blocks, x, mask, None, pads and not (isinstance(rows, int) and rows == 1))
         return x if rows is None else attention.take_rows(x, rows)
 
-    def both(self: nn.Module, x: Tensor, mask: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
-        x = whole(self, x, mask)
+    def both(self: Any, x: Tensor, mask: Tensor | None, first: int, pads: bool = True) -> tuple[Tensor, Tensor]:
+        x = whole(self, x, mask, None, pads)
         return x[:first, :1], x[first:]
 
     with mock.patch.multiple(transformer.PreNormEncoder, forward=whole, both=both):
@@ -222,13 +221,16 @@ def patches_by_convolution(self: embeddings.PatchEmbedding, pixels: Tensor) -> T
 
 def three_projections(self: attention.SelfAttention, x: Tensor, mask: Any = None, rows: Any = None) -> Tensor:
     weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+    packed = mask if isinstance(mask, packing.Packing) else None
     asked = x if rows is None else attention.take_rows(x, rows)
     if rows is not None and mask is not None and mask.ndim == 3:
         mask = attention.take_rows(mask.expand(len(x), -1, -1), rows)
     parts = [F.linear(a, w, b) for a, w, b in zip((asked, x, x), weights, biases, strict=True)]
-    heads = [part.view(len(x), part.shape[1], self.num_heads, -1).transpose(1, 2) for part in parts]
-    attended = attention.attend(heads[0], heads[1], heads[2], mask, 0.0)
-    return self.out(attended.transpose(1, 2).reshape(len(x), -1, x.shape[2]))
+    if packed is not None:
+        parts, mask = [packed.unpack(part) for part in parts], packed.mask_BL
+    heads = [part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in parts]
+    attended = attention.attend(heads[0], heads[1], heads[2], mask, 0.0).transpose(1, 2).flatten(2)
+    return self.out(attended if packed is None else packed.pack(attended))
 
 
 @contextmanager
@@ -267,6 +269,7 @@ WITHOUT: dict[str, Trick] = {
         lambda: mock.patch.object(embeddings.PatchEmbedding, "forward", patches_by_convolution), modalities=PICTURES
     ),
     "real-length text": Trick(nullcontext, "padded", WORDS),
+    "pads left out": Trick(lambda: mock.patch.object(packing, "WORTH_IT", 2.0), modalities=WORDS),
     "image tokenizer in the step's precision, channels last": Trick(
         lambda: mock.patch.object(DVae, "encode", codes_in_float32), "online", PICTURES, whole="online"
     ),

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trivium.layers.packing import Packing
+
 
 def attend(query_BHQE: Tensor, key_BHLE: Tensor, value_BHLE: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(Q K^T / sqrt(E) + mask) V (Vaswani et al. 2017, Eq. 1).
@@ -114,16 +116,24 @@ class SelfAttention(Attention):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BLD: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, mask: Tensor | Packing | None = None, rows: Tensor | int | None = None) -> Tensor:
         """Attention output at every position, or only at the query positions `rows`.
 
         Args:
-            mask: bool, True = may be attended: [B, L], or [B or 1, L, L] where each position sees others (`causal`).
+            mask: bool, True = may be attended: [B, L], or [B or 1, L, L] where each position sees others (`causal`). A
+                Packing: x and the result are packed, [N, D].
             rows: None; an int n, the first n positions; or int64 [B, Q], the positions of each sample. Keys and
                 values come from all positions, so the result is exact.
         """
-        B, L, D = x_BLD.shape
+        D = x_BLD.shape[-1]
         H, E = self.num_heads, D // self.num_heads  # spelled out: an empty batch leaves -1 ambiguous
+        if isinstance(mask, Packing):
+            assert rows is None, "rows are counted in what is padded"
+            together_BLX = mask.unpack(self.qkv(x_BLD))
+            query, key, value = _parts(together_BLX.unflatten(2, (3, H, E)))
+            attended = self.attend(query, key, value, mask.mask_BL)
+            return self.out(mask.pack(attended.transpose(1, 2).flatten(2)))
+        B, L, _ = x_BLD.shape
         if rows is None:
             query, key, value = _parts(self.qkv(x_BLD).view(B, L, 3, H, E))
         else:
@@ -198,25 +208,30 @@ class CrossAttention(Attention):
         key, value = _parts(self.key_value(memory_BSW).view(B, S, 2, H, E))
         return Memory(key, value)
 
-    def forward(self, x_RQD: Tensor, memory: Tensor | Memory, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_RQD: Tensor, memory: Tensor | Memory, mask: Tensor | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """[R, Q, D].
 
         Args:
             memory: [B, S, W], then R is B; or what `read` made of it.
             mask: bool [B, S], True = may be attended, or [B, Q, S] where each memory is read once. None where memories
                 are read in an order of their own.
+            packing: x and the result are packed, [N, D].
         """
         if isinstance(memory, Tensor):
             memory = self.read(memory)
-        R, Q, D = x_RQD.shape
-        query = self.query(x_RQD).view(R, Q, self.num_heads, D // self.num_heads).transpose(1, 2)
+        query = self.query(x_RQD) if packing is None else packing.unpack(self.query(x_RQD))
+        R, Q, D = query.shape
+        query = query.view(R, Q, self.num_heads, D // self.num_heads).transpose(1, 2)
         if memory.times == 1 and memory.others_O is None:
             attended = self.attend(query, memory.key_BHSE, memory.value_BHSE, mask)
         else:
             assert mask is None or (mask.ndim == 2 and memory.others_O is None), "no mask of such a reading is built"
             assert self._seen is None, "whoever watches sees one reader at a time"
             attended = _attend_several(query, memory, mask, self.dropout if self.training else 0.0)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        attended = attended.transpose(1, 2).flatten(2)
+        return self.out(attended if packing is None else packing.pack(attended))
 
 
 def _attend_several(query_RHQE: Tensor, memory: Memory, mask_BS: Tensor | None, dropout: float) -> Tensor:

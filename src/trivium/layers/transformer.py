@@ -7,6 +7,7 @@ cross-attention reads, W their width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from trivium.layers.activations import ACTIVATIONS
 from trivium.layers.attention import CrossAttention, KeyValue, Memory, SelfAttention, take_rows
+from trivium.layers.packing import Packing
 
 # From this width on the backward pass computes the activation again instead of keeping its output, a quarter of what a
 # block keeps: about 2 % of the time at width 768, but 5 % at 128, where there is memory to spare.
@@ -42,7 +44,7 @@ class PreNormBlock(nn.Module):
         self.mlp_out = nn.Linear(mlp_width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLD: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, mask: Tensor | Packing | None = None, rows: Tensor | int | None = None) -> Tensor:
         """[B, L, D] -> [B, L, D], or [B, Q, D] at the positions `rows` alone (see SelfAttention)."""
         attended = self.attention(self.attention_norm(x_BLD), mask, rows)
         x_BQD = (x_BLD if rows is None else take_rows(x_BLD, rows)) + self.dropout(attended)
@@ -80,7 +82,7 @@ class PostNormBlock(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Packing | None = None,
         rows: Tensor | int | None = None,
         memory: Tensor | Memory | None = None,
         memory_mask: Tensor | None = None,
@@ -92,7 +94,8 @@ class PostNormBlock(nn.Module):
             memory_mask: bool [B, S], True = may be attended.
         """
         attended = self.attention(x_BLD, mask, rows)
-        return self._rest(x_BLD if rows is None else take_rows(x_BLD, rows), attended, memory, memory_mask)
+        packing = mask if isinstance(mask, Packing) else None
+        return self._rest(x_BLD if rows is None else take_rows(x_BLD, rows), attended, memory, memory_mask, packing)
 
     def after(
         self, x_BQD: Tensor, before: KeyValue | None, memory: Tensor | Memory | None, memory_mask: Tensor | None
@@ -102,12 +105,17 @@ class PostNormBlock(nn.Module):
         return self._rest(x_BQD, attended, memory, memory_mask), kept
 
     def _rest(
-        self, x_BQD: Tensor, attended: Tensor, memory: Tensor | Memory | None, memory_mask: Tensor | None
+        self,
+        x_BQD: Tensor,
+        attended: Tensor,
+        memory: Tensor | Memory | None,
+        memory_mask: Tensor | None,
+        packing: Packing | None = None,
     ) -> Tensor:
         x_BQD = self.attention_norm(x_BQD + self.dropout(attended))
         if memory is not None:
             assert self.cross_attention is not None, "this block has no cross-attention to read a memory with"
-            read = self.cross_attention(x_BQD, memory, memory_mask)
+            read = self.cross_attention(x_BQD, memory, memory_mask, packing)
             x_BQD = self.cross_attention_norm(x_BQD + self.dropout(read))
         return self.mlp_norm(x_BQD + self.dropout(activation_then(self.mlp_in(x_BQD), self.mlp_out, "gelu")))
 
@@ -153,6 +161,32 @@ class _ActivationThenLinear(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None
 
 
+def through(
+    blocks: nn.ModuleList,
+    x_BLD: Tensor,
+    mask: Tensor | None,
+    rows: Tensor | int | None,
+    pads: bool = True,
+    beside: Iterable[tuple[Any, ...]] = repeat(()),
+) -> Tensor:
+    """A stack of blocks, of which the last computes `rows` alone.
+
+    Args:
+        pads: somebody reads what becomes of pads. Where nobody does they are left out if it is worth it
+            (`layers.packing`), and what comes out in their place has no meaning. With rows = 1, the class tokens,
+            nobody does.
+        beside: what each block is given beside its input and mask.
+    """
+    x, packing = x_BLD, Packing.of(mask) if not pads or (isinstance(rows, int) and rows == 1) else None
+    if packing is not None:
+        x = packing.pack(x)
+    for number, (block, given) in enumerate(zip(blocks, beside, strict=False), start=1):
+        if rows is not None and number == len(blocks):  # rows are counted in what is padded
+            return block(x if packing is None else packing.unpack(x), mask, rows, *given)
+        x = block(x, packing or mask, None, *given)
+    return x if packing is None else packing.unpack(x)
+
+
 class PreNormEncoder(nn.Module):
     """A stack of pre-norm blocks. The final norm belongs to the caller: some want the states before it."""
 
@@ -171,16 +205,17 @@ class PreNormEncoder(nn.Module):
             PreNormBlock(width, num_heads, mlp_width, eps, dropout, activation) for _ in range(num_layers)
         )
 
-    def forward(self, x_BLD: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None) -> Tensor:
-        """`rows`: the last block computes these positions alone; exact, since its keys still come from all."""
-        for block in self.blocks[:-1]:
-            x_BLD = block(x_BLD, mask)
-        return self.blocks[-1](x_BLD, mask, rows)
+    def forward(
+        self, x_BLD: Tensor, mask: Tensor | None = None, rows: Tensor | int | None = None, pads: bool = True
+    ) -> Tensor:
+        """`rows`: the last block computes these positions alone; exact, since its keys still come from all. pads: see
+        `through`."""
+        return through(self.blocks, x_BLD, mask, rows, pads)
 
-    def both(self, x_BLD: Tensor, mask_BL: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
-        """Two batches in one pass: the class tokens of the `first` samples, [first, 1, D], and the rest, whole."""
-        for block in self.blocks[:-1]:
-            x_BLD = block(x_BLD, mask_BL)
+    def both(self, x_BLD: Tensor, mask_BL: Tensor | None, first: int, pads: bool = True) -> tuple[Tensor, Tensor]:
+        """Two batches in one pass: the class tokens of the `first` samples, [first, 1, D], and the rest, whole.
+        pads: see `through`."""
+        x_BLD = through(self.blocks[:-1], x_BLD, mask_BL, None, pads)
         masks = (None, None) if mask_BL is None else (mask_BL[:first], mask_BL[first:])
         return self.blocks[-1](x_BLD[:first], masks[0], 1), self.blocks[-1](x_BLD[first:], masks[1])
 
@@ -210,15 +245,16 @@ class PostNormEncoder(nn.Module):
         rows: Tensor | int | None = None,
         memory: Tensor | Sequence[Memory] | None = None,
         memory_mask: Tensor | None = None,
+        pads: bool = True,
     ) -> Tensor:
-        """`rows`: the last block computes these positions alone; exact, since its keys still come from all.
+        """`rows`: the last block computes these positions alone; exact, since its keys still come from all. pads: see
+        `through`.
 
         memory: what cross-attention reads, [B, S, W] or for each block its keys and values (`read`).
         """
         memories: Sequence[Any] = [memory] * len(self.blocks) if isinstance(memory, Tensor | None) else memory
-        for block, of_block in zip(self.blocks[:-1], memories[:-1], strict=True):
-            x_BLD = block(x_BLD, mask, None, of_block, memory_mask)
-        return self.blocks[-1](x_BLD, mask, rows, memories[-1], memory_mask)
+        beside = [(each, memory_mask) for each in memories]
+        return through(self.blocks, x_BLD, mask, rows, pads, beside)
 
     def read(self, memory_BSW: Tensor) -> list[Memory]:
         """What each block reads of a memory, for `forward`: computed once, read as often as wanted."""

@@ -169,9 +169,11 @@ class AlbefMethod(MethodOfPictures):
         text = batch.texts[0]
         mask_BT = None if bool(text.mask_BT.all()) else text.mask_BT  # without a mask attention is faster
         if not masked:
-            return model.encode_text(self._to(text.ids_BT), None if mask_BT is None else self._to(mask_BT)), None
+            mask_BT = None if mask_BT is None else self._to(mask_BT)
+            return model.encode_text(self._to(text.ids_BT), mask_BT, pads=False), None
         ids_PT = self._to(torch.cat([text.ids_BT, batch.targets["masked_ids"]]))
-        both = model.encode_text(ids_PT, None if mask_BT is None else self._to(mask_BT.repeat(2, 1)))
+        mask_PT = None if mask_BT is None else self._to(mask_BT.repeat(2, 1))
+        both = model.encode_text(ids_PT, mask_PT, pads=self.distillation.soft_labels == "positions")
         first, second = both.split(len(batch))
         return first, second
 
@@ -236,7 +238,7 @@ class AlbefMethod(MethodOfPictures):
             logits_MV = self.model.predict_words(words.states.flatten(0, 1)[masked_M])
             return {"mlm": masked_prediction(logits_MV, ids_M)}
         with torch.no_grad():
-            taught = self.teacher.fuse(states.shown, states.hidden, index).states
+            taught = self.teacher.fuse(states.shown, states.hidden, index, pads=published).states
         if published:
             logits_BTV, teacher_BTV = self.model.predict_words(words.states), self.teacher.predict_words(taught)
             loss, entropy = published_prediction(logits_BTV, masked_M, ids_M, teacher_BTV, alpha)

@@ -191,7 +191,7 @@ class FlavaMethod(MethodOfPictures):
         text, selected_BT = batch.texts[0], batch.targets["selected"]
         index_BQ, positions = needed(selected_BT)
         words = self.model.encode_text(
-            self._to(batch.targets["masked_ids"]), self._text_mask(text.mask_BT), None, self._to(index_BQ)
+            self._to(batch.targets["masked_ids"]), self._text_mask(text.mask_BT), None, self._to(index_BQ), pads=False
         )
         logits_MV = self.model.mlm_head(words.tokens.flatten(0, 1)[self._to(positions[0])])
         return {"mlm": masked_prediction(logits_MV, self._to(text.ids_BT[selected_BT]))}
@@ -214,14 +214,13 @@ class FlavaMethod(MethodOfPictures):
         else:
             pixels_RCHW = self._rows_of(begun, masked_R)
             image = self.model.encode_image(self.pixels(pixels_RCHW), self._to(masked_RN))
-            words = self.model.encode_text(
-                self._to(batch.targets["masked_ids"][masked_R]), self._text_mask(batch.texts[0].mask_BT[masked_R])
-            )
+            mask_RT = self._text_mask(batch.texts[0].mask_BT[masked_R])
+            words = self.model.encode_text(self._to(batch.targets["masked_ids"][masked_R]), mask_RT, pads=False)
         # Order of the fused sequence: its class token, the image's class token, patches, text.
         class_R1 = torch.ones(len(masked_R), 1, dtype=torch.bool)
         patches_RN, words_RT = masked_RN & kept_R[:, None], selected_RT & kept_R[:, None]
         index_RQ, (class_R, _, patch_M, word_M) = needed(class_R1, ~class_R1, patches_RN, words_RT)
-        fused = self.model.fuse(image, words, self._to(index_RQ))
+        fused = self.model.fuse(image, words, self._to(index_RQ), pads=False)
         tokens = fused.tokens.flatten(0, 1)
         sums: Sums = {}
         if "itm" in wanted:

@@ -68,7 +68,7 @@ class RetrievalMethod(MethodOfPictures):
         rows = None if self.weights["itm"] else 1
         image = self.model.encode_image(self.pixels(batch.images[0].pixels_BCHW), rows=rows)
         mask_BT = None if bool(text.mask_BT.all()) else self._to(text.mask_BT)  # without a mask attention is faster
-        words = self.model.encode_text(self._to(text.ids_BT), mask_BT, rows=rows)
+        words = self.model.encode_text(self._to(text.ids_BT), mask_BT, rows=rows, pads=False)
         marks = {"row": self._to(batch.rows_B), "same": self._to(batch.images[0].same_B)}
         return Rows({"image": image.projected, "text": words.projected}, marks), (image, words)
 

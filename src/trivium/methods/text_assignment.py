@@ -42,7 +42,7 @@ class TextAssignment(FineTuning):
         assert isinstance(model, Albef) and isinstance(head, TwoPictures)
         pixels_BCHW, ids_BT, mask_BT, _ = self._inputs(batch)
         assert pixels_BCHW is not None and ids_BT is not None
-        image, text = model.encode_image(pixels_BCHW), model.encode_text(ids_BT, mask_BT)
+        image, text = model.encode_image(pixels_BCHW), model.encode_text(ids_BT, mask_BT, pads=False)
         with torch.no_grad():
             left_B, right_B, label_B = self._drawn(batch, image.projected, key)
         kept_B = self._kept(batch)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from trivium.layers.attention import Attention
 from trivium.layers.embeddings import interpolate_positions
 from trivium.layers.heads import TiedMaskedHead
-from trivium.layers.transformer import PostNormEncoder
+from trivium.layers.transformer import PostNormEncoder, through
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.encoded import Encoded
 from trivium.models.grounding import Gaze
@@ -140,20 +140,26 @@ class Albef(nn.Module):
         """
         return Encoded(self.image(pixels_BCHW, None, rows), None, self.image.norm, self.image_projection)
 
-    def encode_text(self, ids_BT: Tensor, mask_BT: Tensor | None = None, rows: Tensor | int | None = None) -> Encoded:
-        """Token ids, int64 [B, T], without [SEP]; mask_BT: bool, True = a real token. None attends pads too."""
-        states = self.text.encode_text(ids_BT, mask_BT, rows=rows).states
+    def encode_text(
+        self, ids_BT: Tensor, mask_BT: Tensor | None = None, rows: Tensor | int | None = None, pads: bool = True
+    ) -> Encoded:
+        """Token ids, int64 [B, T], without [SEP]; mask_BT: bool, True = a real token. None attends pads too.
+
+        pads: somebody reads their states, which else may have no meaning.
+        """
+        states = self.text.encode_text(ids_BT, mask_BT, rows=rows, pads=pads).states
         return Encoded(states, mask_BT, nn.Identity(), self.text_projection)
 
-    def fuse(self, image: Encoded, text: Encoded, rows: Tensor | int | None = None) -> Encoded:
+    def fuse(self, image: Encoded, text: Encoded, rows: Tensor | int | None = None, pads: bool = True) -> Encoded:
         """Texts read with their pictures, row by row. Positions of the result are the text's, its class token first.
+        pads: somebody reads their states, which else may have no meaning.
 
         A picture that stands alone is read by every text: its keys and values are computed once.
         """
         if len(image.states) == 1 < len(text.states):
             memories = [replace(memory, times=len(text.states)) for memory in self.fusion.read(image.tokens)]
-            return self._fused(self.fusion(text.states, text.mask, rows, memories), text.mask)
-        return self._fused(self.fusion(text.states, text.mask, rows, image.tokens), text.mask)
+            return self._fused(self.fusion(text.states, text.mask, rows, memories, None, pads), text.mask)
+        return self._fused(self.fusion(text.states, text.mask, rows, image.tokens, None, pads), text.mask)
 
     def fuse_pairs(
         self,
@@ -187,8 +193,8 @@ class Albef(nn.Module):
         x_RTD, mask_RT = torch.cat(readers), _joined(masks)
         own = len(readers) - (others is not None)  # batches that read their own pictures
         memories = [replace(memory, times=own, others_O=others) for memory in self.fusion.read(image.tokens)]
-        for block, memory in zip(self.fusion.blocks[:-1], memories[:-1], strict=True):
-            x_RTD = block(x_RTD, mask_RT, None, memory)
+        pads = masked is not None and rows is None
+        x_RTD = through(self.fusion.blocks[:-1], x_RTD, mask_RT, None, pads, [(memory,) for memory in memories])
         last, memory = self.fusion.blocks[-1], memories[-1]
         words = pairs = None
         if masked is not None:

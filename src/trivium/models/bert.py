@@ -87,6 +87,7 @@ class Bert(nn.Module):
         rows: Tensor | int | None = None,
         memory_BSW: Tensor | None = None,
         memory_mask: Tensor | None = None,
+        pads: bool = True,
     ) -> Encoded:
         """Token ids, int64 [B, T].
 
@@ -95,8 +96,9 @@ class Bert(nn.Module):
                 right. None attends every position, pads too.
             rows: compute the last block only there (see SelfAttention); `states` then holds only those positions.
             memory_BSW, memory_mask: what cross-attention reads.
+            pads: somebody reads their states, which else may have no meaning.
         """
-        states = self.encoder(self.embeddings(ids_BT, segments_BT), mask, rows, memory_BSW, memory_mask)
+        states = self.encoder(self.embeddings(ids_BT, segments_BT), mask, rows, memory_BSW, memory_mask, pads)
         return Encoded(states, mask if mask is None or mask.ndim == 2 else None, nn.Identity(), None)
 
     def pool(self, text: Encoded) -> Tensor:

@@ -110,13 +110,15 @@ class FineTuned(nn.Module):
         if isinstance(self.head, TwoPictures):
             assert isinstance(self.backbone, Albef) and pixels_PCHW is not None and ids_BT is not None
             tokens_PND = self.backbone.encode_image(pixels_PCHW).tokens
-            return self.head.judge(self.backbone.fusion, self.backbone.encode_text(ids_BT, mask_BT), tokens_PND)
+            text = self.backbone.encode_text(ids_BT, mask_BT, pads=False)
+            return self.head.judge(self.backbone.fusion, text, tokens_PND)
         return self.head(read(self.backbone, self.config.reads, pixels_PCHW, ids_BT, mask_BT, segments_BT))
 
     def fused(self, pixels_BCHW: Tensor | None, ids_BT: Tensor | None, mask_BT: Tensor | None) -> Encoded:
         """What a writer reads."""
         assert isinstance(self.backbone, Albef) and pixels_BCHW is not None and ids_BT is not None
-        return self.backbone.fuse(self.backbone.encode_image(pixels_BCHW), self.backbone.encode_text(ids_BT, mask_BT))
+        text = self.backbone.encode_text(ids_BT, mask_BT, pads=False)
+        return self.backbone.fuse(self.backbone.encode_image(pixels_BCHW), text, pads=False)
 
     def written(self, fused: Encoded, ids_RT: Tensor, row_R: Tensor, places_M: Tensor) -> Tensor:
         """Logits [M, V] of the next word at some places of given answers, places in [R * T].
@@ -159,8 +161,10 @@ def read(
     if reads != "image":
         assert isinstance(model, EncodesText) and ids_BT is not None
         text = (
-            model.encode_text(ids_BT, mask_BT, segments_BT, class_alone)
+            model.encode_text(ids_BT, mask_BT, segments_BT, class_alone, pads=False)
             if isinstance(model, Flava | Bert)
+            else model.encode_text(ids_BT, mask_BT, pads=False)
+            if isinstance(model, Albef)
             else model.encode_text(ids_BT, mask_BT)
         )
     if text is None:

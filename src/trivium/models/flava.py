@@ -140,9 +140,9 @@ class TextEncoder(nn.Module):
         self.pooler = nn.Linear(config.width, config.width)
 
     def forward(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, segments_BT: Tensor | None, rows: Tensor | int | None
+        self, ids_BT: Tensor, mask_BT: Tensor | None, segments_BT: Tensor | None, rows: Tensor | int | None, pads: bool
     ) -> Tensor:
-        return self.encoder(self.embeddings(ids_BT, segments_BT), mask_BT, rows)
+        return self.encoder(self.embeddings(ids_BT, segments_BT), mask_BT, rows, pads)
 
 
 class MultimodalEncoder(nn.Module):
@@ -159,9 +159,11 @@ class MultimodalEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, config.eps)
         self.pooler = nn.Linear(config.width, config.width)
 
-    def forward(self, image_BND: Tensor, text_BTD: Tensor, mask_BL: Tensor | None, rows: Tensor | int | None) -> Tensor:
+    def forward(
+        self, image_BND: Tensor, text_BTD: Tensor, mask_BL: Tensor | None, rows: Tensor | int | None, pads: bool
+    ) -> Tensor:
         x_BLD = torch.cat([self.image_projection(image_BND), self.text_projection(text_BTD)], dim=1)
-        return self.encoder(prepend(self.class_token, x_BLD), mask_BL, rows)
+        return self.encoder(prepend(self.class_token, x_BLD), mask_BL, rows, pads)
 
 
 class Flava(nn.Module):
@@ -226,7 +228,7 @@ class Flava(nn.Module):
         """
         image, text, first = self.image, self.text, len(pixels_BCHW)
         pictures = image.encoder.both(image.embed_twice(pixels_BCHW, masked_RN, rows_R), None, first)
-        texts = text.encoder.both(text.embeddings(ids_PT, None), mask_PT, first)
+        texts = text.encoder.both(text.embeddings(ids_PT, None), mask_PT, first, self.config.pads_visible)
         masks = (None, None) if mask_PT is None else (mask_PT[:first], mask_PT[first:])
         found = [
             (
@@ -243,9 +245,13 @@ class Flava(nn.Module):
         mask_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
         rows: Tensor | int | None = None,
+        pads: bool = True,
     ) -> Encoded:
-        """Token ids, int64 [B, T]; mask_BT: bool, True = a real token. None attends every position, pads too."""
-        states = self.text(ids_BT, mask_BT, segments_BT, rows)
+        """Token ids, int64 [B, T]; mask_BT: bool, True = a real token. None attends every position, pads too.
+
+        pads: somebody else than our multimodal encoder reads their states, which else may have no meaning.
+        """
+        states = self.text(ids_BT, mask_BT, segments_BT, rows, pads or self.config.pads_visible)
         return Encoded(states, mask_BT, self.text.norm, self.text_projection)
 
     def gaze(self, num_patches: int, block: int | None = None) -> Gaze:
@@ -254,18 +260,19 @@ class Flava(nn.Module):
         chosen = blocks[(len(blocks) - 1) // 2 if block is None else block]
         return Gaze(chosen.attention, slice(2 + num_patches, None), slice(2, 2 + num_patches))
 
-    def fuse(self, image: Encoded, text: Encoded, rows: Tensor | int | None = None) -> Encoded:
+    def fuse(self, image: Encoded, text: Encoded, rows: Tensor | int | None = None, pads: bool = True) -> Encoded:
         """Image and text states through the multimodal encoder, row by row; a picture that stands alone is read with
         every text.
 
         Positions of the result: 0 its class token, 1 the image's class token, 2.. the patches, the last T the text.
+        pads: somebody reads their states, which else may have no meaning.
         """
         image = image.repeated(len(text.states))
         B, N, _ = image.states.shape
         mask_BL = None
         if text.mask is not None and not self.config.pads_visible:
             mask_BL = torch.cat([text.mask.new_ones(B, 1 + N), text.mask], dim=1)
-        states = self.multimodal(image.states, text.states, mask_BL, rows)
+        states = self.multimodal(image.states, text.states, mask_BL, rows, pads)
         return Encoded(states, mask_BL, self.multimodal.norm, None)
 
     def match(self, fused: Encoded) -> Tensor:

@@ -349,7 +349,7 @@ class Unit(nn.Module):
         rows = None
         if task is not None and reader.text == "class":  # the last block at the class token alone
             rows, T, mask_BT = torch.full((len(ids_BT), 1), first, device=ids_BT.device), 1, None
-        x_BTE = self.text.encoder(x_BTE, mask, rows)
+        x_BTE = self.text.encoder(x_BTE, mask, rows, pads=task is None)  # the decoder reads none
         states = self.text_to_decoder(x_BTE if rows is not None else x_BTE[:, first:])
         places_BTD = self.text_places(self.text.embeddings.position.weight[:T]).expand(len(ids_BT), -1, -1)
         return Encoded(states, mask_BT, nn.Identity(), None, places=places_BTD)
