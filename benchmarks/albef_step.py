@@ -28,7 +28,7 @@ from unittest import mock
 
 import side_by_side
 import torch
-from flava_pair import eager_attention
+from flava_pair import PADS, eager_attention, with_pads
 from published_albef import Inputs, published_from
 from step_pair import StepPair, compare
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from trivium.layers import attention, packing
+from trivium.layers import attention
 from trivium.methods import albef as method_module
 from trivium.methods.albef import AlbefMethod, Distillation
 from trivium.methods.albef_flops import useful_flops
@@ -212,7 +212,7 @@ WITHOUT: dict[str, Callable[[Batch], AbstractContextManager]] = {
     "fused scaled-dot-product attention": lambda _: patched(attention, "attend", eager_attention),
     "false pairs drawn at once": lambda _: patched(method_module, "hard_negatives", one_by_one),
     "average of weights in one call": lambda _: patched(method_module, "follow", average_by_tensor),
-    "pads left out": lambda _: patched(packing, "WORTH_IT", 2.0),
+    PADS: lambda _: with_pads(),
     "queue not joined to the batch": lambda _: patched(method_module, "distilled_contrastive", joined_queue),
 }
 

@@ -11,7 +11,7 @@ both agree to 1e-5 in float32, or nothing is timed. Three sets of rows:
     as_used   each as it is used: the peer with 77 tokens and codes made in the step, ours with the captions' real
               length and cached codes (`trivium data codes`)
     equal     real length and cached codes for both
-    online    77 tokens and codes made in the step for both
+    online    77 tokens and codes made in the step for both; ours leaves pads out, as always on a processor
 
 Each side has a process of its own, and its allocator as it is used: ours keeps the memory of a step for the next, as
 the trainer does (train/memory.py), the peer's is as it comes. What is counted against ours: see step_pair.py.

@@ -16,6 +16,8 @@ import side_by_side
 import torch
 import unit_step
 
+from trivium.layers.packing import Packing
+
 
 def test_a_rung_is_the_time_without_over_the_time_with_all(capsys: pytest.CaptureFixture[str]) -> None:
     def timed(whole: Callable[[], object], lacking: Callable[[], object]) -> list[list[float]]:
@@ -95,6 +97,9 @@ def test_the_ladder_of_flava_has_a_rung_where_a_trick_can_matter_and_none_change
                 inputs = flava_pair.peer_inputs(batch, pair.method, modality)
                 with trick.without():
                     pair.same_losses(batch, inputs)
+    for rows in (flava_step.LADDER_BATCH, 8):  # the trick is one at all
+        lengths = torch.tensor(flava_pair.LENGTHS[:rows])
+        assert Packing.of(torch.arange(max(lengths)) < lengths[:, None]) is not None
     ours = flava_step.Ours("tiny", "fp32", 4, keeps=False)
 
     def side(name: str, *arguments: str) -> object:
@@ -121,9 +126,12 @@ def test_a_step_on_another_class_of_processor_has_a_file_of_its_own(
     assert named == ["step", "step_avx512", "step_avx2"]
     monkeypatch.setattr("trivium.train.precision.cpu_class", lambda: "AMX")
     for name, value in side_by_side.HELD_TO_AVX2.items():
-        assert not side_by_side.held_to_avx2(), "by half of it, products would be those of the newer class"
         monkeypatch.setenv(name, value)
+        if name != list(side_by_side.HELD_TO_AVX2)[-1]:
+            with pytest.raises(SystemExit, match=r"ONEDNN_MAX_CPU_ISA.* alone, or with other values"):
+                side_by_side.held_to_avx2()
     assert side_by_side.of_this_class("step") == "step_avx2"
     found = json.loads(side_by_side.write("step_avx2", {}, folder=tmp_path).read_text())
-    assert found["machine"]["class"] == "AMX, held to AVX2"
-    assert found["command"] == "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/a.py"
+    assert (found["machine"]["class"], found["machine"]["held on"]) == ("AVX2", "AMX")
+    held = "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2"
+    assert found["command"] == f"{held} python benchmarks/a.py"

@@ -14,7 +14,7 @@ from tests.flava_batches import flava_method, random_flava
 from trivium.data.collate import ImageCollate, ImageInput
 from trivium.data.views import Views
 from trivium.errors import TriviumError
-from trivium.invariance import flava, on_processes, share_of_this_process, split
+from trivium.invariance import CASES, flava, on_processes, share_of_this_process, split
 from trivium.recipes.data import Data, Sources, make_image_tokenizer
 from trivium.recipes.priors import start_at_frequencies
 from trivium.train import distributed
@@ -27,6 +27,7 @@ STEPS = (  # precision, stream, micro-batches
     *(("float64", "pairs", 2), ("float64", "pairs", 8), ("float64", "images", 2), ("float64", "text", 2)),
     ("float32", "pairs", 8),
 )
+FAMILIES = ("CLIP", "DINO", "fine-tuning, BERT", "ALBEF", "retrieval, FLAVA", "UniT, boxes", "UniT, answers")
 CPU = torch.device("cpu")
 
 
@@ -42,6 +43,7 @@ def one() -> dict[str, Tensor]:
 
 def everything() -> dict[str, Tensor]:
     found = {f"sharded/{name}": value for name, value in sharded_steps().items()}
+    found |= {f"another family/{name}": value for name, value in of_other_families().items()}
     found |= {"accepted with a NaN on the second process": a_nan_on_the_last_process()}
     found |= {f"learned/{name}": value for name, value in learned_from_data().items()}
     return found | {"refused": a_mistake_of_the_first_process()}
@@ -88,6 +90,22 @@ def losses_and_gradients(stream: str, dtype: torch.dtype, parts: int) -> dict[st
     return found | {f"gradient of {name}": distributed.whole(grad) for name, grad in grads.items()}
 
 
+def of_other_families() -> dict[str, Tensor]:
+    """Losses and whole gradients of each, in parts over two processes."""
+    found: dict[str, Tensor] = {}
+    for name in FAMILIES:
+        method, batch = CASES[name](torch.float64, 0.0)
+        if distributed.world() > 1:
+            shard(method, getattr(method.model, "blocks", list)(), CPU)  # a fine-tuned model names none
+        method.train()
+        sums, _, _ = backward(method, share_of_this_process(split(batch, 2)), Key(0, batch.stream, 0))
+        distributed.sum_gradients(list(method.parameters()))
+        found |= {f"{name}: loss of {n}": value for n, value in distributed.sum_over_processes(sums).items()}
+        grads = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+        found |= {f"{name}: gradient of {n}": distributed.whole(grad) for n, grad in grads.items()}
+    return found
+
+
 def parameters_after_a_step(clip: str) -> dict[str, Tensor]:
     method, mine = prepared("pairs", torch.float64, 2)
     with torch.no_grad():
@@ -111,6 +129,16 @@ def test_a_sharded_step_equals_one_process(
         for name, reference in expected.items():
             error = float((mine[name].double() - reference.double()).norm())
             assert error <= tolerance * float(reference.double().norm()), f"{name}: differs by {error:.3g}"
+
+
+def test_a_sharded_step_of_another_family_equals_one_process(two: list[dict[str, Tensor]]) -> None:
+    expected = of_other_families()
+    for found in two:
+        mine = under(found, "another family/")
+        assert set(mine) == set(expected)
+        for name, reference in expected.items():
+            error = float((mine[name].double() - reference.double()).norm())
+            assert error <= 1e-9 * float(reference.double().norm()) + 1e-12, f"{name}: differs by {error:.3g}"
 
 
 # What all of them must do alike.

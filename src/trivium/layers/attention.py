@@ -191,6 +191,8 @@ class Memory:
 class CrossAttention(Attention):
     """Multi-head attention whose keys and values (one fused projection, in that order) come from a memory."""
 
+    entered_apart = True  # `read` is called outside of the forward of the block that holds it (train/sharding.py)
+
     def __init__(self, width: int, memory_width: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         assert width % num_heads == 0, f"width {width} is not a multiple of {num_heads} heads"

@@ -1,8 +1,8 @@
 """Sequences of a padded batch without their pads, one after the other.
 
 Norms, linear maps and activations know nothing of neighbours, so they take the real positions alone; attention gets the
-batch with zeros for pads, which nobody may attend, and what it gives there is dropped. Of captions a third and more of
-a padded batch are pads.
+batch with zeros for those that were left out, which nobody may attend, and what it gives there is dropped. Of captions
+a third and more of a padded batch are pads.
 
 B batch, L positions, N positions that are taken of all samples, D width.
 """
@@ -47,6 +47,6 @@ class Packing:
         return x_BLD.flatten(0, 1).index_select(0, self.index_N)
 
     def unpack(self, x_ND: Tensor) -> Tensor:
-        """[B, L, D], zeros at pads."""
-        padded = x_ND.new_zeros(self.mask_BL.numel(), x_ND.shape[1]).index_copy(0, self.index_N, x_ND)
+        """[B, L, D], zeros where nothing was taken."""
+        padded = x_ND.new_zeros(self.mask_BL.numel(), x_ND.shape[1]).index_copy_(0, self.index_N, x_ND)
         return padded.unflatten(0, self.mask_BL.shape)

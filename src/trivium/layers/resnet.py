@@ -175,8 +175,8 @@ class ResNet(nn.Module):
         try:
             for each in frozen:
                 weight, shift = each.folded(each.norm)  # type: ignore[arg-type]
-                kind = weight.device.type
-                dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+                device = weight.device.type
+                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
                 each._folded = weight.to(dtype), shift.to(dtype)
             yield
         finally:

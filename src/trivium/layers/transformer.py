@@ -7,7 +7,6 @@ cross-attention reads, W their width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -167,20 +166,20 @@ def through(
     mask: Tensor | None,
     rows: Tensor | int | None,
     pads: bool = True,
-    beside: Iterable[tuple[Any, ...]] = repeat(()),
+    beside: Sequence[tuple[Any, ...]] | None = None,
 ) -> Tensor:
     """A stack of blocks, of which the last computes `rows` alone.
 
     Args:
         pads: somebody reads what becomes of pads. Where nobody does they are left out if it is worth it
-            (`layers.packing`), and what comes out in their place has no meaning. With rows = 1, the class tokens,
-            nobody does.
+            (`layers.packing`), and what comes out in their place has no meaning.
         beside: what each block is given beside its input and mask.
     """
-    x, packing = x_BLD, Packing.of(mask) if not pads or (isinstance(rows, int) and rows == 1) else None
+    x, packing = x_BLD, None if pads else Packing.of(mask)  # x: [B, L, D], or packed [N, D]
     if packing is not None:
-        x = packing.pack(x)
-    for number, (block, given) in enumerate(zip(blocks, beside, strict=False), start=1):
+        assert packing.mask_BL.shape == x_BLD.shape[:2], "a mask for all samples at once tells no pads apart"
+        x = packing.pack(x_BLD)
+    for number, (block, given) in enumerate(zip(blocks, beside or [()] * len(blocks), strict=True), start=1):
         if rows is not None and number == len(blocks):  # rows are counted in what is padded
             return block(x if packing is None else packing.unpack(x), mask, rows, *given)
         x = block(x, packing or mask, None, *given)

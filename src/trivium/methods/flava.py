@@ -117,7 +117,7 @@ class FlavaMethod(MethodOfPictures):
             (image, words), begun = self._encode_both(batch, pixels_BCHW)
         else:
             image = self.model.encode_image(self.pixels(pixels_BCHW), rows=1)
-            words = self.model.encode_text(self._to(text.ids_BT), self._text_mask(text.mask_BT), rows=1)
+            words = self.model.encode_text(self._to(text.ids_BT), self._text_mask(text.mask_BT), rows=1, pads=False)
         marks = {
             "row": batch.rows_B,
             "kept": batch.targets["matched"],

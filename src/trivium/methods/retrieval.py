@@ -94,7 +94,7 @@ class RetrievalMethod(MethodOfPictures):
         texts = Encoded.joined([text, text, text.taken(text_B)])
         true_3B = torch.arange(3 * len(batch)) < len(batch)
         kept_3B = allowed_BB.any(1).repeat(3)
-        logits = self.model.match(self.model.fuse(images, texts, rows=1))
+        logits = self.model.match(self.model.fuse(images, texts, rows=1, pads=False))
         return {
             "itm": matching(logits, self._to(true_3B), self._to(kept_3B)),
             "stat/itm_left_out": self._to((~allowed_BB.any(1)).sum()),

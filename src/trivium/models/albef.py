@@ -194,7 +194,7 @@ class Albef(nn.Module):
         own = len(readers) - (others is not None)  # batches that read their own pictures
         memories = [replace(memory, times=own, others_O=others) for memory in self.fusion.read(image.tokens)]
         pads = masked is not None and rows is None
-        x_RTD = through(self.fusion.blocks[:-1], x_RTD, mask_RT, None, pads, [(memory,) for memory in memories])
+        x_RTD = through(self.fusion.blocks[:-1], x_RTD, mask_RT, None, pads, [(memory,) for memory in memories[:-1]])
         last, memory = self.fusion.blocks[-1], memories[-1]
         words = pairs = None
         if masked is not None:

@@ -207,12 +207,13 @@ class ImageEncoder(nn.Module):
     def forward(
         self, pixels_BCHW: Tensor, sizes_B2: Tensor | None, number: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """States and places, [B, N, E] each (places [1, N, E] where all pictures are of one size), and the mask."""
+        """States and places, [B, N, E] each (places [1, N, E] where all pictures are of one size), and the mask; None:
+        all are real. Positions of a picture stand row by row, and where all go together as in the padded map."""
         if sizes_B2 is None or not goes_apart(pixels_BCHW.device):
             return self.together(pixels_BCHW, sizes_B2, number)
         kinds_U2, kind_B = torch.unique(sizes_B2, dim=0, return_inverse=True)
-        if len(kinds_U2) == 1:
-            height, width = kinds_U2[0].tolist()
+        if len(kinds_U2) < 2:
+            height, width = kinds_U2[0].tolist() if len(kinds_U2) else pixels_BCHW.shape[2:]
             return self.together(pixels_BCHW[:, :, :height, :width], None, number)
         found: dict[int, tuple[Tensor, Tensor]] = {}
         with self.backbone.folded_once():
@@ -223,7 +224,8 @@ class ImageEncoder(nn.Module):
         states, places = ([found[row][part] for row in range(len(found))] for part in (0, 1))
         lengths_B = torch.tensor([len(each) for each in states])
         mask_BN = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
-        return pad_sequence(states, batch_first=True), pad_sequence(places, batch_first=True), mask_BN
+        padded = pad_sequence(states, batch_first=True), pad_sequence(places, batch_first=True)
+        return *padded, None if bool(mask_BN.all()) else mask_BN
 
     def together(
         self, pixels_BCHW: Tensor, sizes_B2: Tensor | None, number: int

@@ -139,7 +139,7 @@ def _small(model: UnitConfig, tiny: bool) -> UnitRecipe:
         augmentation = Augmentation(shorts=shorts, before_crop=(256, 320, 384), crop_sides=(192, 320))
         data = JointData(short=320, longest=533, augmentation=augmentation)
         return UnitRecipe(model, data=data, optim=optim, train=Train(steps=50_000, micro_batch=16))
-    # Without crops scenes keep one size and need no padding, which takes as long as half of a step.
+    # Without crops scenes keep one size: others would be encoded apart, or padded, which takes half of a step on a GPU.
     augmentation = Augmentation(shorts=(128,), crop=0.0, before_crop=(128, 144, 160), crop_sides=(96, 128), jitter=0.3)
     tasks = {
         name: replace(task, num_queries=min(task.num_queries, 20), batch=32,

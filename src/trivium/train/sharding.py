@@ -81,7 +81,9 @@ def shard(method: Method, blocks: Sequence[nn.Module], device: torch.device) -> 
     """Cut a method in place: each process keeps its part of every parameter, along the first dimension."""
     mesh = init_device_mesh(device.type, (distributed.world(),))
     for block in blocks:
-        if not _is_tied(block, method):  # what shares a tensor with something outside stays in one group with it
+        # What shares a tensor with something outside, or is used outside of its forward, stays with the rest.
+        entered_apart = any(getattr(module, "entered_apart", False) for module in block.modules())
+        if not entered_apart and not _is_tied(block, method):
             fully_shard(block, mesh=mesh)
     fully_shard(method, mesh=mesh, reshard_after_forward=False)
     for module in method.modules():
