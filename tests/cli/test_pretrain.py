@@ -383,6 +383,23 @@ def test_resuming_names_the_run(trained: Path, tmp_path: Path, capsys: pytest.Ca
     assert "was started with optim.lr = " in capsys.readouterr().err
 
 
+def test_a_run_goes_on_under_a_version_that_has_more_options(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    config = json.loads((run / "config.json").read_text())
+    assert config["values"].pop("optim.decay_vectors") is False
+    (run / "config.json").write_text(json.dumps(config))
+    assert trivium("pretrain", run, "--resume", "--optim.decay-vectors", "true") == 2
+    assert "was begun by a version that had no optim.decay_vectors" in capsys.readouterr().err
+    assert trivium("pretrain", run, "--resume") == 0
+    assert "begun by a version that had no optim.decay_vectors: the default" in capsys.readouterr().err
+    config["values"]["optim.an_option_of_the_past"] = 1.0
+    (run / "config.json").write_text(json.dumps(config))
+    assert trivium("pretrain", run, "--resume") == 2
+
+
 # -------------------------------------------------------------------------------------------- a full disk
 
 

@@ -134,7 +134,13 @@ def resume_run(recipe: str, out: Path | None, changes: Mapping[str, Any], begun:
 
     settings = configuration.load(Path(recipe)) if out is None else _stated(out, recipe)
     out = out or Path(recipe)
-    tree = set_overrides(configuration.build(settings, RECIPES), changes)
+    stated = configuration.build(settings, RECIPES)
+    later = configuration.leaves(stated).keys() - settings.values.keys() - set(run_folder.FREE)
+    if refused := sorted(later & changes.keys()):
+        raise TriviumError(f"{out} was begun by a version that had no {refused[0]}: begin a new run to change it")
+    if later:
+        say(f"begun by a version that had no {', '.join(sorted(later))}: the default is what was done then")
+    tree = set_overrides(stated, changes)
     if isinstance(tree, Stages):
         if changes:
             raise TriviumError(

@@ -79,7 +79,8 @@ def create(path: Path, settings: Config) -> RunFolder:
 
 
 def reopen(path: Path, settings: Config) -> RunFolder:
-    """Open the folder of a run that is to be resumed with the same configuration.
+    """Open the folder of a run that is to be resumed with the same configuration. Options that its config does not name
+    are of a later version: they have their defaults, which are what was done before there were any.
 
     Raises:
         TriviumError: no run stands there, or it was started with other values.
@@ -88,9 +89,7 @@ def reopen(path: Path, settings: Config) -> RunFolder:
         raise TriviumError(f"{path} holds no run to resume: leave out --resume to begin one")
     before = config.load(path)
     changed = [
-        name
-        for name in sorted(before.values.keys() | settings.values.keys())
-        if name not in FREE and before.values.get(name) != settings.values.get(name)
+        name for name in sorted(before.values) if name not in FREE and before.values[name] != settings.values.get(name)
     ]
     if changed:
         name = changed[0]
