@@ -25,9 +25,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -110,10 +109,10 @@ def compare_apart(ours: Side, mine: Case, peer: Side, theirs: Case) -> dict[str,
     return compare(mine[0], *steps, lambda: (ours("memory", *mine), peer("memory", *theirs)))
 
 
-def table(ours: Side, peer: Side, ceiling: float) -> dict[str, Any]:
-    """Rows of each case and modality. ceiling: FLOP/s of a matrix product."""
+def table(ours: Side, peer: Side, cases: Sequence[str], product: float) -> dict[str, Any]:
+    """Rows of each case and modality. product: FLOP/s of a matrix product."""
     results: dict[str, Any] = {}
-    for case, inputs in CASES.items():
+    for case, inputs in ((name, CASES[name]) for name in cases):
         print(case, flush=True)
         results[case] = {}
         for modality in MODALITIES:
@@ -121,7 +120,7 @@ def table(ours: Side, peer: Side, ceiling: float) -> dict[str, Any]:
             row = compare_apart(ours, mine, peer, theirs)
             row["flops"] = ours("flops", *mine)
             results[case][modality] = row | {
-                f"{side}_mfu": row["flops"] / row[f"{side}_min"] / ceiling for side in ("ours", "peer")
+                f"{side}_mfu": row["flops"] / row[f"{side}_min"] / product for side in ("ours", "peer")
             }
     return results
 
@@ -144,14 +143,14 @@ def ladder(ours: Side, given_back: Side, rounds: int) -> dict[str, dict[str, flo
     return rungs
 
 
-def measure_table(size: str, kind: Kind, rows: int) -> dict[str, Any]:
-    """What a results file holds but for the ladder."""
-    speed = {name: 1e9 * value for name, value in precision.measure_matmul(CPU, seconds=1.0).items()}
+def measure_table(size: str, kind: Kind, rows: int, cases: Sequence[str]) -> dict[str, Any]:
+    product = 1e9 * precision.measure_matmul(CPU, seconds=1.0)["bfloat16" if kind == "bf16" else "float32"]
+    print(f"a matrix product makes {product / 1e9:.0f} GFLOP/s", flush=True)
     peer, ours = side_by_side.Apart(Peer, size, kind, rows), side_by_side.Apart(Ours, size, kind, rows, True)
-    results = table(ours, peer, speed["bfloat16" if kind == "bf16" else "float32"])
+    results = table(ours, peer, cases, product)
     peer.end()
     ours.end()
-    return {"results": results, "precision": kind, "batch": rows, "matmul": speed, "token_lengths": LENGTHS}
+    return results
 
 
 def measure_ladder(size: str, kind: Kind, rows: int, rounds: int) -> dict[str, Any]:
@@ -159,7 +158,7 @@ def measure_ladder(size: str, kind: Kind, rows: int, rounds: int) -> dict[str, A
     rungs = ladder(ours, given_back, rounds)
     ours.end()
     given_back.end()
-    return {"ladder": rungs, "ladder_batch": rows}
+    return rungs
 
 
 def main() -> None:
@@ -167,35 +166,28 @@ def main() -> None:
     parser.add_argument("--size", default="base", choices=("tiny", "base"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--only", choices=("table", "ladder"), help="the ladder goes into the file of the table")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="of the table")
     parser.add_argument("--rounds", type=int, default=4, help="of each trick of the ladder")
     arguments = parser.parse_args()
-    size, rows = arguments.size, arguments.batch
-    path = side_by_side.RESULTS / f"{side_by_side.of_this_class('flava_step')}.json"
+    size, rows, few = arguments.size, arguments.batch, min(arguments.batch, LADDER_BATCH)
     if size == "base":
         side_by_side.refuse_a_busy_machine()
     kind = precision.choose("auto", CPU)
     print(f"both in {kind}", flush=True)
-    command = side_by_side.typed()
-    if arguments.only != "ladder":
-        document = measure_table(size, kind, rows) | {"ladder": {}}
-    elif size == "base":
-        document = json.loads(path.read_text())
-        if (document["machine"]["cpu"], document["precision"]) != (precision.cpu_name(), kind):
-            sys.exit(f"{path} was measured on another machine or in another precision: measure its table here first")
-        command = f"{document['command'].partition(' && ')[0]} && {command}"
-    else:
-        document = {}
-    if arguments.only != "ladder" and size == "base":  # not lost where the ladder is cut off
-        write(document, command)
-    if arguments.only != "table":
-        document |= measure_ladder(size, kind, min(rows, LADDER_BATCH), arguments.rounds)
+    name = side_by_side.of_this_class("flava_step")
+    same = {"precision": kind, "batch": rows, "ladder_batch": few, "token_lengths": list(LENGTHS)}
+
+    def keep(results: dict[str, Any], rungs: dict[str, Any]) -> None:
         if size == "base":
-            write(document, command)
+            results, rungs, command = side_by_side.beside_what_is_there(name, results, rungs, **same)
+            side_by_side.write(name, results, command=command, ladder=rungs, **same)
 
-
-def write(document: dict[str, Any], command: str) -> None:
-    measured = {name: value for name, value in document.items() if name not in ("machine", "versions", "command")}
-    side_by_side.write(side_by_side.of_this_class("flava_step"), measured.pop("results"), command=command, **measured)
+    if arguments.only != "ladder":
+        keep(measure_table(size, kind, rows, arguments.cases), {})  # not lost where the ladder is cut off
+    elif size == "base" and not side_by_side.beside_what_is_there(name, {}, {}, **same)[0]:
+        sys.exit(f"{name}.json was measured otherwise, or on another machine: measure its table here first")
+    if arguments.only != "table":
+        keep({}, measure_ladder(size, kind, few, arguments.rounds))
 
 
 if __name__ == "__main__":
