@@ -202,7 +202,7 @@ def codes_in_float32(self: DVae, pixels: Tensor) -> Tensor:
 @contextmanager
 def every_row() -> Iterator[None]:
     def whole(self: Any, x: Tensor, mask: Any = None, rows: Any = None, pads: bool = True) -> Tensor:
-        x = transformer.through(self.blocks, x, mask, None, pads and not (isinstance(rows, int) and rows == 1))
+        x = transformer.through(self.blocks, x, mask, None, pads)
         return x if rows is None else attention.take_rows(x, rows)
 
     def both(self: Any, x: Tensor, mask: Tensor | None, first: int, pads: bool = True) -> tuple[Tensor, Tensor]:

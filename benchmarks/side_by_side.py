@@ -195,15 +195,20 @@ def typed() -> str:
 
 def of_this_class(name: str) -> str:
     """The results file of a step on this class of processor: NAME with AMX, NAME_avx512, NAME_avx2."""
-    kind = "AVX2" if held_to_avx2() else precision.cpu_class()
+    kind = _class()["class"]
     return name if kind == "AMX" else f"{name}_{kind.lower()}"
+
+
+def _class() -> dict[str, str]:
+    """What the processor works as, and what it is where it is held to less."""
+    own = precision.cpu_class()
+    return {"class": "AVX2", "held on": own} if held_to_avx2() else {"class": own}
 
 
 def _machine() -> dict[str, Any]:
     return {
         "cpu": precision.cpu_name(),
-        "class": "AVX2" if held_to_avx2() else precision.cpu_class(),
-        **({"held on": precision.cpu_class()} if held_to_avx2() else {}),
+        **_class(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

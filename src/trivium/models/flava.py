@@ -228,7 +228,7 @@ class Flava(nn.Module):
         """
         image, text, first = self.image, self.text, len(pixels_BCHW)
         pictures = image.encoder.both(image.embed_twice(pixels_BCHW, masked_RN, rows_R), None, first)
-        texts = text.encoder.both(text.embeddings(ids_PT, None), mask_PT, first, self.config.pads_visible)
+        texts = text.encoder.both(text.embeddings(ids_PT, None), mask_PT, first, pads=self.config.pads_visible)
         masks = (None, None) if mask_PT is None else (mask_PT[:first], mask_PT[first:])
         found = [
             (
