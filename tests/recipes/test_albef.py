@@ -102,6 +102,13 @@ def test_positions_of_texts_begin_smaller_than_words_where_asked(shop: Path, pre
             assert torch.equal(tensor, whole[name]), name
 
 
+def test_post_norm_blocks_begin_smaller_than_the_rest_where_asked(shop: Path, prepared: PreparedAlbef) -> None:
+    whole = recipe_on(shop, init_blocks=1.0).prepare("albef", {}).run.method.state_dict()
+    for name, tensor in prepared.run.method.state_dict().items():
+        in_blocks = "text.encoder." in name or "fusion." in name
+        torch.testing.assert_close(tensor, (0.5 if in_blocks and tensor.ndim > 1 else 1) * whole[name], msg=name)
+
+
 def test_captions_that_are_cut_are_told_before_the_first_step(shop: Path) -> None:
     said = recipe_on(shop, data__max_length=3).prepare("albef", {}).notes
     assert len(said) == 2, "of the pairs and of those held out"

@@ -77,6 +77,9 @@ class AlbefRecipe(Recipe):
     init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
     # Times this for positions and segments of texts. As large as words they make the class tokens of all texts alike.
     init_positions: float = 1.0
+    # Times this for the blocks of text and fusion, whose norms stand behind: large, they soon make all words of a text
+    # alike, and nothing but the class token's common part is left to read.
+    init_blocks: float = 1.0
     validate: int = 4096  # held-out pairs that losses are measured on, up to 8 times each; 0: none
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedAlbef:
@@ -108,6 +111,7 @@ def albef(size: str = "tiny") -> AlbefRecipe:
             train=Train(steps=2000, save_every=500),
             init_std=0.09,
             init_positions=0.3,
+            init_blocks=0.5,
         )
     published = Optim(
         lr=1e-4, betas=(0.9, 0.999), weight_decay=0.02, no_decay=("*bias", "*norm*"), warmup=2000, final=0.1,
@@ -188,6 +192,9 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     with torch.no_grad():
         for embedding in (model.text.embeddings.position, model.text.embeddings.segment):
             embedding.weight.mul_(recipe.init_positions)
+        for parameter in (*model.text.encoder.parameters(), *model.fusion.parameters()):
+            if parameter.ndim > 1:
+                parameter.mul_(recipe.init_blocks)
     if start is not None:
         model.load_state_dict(start.model.state_dict())
     notes += [tower.start(model) for tower in (image, text) if tower is not None]

@@ -123,6 +123,7 @@ RULES: dict[str, Rule] = {  # by path; * stands for any name
     "shortlist": NOT_NEGATIVE,
     "init_std": POSITIVE,
     "init_positions": NOT_NEGATIVE,
+    "init_blocks": POSITIVE,
     "data.augmentation.jitter": NOT_NEGATIVE,
     "validate": NOT_NEGATIVE,
 }
