@@ -42,7 +42,7 @@ from trivium.objectives.distillation import (
 )
 from trivium.objectives.masked import masked_prediction
 from trivium.objectives.matching import hard_negatives, matching
-from trivium.train.protocol import Batch, Key, Rows, Sums, hash64
+from trivium.train.protocol import Batch, Key, Rows, Sums, Watched, hash64
 
 LOSSES = ("itc", "itm", "mlm")
 FALSE_SHARE = 2 / 3  # of the pairs that ITM is asked about: beside each true one a false picture and a false text
@@ -80,6 +80,7 @@ class AlbefMethod(MethodOfPictures):
     text_queue: Tensor
     queue_same: Tensor
     queue_pointer: Tensor
+    word_deviation: Tensor
 
     def __init__(
         self,
@@ -113,6 +114,7 @@ class AlbefMethod(MethodOfPictures):
             self.register_buffer(name, F.normalize(rows_QD, dim=1))
         self.register_buffer("queue_same", torch.full((queue, 2), -1))  # numbers of picture and caption; -1: nobody's
         self.register_buffer("queue_pointer", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("word_deviation", torch.full((), torch.nan), persistent=False)  # of the last step
         self.schedule(0)
 
     def train(self, mode: bool = True) -> Self:
@@ -224,30 +226,31 @@ class AlbefMethod(MethodOfPictures):
             sums["stat/itm_left_out"] = self._to((~allowed_BB.any(1)).sum())
         if words is not None:
             ids_M = self._to(batch.texts[0].ids_BT[batch.targets["selected"]])
-            sums |= self._masked_words(words, index, self._to(masked_M), ids_M, states, published)
-            if "stat/mlm_kl" in sums:
-                sums["stat/mlm_kl"] = sums["stat/mlm_kl"] / counts["mlm"].clamp(min=1).to(ids_M.device)
+            found = self._masked_words(words, index, self._to(masked_M), ids_M, states, published)
+            whole = counts["mlm"].clamp(min=1).to(ids_M.device)
+            sums |= {name: value if name == "mlm" else value / whole for name, value in found.items()}
         return sums
 
     def _masked_words(
         self, words: Encoded, index: Tensor | None, masked_M: Tensor, ids_M: Tensor, states: _Seen, published: bool
     ) -> Sums:
-        """The loss of masked words, and the sum that it is in the form with divergences."""
+        """The loss of masked words, and the sums that it is in the form with divergences and of their states."""
         alpha = self.alpha("mlm")
+        words_MD = words.states.flatten(0, 1)[masked_M]
+        stats = {"stat/mlm_words": F.normalize(words_MD.detach().float(), dim=1).sum(0)}
         if states.hidden is None or not alpha:
-            logits_MV = self.model.predict_words(words.states.flatten(0, 1)[masked_M])
-            return {"mlm": masked_prediction(logits_MV, ids_M)}
+            return {"mlm": masked_prediction(self.model.predict_words(words_MD), ids_M)} | stats
         with torch.no_grad():
             taught = self.teacher.fuse(states.shown, states.hidden, index, pads=published).states
         if published:
             logits_BTV, teacher_BTV = self.model.predict_words(words.states), self.teacher.predict_words(taught)
             loss, entropy = published_prediction(logits_BTV, masked_M, ids_M, teacher_BTV, alpha)
         else:
-            logits_MV = self.model.predict_words(words.states.flatten(0, 1)[masked_M])
+            logits_MV = self.model.predict_words(words_MD)
             with torch.no_grad():
                 teacher_MV = self.teacher.predict_words(taught.flatten(0, 1)[masked_M])
             loss, entropy = distilled_prediction(logits_MV, ids_M, teacher_MV, alpha)
-        return {"mlm": loss, "stat/mlm_kl": loss.detach() - alpha * entropy}
+        return {"mlm": loss, "stat/mlm_kl": loss.detach() - alpha * entropy} | stats
 
     @torch.no_grad()
     def _negatives(self, batch: Batch, rows: Rows, allowed_BB: Tensor, key: Key) -> Negatives:
@@ -270,6 +273,9 @@ class AlbefMethod(MethodOfPictures):
             follow(getattr(self.teacher, name), getattr(self.model, name), self.distillation.momentum(self.num_steps))
         self._enqueue(everyone.marks)
         self.model.temperature.clamp_(*TEMPERATURES)
+        if "stat/mlm_words" in stats:
+            mean_D = stats["stat/mlm_words"]
+            self.word_deviation.copy_((1 - mean_D.square().sum()).clamp(min=0).sqrt())
 
     def _enqueue(self, marks: Mapping[str, Tensor]) -> None:
         """The global batch in the order of its rows, over the oldest; of a batch longer than the queue its end."""
@@ -285,6 +291,17 @@ class AlbefMethod(MethodOfPictures):
 
     def clamped(self) -> dict[str, tuple[Tensor, float, float]]:
         return {"temperature": (self.model.temperature, *TEMPERATURES)}
+
+    def watched(self) -> dict[str, Watched]:
+        """How far the states of masked words lie from one another behind fusion. In post-norm blocks what all of them
+        have in common may win, and then no word is told from another, whatever the losses of class tokens do."""
+        return {
+            "word_deviation": Watched(
+                self.word_deviation, 0.2, 1.0,
+                "behind fusion the states of all masked words are nearly one, so that no word, answer or place can be"
+                " learned from them: lower --optim.lr or --init-blocks, or warm up longer",
+            )
+        } if self.weights["mlm"] else {}  # fmt: skip
 
     def chance(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Of ITC equal scores for all columns, of ITM the entropy of its labels."""
