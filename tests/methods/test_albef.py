@@ -124,8 +124,7 @@ def test_words_at_masked_positions_alone_equal_those_at_all(monkeypatch: pytest.
         found.append((sums, gradients(method.model)))
     (sums, grads), (all_sums, all_grads) = found
     for name, total in all_sums.items():
-        rtol, atol = (1e-6, 1e-6) if name == "stat/mlm_words" else (1e-13, 0)  # sums of states in float32
-        torch.testing.assert_close(sums[name], total, rtol=rtol, atol=atol, msg=name)
+        torch.testing.assert_close(sums[name], total, rtol=1e-13, atol=1e-15, msg=name)
     assert all(torch.allclose(grads[name], all_grads[name], atol=1e-12) for name in all_grads)
 
 
@@ -395,7 +394,7 @@ def test_words_that_fusion_makes_one_are_seen_in_what_is_watched() -> None:
     hidden = model.encode_text(batch.targets["masked_ids"], batch.texts[0].mask_BT)
     words_MD = model.fuse(image, hidden).states[batch.targets["selected"]]
     deviation = F.normalize(words_MD, dim=1).var(0, correction=0).sum().sqrt()
-    assert float(method.word_deviation) == pytest.approx(deviation.item(), rel=1e-5)
+    assert float(method.word_deviation) == pytest.approx(deviation.item(), rel=1e-12)
     assert not [finding for finding in health(method) if finding.crossed]
     with torch.no_grad():
         method.model.fusion.blocks[-1].mlp_norm.weight.zero_()  # type: ignore[union-attr]

@@ -237,7 +237,8 @@ class AlbefMethod(MethodOfPictures):
         """The loss of masked words, and the sums that it is in the form with divergences and of their states."""
         alpha = self.alpha("mlm")
         words_MD = words.states.flatten(0, 1)[masked_M]
-        stats = {"stat/mlm_words": F.normalize(words_MD.detach().float(), dim=1).sum(0)}
+        full = torch.promote_types(words_MD.dtype, torch.float32)
+        stats = {"stat/mlm_words": F.normalize(words_MD.detach().to(full), dim=1).sum(0)}
         if states.hidden is None or not alpha:
             return {"mlm": masked_prediction(self.model.predict_words(words_MD), ids_M)} | stats
         with torch.no_grad():
