@@ -215,10 +215,8 @@ def statements(out: Path, count: int, tuned: Any) -> dict[str, Result]:
 
 
 def page(found: dict[str, dict[str, Result]], command: str) -> str:
-    said = (
-        "Accuracy in per cent, with 95 % intervals over the questions; one seed, of DAQUAR the mean of three. At this"
-    )
-    said += " size pretraining has no queue."
+    said = "Accuracy in per cent, with 95 % intervals over the questions; one seed, of DAQUAR the mean of three. At"
+    said += " this size pretraining has no queue."
     lines = ["# Tiny ALBEF, asked", "", f"`{command}`", "", said, ""]
     for part, row in found.items():
         lines += [f"## {part}", "", "| | |", "|---|---|"]

@@ -139,7 +139,7 @@ def resume_run(recipe: str, out: Path | None, changes: Mapping[str, Any], begun:
     if refused := sorted(later & changes.keys()):
         raise TriviumError(f"{out} was begun by a version that had no {refused[0]}: begin a new run to change it")
     if later:
-        say(f"begun by a version that had no {', '.join(sorted(later))}: the default is what was done then")
+        say(f"begun by a version that had no {', '.join(sorted(later))}: the default counts from here on")
     tree = set_overrides(stated, changes)
     if isinstance(tree, Stages):
         if changes:

@@ -42,7 +42,7 @@ from trivium.objectives.distillation import (
 )
 from trivium.objectives.masked import masked_prediction
 from trivium.objectives.matching import hard_negatives, matching
-from trivium.train.protocol import Batch, Key, Rows, Sums, Watched, hash64
+from trivium.train.protocol import Batch, Key, Rows, Sums, Watched, deviation, hash64
 
 LOSSES = ("itc", "itm", "mlm")
 FALSE_SHARE = 2 / 3  # of the pairs that ITM is asked about: beside each true one a false picture and a false text
@@ -275,8 +275,7 @@ class AlbefMethod(MethodOfPictures):
         self._enqueue(everyone.marks)
         self.model.temperature.clamp_(*TEMPERATURES)
         if "stat/mlm_words" in stats:
-            mean_D = stats["stat/mlm_words"]
-            self.word_deviation.copy_((1 - mean_D.square().sum()).clamp(min=0).sqrt())
+            self.word_deviation.copy_(deviation(stats["stat/mlm_words"]))
 
     def _enqueue(self, marks: Mapping[str, Tensor]) -> None:
         """The global batch in the order of its rows, over the oldest; of a batch longer than the queue its end."""

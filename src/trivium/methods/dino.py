@@ -31,7 +31,7 @@ from trivium.methods.momentum import follow, follower
 from trivium.methods.pixels import MethodOfPictures, Pixels
 from trivium.models.dino import Dino
 from trivium.objectives.dino import NUM_GLOBAL, centred, crop_loss, entropy, koleo, masked_patches, sinkhorn
-from trivium.train.protocol import Batch, Key, Rows, Sums, Watched
+from trivium.train.protocol import Batch, Key, Rows, Sums, Watched, deviation
 
 LOSSES = ("crops", "koleo", "ibot")
 
@@ -238,7 +238,7 @@ class DinoMethod(MethodOfPictures):
         most = math.log(self.model.config.num_prototypes)
         self.teacher_entropy.copy_(stats["stat/teacher_entropy"] / (NUM_GLOBAL * rows) / most)
         self.prototypes_entropy.copy_(entropy(stats["stat/shares"] / (NUM_GLOBAL * rows)) / most)
-        self.feature_deviation.copy_((1 - (stats["stat/features"] / rows).square().sum()).clamp(min=0).sqrt())
+        self.feature_deviation.copy_(deviation(stats["stat/features"] / rows))
 
     def _move(self, center_K: Tensor, mean_K: Tensor) -> None:
         center_K.lerp_(mean_K.to(center_K), 1 - self.distillation.center_momentum)

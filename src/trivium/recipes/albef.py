@@ -75,11 +75,10 @@ class AlbefRecipe(Recipe):
     init_image: str | None = None  # a ViT, DeiT or DINO for the picture's tower (the paper: DeiT-B/16)
     init_text: str | None = None  # a BERT for text and fusion (the paper: bert-base-uncased); it brings its vocabulary
     init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
-    # Times this for positions and segments of texts. As large as words they make the class tokens of all texts alike.
-    init_positions: float = 1.0
-    # Times this for the blocks of text and fusion, whose norms stand behind: large, they soon make all words of a text
-    # alike, and nothing but the class token's common part is left to read.
-    init_blocks: float = 1.0
+    # As large as words, positions make the class tokens of all texts alike.
+    init_positions: float = 1.0  # times `init_std`: of positions and segments of texts
+    # Large, they soon make all words of a text alike: their norms stand behind what is added.
+    init_blocks: float = 1.0  # times `init_std`: of the blocks of text and fusion
     validate: int = 4096  # held-out pairs that losses are measured on, up to 8 times each; 0: none
 
     def prepare(self, name: str, arguments: dict[str, Any], resume_from: Path | None = None) -> PreparedAlbef:

@@ -236,6 +236,11 @@ class Watched:
     advice: str  # what it means outside, and what to do
 
 
+def deviation(mean_D: Tensor) -> Tensor:
+    """Of rows at unit length, from their mean: how far they lie from it (root of the mean square). 0: all are one."""
+    return (1 - mean_D.square().sum()).clamp(min=0).sqrt()
+
+
 class Method(nn.Module, ABC):
     """Model + objectives = what one training step does with a batch.
 

@@ -80,7 +80,7 @@ def create(path: Path, settings: Config) -> RunFolder:
 
 def reopen(path: Path, settings: Config) -> RunFolder:
     """Open the folder of a run that is to be resumed with the same configuration. Options that its config does not name
-    are of a later version: they have their defaults, which are what was done before there were any.
+    are of a later version: they have their defaults from here on, and those of the start no longer act.
 
     Raises:
         TriviumError: no run stands there, or it was started with other values.
