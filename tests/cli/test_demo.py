@@ -9,7 +9,7 @@ import pytest
 
 from tests.evaluate.names import OF_THE_MODEL
 from tests.recipes.shop import LOSSES, lines_of, trivium
-from trivium.cli.demo import demo_recipe
+from trivium.cli.demo import MOST_STEPS, bounded, demo_recipe
 
 # The names under which the demo's figures stand in results.json.
 NAMES = {
@@ -37,6 +37,15 @@ def test_the_demo_trains_all_of_flava_on_what_the_package_brings() -> None:
     assert recipe.data.is_embedded
     assert all(getattr(recipe.objectives, loss) > 0 for loss in LOSSES)
     assert recipe.init is None
+
+
+def test_a_fast_machine_takes_no_more_steps_than_the_pairs_bear(capsys: pytest.CaptureFixture[str]) -> None:
+    prepared = demo_recipe(3.0).prepare("flava", {"size": "tiny"})
+    fits, too_many = (prepared.with_train(steps=steps, minutes=None) for steps in (MOST_STEPS, MOST_STEPS + 1))
+    assert bounded(fits) is fits
+    assert capsys.readouterr().err == ""
+    assert bounded(too_many).run.config.values["train.steps"] == bounded(too_many).run.train.steps == MOST_STEPS
+    assert f"it stops after {MOST_STEPS}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
