@@ -49,7 +49,7 @@ def bounded(prepared: Prepared) -> Prepared:
 
     if prepared.recipe.train.steps <= MOST_STEPS:
         return prepared
-    say(f"it stops after {MOST_STEPS}: with more it would know the pairs by heart, and little else")
+    say(f"it stops after {MOST_STEPS}: with more, matching would get worse on things that it never saw")
     return prepared.with_train(steps=MOST_STEPS)
 
 
