@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.5, help="of training, for each of the two")
     parser.add_argument("--out", type=Path, required=True, help="a folder for the two runs")
     parser.add_argument(
-        "--joint", type=Path, help="a run folder of `trivium demo` with these minutes, as the joint run"
+        "--joint", type=Path, help="a run folder of `trivium demo --minutes` with as many, as the joint run"
     )
     arguments = parser.parse_args()
     side_by_side.refuse_a_busy_machine()

@@ -44,7 +44,8 @@ def test_a_fast_machine_takes_no_more_steps_than_the_pairs_bear(capsys: pytest.C
     fits, too_many = (prepared.with_train(steps=steps, minutes=None) for steps in (MOST_STEPS, MOST_STEPS + 1))
     assert bounded(fits) is fits
     assert capsys.readouterr().err == ""
-    assert bounded(too_many).run.config.values["train.steps"] == bounded(too_many).run.train.steps == MOST_STEPS
+    run = bounded(too_many).run
+    assert run.config.values["train.steps"] == run.train.steps == MOST_STEPS
     assert f"it stops after {MOST_STEPS}" in capsys.readouterr().err
 
 

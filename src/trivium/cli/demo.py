@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TRAINING_MINUTES = 7.2  # the whole command: 8.1 on two cores with AMX
 QUICK_MINUTES = 0.75
-MOST_STEPS = 2000  # after 3,000 the matching head was worse than chance on things never seen
+MOST_STEPS = 2000  # a trial of 3,000 left the matching head worse than chance on things never seen
 
 
 def demo(*, quick: bool = False, out: Path | None = None, minutes: float | None = None) -> int:
