@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import side_by_side
-from albef_runs import ENTAILMENT, Photographs, as_json, difference, mean_over, run, tiny_tuning, units
+from albef_runs import ENTAILMENT, NO_QUEUE, Photographs, as_json, difference, mean_over, run, tiny_tuning, units
 
 from trivium.evaluate import results
 from trivium.evaluate.results import Result, mean_of
@@ -76,7 +76,7 @@ def main() -> None:
         start = pretrained("flickr8k", pairs)
         if "flickr8k" in given.parts:
             pairs = {"data.train": [train], "data.dev": photographs.dev, "data.text-column": "captions"}
-            tuned("flickr8k fine-tuned", "retrieval", {"init": start, **pairs})
+            tuned("flickr8k fine-tuned", "retrieval", {"init": start, **pairs, **NO_QUEUE})
         if "entailment" in given.parts:
             tables: dict[str, Any] = {f"data.{split}": [path] for split, path in photographs.entailment().items()}
             head = {"head.activation": "relu", "head.dropout": 0.0, "distillation.alpha": 0.4}

@@ -24,6 +24,7 @@ from typing import Any
 import side_by_side
 from albef_runs import (
     ENTAILMENT,
+    NO_QUEUE,
     Photographs,
     alone,
     as_json,
@@ -154,7 +155,7 @@ class Cell:
 
 def _recalls(cell: Cell, way: str) -> dict[str, float]:
     train = cell.photographs.written("pairs")  # all of them for every row, as in the paper
-    values = {"data.train": [train], "data.dev": cell.photographs.dev, "data.text-column": "captions"}
+    values = {"data.train": [train], "data.dev": cell.photographs.dev, "data.text-column": "captions", **NO_QUEUE}
     out = cell.tuned("retrieval", "retrieval", values)
     return units(out, [f"retrieval.dev.{way}_reranked_r{cutoff}" for cutoff in (1, 5, 10)])
 

@@ -52,6 +52,14 @@ def widened(gap: Result, over: Spread, seeds: int) -> Result:
     )
 
 
+def brackets(result: Result) -> str:
+    """An interval in per cent; from one run of each way it would be without end."""
+    assert result.low is not None and result.high is not None
+    if not math.isfinite(result.low):
+        return "[one seed]"
+    return f"[{100 * result.low:.1f}, {100 * result.high:.1f}]"
+
+
 def verdict(gap: Result, each: Sequence[float], seeds: int) -> str:
     """ "better" or "worse" where the interval of the difference is beyond 0 and all so many seeds say the same, too.
 

@@ -191,9 +191,8 @@ def orderings(table: dict[str, dict[str, Figures]], runs: int) -> dict[str, str]
         of_units = math.hypot(*(figures[seed].half_width for figures in (mine, other) for seed in both)) / len(both)
         over = seeds.spread([[one.value for one in figures.values()] for figures in table[task].values()])
         gap = seeds.widened(Result(mean, mean - of_units, mean + of_units), over, len(both))
-        assert gap.low is not None and gap.high is not None
         verdict = VERDICTS[seeds.verdict(gap, each, runs)]
-        said[sentence] = f"{verdict} ({100 * mean:+.1f} [{100 * gap.low:.1f}, {100 * gap.high:.1f}])"
+        said[sentence] = f"{verdict} ({100 * mean:+.1f} {seeds.brackets(gap)})"
     return said
 
 

@@ -91,6 +91,13 @@ def test_a_difference_is_of_the_same_units_and_every_seed_must_agree() -> None:
     assert said == "undecided" and gap.low == pytest.approx(1 - 4.302653 * 0.55)
 
 
+def test_one_seed_tells_nothing_and_says_so() -> None:
+    one, other = [{"a": 1.0, "b": 1.0, "c": 0.5}], [{"a": 0.0, "b": 0.5, "c": 0.0}]
+    gap, said, each = albef_runs.compared(one, other, albef_runs.spread([one, other]), 1)
+    assert said == "undecided" and each == pytest.approx([2 / 3])
+    assert albef_runs.per_cent(gap) == "66.7 [one seed]" and gap.as_json()["low"] is None
+
+
 def test_differences_by_chance_are_seldom_called_real() -> None:
     """Rows of a table that are all alike: the spread of the seeds alone makes none of them better in 19 of 20."""
     draw, called, told = np.random.default_rng(0), 0, 0
