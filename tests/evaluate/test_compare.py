@@ -170,7 +170,7 @@ def test_outcomes_come_back_as_they_were(tmp_path: Path) -> None:
     scores = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
     found = {
         "r1": mean_of(np.arange(40) % 3 == 0, names(40)),
-        "median_rank": median_of(np.arange(40.0), names(40)),
+        "median_rank": median_of(np.arange(40.0), names(40), [f"picture {n // 5}" for n in range(40)]),
         "auroc": Result(0.5, outcomes=Outcomes("auroc", tuple(names(40)), scores)),
         "losses.itm.final": Result(0.1),
     }
@@ -180,8 +180,12 @@ def test_outcomes_come_back_as_they_were(tmp_path: Path) -> None:
     for name, read in back.items():
         kept = found[name].outcomes
         assert kept is not None
-        assert (read.statistic, read.units) == (kept.statistic, kept.units)
+        assert (read.statistic, read.units, read.groups) == (kept.statistic, kept.units, kept.groups)
         assert np.array_equal(read.values, kept.values)
+    written = pq.read_table(tmp_path / "outcomes.parquet")
+    pq.write_table(written.drop_columns("group"), tmp_path / "older.parquet")
+    older = outcomes.read(tmp_path / "older.parquet")
+    assert older["median_rank"].units == back["median_rank"].units and older["median_rank"].groups is None
     results.write(path, {"r1": Result(1.0)}, command="", version="0", machine={}, seconds={})
     assert not (tmp_path / "outcomes.parquet").exists()  # they were of the evaluation before
     assert outcomes.read(tmp_path / "outcomes.parquet") == {}

@@ -167,9 +167,9 @@ def test_an_attribute_is_right_on_the_box_that_covers_it(tmp_path: Path) -> None
     file.rename(tmp_path / "annotations" / "instances_train_split_by_coco_2017.json")
     rows = read_detection("vg", str(tmp_path)).train
     near, far = [0.0, 0, 9, 10], [12.0, 12, 20, 20]
-    assert attributes_right(rows, {0: objects([far, near], [1, 1], [0.9, 0.1], [1, 5])}).tolist() == [True]
-    assert attributes_right(rows, {0: objects([far, near], [1, 1], [0.9, 0.1], [2, 4])}).tolist() == [False]
-    assert attributes_right(rows, {0: objects([far], [1], [0.9], [2])}).tolist() == [False], "it was not found"
+    assert attributes_right(rows, {0: objects([far, near], [1, 1], [0.9, 0.1], [1, 5])})[0].tolist() == [True]
+    assert attributes_right(rows, {0: objects([far, near], [1, 1], [0.9, 0.1], [2, 4])})[0].tolist() == [False]
+    assert attributes_right(rows, {0: objects([far], [1], [0.9], [2])})[0].tolist() == [False], "it was not found"
 
 
 def test_ground_truth_is_handed_on_as_the_file_has_it(scenes: Path) -> None:

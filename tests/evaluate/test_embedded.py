@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import tracemalloc
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from tests.evaluate.names import OF_THE_MODEL
 from trivium.bundle import Bundle
 from trivium.data.decode import decode
 from trivium.data.embedded import HELD_OUT_STYLE, corpus, emoji
+from trivium.data.sources import open_source
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.errors import BadSample
@@ -309,6 +311,35 @@ def test_pairs_of_large_pictures_are_never_decoded_in_memory_at_once(bundle: Bun
     labels = torch.arange(39)
     ranks = ranks_by_cosine(images_BD, texts_BD, labels, labels.repeat_interleave(2))
     assert found.results["retrieval.pairs.image_to_text_median_rank"].value == float(np.median(ranks))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rows_that_name_one_picture_are_one_picture_with_several_captions(
+    bundle: Bundle, tmp_path: Path, interleaved: bool
+) -> None:
+    said = {f"{n}.png": [f"{word} number {n}" for word in ("a", "one", "the")] for n in range(9)}
+    for n, name in enumerate(said):
+        Image.new("RGB", (40, 40), (25 * n, 255 - 25 * n, 90)).save(tmp_path / name)
+    listed, by_row = tmp_path / "listed.jsonl", tmp_path / "by-row.csv"
+    listed.write_text("".join(json.dumps({"image": name, "caption": texts}) + "\n" for name, texts in said.items()))
+    rows = [f"{name},{text}\n" for name, texts in said.items() for text in texts]
+    by_row.write_text("image,caption\n" + "".join(sorted(rows, key=lambda row: row[4:]) if interleaved else rows))
+    one, other = (pairs.run(bundle, open_source("pairs", [path])) for path in (listed, by_row))
+    assert one.results["retrieval.pairs.image_to_text_r1"].n == 9
+    assert one.results["retrieval.pairs.text_to_image_r1"].n == 27
+    assert other.results == one.results and other.chance == one.chance
+    kept = other.results["retrieval.pairs.text_to_image_r5"].outcomes
+    assert kept is not None and kept.groups is not None and len(set(kept.groups)) == 9
+    few = pairs.run(bundle, open_source("pairs", [by_row]), limit=4)
+    if interleaved:  # the rows before the one that names a fifth
+        assert few.results["retrieval.pairs.text_to_image_r1"].n == 4
+    else:
+        assert few.results["retrieval.pairs.text_to_image_r1"].n == 12
+        assert few.not_applicable == ["pairs beyond the first 12 of 27"]
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    less = pairs.run(bundle, open_source("pairs", [by_row]))
+    assert less.results["retrieval.pairs.image_to_text_r1"].n == 8
+    assert len([sentence for sentence in less.not_applicable if "cannot be read" in sentence]) == 3, "each of its rows"
 
 
 def test_page_shows_captioned_pictures_of_ones_own() -> None:

@@ -49,6 +49,26 @@ def test_the_mean_over_two_splits_draws_the_units_of_each_for_themselves() -> No
     assert results.mean_over([parts[0], results.mean_of(many)]).low is None, "without its units"
 
 
+def test_units_of_one_group_are_drawn_together() -> None:
+    rng = np.random.default_rng(5)
+    hits = rng.random(200) < 0.3
+    alone = results.mean_of(hits)
+    five = results.mean_of(np.repeat(hits, 5), groups=[f"picture {n // 5}" for n in range(1000)])
+    assert (five.value, five.low, five.high, five.n) == (alone.value, alone.low, alone.high, 1000), "no more is known"
+    assert results.mean_of(hits, groups=[str(n) for n in range(200)]) == alone
+    # Groups of several sizes, whose units are anywhere: the ratio of two sums, one of each drawn group.
+    number = rng.integers(150, size=600)
+    values = rng.normal(size=150)[number] + rng.normal(size=600)
+    drawn = results.Draws(600, [str(n) for n in number])(np.random.default_rng(0))
+    times = np.bincount(drawn, minlength=600)
+    assert all(len(set(times[number == n])) == 1 for n in set(number)), "a group whole, as often as it was drawn"
+    found = results.mean_of(values, groups=[str(n) for n in number])
+    sums, sizes = (np.bincount(number, weights, 150) for weights in (values, None))
+    deviation = float(np.sqrt(((sums - found.value * sizes) ** 2).sum())) / 600
+    assert found.low == pytest.approx(found.value - 1.96 * deviation, rel=0.1, abs=0.02)
+    assert found.high == pytest.approx(found.value + 1.96 * deviation, rel=0.1, abs=0.02)
+
+
 def test_file_holds_what_the_contract_names_and_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "results.json"
     write(path, {"a.b": Result(0.5, 0.4, 0.6, 10), "peer": Result(1.0, published=2.0), "bad": Result(math.nan)})

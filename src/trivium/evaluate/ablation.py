@@ -15,7 +15,7 @@ R replicates, S seeds, N units.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +25,7 @@ from trivium.evaluate import published
 from trivium.evaluate.compare import STATISTICS
 from trivium.evaluate.outcomes import Outcomes
 from trivium.evaluate.paper_tasks import DOMAINS
-from trivium.evaluate.results import LEVEL, REPLICATES, Results
+from trivium.evaluate.results import LEVEL, REPLICATES, Draws, Results
 from trivium.train.protocol import hash64
 
 ALL = ("vision", "language", "retrieval")  # what a model of both towers can do
@@ -316,12 +316,9 @@ class _Maker:
         if outcomes is None:
             return None
         rng = np.random.default_rng(hash64("ablation", figure, *outcomes.units) % 2**63)
-        drawn_RN = rng.integers(len(outcomes.units), size=(REPLICATES, len(outcomes.units)))
-        values = outcomes.values.astype(np.float64)
-        if outcomes.statistic == "mean":
-            return np.asarray(values[drawn_RN].mean(axis=1))
-        statistic: Callable[[np.ndarray], float] = STATISTICS[outcomes.statistic]
-        return np.array([statistic(values[drawn_N]) for drawn_N in drawn_RN])
+        drawn, values = Draws(len(outcomes.units), outcomes.groups), outcomes.values.astype(np.float64)
+        statistic = STATISTICS[outcomes.statistic]
+        return np.array([statistic(values[drawn(rng)]) for _ in range(REPLICATES)])
 
     # ------------------------------------------------------------------------------------------- averages
 

@@ -131,7 +131,8 @@ def difference(name: str, left: Side, right: Side) -> Difference:
     def between(drawn: np.ndarray) -> float:
         return statistic(of_right[drawn]) - statistic(of_left[drawn])
 
-    low, high = bootstrap(between, len(rows))
+    groups = None if mine.groups is None else [mine.groups[row] for row in rows[:, 0]]
+    low, high = bootstrap(between, len(rows), groups)
     return Difference(name, *results_of, between(np.arange(len(rows))), low, high, len(rows))
 
 

@@ -96,9 +96,9 @@ def measure(
         if float(stats[place]) >= 0:  # -1: there is no such object
             low, high = ends.get(name, (None, None))
             results[name] = Result(float(stats[place]), low, high, len(found))
-    right = attributes_right(rows, found)
+    right, pictures = attributes_right(rows, found)
     if len(right):
-        results["attributes"] = mean_of(right)
+        results["attributes"] = mean_of(right, groups=pictures)
         results["attributes.majority"] = Result(share_of_commonest_attribute(rows, found))
     return results
 
@@ -139,12 +139,13 @@ def as_entries(rows: DetectionRows, found: dict[int, Objects]) -> list[dict[str,
     return entries
 
 
-def attributes_right(rows: DetectionRows, found: dict[int, Objects]) -> np.ndarray:
-    """For each true box with attributes, whether the found box that covers it best (IoU 0.5 or more) names one of them;
-    a box that was not found is wrong. bool."""
+def attributes_right(rows: DetectionRows, found: dict[int, Objects]) -> tuple[np.ndarray, list[str]]:
+    """For each true box with attributes, whether the found box that covers it best (IoU 0.5 or more) names one of them,
+    bool, and its picture; a box that was not found is wrong."""
     right: list[bool] = []
+    pictures: list[str] = []
     if rows.attributes_MA is None:
-        return np.array(right)
+        return np.array(right), pictures
     for row, objects in found.items():
         here = rows.of(row)
         if objects.attributes_Q is None:
@@ -157,7 +158,8 @@ def attributes_right(rows: DetectionRows, found: dict[int, Objects]) -> np.ndarr
                 best = int(overlap_Q.argmax()) if len(overlap_Q) else 0
                 covered = len(overlap_Q) > 0 and overlap_Q[best] >= MATCH
                 right.append(bool(covered and named_Q[best] in attributes[attributes >= 0]))
-    return np.array(right)
+                pictures.append(f"row {row}")
+    return np.array(right), pictures
 
 
 def share_of_commonest_attribute(rows: DetectionRows, found: dict[int, Objects]) -> float:

@@ -48,4 +48,5 @@ def add(found: Evaluation, untrained: Bundle) -> None:
 def _difference(figure: Result, floor: Result) -> Result:
     assert figure.outcomes is not None and floor.outcomes is not None
     assert figure.outcomes.units == floor.outcomes.units
-    return mean_of(np.asarray(figure.outcomes.values) - np.asarray(floor.outcomes.values), figure.outcomes.units)
+    kept = figure.outcomes
+    return mean_of(np.asarray(kept.values) - np.asarray(floor.outcomes.values), kept.units, kept.groups)

@@ -142,6 +142,7 @@ def _measure(
     found: Grounded,
 ) -> None:
     units: list[str] = []
+    groups: list[str] = []
     columns: dict[str, list[float]] = {}
     unproposed = 0
     for expression, heat_nn in _heats(bundle, expressions, block, by, bad):
@@ -164,6 +165,7 @@ def _measure(
             row["accuracy.chance"] = float((overlaps_K >= HIT).mean()) if len(proposed_K4) else 0.0
             row["accuracy.at_best"] = float((overlaps_K >= HIT).any())
         units.append(expression.key)
+        groups.append(f"picture {expression.image_id}")
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
     if not units:
@@ -172,7 +174,7 @@ def _measure(
     for name, values in columns.items():
         if name.endswith(".chance"):
             found.chance[f"{split}.{name.removesuffix('.chance')}"] = float(np.mean(values))
-        found.results[f"{split}.{name}"] = mean_of(np.array(values), units)
+        found.results[f"{split}.{name}"] = mean_of(np.array(values), units, groups)
     found.is_final &= not any(isinstance(each, UnreadableNow) for each in bad)
     if bad:
         found.notes.append(f"{split}: {len(bad):,} expressions are left out; the first: {bad[0]}")

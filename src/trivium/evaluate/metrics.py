@@ -83,13 +83,21 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def measured(name: str, answers_N: np.ndarray, truths_N: np.ndarray, units: Sequence[str] | None = None) -> Result:
-    """One of METRICS with its 95 % interval. units: the name of each sample."""
+def measured(
+    name: str,
+    answers_N: np.ndarray,
+    truths_N: np.ndarray,
+    units: Sequence[str] | None = None,
+    groups: Sequence[str] | None = None,
+) -> Result:
+    """One of METRICS with its 95 % interval. units: the name of each sample. groups: samples of one are drawn together,
+    such as those about one picture."""
     if name == "accuracy":
-        return mean_of((answers_N == truths_N).astype(float), units)
+        return mean_of((answers_N == truths_N).astype(float), units, groups)
     metric = METRICS[name]
     kept = None
     if name == "matthews" and units is not None:
-        kept = Outcomes("matthews", tuple(units), np.stack([answers_N, truths_N], axis=1).astype(np.float32))
-    low, high = bootstrap(lambda drawn: metric(answers_N[drawn], truths_N[drawn]), len(truths_N))
+        both = np.stack([answers_N, truths_N], axis=1).astype(np.float32)
+        kept = Outcomes("matthews", tuple(units), both, None if groups is None else tuple(groups))
+    low, high = bootstrap(lambda drawn: metric(answers_N[drawn], truths_N[drawn]), len(truths_N), groups)
     return Result(metric(answers_N, truths_N), low, high, len(truths_N), outcomes=kept)

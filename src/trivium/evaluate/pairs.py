@@ -1,7 +1,8 @@
 """Retrieval on captioned pictures of one's own, several captions to a picture.
 
 Text to image: each caption against all pictures. Image to text: each picture against all captions; the best placed of
-its own counts. Ties count against us. Pictures that share a number (`same_image`) are right answers for each other.
+its own counts. Ties count against us. Rows that name one picture (`same_image`) are one picture with several captions.
+Captions of a picture are drawn together for the interval of a figure.
 
 A model that matches pictures with texts is measured twice, by cosine alone and re-ranked (see reranking.py).
 
@@ -51,13 +52,16 @@ def measure(
         shortlist: candidates of each query that are re-ranked; 0: none, as with a model that does not match.
     """
     found = Evaluation()
+    name_of = dict(zip(shown.image_labels.tolist(), shown.names, strict=True))
+    pictures = [name_of[label] for label in shown.text_labels.tolist()]  # of each caption
+    of_images, of_texts = (shown.names, None), (shown.caption_names, pictures)  # units and their groups
     ways = (
-        (image_to_text, shown.images_ID, shown.texts_TD, shown.image_labels, shown.text_labels, shown.names),
-        (text_to_image, shown.texts_TD, shown.images_ID, shown.text_labels, shown.image_labels, shown.caption_names),
+        (image_to_text, shown.images_ID, shown.texts_TD, shown.image_labels, shown.text_labels, of_images),
+        (text_to_image, shown.texts_TD, shown.images_ID, shown.text_labels, shown.image_labels, of_texts),
     )
     for name, asked, candidates, labels, candidate_labels, units in ways:
         ranks = retrieval.ranks_by_cosine(asked, candidates, labels, candidate_labels)
-        found.results |= retrieval.summary(ranks, name, units)
+        found.results |= retrieval.summary(ranks, name, *units)
         right = (labels[:, None] == candidate_labels).sum(1)
         for cutoff in retrieval.CUTOFFS:
             chance = retrieval.chance_recall(right, len(candidates), cutoff)
@@ -74,10 +78,10 @@ def measure(
     again = rerank(bundle, shown.picture, shown.captions, cosine_IT, shortlist)
     right_IT = shown.image_labels[:, None] == shown.text_labels
     for name, ranks, units in (
-        (image_to_text, again.image_to_text(right_IT), shown.names),
-        (text_to_image, again.text_to_image(right_IT), shown.caption_names),
+        (image_to_text, again.image_to_text(right_IT), of_images),
+        (text_to_image, again.text_to_image(right_IT), of_texts),
     ):
-        found.results |= retrieval.summary(ranks, f"{name}_reranked", units)
+        found.results |= retrieval.summary(ranks, f"{name}_reranked", *units)
         for cutoff in retrieval.CUTOFFS:
             found.chance[f"{name}_reranked_r{cutoff}"] = found.chance[f"{name}_r{cutoff}"]
     return found
@@ -92,51 +96,68 @@ def run(
     text_to_image: str = "retrieval.pairs.text_to_image",
     shortlist: int = SHORTLIST,
 ) -> Evaluation:
-    """Retrieval both ways over the first `limit` rows of a source. Other arguments: as `measure` takes them.
+    """Retrieval both ways over a source.
+
+    Args:
+        limit: pictures at most: the rows before the first one that names another.
+        image_to_text, text_to_image, shortlist: as `measure` takes them.
 
     Raises:
         TriviumError: no row can be read.
     """
-    rows: list[int] = []
-    concepts: list[int] = []
+    rows: list[int] = []  # of each picture the first
+    pictures: list[int] = []
     names: list[str] = []
     captions: list[str] = []
-    caption_concepts: list[int] = []
+    picture_of_caption: list[int] = []
     caption_names: list[str] = []
     bad: list[str] = []
+    known: dict[int, str] = {}  # pictures: what is wrong with each, if anything
+    end = len(source)
 
     def pixels() -> Iterator[Tensor]:
-        for row in range(min(limit, len(source))):
+        nonlocal end
+        for row in range(len(source)):
             try:
                 sample = source.read(row, row)
             except BadSample as error:
                 bad.append(str(error))
                 continue
-            name = sample.get("name", f"row {row}")
-            try:
-                pixels_CHW = bundle.transform(sample["image"])
-            except DecodeError as error:
-                bad.append(f"{name}: {error}")
+            name, picture = sample.get("name", f"row {row}"), sample["same_image"]
+            pixels_CHW = None
+            if picture not in known:
+                if len(known) >= limit:
+                    end = row
+                    break
+                known[picture] = ""
+                try:
+                    pixels_CHW = bundle.transform(sample["image"])
+                except DecodeError as error:
+                    known[picture] = str(error)
+            if known[picture]:
+                bad.append(f"{name}: {known[picture]}")
                 continue
-            rows.append(row)
-            concepts.append(sample["same_image"])
+            if pixels_CHW is not None:
+                rows.append(row)
+                pictures.append(picture)
+                names.append(name)
             texts = sample.get("texts") or [sample["text"]]
             captions.extend(texts)
-            caption_concepts.extend([sample["same_text"]] * len(texts))
-            names.append(name)
+            picture_of_caption.extend([picture] * len(texts))
             caption_names.extend(f"{name}, caption {number}" for number in range(1, len(texts) + 1))
-            yield pixels_CHW
-        if not concepts:
+            if pixels_CHW is not None:
+                yield pixels_CHW
+        if not pictures:
             first = bad[0] if bad else "no row"
             raise TriviumError(f"none of the captioned pictures could be read; the first: {first}")
 
     images_ID = features.projected(bundle, pixels())
     shown = Captioned(
-        images_ID, features.of_texts(bundle, captions), torch.tensor(concepts), torch.tensor(caption_concepts), names,
+        images_ID, features.of_texts(bundle, captions), torch.tensor(pictures), torch.tensor(picture_of_caption), names,
         caption_names, captions, lambda number: source.read(rows[number], rows[number])["image"],
     )  # fmt: skip
     found = measure(bundle, shown, image_to_text, text_to_image, shortlist)
-    if len(source) > limit:
-        found.not_applicable.append(f"pairs beyond the first {limit:,} of {len(source):,}")
+    if end < len(source):
+        found.not_applicable.append(f"pairs beyond the first {end:,} of {len(source):,}")
     found.not_applicable += [f"a pair that cannot be read: {sentence}" for sentence in bad]
     return found

@@ -3,8 +3,10 @@
     {schema, command, version, machine, seconds, results: {name: {value, low, high, n, published?}}}
 
 Intervals are percentile bootstraps (Efron 1979) of 95 %: the units (queries, pictures) are drawn again with
-replacement, always with the same seed, so a report made twice is the same report. What each unit gave stands in
-outcomes.parquet beside it (see outcomes.py). N units.
+replacement, always with the same seed, so a report made twice is the same report. Units of one group, such as the
+captions of a picture or the questions on it, are right and wrong together, so they are drawn together: taken for
+independent they would make an interval too narrow. What each unit gave stands in outcomes.parquet beside it (see
+outcomes.py). N units.
 """
 
 from __future__ import annotations
@@ -50,34 +52,65 @@ class Result:
 Results = dict[str, Result]
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], num_units: int, seed: int = 0) -> tuple[float, float]:
+class Draws:
+    """Units that are drawn again. groups: of each unit; None: each is alone."""
+
+    def __init__(self, num_units: int, groups: Sequence[str] | None = None) -> None:
+        self._num_units = num_units
+        self._groups: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        if groups is not None:
+            number_of: dict[str, int] = {}
+            number_N = np.array([number_of.setdefault(group, len(number_of)) for group in groups], dtype=np.int64)
+            size_G = np.bincount(number_N)
+            self._groups = np.argsort(number_N, kind="stable"), np.cumsum(size_G) - size_G, size_G
+
+    def __call__(self, rng: np.random.Generator) -> np.ndarray:
+        """Indices with repeats, as many groups as there are: int64 [N], where groups are of one size."""
+        if self._groups is None:
+            return rng.integers(self._num_units, size=self._num_units)
+        order_N, first_G, size_G = self._groups
+        drawn_G = rng.integers(len(size_G), size=len(size_G))
+        size, end = size_G[drawn_G], np.cumsum(size_G[drawn_G])
+        inside = np.arange(end[-1]) - np.repeat(end - size, size)
+        return np.asarray(order_N[np.repeat(first_G[drawn_G], size) + inside])
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], num_units: int, groups: Sequence[str] | None = None
+) -> tuple[float, float]:
     """The 95 % percentile interval of a statistic.
 
     Args:
-        statistic: takes the indices of the units drawn, int64 [N] with repeats, and returns a number.
+        statistic: takes the indices of the units drawn, int64 with repeats, and returns a number.
+        groups: of each unit; None: each is alone.
     """
-    rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(num_units, size=num_units)) for _ in range(REPLICATES)]
-    return _ends(values)
+    rng, drawn = np.random.default_rng(0), Draws(num_units, groups)
+    return _ends([statistic(drawn(rng)) for _ in range(REPLICATES)])
 
 
-def mean_of(values: np.ndarray, units: Sequence[str] | None = None) -> Result:
+def mean_of(values: np.ndarray, units: Sequence[str] | None = None, groups: Sequence[str] | None = None) -> Result:
     """Mean of one value per unit (a hit, a correct answer), [N], with its interval. units: their names."""
-    return _over_units("mean", np.mean, values, units)
+    return _over_units("mean", np.mean, values, units, groups)
 
 
-def median_of(values: np.ndarray, units: Sequence[str] | None = None) -> Result:
+def median_of(values: np.ndarray, units: Sequence[str] | None = None, groups: Sequence[str] | None = None) -> Result:
     """Median of one value per unit, [N], with its interval. units: their names."""
-    return _over_units("median", np.median, values, units)
+    return _over_units("median", np.median, values, units, groups)
 
 
 def _over_units(
-    statistic: Statistic, function: Callable[[np.ndarray], Any], values: np.ndarray, units: Sequence[str] | None
+    statistic: Statistic,
+    function: Callable[[np.ndarray], Any],
+    values: np.ndarray,
+    units: Sequence[str] | None,
+    groups: Sequence[str] | None,
 ) -> Result:
     assert len(values), f"the {statistic} of nothing"
     values = np.asarray(values, dtype=np.float64)
-    low, high = bootstrap(lambda drawn: float(function(values[drawn])), len(values))
-    kept = None if units is None else Outcomes(statistic, tuple(units), values.astype(np.float32))
+    low, high = bootstrap(lambda drawn: float(function(values[drawn])), len(values), groups)
+    kept = None
+    if units is not None:
+        kept = Outcomes(statistic, tuple(units), values.astype(np.float32), None if groups is None else tuple(groups))
     return Result(float(function(values)), low, high, len(values), outcomes=kept)
 
 
@@ -85,14 +118,11 @@ def mean_over(parts: Sequence[Result]) -> Result:
     """Mean of several means over units of their own, such as those of two splits, each of which counts alike. For the
     interval the units of each are drawn for themselves; there is none where one came without its outcomes."""
     value, count = float(np.mean([part.value for part in parts])), sum(part.n or 0 for part in parts)
-    kept = [part.outcomes.values for part in parts if part.outcomes is not None and part.outcomes.statistic == "mean"]
+    kept = [part.outcomes for part in parts if part.outcomes is not None and part.outcomes.statistic == "mean"]
     if len(kept) < len(parts):
         return Result(value, n=count)
-    rng = np.random.default_rng(0)
-    draws = [
-        np.mean([values[rng.integers(len(values), size=len(values))].mean() for values in kept])
-        for _ in range(REPLICATES)
-    ]
+    rng, of_parts = np.random.default_rng(0), [(each.values, Draws(len(each.units), each.groups)) for each in kept]
+    draws = [np.mean([values[drawn(rng)].mean() for values, drawn in of_parts]) for _ in range(REPLICATES)]
     return Result(value, *_ends(draws), count)
 
 

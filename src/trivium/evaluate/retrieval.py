@@ -59,13 +59,15 @@ def mean_recall(found: Results, *names: str) -> float:
     return float(np.mean([found[f"{name}_r{cutoff}"].value for name in names for cutoff in CUTOFFS]))
 
 
-def summary(ranks_Q: Tensor, name: str, queries: Sequence[str] | None = None) -> Results:
+def summary(
+    ranks_Q: Tensor, name: str, queries: Sequence[str] | None = None, groups: Sequence[str] | None = None
+) -> Results:
     """`<name>_r1`, `_r5`, `_r10`: share of queries with a right answer that high; `<name>_median_rank`.
 
-    queries: the name of each, kept with its outcome."""
+    queries, groups: the name of each and what it is about, kept with its outcome."""
     found = ranks_Q.numpy()
-    recalls = {f"{name}_r{cutoff}": mean_of(np.asarray(found <= cutoff), queries) for cutoff in CUTOFFS}
-    return recalls | {f"{name}_median_rank": median_of(found, queries)}
+    recalls = {f"{name}_r{cutoff}": mean_of(np.asarray(found <= cutoff), queries, groups) for cutoff in CUTOFFS}
+    return recalls | {f"{name}_median_rank": median_of(found, queries, groups)}
 
 
 def chance_recall(right_per_query_Q: Tensor, num_candidates: int, cutoff: int) -> float:

@@ -67,7 +67,7 @@ class RetrievalData:
     image_root: str | None = None  # what paths of pictures are relative to; None: the folder of their table
     image_column: str | None = None  # None: found by its usual names
     text_column: str | None = None
-    rows: int = 5000  # of dev and of test, at most: the first ones
+    rows: int = 5000  # pictures of dev and of test, at most: the first ones
     batch: int = 256  # pairs of one step, over all processes
     max_length: int = 30  # tokens of a caption; longer ones are cut
     image_size: int | None = 384  # side of the pictures in pixels; None: the model's own
