@@ -101,7 +101,7 @@ def page(found: dict[str, dict[str, Result]], command: str) -> str:
     lines = [
         "# Where a tiny ALBEF looks", "", f"`{command}`", "",
         "Per cent of the expressions on new scenes, with 95 % intervals; one seed. At this size pretraining has no"
-        " queue. Several expressions are of one scene, and count as independent.", "",
+        " queue. Expressions of one scene are drawn together.", "",
         f"| | {' | '.join(FIGURES)} |", "|---" * (1 + len(FIGURES)) + "|",
     ]  # fmt: skip
     lines += [f"| {name} | {' | '.join(per_cent(row[figure]) for figure in FIGURES)} |" for name, row in found.items()]

@@ -13,12 +13,14 @@ processes, and whoever comes last sums up what is there. Writes results/albef_no
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import side_by_side
 from albef_runs import Photographs, compared, mean_over, per_cent, run, spread, units
 
+from trivium.evaluate.outcomes import Outcomes
 from trivium.train import config
 
 WAYS = {"without": 0.0, "with": 0.4}
@@ -28,7 +30,6 @@ FIGURES = {
     "pictures of a text, R@10": ("text_to_image", (10,)),
 }
 ORDERS = {"by cosine": "", "re-ranked": "_reranked"}
-Units = list[dict[str, float]]  # of each seed
 
 
 def names(way: str, order: str, cutoffs: tuple[int, ...]) -> list[str]:
@@ -88,7 +89,7 @@ def sum_up(out: Path, noise: float, steps: int) -> None:
         "|---|---|---|---|",
     ]
     results: dict[str, Any] = {"seeds": len(seeds)}
-    found: dict[tuple[str, str, str], Units] = {}
+    found: dict[tuple[str, str, str], list[Outcomes]] = {}  # of each seed
     for title, (direction, cutoffs) in FIGURES.items():
         for order, suffix in ORDERS.items():
             for way in WAYS:
@@ -104,7 +105,7 @@ def sum_up(out: Path, noise: float, steps: int) -> None:
             }  # fmt: skip
     lines += ["", "| | by cosine | re-ranked | re-ranked less by cosine |", "|---|---|---|---|"]
     for title in FIGURES:
-        gained = {way: [{name: again[name] - plain[name] for name in again}
+        gained = {way: [replace(again, values=again.values - plain.values)
                         for plain, again in zip(*(found[way, title, order] for order in ORDERS), strict=True)]
                   for way in WAYS}  # fmt: skip
         over = spread(gained.values())  # of differences within a run

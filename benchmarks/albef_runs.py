@@ -11,10 +11,9 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from trivium.cli import main as trivium
 from trivium.cli.overrides import set_overrides, split_overrides
 from trivium.data.tokenizer import Tokenizer
 from trivium.evaluate import outcomes
+from trivium.evaluate.outcomes import Outcomes
 from trivium.evaluate.results import Result, mean_of
 from trivium.recipes import RECIPES
 from trivium.train import config, run_folder
@@ -106,11 +106,6 @@ class Photographs:
             if not paths["test"].is_file():
                 self._write_entailment(folder, paths)
         return paths
-
-    def premises(self) -> dict[str, str]:
-        """The photograph that each line of the table "test" is about, by the line's name in outcomes."""
-        lines = self.entailment()["test"].read_text().splitlines()
-        return {f"line {number}": json.loads(line)["image"] for number, line in enumerate(lines, start=1)}
 
     def _write_entailment(self, folder: Path, paths: dict[str, Path]) -> None:
         rows = pq.read_table(self.root / "flickr8k" / "entailment.parquet").to_pylist()
@@ -192,43 +187,34 @@ def _refuse_another(out: Path, words: Sequence[str], changes: dict[str, list[str
             )
 
 
-def units(out: Path, figures: Sequence[str], picture_of: Mapping[str, str] | None = None) -> dict[str, float]:
-    """What each unit of a run gave, by its name: the mean over some figures of the same units. Captions of one picture
-    are one unit, since they are right and wrong together; so are lines of a table that `picture_of` has one for.
-    """
+def units(out: Path, figures: Sequence[str]) -> Outcomes:
+    """What each unit of a run gave: the mean over some figures of the same units."""
     found = outcomes.read(out / outcomes.NAME)
     several = [found[name] for name in figures]
     assert all(each.units == several[0].units for each in several), "figures of different units"
-    gave: dict[str, list[float]] = {}
-    for name, value in zip(several[0].units, np.mean([each.values for each in several], axis=0).tolist(), strict=True):
-        one = re.sub(r", caption \d+$", "", name) if picture_of is None else picture_of[name.rpartition(", ")[2]]
-        gave.setdefault(one, []).append(value)
-    return {name: float(np.mean(values)) for name, values in gave.items()}
+    return replace(several[0], values=np.mean([each.values for each in several], axis=0))
 
 
-Units = Mapping[str, float]  # what each unit of a run gave
-
-
-def mean_over(several: Sequence[Units]) -> Result:
+def mean_over(several: Sequence[Outcomes]) -> Result:
     """Of the same units in runs of several seeds; the units are drawn again for the interval, and not the seeds."""
-    names = sorted(several[0])
-    return mean_of(np.mean([[each[name] for name in names] for each in several], axis=0))
+    assert all(each.units == several[0].units for each in several), "runs of different units"
+    return mean_of(np.mean([each.values for each in several], axis=0), groups=several[0].groups)
 
 
-def difference(mine: Sequence[Units], other: Sequence[Units]) -> Result:
+def difference(mine: Sequence[Outcomes], other: Sequence[Outcomes]) -> Result:
     """Mean of mine less the other, unit by unit, with its interval over the units."""
-    names = sorted(mine[0])
-    one, two = (np.mean([[each[name] for name in names] for each in several], axis=0) for several in (mine, other))
-    return mean_of(one - two)
+    assert all(each.units == mine[0].units for each in (*mine, *other)), "runs of different units"
+    one, two = (np.mean([each.values for each in several], axis=0) for several in (mine, other))
+    return mean_of(one - two, groups=mine[0].groups)
 
 
-def spread(cells: Iterable[Sequence[Units]]) -> seeds.Spread:
+def spread(cells: Iterable[Sequence[Outcomes]]) -> seeds.Spread:
     """Of the seeds of cells that are beside each other in a table."""
-    return seeds.spread([[float(np.mean(list(each.values()))) for each in several] for several in cells])
+    return seeds.spread([[float(each.values.mean()) for each in several] for several in cells])
 
 
 def compared(
-    mine: Sequence[Units], other: Sequence[Units], over: seeds.Spread, runs: int
+    mine: Sequence[Outcomes], other: Sequence[Outcomes], over: seeds.Spread, runs: int
 ) -> tuple[Result, str, list[float]]:
     """Mine less the other with its interval over units and seeds, the verdict (see `seeds`), each seed's difference.
 

@@ -24,6 +24,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
 from trivium.data.small_vqa import PicturesInMemory, read_daquar, read_easy_vqa
 from trivium.evaluate import results, vqa
+from trivium.evaluate.outcomes import Outcomes
 from trivium.evaluate.results import Result, mean_of
 
 SEEDS = {"easy-vqa": 1, "daquar": 3}  # DAQUAR holds out 635 questions alone
@@ -159,7 +161,7 @@ def _lines(path: Path) -> list[Line]:
 def questions(part: str, folder: Path, values: dict[str, Any], tuned: Any) -> dict[str, Result]:
     """Accuracy on the test table: of the model, of the same without pictures, and of the commonest answer."""
 
-    def right(seed: int, name: str, blank: str) -> dict[str, float]:
+    def right(seed: int, name: str, blank: str) -> Outcomes:
         settings = {**values, "data.blank-pictures": blank, "train.seed": seed}
         out = tuned(f"{part}-{name}-{seed}", "question_answering", settings)
         return units(out, [f"{QUESTIONS}.test.accuracy"])  # in the order of the table
@@ -168,11 +170,11 @@ def questions(part: str, folder: Path, values: dict[str, Any], tuned: Any) -> di
     mine, other = ([right(seed, *of) for seed in several] for of in (("whole", "false"), ("blind", "true")))
     [(commonest, _)] = Counter(answer for _, _, answer in _lines(folder / "train.csv")).most_common(1)
     truths = [answer for _, _, answer in _lines(folder / "test.csv")]
-    always = {name: vqa.exact(commonest, truth) for name, truth in zip(mine[0], truths, strict=True)}
+    always = replace(mine[0], values=np.array([vqa.exact(commonest, truth) for truth in truths]))
     found = {
         "ALBEF": mean_over(mine),
         "question alone": mean_over(other),
-        f"always {commonest}": mean_of(np.array(list(always.values()))),
+        f"always {commonest}": mean_over([always]),
         "ALBEF less question alone": difference(mine, other),
         f"ALBEF less always {commonest}": difference(mine, [always]),
     }
@@ -215,8 +217,8 @@ def statements(out: Path, count: int, tuned: Any) -> dict[str, Result]:
 
 
 def page(found: dict[str, dict[str, Result]], command: str) -> str:
-    said = "Accuracy in per cent, with 95 % intervals over the questions; one seed, of DAQUAR the mean of three. At"
-    said += " this size pretraining has no queue."
+    said = "Accuracy in per cent, with 95 % intervals over the pictures or, where there are two, over the statements;"
+    said += " one seed, of DAQUAR the mean of three. At this size pretraining has no queue."
     lines = ["# Tiny ALBEF, asked", "", f"`{command}`", "", said, ""]
     for part, row in found.items():
         lines += [f"## {part}", "", "| | |", "|---|---|"]

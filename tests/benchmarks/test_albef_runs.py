@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import albef_runs
@@ -52,37 +53,43 @@ def test_premises_that_are_held_out_are_never_trained_on(photographs: albef_runs
     assert len(rows(photographs.written("pairs-4", every=4))) == -(-(len(FILES) - len(held_out)) // 4)
 
 
-def test_captions_of_a_picture_are_one_unit(tmp_path: Path) -> None:
-    names = ("a, caption 1", "a, caption 2", "b, caption 1")
-    found = {figure: Outcomes("mean", names, np.array(values, dtype=np.float32))
+def test_each_split_of_entailment_has_photographs_of_its_own(
+    photographs: albef_runs.Photographs, tmp_path: Path
+) -> None:
+    triples = [{"file": file, "hypothesis": f"{n} of {file}", "label": "neutral"} for file in FILES for n in range(3)]
+    pq.write_table(pa.Table.from_pylist(triples), tmp_path / "flickr8k" / "entailment.parquet")
+    for split, path in photographs.entailment().items():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        tenths = {albef_runs.tenth(Path(line["image"]).name) for line in lines}
+        assert tenths == {0} if split == "test" else 0 not in tenths
+        assert all((path.parent / line["image"]).is_file() for line in lines)
+
+
+def test_several_figures_of_a_unit_are_one_and_its_group_is_kept(tmp_path: Path) -> None:
+    names, groups = ("a, caption 1", "a, caption 2", "b, caption 1"), ("a", "a", "b")
+    found = {figure: Outcomes("mean", names, np.array(values, dtype=np.float32), groups)
              for figure, values in (("r1", [1, 0, 0]), ("r5", [1, 1, 0]))}  # fmt: skip
     outcomes.write(tmp_path / outcomes.NAME, found)
-    assert albef_runs.units(tmp_path, ["r1", "r5"]) == {"a": 0.75, "b": 0.0}
+    gave = albef_runs.units(tmp_path, ["r1", "r5"])
+    assert (gave.units, gave.groups, gave.values.tolist()) == (names, groups, [1, 0.5, 0])
+    mean = albef_runs.mean_over([gave])
+    assert (mean.value, mean.low, mean.high) == (0.5, 0, 0.75), "a twice or b twice: never the captions of a apart"
 
 
-def test_lines_about_one_photograph_are_one_unit(photographs: albef_runs.Photographs, tmp_path: Path) -> None:
-    rows = [{"file": file, "hypothesis": f"{n} of {file}", "label": "entailment"} for file in FILES for n in range(3)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "flickr8k" / "entailment.parquet")
-    test, premises = photographs.entailment()["test"], photographs.premises()
-    held_out = [file for file in FILES if albef_runs.tenth(file) == 0]
-    assert [Path(each).name for each in premises.values()] == [file for file in held_out for _ in range(3)]
-    names = tuple(f"{test}, {line}" for line in premises)
-    right = np.arange(len(names)) % 3 == 0
-    outcomes.write(tmp_path / outcomes.NAME, {"accuracy": Outcomes("mean", names, right.astype(np.float32))})
-    gave = albef_runs.units(tmp_path, ["accuracy"], premises)
-    assert gave == {f"pictures/{file}": pytest.approx(1 / 3) for file in held_out}
+def of(values: dict[str, float]) -> Outcomes:
+    return Outcomes("mean", tuple(values), np.array(list(values.values())))
 
 
 def test_a_difference_is_of_the_same_units_and_every_seed_must_agree() -> None:
-    other = [{str(n): float(n % 2) for n in range(40)}] * 2
-    better = [{name: value + 1 for name, value in reversed(other[0].items())}] * 2
+    other = [of({str(n): float(n % 2) for n in range(40)})] * 2
+    better = [replace(other[0], values=other[0].values + 1)] * 2
     gap = albef_runs.difference(better, other)
     assert (gap.value, gap.low, gap.high, gap.n) == (1.0, 1.0, 1.0, 40)
     none = seeds.Spread(0.0, 2)
     assert albef_runs.compared(better, other, none, 2)[1:] == ("better", [1.0, 1.0])
     assert albef_runs.compared(other, better, none, 2)[1] == "worse"
     assert albef_runs.compared(better, other, none, 3)[1] == "not all seeds"
-    against = {name: value - 0.1 for name, value in other[0].items()}
+    against = replace(other[0], values=other[0].values - 0.1)
     assert albef_runs.difference([better[0], against], other).low > 0  # type: ignore[operator]
     assert albef_runs.compared([better[0], against], other, none, 2)[1] == "undecided"
     wide = albef_runs.spread([better, [better[0], against]])  # 0 and 0, 0.55 and -0.55: 0.605 of two runs
@@ -92,7 +99,7 @@ def test_a_difference_is_of_the_same_units_and_every_seed_must_agree() -> None:
 
 
 def test_one_seed_tells_nothing_and_says_so() -> None:
-    one, other = [{"a": 1.0, "b": 1.0, "c": 0.5}], [{"a": 0.0, "b": 0.5, "c": 0.0}]
+    one, other = [of({"a": 1.0, "b": 1.0, "c": 0.5})], [of({"a": 0.0, "b": 0.5, "c": 0.0})]
     gap, said, each = albef_runs.compared(one, other, albef_runs.spread([one, other]), 1)
     assert said == "undecided" and each == pytest.approx([2 / 3])
     assert albef_runs.per_cent(gap) == "66.7 [one seed]" and gap.as_json()["low"] is None
@@ -102,7 +109,7 @@ def test_differences_by_chance_are_seldom_called_real() -> None:
     """Rows of a table that are all alike: the spread of the seeds alone makes none of them better in 19 of 20."""
     draw, called, told = np.random.default_rng(0), 0, 0
     for _ in range(60):
-        rows = [[{str(n): value for n, value in enumerate(draw.normal(seed, 0.35, 300).tolist())}
+        rows = [[of({str(n): value for n, value in enumerate(draw.normal(seed, 0.35, 300).tolist())})
                  for seed in draw.normal(0.3, 0.05, 2)] for _ in range(6)]  # fmt: skip
         over = albef_runs.spread(rows)
         for mine, other in itertools.pairwise(rows):

@@ -30,9 +30,10 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def units(mean: float) -> dict[str, float]:
+def units(mean: float) -> Outcomes:
     """Right on so large a part of them."""
-    return {name: float(number < round(mean * len(NAMES))) for number, name in enumerate(NAMES)}
+    values = [float(number < round(mean * len(NAMES))) for number in range(len(NAMES))]
+    return Outcomes("mean", tuple(NAMES), np.array(values, dtype=np.float32))
 
 
 def test_table_1_gives_verdicts_on_cells_of_all_seeds_and_marks_the_others(
@@ -76,8 +77,7 @@ def noisy(out: Path, mean: float, pairs: str, steps: int = 30) -> None:
     for direction in ("image_to_text", "text_to_image"):
         for order, more in (("", 0.0), ("_reranked", 0.05)):
             for cutoff in (1, 5, 10):
-                values = np.array(list(units(mean + more).values()), dtype=np.float32)
-                found[f"retrieval.pairs.{direction}{order}_r{cutoff}"] = Outcomes("mean", tuple(NAMES), values)
+                found[f"retrieval.pairs.{direction}{order}_r{cutoff}"] = units(mean + more)
     outcomes.write(out / outcomes.NAME, found)
 
 
