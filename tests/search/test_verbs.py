@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from trivium.load import Bundle, load
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.search import embedding
-from trivium.search.table import Table
+from trivium.search.table import Table, fingerprint
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -246,6 +247,16 @@ def test_tables_of_two_models_do_not_mix(model, other_model, pictures, tmp_path,
         assert code == 2
         assert "another model" in err
     assert out.read_bytes() == content
+
+
+def test_what_no_tensor_holds_makes_another_model(model: Path) -> None:
+    bundle, same = load(model), load(model)
+    assert fingerprint(bundle) == fingerprint(same)
+    same.model.config = replace(bundle.model.config, num_heads=2)
+    assert fingerprint(bundle) != fingerprint(same)
+    same.model.config = bundle.model.config
+    same.tokenizer = Tokenizer.train(["a violet kettle"] * 3, 120)
+    assert fingerprint(bundle) != fingerprint(same)
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut"])

@@ -72,7 +72,8 @@ def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None)
         before = Table.read(out)
         if before.model != model:
             raise TriviumError(
-                f"{out} holds embeddings of another model ({before.model}, not {model}): name a new file"
+                f"{out} holds embeddings of another model, or is from an older trivium, which named models otherwise"
+                f" ({before.model}, not {model}): name a new file"
             )
         known = {row.file: row for row in before.rows if row.embedding is not None}
 

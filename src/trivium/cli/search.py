@@ -89,7 +89,8 @@ def read_table(path: Path, bundle: Bundle) -> Table:
     table, model = Table.read(path), fingerprint(bundle)
     if table.model != model:
         raise TriviumError(
-            f"{path} holds embeddings of another model ({table.model}, not {model}): run `trivium embed` again"
+            f"{path} holds embeddings of another model, or is from an older trivium, which named models otherwise"
+            f" ({table.model}, not {model}): make a new file with `trivium embed`"
         )
     return table
 
