@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 import shutil
 import subprocess
@@ -92,6 +93,24 @@ def test_bad_files_are_named_and_are_not_fatal(model: Path, pictures: Path, tmp_
     # Null rows stand between the others: reading them back must not shift the vectors.
     expected = load(model).encode_image([pictures / "below" / "7.jpg"]).projected[0].numpy()
     np.testing.assert_allclose(rows["below/7.jpg"].embedding, expected, atol=1e-6)
+
+
+def test_a_name_that_is_not_utf8_is_a_bad_file_and_costs_no_other(model, pictures, tmp_path, capsys) -> None:
+    out, page = tmp_path / "x.parquet", tmp_path / "page.html"
+    odd = pictures / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(pictures / "0.png", odd)
+    said = r"caf\udce9.png: its name is not UTF-8: rename it"
+    code, out_said, err = run(capsys, "embed", model, pictures, "--out", out)
+    assert code == 0 and said in err
+    assert "9 embeddings" in out_said and "1 could not be read" in out_said
+    assert [row.file for row in Table.read(out).rows if row.error] == [r"caf\udce9.png"]
+    code, found, err = run(capsys, "search", model, "--picture", odd, "--images", pictures, "--out", page)
+    assert code == 0 and said in err
+    assert len(found.splitlines()) == 9 and r"<title>caf\udce9.png" in page.read_text(encoding="utf-8")
+    lines = tmp_path / os.fsdecode(b"th\xe9.txt")
+    lines.write_text("a cup of tea")
+    assert run(capsys, "embed", model, lines, "--text", "--out", tmp_path / "t.parquet")[0] == 0
+    assert [row.file for row in Table.read(tmp_path / "t.parquet").rows] == [r"th\udce9.txt:1"]
 
 
 def test_an_interruption_keeps_what_was_done(model, pictures, tmp_path, capsys, monkeypatch) -> None:
