@@ -150,6 +150,29 @@ def test_lines_of_a_text_file(model: Path, tmp_path: Path, capsys) -> None:
     assert float(score) == pytest.approx(1.0, abs=1e-4)
 
 
+def test_texts_that_are_cut_or_not_read_at_all_are_told(model: Path, pictures: Path, tmp_path: Path, capsys) -> None:
+    bundle = load(model)
+    bundle.tokenizer = bundle.tokenizer.for_captions()  # leaves out marks, as ALBEF's does
+    bundle.save(tmp_path / "model")
+    code, said, err = run(capsys, "search", tmp_path / "model", "!!! ???", "--images", pictures)
+    assert (code, said) == (2, "")
+    assert 'the text to look for "!!! ???" holds nothing that this model reads' in err
+    code, said, err = run(capsys, "search", tmp_path / "model", "mug " * 2000, "--images", pictures, "-k", 1)
+    assert code == 0 and len(said.splitlines()) == 1
+    assert err.startswith("trivium: note: the text to look for is longer than the 16 tokens that this model reads")
+
+    path, out = tmp_path / "texts.txt", tmp_path / "x.parquet"
+    path.write_text(f"a red mug\n{'mug ' * 20}\n?!\na{' ' * 65_536}mug\n")
+    for _ in ("made", "brought up to date"):
+        code, said, err = run(capsys, "embed", tmp_path / "model", path, "--text", "--out", out)
+        assert code == 0 and "3 embeddings" in said
+        assert err.splitlines() == [
+            "trivium: note: 2 lines are longer than the 16 tokens, or 65,536 characters, that this model reads, and are"
+            " cut there; the first: texts.txt:2",
+            "  texts.txt:3: the line holds only marks that this model leaves out",
+        ]
+
+
 def test_search_by_picture_finds_itself_and_its_copy(model: Path, pictures: Path, tmp_path: Path, capsys) -> None:
     (pictures / "copy.png").write_bytes((pictures / "below" / "3.png").read_bytes())
     out = tmp_path / "page.html"

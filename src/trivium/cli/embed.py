@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +63,7 @@ def check_can_write(out: Path) -> None:
 
 def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None) -> list[Row]:
     """Embed pictures (`files` in `folder`) or lines (`folder` is the text file) and keep the table as it grows."""
+    from trivium.data.files import TEXT_LIMIT
     from trivium.search.embedding import embed_lines, embed_pictures
     from trivium.search.table import Table, fingerprint
 
@@ -78,6 +80,7 @@ def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None)
         known = {row.file: row for row in before.rows if row.embedding is not None}
 
     rows: list[Row] = []
+    cut: list[str] = []
 
     def save(complete: bool) -> None:
         reached = {row.file for row in rows}
@@ -85,7 +88,7 @@ def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None)
         if kept or any(row.embedding is not None for row in rows):
             Table(model, root, rows + kept).write(out)
 
-    coming = embed_lines(bundle, folder, known) if files is None else embed_pictures(bundle, folder, files, known)
+    coming = embed_lines(bundle, folder, known, cut) if files is None else embed_pictures(bundle, folder, files, known)
     saved = time.monotonic()
     try:
         for row in with_progress(coming, None if files is None else len(files), "embedding"):
@@ -100,6 +103,12 @@ def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None)
         show_errors(rows)
         raise TriviumError(f"{folder}: not one of {len(rows)} could be read, so nothing was written")
     save(complete=True)
+    if cut:
+        warnings.warn(
+            f"{len(cut):,} lines are longer than the {bundle.max_length} tokens, or {TEXT_LIMIT:,} characters, that"
+            f" this model reads, and are cut there; the first: {cut[0]}",
+            stacklevel=1,
+        )
     return rows
 
 
