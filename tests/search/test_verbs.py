@@ -291,6 +291,38 @@ def test_tables_of_two_models_do_not_mix(model, other_model, pictures, tmp_path,
     assert out.read_bytes() == content
 
 
+def test_a_table_of_another_folder_stays_and_one_that_moved_is_used(
+    model, pictures, tmp_path, capsys, monkeypatch
+) -> None:
+    out, moved, other = tmp_path / "x.parquet", tmp_path / "moved", tmp_path / "other"
+    lines, more = pictures / "lines.txt", tmp_path / "more.txt"
+    lines.write_text("a red mug")
+    more.write_text("a blue cup")
+    other.mkdir()
+    shutil.copy(pictures / "0.png", other / "b.png")
+    run(capsys, "embed", model, pictures, "--out", out)
+    content = out.read_bytes()
+    for words in ([other], [lines, "--text"]):
+        code, said, err = run(capsys, "embed", model, *words, "--out", out)
+        assert (code, said) == (2, "")
+        assert f"x.parquet holds the embeddings of {pictures}, not of {words[0]}: name a new file" in err
+    pictures.rename(moved)
+    assert run(capsys, "embed", model, other, "--out", out)[0] == 2
+    assert out.read_bytes() == content
+    with monkeypatch.context() as patch:
+        patch.setattr(Bundle, "encode_image", None)  # nothing is computed again
+        assert run(capsys, "embed", model, moved, "--out", out)[0] == 0
+    assert Table.read(out).folder == str(moved) and len(Table.read(out).rows) == 9
+
+    texts, lines = tmp_path / "t.parquet", moved / "lines.txt"
+    run(capsys, "embed", model, lines, "--text", "--out", texts)
+    code, _, err = run(capsys, "embed", model, more, "--text", "--out", texts)
+    assert code == 2 and f"holds the embeddings of {lines}, not of {more}" in err
+    lines.rename(tmp_path / "lines.txt")
+    assert run(capsys, "embed", model, tmp_path / "lines.txt", "--text", "--out", texts)[0] == 0
+    assert Table.read(texts).folder == str(tmp_path / "lines.txt")
+
+
 def test_what_no_tensor_holds_makes_another_model(model: Path) -> None:
     bundle, same = load(model), load(model)
     assert fingerprint(bundle) == fingerprint(same)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None)
     from trivium.search.table import Table, fingerprint
 
     model = fingerprint(bundle)
-    root = str((folder if files is not None else folder.parent).resolve())
+    root = str(folder.resolve())
     known: dict[str, Row] = {}
     if out.exists():
         before = Table.read(out)
@@ -78,6 +78,8 @@ def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None)
                 f" ({before.model}, not {model}): name a new file"
             )
         known = {row.file: row for row in before.rows if row.embedding is not None}
+        if before.folder != root and not is_moved(before.folder, known, folder, files):
+            raise TriviumError(f"{out} holds the embeddings of {before.folder}, not of {root}: name a new file")
 
     rows: list[Row] = []
     cut: list[str] = []
@@ -110,6 +112,13 @@ def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None)
             stacklevel=1,
         )
     return rows
+
+
+def is_moved(before: str, known: Iterable[str], folder: Path, files: list[str] | None) -> bool:
+    """Whether what a table was made of lies in another place now: gone from where it was, most of its names here."""
+    there = set(files or ())
+    found = [name.rpartition(":")[0] == folder.name if files is None else name in there for name in known]
+    return not Path(before).exists() and 2 * sum(found) > len(found)
 
 
 def with_progress(rows: Iterator[Row], total: int | None, what: str) -> Iterator[Row]:

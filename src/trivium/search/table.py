@@ -32,7 +32,7 @@ class Row:
 @dataclass(frozen=True)
 class Table:
     model: str  # see `fingerprint`
-    folder: str  # that the files lie in, absolute
+    folder: str  # that the files lie in, or the text file of the lines; absolute
     rows: list[Row]
 
     def found(self) -> tuple[list[str], np.ndarray]:
