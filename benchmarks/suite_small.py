@@ -41,6 +41,7 @@ import torch
 from suite_small_page import FLOOR, RANDOM, page
 
 from trivium.bundle import Bundle
+from trivium.bundle.hashes import model_hash
 from trivium.cli import main as trivium
 from trivium.cli.overrides import set_overrides, split_overrides
 from trivium.data import leakage
@@ -53,7 +54,7 @@ from trivium.evaluate.classification import Measured, classification
 from trivium.evaluate.datasets import find, layouts
 from trivium.evaluate.datasets.captions import CAPTIONS
 from trivium.evaluate.datasets.pictures import DataSet, with_rows
-from trivium.evaluate.feature_store import Encoder, ModelEncoder, PixelEncoder, model_hash
+from trivium.evaluate.feature_store import Encoder, ModelEncoder, PixelEncoder
 from trivium.evaluate.metrics import METRICS
 from trivium.evaluate.suite import zero_shot_retrieval
 from trivium.load import FAMILIES, load

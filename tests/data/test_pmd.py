@@ -215,6 +215,12 @@ def test_a_picture_that_cannot_be_used_is_named_by_its_annotation(table: str, tm
     assert built.sentences[2].startswith(f"{table} (line 4): its picture {pictures}/00000/000000003.jpg has zero bytes")
 
 
+def test_a_file_whose_name_is_not_utf8_leaves_the_others_findable(tmp_path: Path) -> None:
+    for name in (b"caf\xe9.png", b"x.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(drawn_picture(1))
+    assert Pictures([str(tmp_path)]).find(None, ["x"]) is not None
+
+
 def test_two_pictures_of_one_name_and_none_at_all(table: str, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -94,6 +94,24 @@ def test_a_caption_stands_beside_its_picture(pictures: Path) -> None:
     assert "c.webp: its text is empty" in bad(source, 3)
 
 
+def test_a_name_that_is_not_utf8_costs_nothing(pictures: Path) -> None:
+    odd = pictures / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    for name in (b"th\xe9.png", b"gone.png"):
+        (odd / os.fsdecode(name)).write_bytes(PICTURE)
+    (odd / os.fsdecode(b"th\xe9.txt")).write_text("a cup of tea")
+    source = Folder(pictures, "pairs")
+    sample = source.read(5, 5)
+    assert sample["image"] == PICTURE and sample["text"] == "a cup of tea"
+    assert sample["name"] == rf"{pictures}/caf\udce9/th\udce9.png"
+    assert bad(source, 4).endswith(r"caf\udce9/gone.txt does not exist")
+    (odd / os.fsdecode(b"th\xe9.png")).write_bytes(b"")
+    assert bad(source, 5).endswith(r"th\udce9.png: its picture has zero bytes")
+    (pictures / "c.webp").unlink()
+    classes = Folder(pictures, "images", classes=True)
+    assert classes.class_names == ["a", "b", r"caf\udce9"] and classes.read(3, 3)["label"] == 2
+
+
 def test_a_caption_of_ten_megabytes_is_cut_and_counted(pictures: Path) -> None:
     (pictures / "c.txt").write_text("größer " * 1_500_000, encoding="utf-8")
     (pictures / "a" / "1.txt").write_text("short")

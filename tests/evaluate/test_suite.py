@@ -23,6 +23,7 @@ from tests.evaluate.datasets.test_captions import CAPTIONS, flickr
 from tests.evaluate.test_grounding import tiny_bundle
 from tests.test_load import new_bundle
 from trivium.bundle import Bundle
+from trivium.bundle.hashes import model_hash
 from trivium.data import duplicates
 from trivium.data.detection import find_val
 from trivium.data.glue import GLUE
@@ -35,7 +36,7 @@ from trivium.evaluate.datasets import find, layouts
 from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
 from trivium.evaluate.datasets.captions import Captioned
 from trivium.evaluate.datasets.pictures import DataSet, PictureFiles
-from trivium.evaluate.feature_store import Features, ModelEncoder, PixelEncoder, features, model_hash
+from trivium.evaluate.feature_store import Features, ModelEncoder, PixelEncoder, features
 from trivium.evaluate.paper_tasks import SUITES
 from trivium.evaluate.published import Cell, Column
 from trivium.evaluate.results import Result

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from trivium.load import Bundle, load
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.search import embedding
-from trivium.search.table import Table
+from trivium.search.table import Table, fingerprint
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -93,6 +95,24 @@ def test_bad_files_are_named_and_are_not_fatal(model: Path, pictures: Path, tmp_
     np.testing.assert_allclose(rows["below/7.jpg"].embedding, expected, atol=1e-6)
 
 
+def test_a_name_that_is_not_utf8_is_a_bad_file_and_costs_no_other(model, pictures, tmp_path, capsys) -> None:
+    out, page = tmp_path / "x.parquet", tmp_path / "page.html"
+    odd = pictures / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(pictures / "0.png", odd)
+    said = r"caf\udce9.png: its name is not UTF-8: rename it"
+    code, out_said, err = run(capsys, "embed", model, pictures, "--out", out)
+    assert code == 0 and said in err
+    assert "9 embeddings" in out_said and "1 could not be read" in out_said
+    assert [row.file for row in Table.read(out).rows if row.error] == [r"caf\udce9.png"]
+    code, found, err = run(capsys, "search", model, "--picture", odd, "--images", pictures, "--out", page)
+    assert code == 0 and said in err
+    assert len(found.splitlines()) == 9 and r"<title>caf\udce9.png" in page.read_text(encoding="utf-8")
+    lines = tmp_path / os.fsdecode(b"th\xe9.txt")
+    lines.write_text("a cup of tea")
+    assert run(capsys, "embed", model, lines, "--text", "--out", tmp_path / "t.parquet")[0] == 0
+    assert [row.file for row in Table.read(tmp_path / "t.parquet").rows] == [r"th\udce9.txt:1"]
+
+
 def test_an_interruption_keeps_what_was_done(model, pictures, tmp_path, capsys, monkeypatch) -> None:
     out = tmp_path / "x.parquet"
     monkeypatch.setattr(embedding, "BATCH", 4)
@@ -128,6 +148,29 @@ def test_lines_of_a_text_file(model: Path, tmp_path: Path, capsys) -> None:
     rank, score, _, file = said.rstrip("\n").split("\t")
     assert (rank, file) == ("1", "texts.txt:3")
     assert float(score) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_texts_that_are_cut_or_not_read_at_all_are_told(model: Path, pictures: Path, tmp_path: Path, capsys) -> None:
+    bundle = load(model)
+    bundle.tokenizer = bundle.tokenizer.for_captions()  # leaves out marks, as ALBEF's does
+    bundle.save(tmp_path / "model")
+    code, said, err = run(capsys, "search", tmp_path / "model", "!!! ???", "--images", pictures)
+    assert (code, said) == (2, "")
+    assert 'the text to look for "!!! ???" holds nothing that this model reads' in err
+    code, said, err = run(capsys, "search", tmp_path / "model", "mug " * 2000, "--images", pictures, "-k", 1)
+    assert code == 0 and len(said.splitlines()) == 1
+    assert err.startswith("trivium: note: the text to look for is longer than the 16 tokens that this model reads")
+
+    path, out = tmp_path / "texts.txt", tmp_path / "x.parquet"
+    path.write_text(f"a red mug\n{'mug ' * 20}\n?!\na{' ' * 65_536}mug\n")
+    for _ in ("made", "brought up to date"):
+        code, said, err = run(capsys, "embed", tmp_path / "model", path, "--text", "--out", out)
+        assert code == 0 and "3 embeddings" in said
+        assert err.splitlines() == [
+            "trivium: note: 2 lines are longer than the 16 tokens, or 65,536 characters, that this model reads, and are"
+            " cut there; the first: texts.txt:2",
+            "  texts.txt:3: the line holds only marks that this model leaves out",
+        ]
 
 
 def test_search_by_picture_finds_itself_and_its_copy(model: Path, pictures: Path, tmp_path: Path, capsys) -> None:
@@ -246,6 +289,48 @@ def test_tables_of_two_models_do_not_mix(model, other_model, pictures, tmp_path,
         assert code == 2
         assert "another model" in err
     assert out.read_bytes() == content
+
+
+def test_a_table_of_another_folder_stays_and_one_that_moved_is_used(
+    model, pictures, tmp_path, capsys, monkeypatch
+) -> None:
+    out, moved, other = tmp_path / "x.parquet", tmp_path / "moved", tmp_path / "other"
+    lines, more = pictures / "lines.txt", tmp_path / "more.txt"
+    lines.write_text("a red mug")
+    more.write_text("a blue cup")
+    other.mkdir()
+    shutil.copy(pictures / "0.png", other / "b.png")
+    run(capsys, "embed", model, pictures, "--out", out)
+    content = out.read_bytes()
+    for words in ([other], [lines, "--text"]):
+        code, said, err = run(capsys, "embed", model, *words, "--out", out)
+        assert (code, said) == (2, "")
+        assert f"x.parquet holds the embeddings of {pictures}, not of {words[0]}: name a new file" in err
+    pictures.rename(moved)
+    assert run(capsys, "embed", model, other, "--out", out)[0] == 2
+    assert out.read_bytes() == content
+    with monkeypatch.context() as patch:
+        patch.setattr(Bundle, "encode_image", None)  # nothing is computed again
+        assert run(capsys, "embed", model, moved, "--out", out)[0] == 0
+    assert Table.read(out).folder == str(moved) and len(Table.read(out).rows) == 9
+
+    texts, lines = tmp_path / "t.parquet", moved / "lines.txt"
+    run(capsys, "embed", model, lines, "--text", "--out", texts)
+    code, _, err = run(capsys, "embed", model, more, "--text", "--out", texts)
+    assert code == 2 and f"holds the embeddings of {lines}, not of {more}" in err
+    lines.rename(tmp_path / "lines.txt")
+    assert run(capsys, "embed", model, tmp_path / "lines.txt", "--text", "--out", texts)[0] == 0
+    assert Table.read(texts).folder == str(tmp_path / "lines.txt")
+
+
+def test_what_no_tensor_holds_makes_another_model(model: Path) -> None:
+    bundle, same = load(model), load(model)
+    assert fingerprint(bundle) == fingerprint(same)
+    same.model.config = replace(bundle.model.config, num_heads=2)
+    assert fingerprint(bundle) != fingerprint(same)
+    same.model.config = bundle.model.config
+    same.tokenizer = Tokenizer.train(["a violet kettle"] * 3, 120)
+    assert fingerprint(bundle) != fingerprint(same)
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,21 +63,26 @@ def check_can_write(out: Path) -> None:
 
 def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None) -> list[Row]:
     """Embed pictures (`files` in `folder`) or lines (`folder` is the text file) and keep the table as it grows."""
+    from trivium.data.files import TEXT_LIMIT
     from trivium.search.embedding import embed_lines, embed_pictures
     from trivium.search.table import Table, fingerprint
 
     model = fingerprint(bundle)
-    root = str((folder if files is not None else folder.parent).resolve())
+    root = str(folder.resolve())
     known: dict[str, Row] = {}
     if out.exists():
         before = Table.read(out)
         if before.model != model:
             raise TriviumError(
-                f"{out} holds embeddings of another model ({before.model}, not {model}): name a new file"
+                f"{out} holds embeddings of another model, or is from an older trivium, which named models otherwise"
+                f" ({before.model}, not {model}): name a new file"
             )
         known = {row.file: row for row in before.rows if row.embedding is not None}
+        if before.folder != root and not is_moved(before.folder, known, folder, files):
+            raise TriviumError(f"{out} holds the embeddings of {before.folder}, not of {root}: name a new file")
 
     rows: list[Row] = []
+    cut: list[str] = []
 
     def save(complete: bool) -> None:
         reached = {row.file for row in rows}
@@ -84,7 +90,7 @@ def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None)
         if kept or any(row.embedding is not None for row in rows):
             Table(model, root, rows + kept).write(out)
 
-    coming = embed_lines(bundle, folder, known) if files is None else embed_pictures(bundle, folder, files, known)
+    coming = embed_lines(bundle, folder, known, cut) if files is None else embed_pictures(bundle, folder, files, known)
     saved = time.monotonic()
     try:
         for row in with_progress(coming, None if files is None else len(files), "embedding"):
@@ -99,7 +105,20 @@ def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None)
         show_errors(rows)
         raise TriviumError(f"{folder}: not one of {len(rows)} could be read, so nothing was written")
     save(complete=True)
+    if cut:
+        warnings.warn(
+            f"{len(cut):,} lines are longer than the {bundle.max_length} tokens, or {TEXT_LIMIT:,} characters, that"
+            f" this model reads, and are cut there; the first: {cut[0]}",
+            stacklevel=1,
+        )
     return rows
+
+
+def is_moved(before: str, known: Iterable[str], folder: Path, files: list[str] | None) -> bool:
+    """Whether what a table was made of lies in another place now: gone from where it was, most of its names here."""
+    there = set(files or ())
+    found = [name.rpartition(":")[0] == folder.name if files is None else name in there for name in known]
+    return not Path(before).exists() and 2 * sum(found) > len(found)
 
 
 def with_progress(rows: Iterator[Row], total: int | None, what: str) -> Iterator[Row]:

@@ -47,6 +47,7 @@ def search(
         raise TriviumError(f"{picture}: there is no such picture")
     if picture is not None and rerank:
         raise TriviumError("--rerank compares a text with pictures, so it needs a text as the query")
+    from trivium.bundle.texts import check_read
     from trivium.cli.embed import check_can_write, open_model
     from trivium.search.embedding import find_pictures, unit_vectors
     from trivium.search.index import top_k
@@ -65,6 +66,8 @@ def search(
             f"this model ({bundle.family}) has no space that pictures and texts share: look for a picture, with"
             " --picture"
         )
+    if query is not None and bundle.tokenizer is not None:
+        check_read(query, bundle.tokenizer, bundle.max_length, "text to look for")
     table = read_table(images, bundle) if files is None else embedded_folder(images, files, bundle)
     names, vectors_ND = table.found()
     scores, indices = top_k(unit_vectors(looked_for), vectors_ND, max(k, rerank))
@@ -89,7 +92,8 @@ def read_table(path: Path, bundle: Bundle) -> Table:
     table, model = Table.read(path), fingerprint(bundle)
     if table.model != model:
         raise TriviumError(
-            f"{path} holds embeddings of another model ({table.model}, not {model}): run `trivium embed` again"
+            f"{path} holds embeddings of another model, or is from an older trivium, which named models otherwise"
+            f" ({table.model}, not {model}): make a new file with `trivium embed`"
         )
     return table
 

@@ -108,7 +108,7 @@ class RowSource(ABC):
 
     def picture_file(self, row: int, path: str) -> bytes:
         """The bytes of the picture file that a row names. Raises BadSample in the name of the row."""
-        named = "" if self.where(row)[0] == path else f" {path}"
+        named = "" if self.where(row)[0] == readable(path) else f" {readable(path)}"
         try:
             facts = os.stat(path)
             if not stat.S_ISREG(facts.st_mode):
@@ -174,7 +174,8 @@ def open_file(path: str) -> RandomFile | RemoteFile:
 
 
 class Folder(RowSource):
-    """Pictures below a folder, in the order of their paths. Hidden files and other suffixes are no pictures.
+    """Pictures below a folder, in the order of their paths. Hidden files and other suffixes are no pictures. A name
+    that is not UTF-8 is none the worse for it: it is shown as `readable` makes it.
 
     kind "pairs": the caption of ``a/photo.jpg`` is ``a/photo.txt``, one caption a line. With `classes`, the class of a
     picture is the first folder on its path, by number in ``class_names``.
@@ -189,10 +190,11 @@ class Folder(RowSource):
             raise TriviumError(_no_pictures(self.root))
         self.class_names: list[str] = []
         if classes:
-            self.class_names = sorted({file.split("/")[0] for file in pictures if "/" in file})
+            self.class_names = sorted({_class_of(file) for file in pictures if "/" in file})
             if stray := next((file for file in pictures if "/" not in file), None):
                 raise TriviumError(f"{self.root}/{stray} lies in no class folder: move each picture into its class")
-        self._pictures = pa.array(pictures, pa.large_string())  # a million paths stay one compact buffer
+        # A million paths stay one compact buffer, of bytes since not every name is text.
+        self._pictures = pa.array(map(os.fsencode, pictures), pa.large_binary())
         if kind == "pairs" and not any(os.path.exists(self._caption_file(row)) for row in range(len(self))):
             raise TriviumError(
                 f"no picture in {self.root} has a caption: photo.txt must stand beside photo.jpg; for pictures without "
@@ -203,10 +205,10 @@ class Folder(RowSource):
         return len(self._pictures)
 
     def where(self, row: int) -> tuple[str, str]:
-        return f"{self.root}/{self._pictures[row].as_py()}", ""
+        return readable(self._picture_file(row)), ""
 
     def picture(self, row: int) -> bytes:
-        return self.picture_file(row, self.where(row)[0])
+        return self.picture_file(row, self._picture_file(row))
 
     def captions(self, row: int) -> list[str]:
         path = self._caption_file(row)
@@ -215,7 +217,7 @@ class Folder(RowSource):
                 # A character takes at most 4 bytes; what is cut off of the last one is left out.
                 data = file.read(4 * TEXT_LIMIT + 4)
         except FileNotFoundError:
-            raise self.bad(row, f"it has no caption: {path} does not exist") from None
+            raise self.bad(row, f"it has no caption: {readable(path)} does not exist") from None
         except OSError as error:
             raise self.bad(row, f"its caption cannot be read: {error}") from None
         if len(data) == 4 * TEXT_LIMIT + 4:
@@ -223,7 +225,7 @@ class Folder(RowSource):
         return self.utf8(row, data.removeprefix(b"\xef\xbb\xbf")).splitlines()
 
     def label(self, row: int) -> int | None:
-        return self.class_names.index(self._pictures[row].as_py().split("/")[0]) if self.class_names else None
+        return self.class_names.index(_class_of(self._inside(row))) if self.class_names else None
 
     def cut_texts(self) -> int:
         def size(row: int) -> int:
@@ -236,8 +238,23 @@ class Folder(RowSource):
         # Of a file above the bytes that are read its end is cut, however short its lines are.
         return sum(max(number, sizes[row] > 4 * TEXT_LIMIT) for row, number in cut.items())
 
+    def _inside(self, row: int) -> str:
+        return os.fsdecode(self._pictures[row].as_py())
+
+    def _picture_file(self, row: int) -> str:
+        return f"{self.root}/{self._inside(row)}"
+
     def _caption_file(self, row: int) -> str:
-        return os.path.splitext(self.where(row)[0])[0] + ".txt"
+        return os.path.splitext(self._picture_file(row))[0] + ".txt"
+
+
+def _class_of(file: str) -> str:
+    return readable(file.split("/")[0])
+
+
+def readable(path: str) -> str:
+    """A path that can be written down: bytes of a name that are no UTF-8, as out of an old archive, become \\udce9."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def walk(root: str) -> Iterator[str]:

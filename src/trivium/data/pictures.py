@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from trivium.data.decode import DecodeError, decode
-from trivium.data.files import INDEX_SUFFIX, PICTURE_SUFFIXES, walk
+from trivium.data.files import INDEX_SUFFIX, PICTURE_SUFFIXES, readable, walk
 from trivium.data.shards import open_index
 from trivium.data.tables import ParquetFiles
 from trivium.errors import TriviumError
@@ -96,7 +96,7 @@ class Pictures:
             if stated:
                 with open(f"{stem}.json", "rb") as facts:
                     url = _stated_url(facts.read())
-            self._add(file, url, os.path.basename(stem), 0, WHOLE_FILE)
+            self._add(file, url, readable(os.path.basename(stem)), 0, WHOLE_FILE)
         elif suffix == ".tar":
             self._add_tar(file)
         elif suffix == ".parquet" and not file.endswith(INDEX_SUFFIX):

@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trivium.bundle import Bundle
+from trivium.bundle.hashes import model_hash
 from trivium.data import duplicates
 from trivium.data.transforms import resize
 from trivium.errors import BadSample, TriviumError, UnreadableNow
@@ -77,29 +78,6 @@ class PixelEncoder:
     def __call__(self, pictures: Sequence[np.ndarray]) -> dict[str, Tensor]:
         small = [resize(picture, PIXEL_SIDE, filter="box").ravel() for picture in pictures]
         return {"pooled": torch.from_numpy(np.stack(small)).float() / 255}
-
-
-def model_hash(bundle: Bundle) -> str:
-    """A name for exactly this model: sha256 over its settings, its transform, its tokenizer and its tensors."""
-    settings = {"family": bundle.family, "transform": asdict(bundle.transform), "max_length": bundle.max_length}
-    settings["model"] = bundle.model.config_dict()  # type: ignore[operator]
-    if bundle.tokenizer is not None:
-        settings["tokenizer"] = bundle.tokenizer.to_json()
-    return _hash(settings, bundle.model)
-
-
-def head_hash(bundle: Bundle) -> str:
-    """Likewise for the head of a fine-tuned model: its settings, its labels and its tensors."""
-    assert bundle.head is not None and bundle.head_config is not None
-    return _hash({"head": asdict(bundle.head_config), "labels": bundle.labels}, bundle.head)
-
-
-def _hash(settings: Mapping[str, Any], module: torch.nn.Module) -> str:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def cache_root() -> Path:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from trivium.bundle import Bundle
+from trivium.bundle.hashes import model_hash
 from trivium.data.detection import LAYOUTS, DetectionRows, find_val
 from trivium.data.referring import SPLITS, Referring, find_referring
 from trivium.errors import BadSample, TriviumError, UnreadableNow
@@ -32,7 +33,7 @@ from trivium.evaluate.datasets import Missing, find, layouts
 from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
 from trivium.evaluate.datasets.captions import Captioned, find_captions
 from trivium.evaluate.datasets.pictures import DataSet, with_rows
-from trivium.evaluate.feature_store import ModelEncoder, features, identity, model_hash, stamp_of
+from trivium.evaluate.feature_store import ModelEncoder, features, identity, stamp_of
 from trivium.evaluate.paper_tasks import PaperTask
 from trivium.evaluate.task_runs import SuiteRun, TaskRun
 from trivium.evaluate.tuned_runs import TunedRun

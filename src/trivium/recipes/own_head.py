@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trivium.bundle import Bundle
+from trivium.bundle.hashes import head_hash
 from trivium.data.answers import normalized
 from trivium.data.glue import GLUE
 from trivium.data.labelled import LabelledRows, Row, Splits, wholly_labelled
@@ -23,7 +24,7 @@ from trivium.evaluate.classification import Measured
 from trivium.evaluate.datasets import Missing
 from trivium.evaluate.datasets.captions import RETRIEVAL
 from trivium.evaluate.embedded import Evaluation
-from trivium.evaluate.feature_store import head_hash, stamp_of
+from trivium.evaluate.feature_store import stamp_of
 from trivium.evaluate.paper_tasks import PaperTask
 from trivium.evaluate.suite import OwnTask
 from trivium.methods.finetune import FineTuning

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trivium.bundle import Bundle
 from trivium.data.decode import DecodeError
-from trivium.data.files import PICTURE_SUFFIXES, TEXT_LIMIT, walk
+from trivium.data.files import PICTURE_SUFFIXES, TEXT_LIMIT, readable, walk
 from trivium.errors import TriviumError
 from trivium.models.encoded import Encoded
 from trivium.search.index import unit_rows
@@ -40,12 +40,15 @@ def find_pictures(folder: Path) -> list[str]:
 
 
 def embed_pictures(bundle: Bundle, folder: Path, files: Sequence[str], known: Mapping[str, Row]) -> Iterator[Row]:
-    """A row for each file, in order; a file that cannot be used gives a row with an error.
+    """A row for each file, in order; a file that cannot be used gives a row with an error. So does one whose name is
+    not UTF-8: a table could not lead back to it.
 
     known: rows of an earlier run by file; taken over where the bytes are the same.
     """
 
     def prepare(file: str) -> Row | tuple[str, str, Tensor]:
+        if readable(file) != file:
+            return Row(readable(file), "", None, "its name is not UTF-8: rename it")
         try:
             content = (folder / file).read_bytes()
         except OSError as error:
@@ -64,20 +67,30 @@ def embed_pictures(bundle: Bundle, folder: Path, files: Sequence[str], known: Ma
             yield from _encoded(prepared, lambda pixels: _vectors_of(bundle, pixels))
 
 
-def embed_lines(bundle: Bundle, path: Path, known: Mapping[str, Row]) -> Iterator[Row]:
-    """A row for each line of a UTF-8 text file, named "file:line" with lines counted from 1. `known`: as above."""
+def embed_lines(bundle: Bundle, path: Path, known: Mapping[str, Row], cut: list[str]) -> Iterator[Row]:
+    """A row for each line of a UTF-8 text file, named "file:line" with lines counted from 1. `known`: as above.
+
+    cut: takes up the names of the lines whose end is not read, known ones too.
+    """
+    limit, tokenizer = bundle.max_length, bundle.tokenizer
 
     def prepare(number: int, line: bytes) -> Row | tuple[str, str, str]:
-        name, line = f"{path.name}:{number}", line.strip()
+        name, line = f"{readable(path.name)}:{number}", line.strip()
         sha256 = hashlib.sha256(line).hexdigest()
-        if name in known and known[name].sha256 == sha256:
-            return known[name]
         if not line:
             return Row(name, sha256, None, "the line is empty")
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             return Row(name, sha256, None, f"not UTF-8 at byte {error.start} of the line")
+        if tokenizer is not None:  # else `encode_text` says what is missing
+            ids, nothing = tokenizer.encode([text[:TEXT_LIMIT], ""], limit + 1)
+            if ids == nothing:
+                return Row(name, sha256, None, "the line holds only marks that this model leaves out")
+            if len(ids) > limit or len(text) > TEXT_LIMIT:
+                cut.append(name)
+        if name in known and known[name].sha256 == sha256:
+            return known[name]
         return name, sha256, text[:TEXT_LIMIT]
 
     with path.open("rb") as lines:

@@ -12,6 +12,7 @@ from jinja2 import Environment
 from PIL import Image
 
 from trivium.data.decode import DecodeError, decode
+from trivium.data.files import readable
 
 THUMBNAIL = 256  # pixels on the longer side
 
@@ -40,7 +41,7 @@ def render(query: str | Path, hits: Sequence[Hit], folder: Path, searched: int, 
     """The page. query: a text, or the path of a picture. searched: how many candidates there were."""
     cards = [(hit, thumbnail(folder / hit.file)) for hit in hits]
     return _TEMPLATE.render(
-        query=query.name if isinstance(query, Path) else query,
+        query=readable(query.name) if isinstance(query, Path) else query,
         picture=thumbnail(query) if isinstance(query, Path) else None,
         cards=cards,
         searched=searched,

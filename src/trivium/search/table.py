@@ -5,7 +5,6 @@ The table's metadata says which model made it, so that rows of two models never 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from trivium.bundle import Bundle
+from trivium.bundle.hashes import model_hash
 from trivium.errors import TriviumError
 from trivium.manifest import file_beside
 
@@ -33,7 +32,7 @@ class Row:
 @dataclass(frozen=True)
 class Table:
     model: str  # see `fingerprint`
-    folder: str  # that the files lie in, absolute
+    folder: str  # that the files lie in, or the text file of the lines; absolute
     rows: list[Row]
 
     def found(self) -> tuple[list[str], np.ndarray]:
@@ -86,9 +85,5 @@ class Table:
 
 
 def fingerprint(bundle: Bundle) -> str:
-    """A name for exactly this model and image transform: equal where the embeddings are."""
-    digest = hashlib.sha256(f"{bundle.family}\n{bundle.transform}\n{bundle.max_length}".encode())
-    for name, tensor in sorted(bundle.model.state_dict().items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return f"{bundle.family}-{digest.hexdigest()[:16]}"
+    """A name for exactly this model, tokenizer and image transform: another wherever the embeddings may be."""
+    return f"{bundle.family}-{model_hash(bundle)[:16]}"
