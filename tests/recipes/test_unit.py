@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from trivium.recipes import RECIPES
 from trivium.recipes.tasks import TASKS
 from trivium.recipes.unit import UnitRecipe, unit
 from trivium.recipes.unit_losses import on_held_out
-from trivium.recipes.unit_tasks import JointTask
+from trivium.recipes.unit_tasks import JointTask, made_scenes
 from trivium.train import config, optim
 from trivium.train.config import leaves, set_leaves
 
@@ -437,6 +438,16 @@ def test_a_run_without_any_data_makes_scenes_for_itself(tmp_path: Path, monkeypa
     prepared = recipe.prepare("unit", {})
     assert [task.name for task in prepared.tasks] == ["coco", "vg", "vqav2", "snli_ve"]
     assert len(prepared.tasks[0].data.train) == 8
+
+
+def test_several_may_make_the_scenes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the processes of torchrun do; here threads, which share files as they do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with ThreadPoolExecutor(3) as several:
+        assert len(set(several.map(made_scenes, [40] * 3))) == 1
+    [folder] = (tmp_path / "trivium").iterdir()
+    assert len(list((folder / "coco" / "train2017").iterdir())) == 40
+    assert sorted(path.name for path in (folder / "coco").glob("*.json")) == ["scenes-train.json", "scenes-val.json"]
 
 
 def test_a_start_keeps_the_places_and_anchors_that_its_weights_know(data: Path, tmp_path: Path) -> None:
