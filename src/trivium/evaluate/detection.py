@@ -80,7 +80,7 @@ def measure(
     """COCO's figures over the pictures that could be read, and how often an attribute is right.
 
     A figure for which there is no true box (large ones, among small pictures) is left out.
-    has_intervals: also how sure they are, which takes seconds for every thousand pictures.
+    has_intervals: also how sure they are, which takes seconds for every thousand pictures, with 1,600 classes some ten.
     """
     results: Results = {}
     with contextlib.redirect_stdout(io.StringIO()):  # it reports on its progress
