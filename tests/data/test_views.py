@@ -60,6 +60,19 @@ def test_a_cache_of_codes_knows_of_reduced_pictures_alone() -> None:
     assert Views(64, scaled_decode=True).codebook_settings() == settings | {"min_side": 78}
 
 
+@pytest.mark.parametrize(("height", "width"), [(480, 480), (480, 1120), (900, 480)])
+def test_squares_are_a_share_of_the_shorter_side_whatever_the_shape(height: int, width: int) -> None:
+    """From 2/3 to 8/9 of it, as DALL-E's tokenizer was trained, at any place."""
+    views, rng = Views(256, crop_scale=(0.44, 0.79), crop_ratio=(1.0, 1.0)), np.random.default_rng(0)
+    boxes = [box for _ in range(500) if (box := views.draw(rng, height, width).box) is not None]
+    assert all(box.width == box.height for box in boxes)
+    sides = np.array([box.width for box in boxes])
+    assert 318 <= sides.min() < 325 and 420 < sides.max() <= 427
+    for starts, whole in (([box.left for box in boxes], width), ([box.top for box in boxes], height)):
+        assert min(starts) < 0.06 * whole and (np.array(starts) + sides).max() > 0.94 * whole
+        assert (np.array(starts) + sides).max() <= whole
+
+
 @pytest.mark.parametrize("filter", ["bicubic", "lanczos"])
 def test_a_flipped_view_is_the_mirror_of_the_view(filter: str) -> None:
     views = Views(24, filter=filter, flip=1.0)  # type: ignore[arg-type]

@@ -110,14 +110,15 @@ def test_what_is_drawn_again_is_the_figure_itself(scenes: Path) -> None:
     found, classes = guesses(rows), read_detection("coco", str(scenes / "coco")).classes
     matched = average_precision.of_classes(rows, found)
     whole = measure(rows, found, classes)
-    ours = average_precision.precision(matched, np.ones(len(rows)))
-    assert ours == pytest.approx([whole[name].value for name in average_precision.NAMES], abs=1e-9)
     some = {row: found[row] for row in range(5, 20)}
     weight_N = np.array([float(row in some) for row in range(len(rows))])
+    draws_RN = np.stack([np.ones(len(rows)), weight_N, 3 * weight_N, np.zeros(len(rows))])
+    every, chosen, thrice, nothing = average_precision.precision(matched, draws_RN)
+    assert every == pytest.approx([whole[name].value for name in average_precision.NAMES], abs=1e-9)
     part = measure(rows, some, classes, has_intervals=False)
-    ours = average_precision.precision(matched, weight_N)
-    assert ours == pytest.approx([part[name].value for name in average_precision.NAMES], abs=1e-9)
-    assert average_precision.precision(matched, 3 * weight_N) == pytest.approx(ours, abs=1e-9), "thrice each"
+    assert chosen == pytest.approx([part[name].value for name in average_precision.NAMES], abs=1e-9)
+    assert thrice == pytest.approx(chosen, abs=1e-9)
+    assert np.isnan(nothing).all()
 
 
 def test_the_interval_holds_the_figure_and_narrows_with_more_pictures(scenes: Path) -> None:

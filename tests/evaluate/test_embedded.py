@@ -31,6 +31,7 @@ from trivium.methods.flava import LOSSES
 from trivium.models.encoded import Encoded
 from trivium.models.flava import Flava, FlavaConfig
 from trivium.models.patch_codebook import PatchCodebook
+from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.train.protocol import Sample
 
 
@@ -271,6 +272,17 @@ def test_headline_leads_with_the_figure(evaluation: Evaluation) -> None:
     results = {"retrieval.style.text_to_image_r10": Result(0.27)}
     (sentence,) = report.headline(Evaluation(results, {"retrieval.style.text_to_image_r10": 0.006}))
     assert "27.0\N{NO-BREAK SPACE}% of the time: 45 times a blind guess" in sentence
+
+
+def test_the_mean_of_patches_of_a_model_without_a_class_token_leaves_none_out() -> None:
+    """Nor does it count what pads a smaller picture."""
+    torch.manual_seed(0)
+    config = UnitConfig.of_size("tiny", tasks=(UnitTask("vg", "detection", "image", 5, 0, 4),), text_layers=0)
+    bundle = Bundle("unit", Unit(config), None, ImageTransform(32, crop="shortest", longest=48))
+    pictures = [np.random.default_rng(0).integers(0, 255, (32, width, 3), np.uint8) for width in (32, 48)]
+    found = features.of_pictures(bundle, pictures).mean_of_patches
+    alone = [bundle.encode_image([picture]).tokens.mean(dim=1) for picture in pictures]
+    torch.testing.assert_close(found, torch.cat(alone))
 
 
 class LargePictures:

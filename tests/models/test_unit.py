@@ -237,6 +237,22 @@ def test_encodings_are_split_joined_taken_and_repeated_with_their_places() -> No
     torch.testing.assert_close(*model.decode("coco", alone).transpose(0, 1))
 
 
+def test_parts_of_other_lengths_are_padded_when_they_are_joined() -> None:
+    model = make()
+    first, second, third = pictures()
+    pixels, sizes_B2 = padded([first, second])
+    for parts in (
+        [model.encode_image(first, None, "coco"), model.encode_image(third, None, "coco")],
+        [model.encode_image(pixels, sizes_B2, "coco"), model.encode_image(third, None, "coco")],
+        [model.encode_image(torch.zeros_like(pixels), None, "coco"), model.encode_image(pixels, sizes_B2, "coco")],
+    ):
+        joined, rows = Encoded.joined(parts), [row for part in parts for row in part.split(1)]
+        assert joined.mask is not None
+        torch.testing.assert_close(joined.pooled, torch.cat([row.pooled for row in rows]))
+        decoded = torch.cat([model.decode("coco", row) for row in rows], dim=1)
+        torch.testing.assert_close(model.decode("coco", joined), decoded)
+
+
 def test_a_configuration_survives_json() -> None:
     for config in (UnitConfig(), GROUP, UnitConfig.of_size("tiny"), UnitConfig.of_size("small", decoder="separate")):
         assert UnitConfig(**json.loads(json.dumps(asdict(config)))) == config

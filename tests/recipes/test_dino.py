@@ -142,6 +142,8 @@ def test_schedules_are_shares_of_the_run() -> None:
     method = learned.run.method
     frozen_names = {id(p) for group in groups if group["freeze_until"] == 5 for p in group["params"]}
     assert frozen_names == {id(method.model.head.prototypes), id(method.model.head.gain)}
+    [last] = [group for group in groups if group["freeze_until"]]
+    assert last["weight_decay"] == learned.recipe.optim.weight_decay > 0
 
 
 def test_neighbours_are_measured_while_it_trains() -> None:

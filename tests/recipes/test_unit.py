@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from trivium.recipes import RECIPES
 from trivium.recipes.tasks import TASKS
 from trivium.recipes.unit import UnitRecipe, unit
 from trivium.recipes.unit_losses import on_held_out
-from trivium.recipes.unit_tasks import JointTask
+from trivium.recipes.unit_tasks import JointTask, made_scenes
 from trivium.train import config, optim
 from trivium.train.config import leaves, set_leaves
 
@@ -437,6 +438,40 @@ def test_a_run_without_any_data_makes_scenes_for_itself(tmp_path: Path, monkeypa
     prepared = recipe.prepare("unit", {})
     assert [task.name for task in prepared.tasks] == ["coco", "vg", "vqav2", "snli_ve"]
     assert len(prepared.tasks[0].data.train) == 8
+
+
+def test_boxes_are_measured_with_no_more_pictures_at_once_than_are_trained(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card that holds no more; and whatever is trained, a few. The figures are the same."""
+    at_once: list[int] = []
+    detect = Unit.detect
+
+    def watched(self: Unit, pixels_BCHW: torch.Tensor, *args: Any) -> Any:
+        at_once.append(len(pixels_BCHW))
+        return detect(self, pixels_BCHW, *args)
+
+    monkeypatch.setattr(Unit, "detect", watched)
+    figures = []
+    for rows, expected in ((3, [2, 2, 2, 2]), (64, [8])):
+        recipe = set_leaves(with_flags(unit("tiny"), data), {"train.micro_batch": rows, "tasks.vg.batch": 64})
+        recipe = replace(recipe, tasks={"vg": replace(recipe.tasks["vg"], root=str(data / "scenes" / "vg"))})
+        recipe = replace(recipe, data=replace(recipe.data, scenes=None, glue=None))
+        prepared = recipe.prepare("unit", {})
+        figures.append(prepared.measures(prepared.recipe)(prepared.run.method)["figures"])
+        assert at_once == expected
+        at_once.clear()
+    assert figures[0] == pytest.approx(figures[1], abs=1e-6)
+
+
+def test_several_may_make_the_scenes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the processes of torchrun do; here threads, which share files as they do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with ThreadPoolExecutor(3) as several:
+        assert len(set(several.map(made_scenes, [40] * 3))) == 1
+    [folder] = (tmp_path / "trivium").iterdir()
+    assert len(list((folder / "coco" / "train2017").iterdir())) == 40
+    assert sorted(path.name for path in (folder / "coco").glob("*.json")) == ["scenes-train.json", "scenes-val.json"]
 
 
 def test_a_start_keeps_the_places_and_anchors_that_its_weights_know(data: Path, tmp_path: Path) -> None:

@@ -204,6 +204,12 @@ def test_what_fits_in_a_part_alone_is_left() -> None:
     assert changed and not any(name.startswith(("decoders.", "heads.", "queries.")) for name in changed)
 
 
+def test_more_queries_leave_what_corrects_their_boxes_as_it_was_trained() -> None:
+    changed, notes = taken_of(SHAPE, replace(SHAPE, tasks=(replace(TASK, num_queries=30), KIND)))
+    assert {f"heads.vg.boxes.{n}.weight" for n in range(3)} <= changed
+    assert notes[-1] == "new are heads.vg, queries.vg" and "queries.vg.weight" not in changed
+
+
 def test_another_size_is_refused() -> None:
     """Tables of tokens and of classes may have one shape in both."""
     with pytest.raises(TriviumError, match="it has no backbone and no block that fits this model: give a run of the"):

@@ -140,6 +140,9 @@ def test_vectors_decay_where_asked() -> None:
     assert {group["weight_decay"] for group in everywhere.values()} == {0.1}
     usual = groups_of(model, optim.build(model, Optim(weight_decay=0.1, no_decay=())))
     assert usual["head.bias"]["weight_decay"] == 0 and usual["head.weight"]["weight_decay"] == 0.1
+    of_group = (Group("*head*", weight_decay=0.5), Group("logit_scale", rate=2.0, weight_decay=0.3))
+    named = groups_of(model, optim.build(model, Optim(weight_decay=0.1, no_decay=("*bias",), groups=of_group)))
+    assert [named[name]["weight_decay"] for name in ("logit_scale", "head.weight", "head.bias")] == [0.3, 0.5, 0]
 
 
 def test_a_pattern_that_matches_nothing_is_an_error() -> None:

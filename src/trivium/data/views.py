@@ -35,7 +35,7 @@ class Views:
     filter: Filter = "bicubic"
     codebook_size: int | None = None  # of the image tokenizer's view (Lanczos); None = it looks at the model's view
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height; (1, 1): squares, as `_square_in` draws them
     flip: float = 0.0  # probability of a mirrored view
     max_pixels: int = 64_000_000  # of a picture as stored: larger ones are refused from the header alone
     scaled_decode: bool = False  # large JPEGs at a half, quarter or eighth of their size: faster, other pixels
@@ -57,6 +57,8 @@ class Views:
         flip = bool(rng.random() < self.flip)
         if self.crop_scale == (1.0, 1.0):
             return View(None, flip)
+        if self.crop_ratio == (1.0, 1.0):
+            return View(_square_in(rng, height, width, self.crop_scale), flip)
         return View(random_crop_box(rng, height, width, self.crop_scale, self.crop_ratio), flip)
 
     def numbered(self, digest: bytes, number: int, height: int, width: int) -> View:
@@ -82,6 +84,15 @@ class Views:
             settings |= {"size": self.codebook_size, "filter": "lanczos"}
         del settings["codebook_size"], settings["max_pixels"], settings["scaled_decode"]
         return settings if self.min_side is None else settings | {"min_side": self.min_side}
+
+
+def _square_in(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]) -> CropBox:
+    """A square with a share (`scale`) of a random square of the shorter side (Ramesh et al. 2021, listing 1): of the
+    whole area, most shares of a long picture are those of no square in it."""
+    side = min(height, width)
+    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    box = random_crop_box(rng, side, side, scale, (1.0, 1.0))
+    return box._replace(left=left + box.left, top=top + box.top)
 
 
 def _render(picture_HWC: np.ndarray, view: View, size: int, filter: Filter) -> np.ndarray:

@@ -4,12 +4,13 @@ The figure itself is faster-coco-eval's. To draw pictures a thousand times, what
 the true boxes once; a draw then only weighs each picture by how often it came. Weighed by ones it is the same figure.
 
 D candidates of a class in all pictures, the surest first, G true boxes of a class in a picture, N pictures,
-T thresholds of overlap.
+T thresholds of overlap, P candidates that are right by one, R draws.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -21,6 +22,7 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)  # at which precision is read
 MOST = 100  # candidates of a class that count in a picture
 NAMES = ("ap", "ap50", "ap75")
+AT_ONCE = 50  # draws that are computed together, in memory
 Interval = tuple[float, float]
 
 
@@ -40,37 +42,42 @@ def intervals(rows: DetectionRows, found: dict[int, Objects]) -> dict[str, Inter
     if not matched:
         return {}
     draw, num = np.random.default_rng(0), len(found)
-    weights = (np.bincount(draw.integers(num, size=num), minlength=num).astype(np.float64) for _ in range(REPLICATES))
-    values = np.array([precision(matched, weight_N) for weight_N in weights])
+    drawn = (np.bincount(draw.integers(num, size=num), minlength=num).astype(np.float64) for _ in range(REPLICATES))
+    parts = [precision(matched, np.stack([*islice(drawn, AT_ONCE)])) for _ in range(-(-REPLICATES // AT_ONCE))]
+    values = np.concatenate(parts)
     low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return {name: (float(low[n]), float(high[n])) for n, name in enumerate(NAMES)}
 
 
-def precision(matched: list[OfClass], weight_N: np.ndarray) -> np.ndarray:
-    """The figures of NAMES, each class counting the same; not a number where no picture drawn has a true box."""
-    by_class = [_of_one(each, weight_N, num) for each in matched if (num := float(each.true_N @ weight_N)) > 0]
-    mean_T = np.mean(by_class, axis=0) if by_class else np.full(len(THRESHOLDS), np.nan)
-    return np.array([mean_T.mean(), mean_T[0], mean_T[5]])
+def precision(matched: list[OfClass], weight_RN: np.ndarray) -> np.ndarray:
+    """The figures of NAMES by each draw, [R, 3], each class counting the same; not a number where no picture drawn has
+    a true box."""
+    sum_RT, classes_R1 = np.zeros((len(weight_RN), len(THRESHOLDS))), np.zeros((len(weight_RN), 1))
+    for each in matched:
+        num_R = weight_RN @ each.true_N
+        has_R = num_R > 0
+        sum_RT[has_R] += _of_one(each, weight_RN[has_R], num_R[has_R])
+        classes_R1[has_R] += 1
+    mean_RT = np.divide(sum_RT, classes_R1, out=np.full_like(sum_RT, np.nan), where=classes_R1 > 0)
+    return np.stack([mean_RT.mean(1), mean_RT[:, 0], mean_RT[:, 5]], axis=1)
 
 
-def _of_one(each: OfClass, weight_N: np.ndarray, num: float) -> np.ndarray:
-    """Of one class by each threshold: precision, nowhere below that at a higher recall, averaged over RECALLS. [T]."""
-    weight_D = weight_N[each.picture_D]
-    so_far_D = weight_D.cumsum()
-    result_T = np.zeros(len(THRESHOLDS))
+def _of_one(each: OfClass, weight_RN: np.ndarray, num_R: np.ndarray) -> np.ndarray:
+    """Of one class by draw and threshold: precision, nowhere below that at a higher recall, averaged over RECALLS."""
+    weight_RD = weight_RN[:, each.picture_D]
+    so_far_RD = weight_RD.cumsum(1)
+    result_RT = np.zeros((len(weight_RN), len(THRESHOLDS)))
     for t, right_D in enumerate(each.right_TD):
         # Precision is highest where a candidate is right, so nothing is read elsewhere.
-        places = right_D.nonzero()[0]
-        if not len(places):
-            continue
-        counted = so_far_D[places]
+        places_P = right_D.nonzero()[0]
+        counted_RP = so_far_RD[:, places_P]
         if each.on_crowd_TD is not None:
-            counted = counted - (weight_D * each.on_crowd_TD[t]).cumsum()[places]
-        right = weight_D[places].cumsum()
-        best = np.maximum.accumulate((right / np.maximum(counted, 1e-9))[::-1])[::-1]
-        reached = np.searchsorted(right / num, RECALLS, side="left")
-        result_T[t] = best[reached[reached < len(best)]].sum() / len(RECALLS)
-    return result_T
+            counted_RP = counted_RP - (weight_RD * each.on_crowd_TD[t]).cumsum(1)[:, places_P]
+        right_RP = weight_RD[:, places_P].cumsum(1)
+        best_RP = np.maximum.accumulate((right_RP / np.maximum(counted_RP, 1e-9))[:, ::-1], axis=1)[:, ::-1]
+        passed_RP = np.searchsorted(RECALLS, right_RP / num_R[:, None], side="right")  # recalls that are reached there
+        result_RT[:, t] = (best_RP * np.diff(passed_RP, axis=1, prepend=0)).sum(1) / len(RECALLS)
+    return result_RT
 
 
 def of_classes(rows: DetectionRows, found: dict[int, Objects]) -> list[OfClass]:

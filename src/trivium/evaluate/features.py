@@ -22,7 +22,7 @@ BATCH = 256
 class ImageFeatures:
     """Readings of each picture, float32 [B, D] on CPU."""
 
-    class_token: Tensor  # after the final norm
+    class_token: Tensor  # after the final norm; of a model that has none (UniT) the mean of the patches
     mean_of_patches: Tensor  # after the final norm, without the class token
     projected: Tensor | None  # in the space that images and texts share; None: the model has none
 
@@ -43,7 +43,7 @@ def of_pictures(bundle: Bundle, pictures: Sequence[np.ndarray]) -> ImageFeatures
     for first in range(0, len(pictures), BATCH):
         encoded = bundle.encode_image(list(pictures[first : first + BATCH]))
         parts["class_token"].append(encoded.pooled)
-        parts["mean_of_patches"].append(encoded.tokens[:, 1:].mean(dim=1))
+        parts["mean_of_patches"].append(encoded.pooled if encoded.mean else encoded.tokens[:, 1:].mean(dim=1))
         if encoded.is_projected:
             parts["projected"].append(encoded.projected)
     found = {name: torch.cat(several).float().cpu() if several else None for name, several in parts.items()}

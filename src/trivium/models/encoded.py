@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Encoded:
@@ -98,19 +99,31 @@ class Encoded:
 
     @staticmethod
     def joined(parts: list[Encoded]) -> Encoded:
-        """Rows of several, one after the other; their positions must be as many."""
+        """Rows of several, one after the other, padded to the longest; then their mask says what is real."""
         if len(parts) == 1:
             return parts[0]
-        by_kind = zip(*(part._marks() for part in parts), strict=True)
-        marks = ([mark for mark in of_parts if mark is not None] for of_parts in by_kind)
-        states = torch.cat([part.states for part in parts])
-        return parts[0]._with(states, *(torch.cat(present) if present else None for present in marks))
+        states = [part.states for part in parts]
+        masks, *marks = ([part._marks()[kind] for part in parts] for kind in range(3))
+        if len({each.shape[1] for each in states}) > 1 or any(mask is not None for mask in masks):
+            masks = [
+                each.new_ones(each.shape[:2], dtype=torch.bool) if mask is None else mask
+                for each, mask in zip(states, masks, strict=True)
+            ]
+        present = ([mark for mark in of_parts if mark is not None] for of_parts in (masks, *marks))
+        return parts[0]._with(_padded(states), *(_padded(several) if several else None for several in present))
 
     def _marks(self) -> tuple[Tensor | None, ...]:
         return self.mask, self.pooled_at_B, self.places
 
     def _with(self, states: Tensor, mask: Tensor | None, pooled_at_B: Tensor | None, places: Tensor | None) -> Encoded:
         return Encoded(states, mask, self._norm, self._projection, pooled_at_B, places, self.mean)
+
+
+def _padded(parts: list[Tensor]) -> Tensor:
+    """The rows of all, with zeros behind those that are shorter than the longest."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(parts)
+    return pad_sequence([row for part in parts for row in part], batch_first=True)
 
 
 @runtime_checkable

@@ -233,9 +233,10 @@ def _prepare(recipe: DinoRecipe, name: str, arguments: dict[str, Any], resume_fr
 
 
 def _optim(recipe: DinoRecipe) -> Optim:
-    """With the prototypes frozen for their share of the run."""
+    """With the prototypes frozen for their share of the run. A learned gain is decayed as they are: as published, where
+    it is a column [K, 1] and no vector."""
     until = round(recipe.distillation.freeze_last_layer * recipe.train.steps)
-    frozen = (Group(name, freeze_until=until) for name in LAST_LAYER)
+    frozen = (Group(name, weight_decay=recipe.optim.weight_decay, freeze_until=until) for name in LAST_LAYER)
     return replace(recipe.optim, groups=(*recipe.optim.groups, *frozen))
 
 

@@ -57,7 +57,7 @@ class Pictures(PlainPictures):
     validation: tuple[str, ...] = ()  # pictures that are never trained on
     batch: int = 64  # pictures of one step, over all processes
     image_size: int = 64  # side of the pictures in pixels, a multiple of the stride
-    crop_scale: tuple[float, float] = (0.44, 0.79)  # share of the area of a random square crop, as published
+    crop_scale: tuple[float, float] = (0.44, 0.79)  # share of a random square of the shorter side, as published
     flip: float = 0.5  # probability of a mirrored picture
     scaled_decode: bool = False  # decode large JPEGs at a fraction of their size: faster, not quite the same pixels
 

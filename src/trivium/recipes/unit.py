@@ -173,7 +173,7 @@ class PreparedUnit(Prepared):
                 if isinstance(task.data, Detection):
                     for name, rows in task.data.held_out.items():
                         chosen = rows.capped(recipe.measure)
-                        seen, _ = detection.find(bundle, chosen, task.name)
+                        seen, _ = detection.find(bundle, chosen, task.name, _pictures_at_once(task, recipe))
                         results = detection.measure(chosen, seen, task.data.classes, has_intervals=False)
                         figures |= {f"{task.name}.{name}.{each}": results[each].value for each in results}
                     continue
@@ -216,7 +216,7 @@ class PreparedUnit(Prepared):
         for name, rows in data.held_out.items():
             say(f"{task.title}: {name}")
             chosen = rows.capped(self.recipe.measure)
-            seen, bad = detection.find(self.bundle, chosen, task.name)
+            seen, bad = detection.find(self.bundle, chosen, task.name, _pictures_at_once(task, self.recipe))
             found.not_applicable += [f"a picture of {name} that cannot be read: {each}" for each in bad]
             figures = detection.measure(chosen, seen, data.classes)
             found.results |= {f"{task.title}.{name}.{figure}": result for figure, result in figures.items()}
@@ -361,6 +361,11 @@ def _check_shape(config: UnitConfig) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- measuring
+
+
+def _pictures_at_once(task: Opened, recipe: UnitRecipe) -> int:
+    """Of detection, where it is measured: no more than were trained at once, on which the device had its memory."""
+    return min(detection.AT_ONCE, recipe.rows_at_once(task.given.batch))
 
 
 def _predictions(

@@ -71,8 +71,10 @@ def at_random(model: Unit, seed: int) -> None:
 
 
 @torch.no_grad()
-def spread_queries(model: Unit, task: str, seed: int) -> None:
+def spread_queries(model: Unit, task: str, seed: int, corrects: bool = False) -> None:
     """Queries of detection, spread over the picture: each attends what is near it and begins with a box there.
+
+    corrects: the head has learned to correct boxes, from whatever box they begin, and is left as it is.
 
     Without it each begins anywhere and is given any object, so that for hundreds of steps or for good, as the seed will
     have it, none learns anything but the frequencies.
@@ -83,6 +85,8 @@ def spread_queries(model: Unit, task: str, seed: int) -> None:
     noise_QD = QUERY_NOISE * _drawn(queries.weight, seed, f"queries.{task}.weight")
     queries.weight.copy_(model.places_of(centre_Q2) + noise_QD)
     head.anchors.copy_(torch.cat([centre_Q2, torch.full_like(centre_Q2, ANCHOR_SIDE)], dim=1).logit())
+    if corrects:
+        return
     last = head.boxes[-1].weight
     last.copy_(_drawn(last, seed, f"heads.{task}.boxes.weight") * CORRECTION / math.sqrt(last.shape[1]))
 
@@ -146,7 +150,9 @@ def from_unit(
     model.load_state_dict(fitting, strict=False)
     for task in model.config.tasks:
         if model.config.anchored and task.kind == "detection" and f"queries.{task.name}.weight" not in fitting:
-            spread_queries(model, task.name, seed)
+            head: Any = model.heads[task.name]
+            last = f"heads.{task.name}.boxes.{len(head.boxes) - 1}.weight"
+            spread_queries(model, task.name, seed, corrects=last in fitting)
     count = sum(map(len, own.values()))
     new = sorted({".".join(part.split(".")[:2]) for part in own.keys() - taken.keys()})
     notes.append(f"{len(fitting):,} of {count:,} tensors start as {path} has them")

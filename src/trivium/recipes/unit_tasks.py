@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -194,11 +196,28 @@ def with_data(tasks: Mapping[str, JointTask], data: JointData) -> dict[str, Join
 
 
 def made_scenes(count: int) -> Path:
-    """Scenes of the embedded drawings, kept where caches are, made where they are not there yet."""
+    """Scenes of the embedded drawings, kept where caches are, made where they are not there yet.
+
+    Several processes may come at once: each makes them in a folder of its own, and the first one done puts it in place.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trivium" / f"scenes-{count}"
-    for split, number in (("train", count), ("new-scenes", max(4, count // 8))):
-        write_scenes(Scenes(split, number), cache, tuple(SCENES.values()))  # type: ignore[arg-type]
+    if not cache.exists():
+        own = cache.with_name(f".{cache.name}.{secrets.token_hex(8)}")
+        try:
+            _write_both_halves(count, own)
+            own.rename(cache)
+        except OSError:
+            if not cache.is_dir():  # where it is one, another process was faster
+                raise
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+    _write_both_halves(count, cache)  # only what was lost since
     return cache
+
+
+def _write_both_halves(count: int, folder: Path) -> None:
+    for split, number in (("train", count), ("new-scenes", max(4, count // 8))):
+        write_scenes(Scenes(split, number), folder, tuple(SCENES.values()))  # type: ignore[arg-type]
 
 
 def opened(tasks: Mapping[str, JointTask]) -> list[Opened]:

@@ -30,7 +30,7 @@ class Group:
 
     pattern: str
     rate: float = 1.0  # times the learning rate
-    weight_decay: float | None = None  # None: as everywhere
+    weight_decay: float | None = None  # of vectors too, where no pattern of no_decay spares them; None: as everywhere
     freeze_until: int = 0  # steps during which they stay as they are (DINO's last layer)
 
 
@@ -98,8 +98,10 @@ def build(method: nn.Module, optim: Optim) -> torch.optim.AdamW:
             continue
         own = next((group for group in reversed(optim.groups) if _matches(name, [group.pattern])), Group(name))
         rate = own.rate * optim.layer_decay ** _blocks_above(name, depths)
-        decay = optim.weight_decay if own.weight_decay is None else own.weight_decay
-        if (parameter.ndim < 2 and not optim.decay_vectors) or _matches(name, optim.no_decay):
+        decay = own.weight_decay
+        if decay is None:
+            decay = optim.weight_decay if parameter.ndim > 1 or optim.decay_vectors else 0.0
+        if _matches(name, optim.no_decay):
             decay = 0.0
         key = (rate, decay, own.freeze_until)
         if key not in groups:
