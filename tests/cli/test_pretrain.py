@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.other_process import held_elsewhere, is_free_elsewhere
 from tests.recipes.shop import (
     LOSSES,
     THINGS,
@@ -24,6 +25,7 @@ from tests.recipes.shop import (
     lines_of,
     trivium,
 )
+from trivium.recipes import finish
 from trivium.recipes.flava import flava
 from trivium.train import step as train_step
 from trivium.train.config import leaves
@@ -47,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: object) -> st
 def test_a_run_folder_holds_what_is_promised_and_nothing_else(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         *("config.json", "passport.json", "metrics.jsonl", "skipped.jsonl", "results.json", "report.html"),
-        *("checkpoints", "monitors.jsonl", "outcomes.parquet"),
+        *("checkpoints", "monitors.jsonl", "outcomes.parquet", ".lock"),
     }
     assert [path.name for path in sorted((trained / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
     for step in (3, 6):
@@ -104,6 +106,24 @@ def test_what_was_measured_at_the_end_of_training_is_not_measured_again(
     words = [*data_of(shop), "--data.validation", shop / "goods.csv", *flags(train__steps=1)]
     assert trivium("pretrain", "flava", "--out", tmp_path / "run", *words) == 0
     assert sorted(measured) == ["images", "pairs", "text"]
+
+
+def test_a_run_holds_its_folder_until_its_report_is_written(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def write(out: Path, *parts: object, **more: object) -> Path:
+        held.append(not is_free_elsewhere(out / ".lock"))
+        return out / "report.html"
+
+    monkeypatch.setattr(finish, "write", write)
+    run, short = tmp_path / "run", flags(train__steps=1, train__save_every=1)
+    assert trivium("pretrain", "flava", "--out", run, *data_of(shop), *short, "--validate", 0) == 0
+    assert trivium("pretrain", run, "--resume") == 0
+    assert held == [True, True]
+    with held_elsewhere(run / ".lock"):
+        assert trivium("pretrain", run, "--resume") == 2
 
 
 def test_a_second_run_never_takes_the_folder_of_the_first(

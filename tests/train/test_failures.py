@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import torch
 from runs import assert_same_state, metrics_of, state_of, stopped_at
 from tiny_run import TinyMixture, make, real_mixture, with_train
 
+from tests.other_process import held_elsewhere, is_free_elsewhere
 from trivium import manifest
 from trivium.data.mixture import StreamMixture
 from trivium.data.sources import open_source
@@ -29,6 +31,7 @@ from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import checkpoint
 from trivium.train.mishaps import Replaced, not_finite
+from trivium.train.optim import Optim
 from trivium.train.protocol import Batch, Stream
 from trivium.train.trainer import train
 
@@ -79,6 +82,54 @@ def test_killed_in_a_save(straight: Path, tmp_path: Path) -> None:
     assert not list((run / "checkpoints").glob(".tmp-*"))
     steps = [(line["step"], line["stream"]) for line in metrics_of(run)]
     assert len(steps) == len(set(steps))  # no doubles of steps 6 to 9
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_another_process_works_in_is_left_to_it(straight: Path, tmp_path: Path, resume: bool) -> None:
+    """Nothing is touched there; a killed process holds it no more."""
+    run = tmp_path / "run"
+    if resume:
+        train(stopped_at(make(with_train(log_every=1)), 10), run)
+    run.mkdir(exist_ok=True)
+    with held_elsewhere(run / ".lock") as other:
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        with pytest.raises(TriviumError, match=f"{run}: another process is at work on this run: wait for its end"):
+            train(make(with_train(log_every=1)), run, resume=resume)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+        other.kill()
+        other.wait()
+        train(make(with_train(log_every=1)), run, resume=resume)
+    assert_same_state(straight, run, 20)
+
+
+def test_a_run_holds_its_folder_and_goes_on_where_there_are_no_locks(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen from another process, in its midst and at its end."""
+
+    def tried_elsewhere(step: int) -> None:
+        if step == 3:
+            assert multiprocessing.active_children()
+            assert not is_free_elsewhere(lock)
+
+    run, lock = make(None, real_mixture(1)), tmp_path / "run" / ".lock"
+    run.method.before_accept = tried_elsewhere  # type: ignore[assignment]
+    train(run, tmp_path / "run")
+    assert is_free_elsewhere(lock)
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    train(make(with_train(log_every=1)), tmp_path / "other")
+    assert_same_state(straight, tmp_path / "other", 20)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    recipe = tiny_run.Recipe(optim=Optim(freeze=("nothing",)))
+    with pytest.raises(TriviumError, match='no parameter is called "nothing"'):
+        train(make(recipe), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

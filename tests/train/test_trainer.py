@@ -154,7 +154,7 @@ def test_resuming_with_other_data(tmp_path: Path) -> None:
 
 def test_what_a_run_folder_holds(straight: Path) -> None:
     assert {path.name for path in straight.iterdir()} == {
-        *("config.json", "passport.json", "metrics.jsonl", "skipped.jsonl", "monitors.jsonl", "checkpoints")
+        *("config.json", "passport.json", "metrics.jsonl", "skipped.jsonl", "monitors.jsonl", "checkpoints", ".lock")
     }
     config = json.loads((straight / "config.json").read_text())
     assert config["recipe"] == "tiny"

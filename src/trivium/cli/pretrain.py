@@ -148,9 +148,10 @@ def resume_run(recipe: str, out: Path | None, changes: Mapping[str, Any], begun:
                 f" change --{next(iter(changes)).replace('_', '-')}"
             )
         return run_stages(tree, settings, out, resume=True)
-    newest = run_folder.newest_sound(out, say)
-    prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")
-    return run(prepared, out, begun, resume=newest or True)
+    with run_folder.alone_in(out):  # from here on: another would remove the checkpoint that is found
+        newest = run_folder.newest_sound(out, say)
+        prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")
+        return run(prepared, out, begun, resume=newest or True)
 
 
 def with_budget(prepared: Prepared) -> Prepared:
@@ -180,28 +181,29 @@ def run(prepared: Prepared, out: Path, begun: float, *, resume: bool | Path = Fa
     begun: what time.perf_counter() said when the command began. resume: as `trainer.train` takes it.
     """
     from trivium.recipes import finish
-    from trivium.train import distributed, trainer
+    from trivium.train import distributed, run_folder, trainer
 
     try:
-        outcome = trainer.train(prepared.run, out, resume=resume)
-        if outcome.signal is not None or distributed.rank() > 0:
-            return outcome.exit_code
-        distributed.stop()  # the others are done: what follows is this process's alone
-        if chosen := prepared.settle(out):
-            say(chosen)
-        final = (outcome.results or {}).get("losses")
-        found, losses = finish.evaluate(prepared, say, final)
-        page = finish.write(
-            out,
-            found,
-            losses,
-            bundle=prepared.bundle,
-            prepared=prepared,
-            run=out,
-            seconds={"train": outcome.seconds, "total": time.perf_counter() - begun},
-            model_path=str(out),
-            title=f"{', '.join([Path(prepared.name).name, *_size_of(prepared.run.config)])}: what it learned",
-        )
+        with run_folder.alone_in(out):
+            outcome = trainer.train(prepared.run, out, resume=resume)
+            if outcome.signal is not None or distributed.rank() > 0:
+                return outcome.exit_code
+            distributed.stop()  # the others are done: what follows is this process's alone
+            if chosen := prepared.settle(out):
+                say(chosen)
+            final = (outcome.results or {}).get("losses")
+            found, losses = finish.evaluate(prepared, say, final)
+            page = finish.write(
+                out,
+                found,
+                losses,
+                bundle=prepared.bundle,
+                prepared=prepared,
+                run=out,
+                seconds={"train": outcome.seconds, "total": time.perf_counter() - begun},
+                model_path=str(out),
+                title=f"{', '.join([Path(prepared.name).name, *_size_of(prepared.run.config)])}: what it learned",
+            )
     finally:
         distributed.stop()
     for sentence in finish.summary(found):

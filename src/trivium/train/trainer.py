@@ -45,9 +45,16 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         resume: go on from the newest sound checkpoint; or from this one, which the caller has checked already.
 
     Raises:
-        TriviumError: a run stands in `out` already, or none to resume; memory or disk are full; the gradient was not
-            finite three times in a row; too many samples were bad; a data worker or another process was killed.
+        TriviumError: a run stands in `out` already, or none to resume, or another process is at work there; memory or
+            disk are full; the gradient was not finite three times in a row; too many samples were bad; a data worker or
+            another process was killed.
     """
+    distributed.start()
+    with run_folder.alone_in(out):
+        return _train(run, out, resume)
+
+
+def _train(run: Run, out: Path, resume: bool | Path) -> Outcome:
     settings = run.train
     folder, optimizer, autocast, state = begin(run, out, resume)
     trained = _trained(run, optimizer)
