@@ -46,8 +46,8 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
 
     Raises:
         TriviumError: a run stands in `out` already, or none to resume, or another process is at work there; memory or
-            disk are full; the gradient was not finite three times in a row; too many samples were bad; a data worker or
-            another process was killed.
+            disk are full; the gradient of a stream was not finite three times in a row; too many samples were bad; a
+            data worker or another process was killed.
     """
     distributed.start()
     with run_folder.alone_in(out):
@@ -124,7 +124,7 @@ def _train(run: Run, out: Path, resume: bool | Path) -> Outcome:
         if stopping or distributed.any_process(selection.is_exhausted):
             steps.close()  # before a step: the run had ended early, or is to end now
         done = first
-        refused: list[int] = []  # steps in a row whose gradient was not finite
+        refused: dict[str, list[int]] = {}  # stream -> its last steps in a row whose gradient was not finite
         clock = time.perf_counter()
         for step, stream, batches in steps:
             waited = time.perf_counter() - clock
@@ -136,9 +136,9 @@ def _train(run: Run, out: Path, resume: bool | Path) -> Outcome:
             monitors.note(done, stream, batches, result, seconds, waited)
             clock = time.perf_counter()
             replaced.note(done, batches)
-            refused = [] if result.accepted else [*refused, step]
-            if len(refused) == 3:
-                raise TriviumError(not_finite(run.mixture, refused))
+            in_a_row = refused[stream.name] = [] if result.accepted else [*refused.get(stream.name, []), step]
+            if len(in_a_row) == 3:
+                raise TriviumError(not_finite(run.mixture, in_a_row))
 
             stopping = distributed.any_process(stop.received is not None or saving.failed)
             if done % settings.log_every == 0:
