@@ -154,6 +154,17 @@ def test_what_depends_on_the_machine_is_settled_once_and_written_down(
     assert steps == list(range(1, config["values"]["train.steps"] + 1))
 
 
+@pytest.mark.parametrize("budget", [{"train__steps": 2}, {"train__minutes": 0.0001}])
+def test_a_warm_up_that_takes_the_whole_run_is_told(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], budget: dict[str, float]
+) -> None:
+    words = [*data_of(shop), *flags(**budget, optim__warmup=10000), "--validate", 0]
+    assert trivium("pretrain", "flava", "--out", tmp_path / "run", *words) == 0
+    told = capsys.readouterr().err
+    assert "a warm-up of 10000 steps leaves nothing of a run of" in told
+    assert "give --optim.warmup a share, such as 0.06, or its learning rate rises to the end" in told
+
+
 # --------------------------------------------------------------------------- bad samples while training
 
 

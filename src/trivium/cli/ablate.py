@@ -211,7 +211,7 @@ def _work(runs: Sequence[AblationRun], out: Path, settings: Config, root: Path |
 def _run(run: AblationRun, out: Path, settings: Config, root: Path | None) -> int:
     """Train one and measure it. Its results.json is written last."""
     from trivium import __version__
-    from trivium.cli.pretrain import say
+    from trivium.cli.pretrain import say, tell_of_warmup
     from trivium.evaluate import ablation_figures, results
     from trivium.evaluate.results import Result
     from trivium.recipes.ablation import measurable, total_updates
@@ -227,6 +227,7 @@ def _run(run: AblationRun, out: Path, settings: Config, root: Path | None) -> in
         prepared = prepared.with_train(steps=updates)
     for sentence in prepared.notes:
         say(sentence)
+    tell_of_warmup(prepared.run)
     prepared.run.evaluate = None
     resume = newest or (folder / "config.json").is_file()
     outcome = trainer.train(prepared.run, folder, resume=resume)

@@ -17,6 +17,7 @@ from trivium.errors import TriviumError
 if TYPE_CHECKING:
     from trivium.recipes.prepared import Prepared
     from trivium.train.config import Config
+    from trivium.train.run import Run
 
 
 def pretrain(
@@ -172,7 +173,18 @@ def with_budget(prepared: Prepared) -> Prepared:
         steps = trainer.steps_in(prepared.run, settings.minutes)
         prepared = prepared.with_train(steps=steps, minutes=None)
         say(f"{settings.minutes:g} minutes are about {steps} steps on this machine")
+    tell_of_warmup(prepared.run)
     return prepared
+
+
+def tell_of_warmup(run: Run) -> None:
+    """Say it where the warm-up takes the whole run; of one that chooses among its checkpoints it is refused."""
+    from trivium.train import optim
+
+    if sentence := optim.never_warm(run.optim, run.train.steps):
+        if run.select is not None:
+            raise TriviumError(sentence)
+        say(f"{sentence}, or its learning rate rises to the end")
 
 
 def run(prepared: Prepared, out: Path, begun: float, *, resume: bool | Path = False) -> int:

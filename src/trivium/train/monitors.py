@@ -236,8 +236,8 @@ def skipped(number: int, steps: int) -> Finding:
     """number: of the steps of a stream that this process took."""
     return Finding(
         "skipped", "", number, 0, True,
-        f"skipped, since the gradient was not finite: {number:,} of {steps:,} steps so far, which changed nothing; lower"
-        " --optim.lr, or look at the samples of this stream",
+        f"skipped, since the gradient was not finite: {number:,} of {steps:,} steps so far, which changed nothing;"
+        " lower --optim.lr, or look at the samples of this stream",
     )  # fmt: skip
 
 
