@@ -354,6 +354,7 @@ def test_a_model_folder_that_is_damaged_is_not_begun_from(
     [
         (["--optim.freeze", "picture.*"], 'no parameter is called "picture.*"'),
         (["--optim.freeze", "*"], "leaves no parameter to train"),
+        (["--train.patience", "3"], "--train.patience 3: this recipe chooses no checkpoint by a figure"),
         (["--data.vocabulary", "none.json"], "none.json does not exist"),
         (["--init", "nothing"], "nothing does not exist"),
         (["--objectives.mimm", "1"], "did you mean objectives.mim?"),
@@ -412,6 +413,10 @@ def test_resuming_names_the_run(trained: Path, tmp_path: Path, capsys: pytest.Ca
     assert "there is no such config file" in capsys.readouterr().err
     assert trivium("pretrain", trained, "--resume", "--optim.lr", "1") == 2
     assert "was started with optim.lr = " in capsys.readouterr().err
+    assert trivium("pretrain", trained, "--resume", "--train.minutes", "8") == 2
+    assert f"the steps of {trained} are settled, 6: leave out --train.minutes" in capsys.readouterr().err
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert trivium("pretrain", run, "--resume", "--train.minutes", "null") == 0  # as it has it
 
 
 def test_a_run_goes_on_under_a_version_that_has_more_options(

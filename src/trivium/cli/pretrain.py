@@ -149,6 +149,11 @@ def resume_run(recipe: str, out: Path | None, changes: Mapping[str, Any], begun:
                 f" change --{next(iter(changes)).replace('_', '-')}"
             )
         return run_stages(tree, settings, out, resume=True)
+    if tree.train.minutes != stated.train.minutes:
+        raise TriviumError(
+            f"the steps of {out} are settled, {stated.train.steps}: leave out --train.minutes, or begin a new run with"
+            f" --init {out}"
+        )
     with run_folder.alone_in(out):  # from here on: another would remove the checkpoint that is found
         newest = run_folder.newest_sound(out, say)
         prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")
@@ -157,11 +162,20 @@ def resume_run(recipe: str, out: Path | None, changes: Mapping[str, Any], begun:
 
 def with_budget(prepared: Prepared) -> Prepared:
     """Settle what depends on this machine, once and before the run, and write it down as the run's own values:
-    the largest micro-batch that fits ("auto"), and how many steps fit into a time budget."""
+    the largest micro-batch that fits ("auto"), and how many steps fit into a time budget.
+
+    Raises:
+        TriviumError: patience where nothing is chosen, a warm-up as long as a run that chooses, too little memory.
+    """
     from trivium.train import distributed, trainer
     from trivium.train.budget import largest_micro_batch
 
     settings = prepared.recipe.train
+    if settings.patience is not None and prepared.run.select is None:
+        raise TriviumError(
+            f"--train.patience {settings.patience}: this recipe chooses no checkpoint by a figure, so that there is no"
+            " better one to wait for; leave it out"
+        )
     if settings.micro_batch == "auto":
         batch = max(stream.batch for stream in prepared.mixture_of(settings).streams)
         rows = largest_micro_batch(

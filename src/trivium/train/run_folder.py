@@ -28,7 +28,7 @@ from trivium.train.config import Config
 
 # Options that a resumed run may change: they alter what is seen or kept, not what is learned.
 FREE = (
-    *("train.device", "train.workers", "train.threads", "train.compile", "train.tensorboard", "train.minutes"),
+    *("train.device", "train.workers", "train.threads", "train.compile", "train.tensorboard"),
     *("train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.evaluate_every"),
     *("train.monitor_every", "train.bad_rate"),
     "train.shard",
