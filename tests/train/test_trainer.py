@@ -23,7 +23,7 @@ from trivium.data.mixture import StreamMixture
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, write_manifest
 from trivium.train import budget, checkpoint, precision, trainer
-from trivium.train.run import Outcome
+from trivium.train.run import Outcome, Run
 from trivium.train.trainer import train
 
 
@@ -290,6 +290,21 @@ def test_every_stream_is_tried_for_memory() -> None:
     with pytest.raises(budget.OutOfMemory, match="stream text"):
         trainer.try_streams(run)
     assert all(torch.equal(before[name], tensor) for name, tensor in run.method.state_dict().items())
+
+
+def test_every_stream_is_tried_with_what_its_first_step_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them once, then again: state of the optimizer is there for the whole model by then."""
+    tried: list[tuple[int, int]] = []
+    plain = trainer.one_step
+
+    def one_step(run: Run, optimizer: torch.optim.Optimizer, step: int, *rest: Any) -> Any:
+        tried.append((step, len(optimizer.state)))
+        return plain(run, optimizer, step, *rest)
+
+    monkeypatch.setattr(trainer, "one_step", one_step)
+    trainer.try_streams(make())
+    assert [step for step, _ in tried] == [0, 2, 1, 5]
+    assert tried[0][1] == 0 < tried[1][1] < tried[2][1] == tried[3][1] == len(list(make().method.model.parameters()))
 
 
 def test_minutes_become_steps_weighted_by_stream(monkeypatch: pytest.MonkeyPatch) -> None:

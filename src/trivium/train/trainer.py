@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -226,21 +227,24 @@ def steps_in(run: Run, minutes: float) -> int:
 
 
 def try_streams(run: Run) -> None:
-    """One step of each stream, on a copy: raises OutOfMemory where one of them does not fit (micro-batch "auto").
+    """Two steps of each stream, on a copy: raises OutOfMemory where one of them does not fit (micro-batch "auto").
 
+    The second finds what the first left: the optimizer's state, and a schedule that has begun, such as a teacher's.
     Each process takes the step alone, on the first one's micro-batches, and then all of them vote: one that ran out in
     the midst of a common step would leave the others waiting. The rows gathered from the others, a few megabytes, are
     not counted.
     """
     run, optimizer, autocast = _trial(run)
-    first_of = {run.mixture.stream_at(step).name: step for step in reversed(range(min(run.train.steps, 1000)))}
-    for first in first_of.values():
-        with closing(_steps(run, first, first + 1, rank=0)) as steps:
-            _, stream, batches = next(steps)
+    drawn: dict[str, list[int]] = defaultdict(list)
+    for step in range(min(run.train.steps, 1000)):
+        drawn[run.mixture.stream_at(step).name].append(step)
+    for step in [steps[0] for steps in drawn.values()] + [steps[1] for steps in drawn.values() if len(steps) > 1]:
+        with closing(_steps(run, step, step + 1, rank=0)) as loaded:
+            _, stream, batches = next(loaded)
         error = None
         try:
             with distributed.alone():
-                one_step(run, optimizer, first, batches, autocast)
+                one_step(run, optimizer, step, batches, autocast)
         except OutOfMemory as raised:
             error = raised
         if distributed.any_process(error is not None):
