@@ -307,6 +307,28 @@ def test_every_stream_is_tried_with_what_its_first_step_left(monkeypatch: pytest
     assert tried[0][1] == 0 < tried[1][1] < tried[2][1] == tried[3][1] == len(list(make().method.model.parameters()))
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_what_is_tried_is_compiled_where_the_run_is(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy, and not the blocks of the run itself."""
+    run, compiled = make(with_train(compile=compiles)), []
+    run.blocks = lambda: run.method.model.blocks
+    monkeypatch.setattr(trainer, "compile_blocks", compiled.extend)
+    assert trainer.steps_in(run, minutes=0.0001) >= 1
+    assert len(compiled) == (2 if compiles else 0)
+    assert not set(compiled) & set(run.method.model.blocks)
+
+
+def test_the_time_of_compiling_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of each stream takes as long as the whole budget, and four steps are one of each and one more."""
+    now = [0.0]
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: now[0])
+
+    def one(step: int) -> None:
+        now[0] += 60.0 if step < 3 else 1.0
+
+    assert budget.calibrate(one, lambda step: str(step % 3), minutes=1) == 60
+
+
 def test_minutes_become_steps_weighted_by_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams that take 1 s (two of three steps) and 4 s: 2 s a step on average, so 30 steps a minute."""
     now = [0.0]

@@ -259,6 +259,8 @@ def _trial(run: Run) -> tuple[Run, torch.optim.Optimizer, Context]:
         torch.set_num_threads(run.train.threads)
     method, blocks = copy.deepcopy((run.method, [] if run.blocks is None else list(run.blocks())))
     run = replace(run, method=method.to(_home(run, device)), blocks=lambda: blocks)
+    if run.train.compile:
+        compile_blocks(blocks)
     autocast = partial(precision.autocast, device, _common_precision(run, device))
     trained = _trained(run, optim.build(run.method, run.optim))
     return replace(run, method=trained.method), trained.optimizer, autocast
