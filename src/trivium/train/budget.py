@@ -71,8 +71,9 @@ def largest_micro_batch(try_one: Callable[[int], None], batch: int, processes: i
 def calibrate(one_step: Callable[[int], None], stream_at: Callable[[int], str], minutes: float) -> int:
     """How many steps fit into the minutes, from timing a few: about 3 % of the budget, at least 4 steps.
 
-    The first step of each stream is not counted (it allocates and compiles), nor does a stream count that was drawn once. The
-    others are weighted by how often they are drawn, so that a few steps of the rare ones do not mislead. Every process gets the same answer.
+    The first step of each stream is not counted (it allocates and compiles), nor is a stream that was drawn once. The
+    others are weighted by how often they are drawn, so that a few steps of the rare ones do not mislead. Every process
+    gets the same answer.
     """
     seconds: dict[str, list[float]] = defaultdict(list)
     step, timed = 0, 0.0
