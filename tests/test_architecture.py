@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "trivium"
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 FILES = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py"))
-EVERYWHERE = "errors manifest tensor_files __version__"
+EVERYWHERE = "errors manifest locks tensor_files __version__"
 ROOMS = {  # what a room may import beside itself and EVERYWHERE
     "layers": "", "models": "layers", "objectives": "", "methods": "models objectives layers train.protocol",
     "data": "train.protocol", "train": "", "convert": "models", "bundle": "models data.tokenizer data.transforms",

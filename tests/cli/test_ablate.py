@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.other_process import held_elsewhere
 from tests.recipes.shop import THINGS, TINY, checkpoint, data_of, digests, trivium
 from trivium.evaluate import results
 from trivium.evaluate.results import Result
@@ -111,8 +111,7 @@ def test_a_run_that_was_evaluated_otherwise_is_measured_again_and_not_trained(
 
 def test_a_run_that_another_process_has_taken_is_left_to_it(ablated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    with (ablated / "locks" / "mlm-seed1").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with held_elsewhere(ablated / "locks" / "mlm-seed1"):
         assert trivium("ablate", "--out", ablated, "--columns", "mlm", "--seeds", 0, 1) == 0
     assert "the runs that are left are being done by others" in capsys.readouterr().err
     assert not (ablated / "mlm-seed1").exists()

@@ -63,7 +63,7 @@ def test_the_whole_demo_in_a_second_of_training(tmp_path: Path, capsys: pytest.C
         assert 0 < found["results"][f"losses.{loss}.chance"]["value"] < 9
     assert {path.name for path in out.iterdir()} == {
         *("config.json", "passport.json", "metrics.jsonl", "skipped.jsonl", "results.json", "report.html"),
-        *("checkpoints", "monitors.jsonl", "outcomes.parquet"),
+        *("checkpoints", "monitors.jsonl", "outcomes.parquet", ".lock"),
     }
     # The budget stands in the config as the number of steps that it came to, so the run can be repeated.
     values = json.loads((out / "config.json").read_text())["values"]

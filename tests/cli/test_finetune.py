@@ -427,6 +427,15 @@ def test_glue_writes_what_its_server_takes(bert: Path, tmp_path: Path) -> None:
 Change = Callable[[Path, str], list[object]]
 
 
+def test_a_warm_up_that_takes_the_whole_of_a_budget_is_refused(
+    bert: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--init", bert, "--data", reviews, "--train.steps", 10**6, "--optim.warmup", 10**5]
+    assert run("finetune", "text_classification", "--out", tmp_path / "run", *words, "--train.minutes", 1e-4) == 2
+    assert "a warm-up of 100000 steps leaves nothing of a run of " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("task", "words", "sentence"),
     [

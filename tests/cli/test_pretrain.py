@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.other_process import held_elsewhere, is_free_elsewhere
 from tests.recipes.shop import (
     LOSSES,
     THINGS,
@@ -24,6 +25,7 @@ from tests.recipes.shop import (
     lines_of,
     trivium,
 )
+from trivium.recipes import finish
 from trivium.recipes.flava import flava
 from trivium.train import step as train_step
 from trivium.train.config import leaves
@@ -47,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: object) -> st
 def test_a_run_folder_holds_what_is_promised_and_nothing_else(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         *("config.json", "passport.json", "metrics.jsonl", "skipped.jsonl", "results.json", "report.html"),
-        *("checkpoints", "monitors.jsonl", "outcomes.parquet"),
+        *("checkpoints", "monitors.jsonl", "outcomes.parquet", ".lock"),
     }
     assert [path.name for path in sorted((trained / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
     for step in (3, 6):
@@ -106,6 +108,24 @@ def test_what_was_measured_at_the_end_of_training_is_not_measured_again(
     assert sorted(measured) == ["images", "pairs", "text"]
 
 
+def test_a_run_holds_its_folder_until_its_report_is_written(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def write(out: Path, *parts: object, **more: object) -> Path:
+        held.append(not is_free_elsewhere(out / ".lock"))
+        return out / "report.html"
+
+    monkeypatch.setattr(finish, "write", write)
+    run, short = tmp_path / "run", flags(train__steps=1, train__save_every=1)
+    assert trivium("pretrain", "flava", "--out", run, *data_of(shop), *short, "--validate", 0) == 0
+    assert trivium("pretrain", run, "--resume") == 0
+    assert held == [True, True]
+    with held_elsewhere(run / ".lock"):
+        assert trivium("pretrain", run, "--resume") == 2
+
+
 def test_a_second_run_never_takes_the_folder_of_the_first(
     trained: Path, shop: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +152,17 @@ def test_what_depends_on_the_machine_is_settled_once_and_written_down(
     assert config["values"]["train.micro_batch"] == 8
     steps = [line["step"] for line in lines_of(run / "metrics.jsonl") if "stream" in line]
     assert steps == list(range(1, config["values"]["train.steps"] + 1))
+
+
+@pytest.mark.parametrize("budget", [{"train__steps": 2}, {"train__minutes": 0.0001}])
+def test_a_warm_up_that_takes_the_whole_run_is_told(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], budget: dict[str, float]
+) -> None:
+    words = [*data_of(shop), *flags(**budget, optim__warmup=10000), "--validate", 0]
+    assert trivium("pretrain", "flava", "--out", tmp_path / "run", *words) == 0
+    told = capsys.readouterr().err
+    assert "a warm-up of 10000 steps leaves nothing of a run of" in told
+    assert "give --optim.warmup a share, such as 0.06, or its learning rate rises to the end" in told
 
 
 # --------------------------------------------------------------------------- bad samples while training
@@ -323,6 +354,7 @@ def test_a_model_folder_that_is_damaged_is_not_begun_from(
     [
         (["--optim.freeze", "picture.*"], 'no parameter is called "picture.*"'),
         (["--optim.freeze", "*"], "leaves no parameter to train"),
+        (["--train.patience", "3"], "--train.patience 3: this recipe chooses no checkpoint by a figure"),
         (["--data.vocabulary", "none.json"], "none.json does not exist"),
         (["--init", "nothing"], "nothing does not exist"),
         (["--objectives.mimm", "1"], "did you mean objectives.mim?"),
@@ -381,6 +413,10 @@ def test_resuming_names_the_run(trained: Path, tmp_path: Path, capsys: pytest.Ca
     assert "there is no such config file" in capsys.readouterr().err
     assert trivium("pretrain", trained, "--resume", "--optim.lr", "1") == 2
     assert "was started with optim.lr = " in capsys.readouterr().err
+    assert trivium("pretrain", trained, "--resume", "--train.minutes", "8") == 2
+    assert f"the steps of {trained} are settled, 6: leave out --train.minutes" in capsys.readouterr().err
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert trivium("pretrain", run, "--resume", "--train.minutes", "null") == 0  # as it has it
 
 
 def test_a_run_goes_on_under_a_version_that_has_more_options(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import random
 import resource
 import shutil
@@ -303,6 +304,30 @@ def test_pruning(
     checkpoint.prune(tmp_path, keep_last, keep_every, spared)
     assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path)] == left
     assert len(list(tmp_path.iterdir())) == len(left)
+
+
+@pytest.mark.parametrize("fails", ["rmtree", "rename"])
+def test_what_cannot_be_removed_is_told_and_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: str
+) -> None:
+    """As where a network's file system keeps files that are still read. The same step may come again, and be removed
+    again."""
+
+    def busy(*_: object, **more: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    numbered(tmp_path, 10, 20)
+    with monkeypatch.context() as patched:
+        patched.setattr(*((shutil, "rmtree", busy) if fails == "rmtree" else (Path, "rename", busy)))
+        for _ in range(2):
+            checkpoint.prune(tmp_path, 1)
+            assert f"{tmp_path}/step-00000010 cannot be removed (Directory not empty)" in capsys.readouterr().err
+            checkpoint.folder_of(tmp_path, 10).mkdir(exist_ok=True)
+        checkpoint.remove_leftovers(tmp_path)
+        assert (".tmp-1-step-00000010 cannot be removed" in capsys.readouterr().err) == (fails == "rmtree")
+    checkpoint.prune(tmp_path, 1)
+    checkpoint.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
 
 
 def rename_a_tensor(method: Tiny) -> None:

@@ -20,6 +20,8 @@ from tiny_run import TinySource, make, with_train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trivium.evaluate import report
+from trivium.evaluate.embedded import Evaluation
 from trivium.invariance import unit
 from trivium.manifest import write_manifest
 from trivium.train import config, monitors
@@ -186,6 +188,26 @@ def test_a_bad_run_is_told_so_once(monitor: str, tmp_path: Path, capsys: pytest.
         where = "" if monitor == "loading" else " (pairs)"
         assert f"step {line['step']}{where}: {line['sentence']}" in shown
         assert re.search(sentence, line["sentence"])
+
+
+@pytest.mark.parametrize("every", [0, 5])
+def test_skipped_steps_are_told_when_their_number_doubles(
+    every: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where no monitor looks. TinyMixture draws text at the steps 3, 6, 9 and so on."""
+    mixture = tiny_run.TinyMixture(nan_at=frozenset({3, 4, 5, 12, 15}))
+    train(make(with_train(monitor_every=every), mixture), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "monitors.jsonl").read_text().splitlines()]
+    told = [line for line in lines if line["monitor"] == "skipped"]
+    assert [(line["step"], line["stream"], line["value"]) for line in told] == [
+        (4, "pairs", 1), (5, "pairs", 2), (6, "text", 1), (16, "pairs", 4)
+    ]  # fmt: skip
+    assert "4 of 11 steps so far, which changed nothing; lower --optim.lr" in told[-1]["sentence"]
+    shown = capsys.readouterr().out.splitlines()
+    assert all(f"step {line['step']} ({line['stream']}): {line['sentence']}" in shown for line in told)
+    page = tmp_path / "report.html"
+    report.write(page, report.Report("", Evaluation(), monitors=lines))
+    assert "<b>Step 16 (pairs):</b> skipped, since the gradient was not finite: 4 of 11" in page.read_text()
 
 
 def test_it_is_said_again_after_a_while(tmp_path: Path) -> None:

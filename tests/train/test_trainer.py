@@ -23,7 +23,7 @@ from trivium.data.mixture import StreamMixture
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, write_manifest
 from trivium.train import budget, checkpoint, precision, trainer
-from trivium.train.run import Outcome
+from trivium.train.run import Outcome, Run
 from trivium.train.trainer import train
 
 
@@ -154,7 +154,7 @@ def test_resuming_with_other_data(tmp_path: Path) -> None:
 
 def test_what_a_run_folder_holds(straight: Path) -> None:
     assert {path.name for path in straight.iterdir()} == {
-        *("config.json", "passport.json", "metrics.jsonl", "skipped.jsonl", "monitors.jsonl", "checkpoints")
+        *("config.json", "passport.json", "metrics.jsonl", "skipped.jsonl", "monitors.jsonl", "checkpoints", ".lock")
     }
     config = json.loads((straight / "config.json").read_text())
     assert config["recipe"] == "tiny"
@@ -290,6 +290,43 @@ def test_every_stream_is_tried_for_memory() -> None:
     with pytest.raises(budget.OutOfMemory, match="stream text"):
         trainer.try_streams(run)
     assert all(torch.equal(before[name], tensor) for name, tensor in run.method.state_dict().items())
+
+
+def test_every_stream_is_tried_with_what_its_first_step_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them once, then again: state of the optimizer is there for the whole model by then."""
+    tried: list[tuple[int, int]] = []
+    plain = trainer.one_step
+
+    def one_step(run: Run, optimizer: torch.optim.Optimizer, step: int, *rest: Any) -> Any:
+        tried.append((step, len(optimizer.state)))
+        return plain(run, optimizer, step, *rest)
+
+    monkeypatch.setattr(trainer, "one_step", one_step)
+    trainer.try_streams(make())
+    assert [step for step, _ in tried] == [0, 2, 1, 5]
+    assert tried[0][1] == 0 < tried[1][1] < tried[2][1] == tried[3][1] == len(list(make().method.model.parameters()))
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_what_is_tried_is_compiled_where_the_run_is(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy, and not the blocks of the run itself."""
+    run, compiled = make(with_train(compile=compiles)), []
+    run.blocks = lambda: run.method.model.blocks
+    monkeypatch.setattr(trainer, "compile_blocks", compiled.extend)
+    assert trainer.steps_in(run, minutes=0.0001) >= 1
+    assert len(compiled) == (2 if compiles else 0)
+    assert not set(compiled) & set(run.method.model.blocks)
+
+
+def test_the_time_of_compiling_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of each stream takes as long as the whole budget, and four steps are one of each and one more."""
+    now = [0.0]
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: now[0])
+
+    def one(step: int) -> None:
+        now[0] += 60.0 if step < 3 else 1.0
+
+    assert budget.calibrate(one, lambda step: str(step % 3), minutes=1) == 60
 
 
 def test_minutes_become_steps_weighted_by_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from trivium import locks
 from trivium.cli.overrides import set_overrides
 from trivium.errors import TriviumError
 
@@ -167,16 +167,9 @@ def _begin(out: Path, settings: Config, tree: Stages) -> None:
         ablation.share_parts(tree, out)
 
 
-@contextmanager
-def _claimed(out: Path, name: str, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone may do it now. A claim ends with its process, however that ends."""
-    with (out / "locks" / name).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+def _claimed(out: Path, name: str, wait: bool = False) -> AbstractContextManager[bool]:
+    """Whether this process alone may do it now."""
+    return locks.held(out / "locks" / name, wait=wait)
 
 
 # ----------------------------------------------------------------------------------------------------- runs
@@ -218,7 +211,7 @@ def _work(runs: Sequence[AblationRun], out: Path, settings: Config, root: Path |
 def _run(run: AblationRun, out: Path, settings: Config, root: Path | None) -> int:
     """Train one and measure it. Its results.json is written last."""
     from trivium import __version__
-    from trivium.cli.pretrain import say
+    from trivium.cli.pretrain import say, tell_of_warmup
     from trivium.evaluate import ablation_figures, results
     from trivium.evaluate.results import Result
     from trivium.recipes.ablation import measurable, total_updates
@@ -234,6 +227,7 @@ def _run(run: AblationRun, out: Path, settings: Config, root: Path | None) -> in
         prepared = prepared.with_train(steps=updates)
     for sentence in prepared.notes:
         say(sentence)
+    tell_of_warmup(prepared.run)
     prepared.run.evaluate = None
     resume = newest or (folder / "config.json").is_file()
     outcome = trainer.train(prepared.run, folder, resume=resume)

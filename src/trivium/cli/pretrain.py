@@ -17,6 +17,7 @@ from trivium.errors import TriviumError
 if TYPE_CHECKING:
     from trivium.recipes.prepared import Prepared
     from trivium.train.config import Config
+    from trivium.train.run import Run
 
 
 def pretrain(
@@ -148,18 +149,33 @@ def resume_run(recipe: str, out: Path | None, changes: Mapping[str, Any], begun:
                 f" change --{next(iter(changes)).replace('_', '-')}"
             )
         return run_stages(tree, settings, out, resume=True)
-    newest = run_folder.newest_sound(out, say)
-    prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")
-    return run(prepared, out, begun, resume=newest or True)
+    if tree.train.minutes != stated.train.minutes:
+        raise TriviumError(
+            f"the steps of {out} are settled, {stated.train.steps}: leave out --train.minutes, or begin a new run with"
+            f" --init {out}"
+        )
+    with run_folder.alone_in(out):  # from here on: another would remove the checkpoint that is found
+        newest = run_folder.newest_sound(out, say)
+        prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")
+        return run(prepared, out, begun, resume=newest or True)
 
 
 def with_budget(prepared: Prepared) -> Prepared:
     """Settle what depends on this machine, once and before the run, and write it down as the run's own values:
-    the largest micro-batch that fits ("auto"), and how many steps fit into a time budget."""
+    the largest micro-batch that fits ("auto"), and how many steps fit into a time budget.
+
+    Raises:
+        TriviumError: patience where nothing is chosen, a warm-up as long as a run that chooses, too little memory.
+    """
     from trivium.train import distributed, trainer
     from trivium.train.budget import largest_micro_batch
 
     settings = prepared.recipe.train
+    if settings.patience is not None and prepared.run.select is None:
+        raise TriviumError(
+            f"--train.patience {settings.patience}: this recipe chooses no checkpoint by a figure, so that there is no"
+            " better one to wait for; leave it out"
+        )
     if settings.micro_batch == "auto":
         batch = max(stream.batch for stream in prepared.mixture_of(settings).streams)
         rows = largest_micro_batch(
@@ -171,7 +187,18 @@ def with_budget(prepared: Prepared) -> Prepared:
         steps = trainer.steps_in(prepared.run, settings.minutes)
         prepared = prepared.with_train(steps=steps, minutes=None)
         say(f"{settings.minutes:g} minutes are about {steps} steps on this machine")
+    tell_of_warmup(prepared.run)
     return prepared
+
+
+def tell_of_warmup(run: Run) -> None:
+    """Say it where the warm-up takes the whole run; of one that chooses among its checkpoints it is refused."""
+    from trivium.train import optim
+
+    if sentence := optim.never_warm(run.optim, run.train.steps):
+        if run.select is not None:
+            raise TriviumError(sentence)
+        say(f"{sentence}, or its learning rate rises to the end")
 
 
 def run(prepared: Prepared, out: Path, begun: float, *, resume: bool | Path = False) -> int:
@@ -180,28 +207,29 @@ def run(prepared: Prepared, out: Path, begun: float, *, resume: bool | Path = Fa
     begun: what time.perf_counter() said when the command began. resume: as `trainer.train` takes it.
     """
     from trivium.recipes import finish
-    from trivium.train import distributed, trainer
+    from trivium.train import distributed, run_folder, trainer
 
     try:
-        outcome = trainer.train(prepared.run, out, resume=resume)
-        if outcome.signal is not None or distributed.rank() > 0:
-            return outcome.exit_code
-        distributed.stop()  # the others are done: what follows is this process's alone
-        if chosen := prepared.settle(out):
-            say(chosen)
-        final = (outcome.results or {}).get("losses")
-        found, losses = finish.evaluate(prepared, say, final)
-        page = finish.write(
-            out,
-            found,
-            losses,
-            bundle=prepared.bundle,
-            prepared=prepared,
-            run=out,
-            seconds={"train": outcome.seconds, "total": time.perf_counter() - begun},
-            model_path=str(out),
-            title=f"{', '.join([Path(prepared.name).name, *_size_of(prepared.run.config)])}: what it learned",
-        )
+        with run_folder.alone_in(out):
+            outcome = trainer.train(prepared.run, out, resume=resume)
+            if outcome.signal is not None or distributed.rank() > 0:
+                return outcome.exit_code
+            distributed.stop()  # the others are done: what follows is this process's alone
+            if chosen := prepared.settle(out):
+                say(chosen)
+            final = (outcome.results or {}).get("losses")
+            found, losses = finish.evaluate(prepared, say, final)
+            page = finish.write(
+                out,
+                found,
+                losses,
+                bundle=prepared.bundle,
+                prepared=prepared,
+                run=out,
+                seconds={"train": outcome.seconds, "total": time.perf_counter() - begun},
+                model_path=str(out),
+                title=f"{', '.join([Path(prepared.name).name, *_size_of(prepared.run.config)])}: what it learned",
+            )
     finally:
         distributed.stop()
     for sentence in finish.summary(found):

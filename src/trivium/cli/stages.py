@@ -53,13 +53,13 @@ def run_stages(tree: Stages, settings: Config, out: Path, resume: bool = False) 
             code = resume_run(str(folder), None, {}, begun)
         else:
             with _in_own_flags(tree, stage.name):
-                prepared = stage.recipe.prepare(stage.recipe_name, settings.arguments)
+                prepared = with_budget(stage.recipe.prepare(stage.recipe_name, settings.arguments))
             if not (out / "config.json").is_file():  # now that a mistake in the first stage would have been told
                 out.mkdir(parents=True, exist_ok=True)
                 configuration.save(replace(settings, values=configuration.leaves(tree)), out / "config.json")
             for sentence in prepared.notes:
                 say(sentence)
-            code = run(with_budget(prepared), folder, begun)
+            code = run(prepared, folder, begun)
         if code or remaining([stage], out):  # stopped by Ctrl-C, or saved and stopped by SIGTERM
             say(f"to go on with the stages: {run_folder.to_resume(out)}")
             return code

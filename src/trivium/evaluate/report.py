@@ -79,6 +79,7 @@ MONITOR_TITLES = {  # what the figure is, and on which side of its threshold a m
     "balance": ("Share of the gradient", "above"),
     "chance": ("Loss as a share of its chance", "above"),
     "duplicates": ("Repeated rows in a batch", "above"),
+    "skipped": ("Steps that were skipped", "above"),
     "loading": ("Time spent waiting for data", "above"),
     "mfu": ("Use of the GPU (MFU)", "below"),
 }

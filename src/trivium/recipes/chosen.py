@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from trivium.errors import TriviumError
 from trivium.manifest import verify_manifest, written_beside
 from trivium.train import checkpoint
-from trivium.train.optim import warmup_steps
+from trivium.train.optim import never_warm
 from trivium.train.run import Run
 from trivium.train.run_folder import RunFolder
 from trivium.train.selection import Selection
@@ -27,11 +27,8 @@ def with_steps(recipe: Recipe, num_rows: int) -> Recipe:
     """Epochs as steps, and one evaluation an epoch where nothing else is said; written down as the run's own values."""
     per_epoch = steps_per_epoch(num_rows, recipe.data.batch)
     steps = recipe.train.steps if recipe.epochs is None else math.ceil(recipe.epochs * per_epoch)
-    if warmup_steps(recipe.optim, steps) >= steps:
-        raise TriviumError(
-            f"a warm-up of {recipe.optim.warmup:g} steps leaves nothing of a run of {steps}: give --optim.warmup a"
-            " share, such as 0.06"
-        )
+    if sentence := never_warm(recipe.optim, steps):
+        raise TriviumError(sentence)
     train = replace(recipe.train, steps=steps, evaluate_every=recipe.train.evaluate_every or min(per_epoch, steps))
     return replace(recipe, train=train, epochs=None)
 

@@ -71,17 +71,20 @@ def largest_micro_batch(try_one: Callable[[int], None], batch: int, processes: i
 def calibrate(one_step: Callable[[int], None], stream_at: Callable[[int], str], minutes: float) -> int:
     """How many steps fit into the minutes, from timing a few: about 3 % of the budget, at least 4 steps.
 
-    The first step of each stream is not counted (it allocates and compiles). Streams are weighted by how often they
-    are drawn, so that a few steps of the rare ones do not mislead. Every process gets the same answer.
+    The first step of each stream is not counted (it allocates and compiles), nor is a stream that was drawn once. The
+    others are weighted by how often they are drawn, so that a few steps of the rare ones do not mislead. Every process
+    gets the same answer.
     """
     seconds: dict[str, list[float]] = defaultdict(list)
-    started, step = time.perf_counter(), 0
-    while distributed.any_process(step < 4 or time.perf_counter() - started < 0.03 * 60 * minutes):
+    step, timed = 0, 0.0
+    while distributed.any_process(step < 4 or timed < 0.03 * 60 * minutes):
         begin = time.perf_counter()
         one_step(step)
         seconds[stream_at(step)].append(time.perf_counter() - begin)
+        timed = sum(sum(times[1:]) for times in seconds.values())
         step += 1
-    typical = {stream: statistics.median(times[1:] or times) for stream, times in seconds.items()}
+    counted = {stream: times[1:] for stream, times in seconds.items() if len(times) > 1} or seconds
+    typical = {stream: statistics.median(times) for stream, times in counted.items()}
     drawn = Counter(stream_at(step) for step in range(1000))
     known = {stream: count for stream, count in drawn.items() if stream in typical}
     mean = torch.tensor(sum(typical[stream] * count for stream, count in known.items()) / sum(known.values()))

@@ -23,8 +23,9 @@ import json
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,20 +173,32 @@ def prune(
     checkpoints: Path, keep_last: int, keep_every: int | None = None, spared: Collection[int | None] = ()
 ) -> None:
     """Remove all but the last `keep_last` checkpoints, those at multiples of `keep_every` steps and those of the
-    `spared` steps."""
+    `spared` steps. What cannot be removed is told and left: a network's file system may need its files for a while."""
     assert keep_last >= 1
     for path in checkpoints_in(checkpoints)[:-keep_last]:
         if (keep_every and step_of(path) % keep_every == 0) or step_of(path) in spared:
             continue
-        doomed = path.with_name(f".tmp-{path.name}")  # first out of sight: a half-removed one is never found
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        taken = set(checkpoints.glob(".tmp-*"))
+        names = (path.with_name(f".tmp-{number}-{path.name}") for number in range(1000))
+        doomed = next(name for name in names if name not in taken)
+        with _left_for_later(path):
+            path.rename(doomed)  # first out of sight: a half-removed one is never found
+            shutil.rmtree(doomed)
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Remove what a killed process left half-written or half-removed."""
+    """Remove what a killed process left half-written or half-removed, as far as it can be removed."""
     for path in checkpoints.glob(".tmp-*"):
-        shutil.rmtree(path)
+        with _left_for_later(path):
+            shutil.rmtree(path)
+
+
+@contextmanager
+def _left_for_later(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        print(f"{path} cannot be removed ({error.strerror}): it is left there for now", file=sys.stderr)
 
 
 class Saving:

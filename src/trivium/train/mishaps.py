@@ -118,13 +118,14 @@ class Replaced:
 
 
 def not_finite(mixture: Mixture, steps: Sequence[int]) -> str:
-    """Which samples to look at: whole global batches, since what is not finite on one process is so on all."""
+    """Which samples to look at, of these steps of one stream: whole global batches, since what is not finite on one
+    process is so on all."""
     named, samples = [], []
     for step in steps:
         stream, first = mixture.stream_at(step), mixture.place_at(step)
-        named.append(f"step {step + 1} with places {first} to {first + stream.batch - 1} of stream {stream.name}")
+        named.append(f"step {step + 1} with places {first} to {first + stream.batch - 1}")
         samples += mixture.names_at(step, most=2)
     return (
-        f"the gradient was not finite in three steps in a row, {', '.join(named)}: lower --optim.lr, or look at these"
-        f" samples, among them {'; '.join(samples)}"
+        f"the gradient was not finite in three steps of stream {stream.name} in a row, {', '.join(named)}: lower"
+        f" --optim.lr, or look at these samples, among them {'; '.join(samples)}"
     )

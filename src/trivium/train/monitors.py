@@ -11,12 +11,14 @@ threshold it says one sentence: the figure, and what to do. It knows no family: 
     health        a figure that a method watches itself leaves its range        needs `watched`
     chance        a loss is no better than the frequencies of its labels        needs `chance`
     duplicates    rows of a batch that are not each other's negatives           needs marks "same_..."
+    skipped       steps changed nothing, since their gradient was not finite
     loading       share of the time that is spent waiting for data: whether a run is loader-bound or compute-bound
     mfu           share of the measured speed of a matrix product that is used  GPU alone
 
 Every figure goes to monitors.jsonl, one JSON object a line. "stream" is empty where a figure is of the whole run, and
 "sentence" is there where it was said, at most once in QUIET_LOOKS looks; what there is to say of a figure that is well
-stands there as often, for the report, and is not shown while it trains:
+stands there as often, for the report, and is not shown while it trains. `skipped` alone speaks of the steps so far,
+when they are 1, 2, 4, 8 and so on, and where the others never look too:
 
     {"step": 300, "stream": "pairs", "monitor": "duplicates", "subject": "same_image", "value": 0.31,
      "threshold": 0.2, "crossed": true, "sentence": "..."}
@@ -230,6 +232,15 @@ def mfu(flops_per_second: float, ceiling: float) -> Iterator[Finding]:
     )  # fmt: skip
 
 
+def skipped(number: int, steps: int) -> Finding:
+    """number: of the steps of a stream that this process took."""
+    return Finding(
+        "skipped", "", number, 0, True,
+        f"skipped, since the gradient was not finite: {number:,} of {steps:,} steps so far, which changed nothing;"
+        " lower --optim.lr, or look at the samples of this stream",
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------- when they look
 
 
@@ -262,7 +273,7 @@ class Monitors:
 
     Args:
         path: monitors.jsonl. say: shows a sentence.
-        every: steps between looks; 0: never. first: steps done before this process began.
+        every: steps between looks; 0: never, but skipped steps are told. first: steps done before this process began.
         warmup: steps of the learning rate's. workers: of the loader.
         flops: a second, of a matrix product on this device in the run's precision; None: `mfu` is not watched.
     """
@@ -287,6 +298,8 @@ class Monitors:
         self.autocast, self.flops = autocast, flops
         self._first = first
         self._last: dict[str, int] = {}  # stream -> its last step
+        self._taken: Counter[str] = Counter()  # stream -> steps
+        self._skipped: Counter[str] = Counter()
         self._of_run = _Window()
         self._of_stream: defaultdict[str, _Window] = defaultdict(_Window)
         self._forward_flops: dict[str, int] = {}  # stream -> of one micro-batch
@@ -299,7 +312,14 @@ class Monitors:
 
         done: steps done with this one. seconds: that it took, of which `waited` for its batches.
         """
-        if not self.every or not result.accepted:
+        self._taken[stream.name] += 1
+        if not result.accepted:
+            self._skipped[stream.name] += 1
+            number = self._skipped[stream.name]
+            if number.bit_count() == 1:
+                self._report(done, stream.name, [skipped(number, self._taken[stream.name])], quiet_looks=0)
+            return
+        if not self.every:
             return
         if done == self._first + 1:  # the workers have just been started
             seconds, waited = seconds - waited, 0.0
@@ -338,7 +358,7 @@ class Monitors:
         if len(names) > 1 and done // balance_every > before // balance_every:
             yield from balance(gradient_norms(self.method, batches[0], result.rows, key, names, self.autocast))
 
-    def _report(self, done: int, stream: str, findings: Sequence[Finding]) -> None:
+    def _report(self, done: int, stream: str, findings: Sequence[Finding], quiet_looks: int = QUIET_LOOKS) -> None:
         if distributed.rank() > 0 or not findings:
             return
         lines = []
@@ -347,7 +367,7 @@ class Monitors:
             line = {"step": done, "stream": stream, **asdict(finding)}
             well, sentence = line.pop("well"), line.pop("sentence")
             sentence = sentence if finding.crossed else well
-            if sentence and done - self._said.get(about, -math.inf) >= QUIET_LOOKS * self.every:
+            if sentence and done - self._said.get(about, -math.inf) >= quiet_looks * self.every:
                 self._said[about] = done
                 line["sentence"] = sentence
                 if finding.crossed:

@@ -57,6 +57,16 @@ def warmup_steps(optim: Optim, total: int) -> int:
     return round(optim.warmup * total) if optim.warmup < 1 else int(optim.warmup)
 
 
+def never_warm(optim: Optim, total: int) -> str | None:
+    """A sentence where the warm-up is not shorter than the run of `total` steps; None where it is."""
+    if warmup_steps(optim, total) < total:
+        return None
+    return (
+        f"a warm-up of {optim.warmup:g} steps leaves nothing of a run of {total}: give --optim.warmup a share, such as"
+        " 0.06"
+    )
+
+
 def learning_rate(optim: Optim, step: int, total: int) -> float:
     """Factor on ``lr`` at a step (0 is the first): linear warm-up that reaches 1, then the schedule down to `final`."""
     warmup = warmup_steps(optim, total)

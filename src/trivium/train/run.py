@@ -39,7 +39,7 @@ class Train:
     log_every: int = 10
     bad_rate: float = 0.01  # share of unreadable samples above which the run stops; below, each is replaced
     bad_window: int = 10_000  # samples over which the share is taken
-    monitor_every: int = 100  # steps between looks of the monitors (see monitors.py); 0: none
+    monitor_every: int = 100  # steps between looks of the monitors (see monitors.py); 0: skipped steps alone are told
     tensorboard: bool = False
 
     def __post_init__(self) -> None:

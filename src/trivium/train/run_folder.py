@@ -1,7 +1,7 @@
 """The run folder: config.json, passport.json, metrics.jsonl, skipped.jsonl, monitors.jsonl, and checkpoints/ below.
 
 The passport says what made the run: the configuration's digest, versions, machine, command and date, and one more
-entry for each time that it was resumed.
+entry for each time that it was resumed. One run at a time works in a folder: it holds .lock.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from trivium import locks
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint, verify_manifest, write_whole
 from trivium.train import checkpoint, config, distributed, precision
@@ -26,7 +28,7 @@ from trivium.train.config import Config
 
 # Options that a resumed run may change: they alter what is seen or kept, not what is learned.
 FREE = (
-    *("train.device", "train.workers", "train.threads", "train.compile", "train.tensorboard", "train.minutes"),
+    *("train.device", "train.workers", "train.threads", "train.compile", "train.tensorboard"),
     *("train.save_every", "train.keep_last", "train.keep_every", "train.log_every", "train.evaluate_every"),
     *("train.monitor_every", "train.bad_rate"),
     "train.shard",
@@ -57,6 +59,38 @@ def refuse_a_run(path: Path) -> None:
 def to_resume(path: Path) -> str:
     """The command that continues a run, whichever verb began it."""
     return shlex.join(["trivium", "pretrain", str(path), "--resume"])
+
+
+@contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """While the block lasts, no other run works in this run folder. All processes of this one call it. The folder is
+    made where there is none, and goes again where nothing came into it.
+
+    Raises:
+        TriviumError: another is at work there.
+    """
+    lock = path / ".lock"
+
+    def leave() -> None:
+        with suppress(OSError):
+            if [entry.name for entry in path.iterdir()] == [lock.name]:
+                lock.unlink()
+                path.rmdir()
+
+    def claim() -> None:
+        with suppress(OSError):  # `create` tells of it
+            path.mkdir(parents=True, exist_ok=True)
+        if claimed.enter_context(locks.held(lock)):
+            claimed.callback(leave)
+        else:
+            raise TriviumError(
+                f"{path}: another process is at work on this run: wait for its end, or stop it, and then continue it"
+                f" with `{to_resume(path)}`"
+            )
+
+    with ExitStack() as claimed:
+        distributed.first_process_does(claim)
+        yield
 
 
 def create(path: Path, settings: Config) -> RunFolder:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -45,9 +46,16 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         resume: go on from the newest sound checkpoint; or from this one, which the caller has checked already.
 
     Raises:
-        TriviumError: a run stands in `out` already, or none to resume; memory or disk are full; the gradient was not
-            finite three times in a row; too many samples were bad; a data worker or another process was killed.
+        TriviumError: a run stands in `out` already, or none to resume, or another process is at work there; memory or
+            disk are full; the gradient of a stream was not finite three times in a row; too many samples were bad; a
+            data worker or another process was killed.
     """
+    distributed.start()
+    with run_folder.alone_in(out):
+        return _train(run, out, resume)
+
+
+def _train(run: Run, out: Path, resume: bool | Path) -> Outcome:
     settings = run.train
     folder, optimizer, autocast, state = begin(run, out, resume)
     trained = _trained(run, optimizer)
@@ -117,7 +125,7 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
         if stopping or distributed.any_process(selection.is_exhausted):
             steps.close()  # before a step: the run had ended early, or is to end now
         done = first
-        refused: list[int] = []  # steps in a row whose gradient was not finite
+        refused: dict[str, list[int]] = {}  # stream -> its last steps in a row whose gradient was not finite
         clock = time.perf_counter()
         for step, stream, batches in steps:
             waited = time.perf_counter() - clock
@@ -129,9 +137,9 @@ def train(run: Run, out: Path, *, resume: bool | Path = False) -> Outcome:
             monitors.note(done, stream, batches, result, seconds, waited)
             clock = time.perf_counter()
             replaced.note(done, batches)
-            refused = [] if result.accepted else [*refused, step]
-            if len(refused) == 3:
-                raise TriviumError(not_finite(run.mixture, refused))
+            in_a_row = refused[stream.name] = [] if result.accepted else [*refused.get(stream.name, []), step]
+            if len(in_a_row) == 3:
+                raise TriviumError(not_finite(run.mixture, in_a_row))
 
             stopping = distributed.any_process(stop.received is not None or saving.failed)
             if done % settings.log_every == 0:
@@ -219,21 +227,24 @@ def steps_in(run: Run, minutes: float) -> int:
 
 
 def try_streams(run: Run) -> None:
-    """One step of each stream, on a copy: raises OutOfMemory where one of them does not fit (micro-batch "auto").
+    """Two steps of each stream, on a copy: raises OutOfMemory where one of them does not fit (micro-batch "auto").
 
+    The second finds what the first left: the optimizer's state, and a schedule that has begun, such as a teacher's.
     Each process takes the step alone, on the first one's micro-batches, and then all of them vote: one that ran out in
     the midst of a common step would leave the others waiting. The rows gathered from the others, a few megabytes, are
     not counted.
     """
     run, optimizer, autocast = _trial(run)
-    first_of = {run.mixture.stream_at(step).name: step for step in reversed(range(min(run.train.steps, 1000)))}
-    for first in first_of.values():
-        with closing(_steps(run, first, first + 1, rank=0)) as steps:
-            _, stream, batches = next(steps)
+    drawn: dict[str, list[int]] = defaultdict(list)
+    for step in range(min(run.train.steps, 1000)):
+        drawn[run.mixture.stream_at(step).name].append(step)
+    for step in [steps[0] for steps in drawn.values()] + [steps[1] for steps in drawn.values() if len(steps) > 1]:
+        with closing(_steps(run, step, step + 1, rank=0)) as loaded:
+            _, stream, batches = next(loaded)
         error = None
         try:
             with distributed.alone():
-                one_step(run, optimizer, first, batches, autocast)
+                one_step(run, optimizer, step, batches, autocast)
         except OutOfMemory as raised:
             error = raised
         if distributed.any_process(error is not None):
@@ -248,6 +259,8 @@ def _trial(run: Run) -> tuple[Run, torch.optim.Optimizer, Context]:
         torch.set_num_threads(run.train.threads)
     method, blocks = copy.deepcopy((run.method, [] if run.blocks is None else list(run.blocks())))
     run = replace(run, method=method.to(_home(run, device)), blocks=lambda: blocks)
+    if run.train.compile:
+        compile_blocks(blocks)
     autocast = partial(precision.autocast, device, _common_precision(run, device))
     trained = _trained(run, optim.build(run.method, run.optim))
     return replace(run, method=trained.method), trained.optimizer, autocast
