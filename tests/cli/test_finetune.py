@@ -407,6 +407,25 @@ def test_hateful_memes_is_chosen_by_auroc(flava: Path, tmp_path: Path) -> None:
     assert (head["reads"], head["hidden"], head["task"]) == ("fused", 1536, "hateful_memes")
 
 
+def test_without_a_dev_split_the_one_to_choose_by_must_be_named(
+    flava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flickr30k-images").mkdir()
+    (tmp_path / "flickr30k-images" / "a.jpg").write_bytes(drawn_picture(1))
+    labels = {"film": "entailment", "cat": "neutral", "good": "contradiction"}
+    entries = [{"image": "a", "sentence": f"a {word}", "label": label} for word, label in labels.items()]
+    for split in ("train", "test"):
+        (tmp_path / f"ve_{split}.json").write_text(json.dumps(entries))
+    words = ["finetune", "visual_entailment", "--init", flava, "--data", tmp_path, *flags()]
+    assert run(*words, "--out", tmp_path / "run") == 2
+    assert (
+        "no labelled dev split to choose a checkpoint by, only test: give one, or choose by --select-on test.accuracy"
+        in (capsys.readouterr().err)
+    )
+    assert run(*words, "--out", tmp_path / "run", "--select-on", "test.accuracy") == 0
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
 def test_glue_writes_what_its_server_takes(bert: Path, tmp_path: Path) -> None:
     root = tmp_path / "glue" / "RTE"
     root.mkdir(parents=True)

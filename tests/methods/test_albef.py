@@ -18,6 +18,7 @@ from trivium.invariance import split
 from trivium.invariance.albef import TINY, albef_method, make_batch, random_albef
 from trivium.methods import albef as module
 from trivium.methods.albef import AlbefMethod, Distillation
+from trivium.methods.false_pairs import allowed, numbers
 from trivium.methods.pixels import Pixels
 from trivium.models.albef import Albef, Negatives
 from trivium.models.encoded import Encoded
@@ -214,7 +215,7 @@ def test_the_queue_starts_with_unit_rows_that_nobody_shows() -> None:
 
 def drawn(method: AlbefMethod, batch: Batch, key: Key = KEY) -> Negatives:
     rows, _ = method.embed(batch)
-    return method._negatives(batch, rows, method._allowed(batch), key)
+    return method._negatives(batch, rows, allowed(batch, method.pool), key)
 
 
 def test_a_false_pair_never_shows_the_same_and_stays_in_its_pool() -> None:
@@ -233,18 +234,18 @@ def test_a_false_pair_never_shows_the_same_and_stays_in_its_pool() -> None:
 
 
 def test_equal_captions_have_one_number_however_they_are_padded() -> None:
-    method, batch = method_of(), make_batch(6)
+    batch = make_batch(6)
     text = batch.texts[0]
     for tensor in (text.ids_BT, text.mask_BT):
         tensor[3] = tensor[2]
-    numbers = method._same(batch)[:, 1]
-    assert numbers[2] == numbers[3]
-    assert len(set(numbers.tolist())) == 5 and (numbers >= 0).all()
+    number_B = numbers(batch)[:, 1]
+    assert number_B[2] == number_B[3]
+    assert len(set(number_B.tolist())) == 5 and (number_B >= 0).all()
     for name in ("ids_BT", "mask_BT"):
         setattr(text, name, torch.nn.functional.pad(getattr(text, name), (0, 4)))
-    assert torch.equal(method._same(batch)[:, 1], numbers)
+    assert torch.equal(numbers(batch)[:, 1], number_B)
     text.ids_BT[0, :2] = text.ids_BT[0, :2].flip(0)
-    assert method._same(batch)[0, 1] != numbers[0]
+    assert numbers(batch)[0, 1] != number_B[0]
 
 
 def test_false_pairs_are_the_same_in_any_micro_batch_of_whole_pools() -> None:
@@ -260,7 +261,7 @@ def test_false_pairs_are_the_same_in_any_micro_batch_of_whole_pools() -> None:
 def test_a_micro_batch_smaller_than_a_pool_is_its_own() -> None:
     method, pieces = method_of(64), split(make_batch(12), 2)  # rows 6 to 11: nothing begins at a multiple of 64
     assert drawn(method, pieces[1]).image_B.max() < 6
-    assert method._allowed(pieces[1]).sum() == 6 * 5
+    assert allowed(pieces[1], method.pool).sum() == 6 * 5
 
 
 def test_likely_pictures_are_drawn_oftener_and_random_ones_evenly() -> None:
@@ -376,6 +377,21 @@ def test_masked_duplicates_are_no_negatives_and_published_ones_are() -> None:
         losses[duplicates] = float(method.couple(rows, rows)["itc"])
     assert losses["mask"] < losses["ignore"]
     assert losses["positive"] != pytest.approx(losses["ignore"], rel=1e-6)
+
+
+def test_equal_captions_of_other_pictures_are_no_answers_in_the_published_form() -> None:
+    batch, alike = make_batch(6), make_batch(6)
+    for tensor in (alike.texts[0].ids_BT, alike.texts[0].mask_BT):
+        tensor[4] = tensor[0]
+    assert torch.equal(numbers(alike)[0, 1:], numbers(alike)[4, 1:])
+    assert not allowed(alike, 6)[0, 4] and allowed(batch, 6)[0, 4], "and nothing false in ITM"
+    for duplicates, equal in (("ignore", True), ("positive", True), ("mask", False)):
+        losses = []
+        for alone in ("ignore", duplicates):
+            method = method_of(queue=0, duplicates=alone, itc=0.0, weights={"itm": 0.0, "mlm": 0.0})
+            rows, _ = method.embed(alike)
+            losses.append(float(method.couple(rows, rows)["itc"]))
+        assert (losses[0] == pytest.approx(losses[1], rel=1e-9)) == equal, duplicates
 
 
 def test_chance_is_equal_scores_and_the_entropy_of_labels() -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from trivium.invariance import split
 from trivium.invariance.flava import make_batch, random_flava, retrieval_method
+from trivium.methods.false_pairs import allowed
 from trivium.methods.retrieval import RetrievalMethod
 from trivium.train.protocol import Batch, Key
 from trivium.train.step import backward
@@ -85,9 +86,19 @@ def test_pools_bound_the_negatives_and_nothing_of_the_same_picture_is_false(nega
     rows, _ = method.embed(batch)
     same_B = batch.images[0].same_B
     for step in range(20):
-        for drawn_B in method._false(batch, rows, method._allowed(batch), Key(0, "pairs", step)):
+        for drawn_B in method._false(batch, rows, allowed(batch, method.pool), Key(0, "pairs", step)):
             assert bool((drawn_B // 4 == torch.arange(8) // 4).all())
             assert not bool((same_B[drawn_B] == same_B).any())
+
+
+def test_a_caption_that_another_picture_has_too_is_never_taken_for_false() -> None:
+    method, batch = method_of(pool=4), pairs(4, alike=())
+    for tensor in (batch.texts[0].ids_BT, batch.texts[0].mask_BT):
+        tensor[2] = tensor[1]  # the likest of all, so hard negatives would seek it
+    rows, _ = method.embed(batch)
+    for step in range(30):
+        for drawn_B in method._false(batch, rows, allowed(batch, method.pool), Key(0, "pairs", step)):
+            assert drawn_B[1] != 2 and drawn_B[2] != 1
 
 
 def test_a_row_without_a_false_pair_is_left_out_and_counted() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trivium.errors import TriviumError
+from trivium.recipes.chosen import EVALUATIONS, many_passes, with_steps
 from trivium.recipes.finetune import FinetuneRecipe, finetune
 from trivium.recipes.retrieval import RetrievalRecipe
 from trivium.recipes.tasks import TASKS
@@ -115,3 +116,14 @@ def test_retrieval_has_the_settings_of_albef(name: str, epochs: int, shortlist: 
     assert (recipe.data.image_size, recipe.data.max_length, recipe.data.crop_scale) == (384, 30, (0.5, 1.0))
     assert (recipe.distillation.alpha, recipe.distillation.ramp, recipe.distillation.reach) == (0.4, None, 200.0)
     assert (recipe.objectives.duplicates, recipe.optim.weight_decay, recipe.optim.clip) == ("positive", 0.02, "none")
+
+
+def test_published_steps_on_few_rows_are_told_and_do_not_measure_every_other_step() -> None:
+    recipe = finetune("mnli")
+    whole, few = with_steps(recipe, 392_702), with_steps(recipe, 1000)
+    assert whole.train.steps == few.train.steps == 123_873
+    assert whole.train.evaluate_every == 12_272 and many_passes(whole, 392_702) == [], "an epoch"
+    assert few.train.steps // few.train.evaluate_every == EVALUATIONS
+    [sentence] = many_passes(few, 1000)
+    assert "3,964 times through the 1,000 training rows" in sentence
+    assert with_steps(finetune("text_classification"), 300).train.evaluate_every == 10, "few epochs: one each"

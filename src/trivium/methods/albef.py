@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trivium.methods.false_pairs import alike, allowed, numbers
 from trivium.methods.momentum import Teaching, follow, follower
 from trivium.methods.pixels import MethodOfPictures, Pixels
 from trivium.methods.positions import needed, places
@@ -47,7 +48,6 @@ from trivium.train.protocol import Batch, Key, Rows, Sums, Watched, deviation, h
 LOSSES = ("itc", "itm", "mlm")
 FALSE_SHARE = 2 / 3  # of the pairs that ITM is asked about: beside each true one a false picture and a false text
 FOLLOWED = ("image", "text", "fusion", "mlm_head", "image_projection", "text_projection")  # by the teacher
-_CAPTION_BASE = 0x9E3779B97F4A7C15 - 2**64  # odd, as an int64
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class AlbefMethod(MethodOfPictures):
         seed: of those.
         weights: of the losses "itc", "itm" and "mlm".
         duplicates: what other rows of the same picture or caption are in ITC: left out ("mask"), negatives ("ignore",
-            the published pretraining) or answers too ("positive", the published fine-tuning on retrieval).
+            the published pretraining), or those of the same picture are answers too and equal captions of others are
+            negatives ("positive", the published fine-tuning on retrieval).
         negatives: "hard" draws them by likeness, "random" evenly.
         pool: rows among which they are drawn. A micro-batch is a whole number of pools, or within one.
     """
@@ -133,21 +134,8 @@ class AlbefMethod(MethodOfPictures):
 
     def counts(self, batch: Batch) -> Sums:
         assert bool(batch.targets["matched"].all()), "ALBEF makes its false pairs itself"
-        counts = {"itc": torch.tensor(len(batch)), "itm": 3 * self._allowed(batch).any(1).sum()}
+        counts = {"itc": torch.tensor(len(batch)), "itm": 3 * allowed(batch, self.pool).any(1).sum()}
         return counts | {"mlm": batch.targets["selected"].sum()} if self.weights["mlm"] else counts
-
-    def _same(self, batch: Batch) -> Tensor:
-        """The numbers of picture and caption, int64 [B, 2]. Captions of the same words have the same number."""
-        ids_BT = batch.texts[0].ids_BT * batch.texts[0].mask_BT
-        number_B = torch.zeros_like(ids_BT[:, 0])
-        for ids_B in ids_BT.T.flip(0):  # backwards, so that pads count nothing; it wraps at 2**64
-            number_B = number_B * _CAPTION_BASE + ids_B
-        return torch.stack([batch.images[0].same_B, number_B & (2**63 - 1)], dim=1)
-
-    def _allowed(self, batch: Batch) -> Tensor:
-        """Which rows may stand beside which in a false pair, bool [B, B]: of one pool, and nothing they share."""
-        same_B2, pool_B = self._same(batch), (batch.rows_B - batch.rows_B[0]) // self.pool
-        return ~_alike(same_B2, same_B2) & (pool_B[:, None] == pool_B)
 
     # Both towers, twice.
 
@@ -163,7 +151,7 @@ class AlbefMethod(MethodOfPictures):
             shown = self.teacher.encode_image(pixels_BCHW, rows=None if teaches_words else 1)
             read, hidden = self._encode_texts(self.teacher, batch, teaches_words)
             teacher = {"teacher_image": shown.projected, "teacher_text": read.projected}
-        marks = {"row": self._to(batch.rows_B), "same": self._to(self._same(batch))}
+        marks = {"row": self._to(batch.rows_B), "same": self._to(numbers(batch))}
         rows = Rows({"image": image.projected, "text": text.projected}, marks | teacher)
         return rows, _Seen(image, text, masked, shown, hidden)
 
@@ -187,8 +175,11 @@ class AlbefMethod(MethodOfPictures):
         answer_B = order_G[torch.searchsorted(row_G[order_G], row_B)]
         same: tuple[Tensor, ...] = ()
         if self.duplicates != "ignore":
-            same_B2 = mine.marks["same"]
-            same = (_alike(same_B2, everyone.marks["same"]), _alike(same_B2, self.queue_same))
+            same_B2, others = mine.marks["same"], (everyone.marks["same"], self.queue_same)
+            if self.duplicates == "positive":
+                same = tuple(same_B2[:, None, 0] == same_C2[:, 0] for same_C2 in others)
+            else:
+                same = tuple(alike(same_B2, same_C2) for same_C2 in others)
         alpha = self.alpha("itc")
         both = []
         for asked, key, queue_QD in (("image", "text", self.text_queue), ("text", "image", self.image_queue)):
@@ -207,7 +198,7 @@ class AlbefMethod(MethodOfPictures):
         if not (self.weights["itm"] or self.weights["mlm"]):
             return {}
         sums: Sums = {}
-        allowed_BB = self._allowed(batch)
+        allowed_BB = allowed(batch, self.pool)
         negatives = self._negatives(batch, rows, self._to(allowed_BB), key) if self.weights["itm"] else None
         published = self.distillation.soft_labels == "positions"
         index, masked_M = None, torch.empty(0, dtype=torch.int64)
@@ -318,8 +309,3 @@ class _Seen:
     masked: Encoded | None
     shown: Encoded  # to the teacher
     hidden: Encoded | None  # masked texts, to the teacher
-
-
-def _alike(same_B2: Tensor, same_C2: Tensor) -> Tensor:
-    """bool [B, C]: the same picture, or the same caption."""
-    return (same_B2[:, None, 0] == same_C2[:, 0]) | (same_B2[:, None, 1] == same_C2[:, 1])

@@ -6,7 +6,7 @@
 
 ALBEF itself is trained by `methods/albef.py`, whose keys come from a teacher and a queue; CLIP, which matches nothing,
 by `methods/clip.py`. Nothing is hidden here, other than in FLAVA's pretraining. What shows the same picture is left out
-of the contrastive loss, and never taken for false by ITM.
+of the contrastive loss, and never taken for false by ITM; nor is what has the same caption.
 
 B rows.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trivium.methods.albef import FALSE_SHARE
+from trivium.methods.false_pairs import allowed
 from trivium.methods.pixels import MethodOfPictures, Pixels
 from trivium.models.encoded import Encoded
 from trivium.models.flava import MAX_LOGIT_SCALE, Flava
@@ -56,12 +57,7 @@ class RetrievalMethod(MethodOfPictures):
 
     def counts(self, batch: Batch) -> Sums:
         assert bool(batch.targets["matched"].all()), "false pairs are made here"
-        return {"contrastive": torch.tensor(len(batch)), "itm": 3 * self._allowed(batch).any(1).sum()}
-
-    def _allowed(self, batch: Batch) -> Tensor:
-        """Which rows may stand beside which in a false pair, bool [B, B]: of one pool, and of another picture."""
-        same_B, pool_B = batch.images[0].same_B, (batch.rows_B - batch.rows_B[0]) // self.pool
-        return (same_B[:, None] != same_B) & (pool_B[:, None] == pool_B)
+        return {"contrastive": torch.tensor(len(batch)), "itm": 3 * allowed(batch, self.pool).any(1).sum()}
 
     def embed(self, batch: Batch) -> tuple[Rows, Any]:
         text = batch.texts[0]
@@ -88,7 +84,7 @@ class RetrievalMethod(MethodOfPictures):
         if not self.weights["itm"]:
             return {}
         image, text = states
-        allowed_BB = self._allowed(batch)
+        allowed_BB = allowed(batch, self.pool)
         image_B, text_B = self._false(batch, rows, self._to(allowed_BB), key)
         images = Encoded.joined([image, image.taken(image_B), image])
         texts = Encoded.joined([text, text, text.taken(text_B)])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trivium.methods.false_pairs import allowed
 from trivium.methods.finetune import FineTuning
 from trivium.models.albef import Albef
 from trivium.models.albef_heads import TwoPictures
@@ -59,7 +60,7 @@ class TextAssignment(FineTuning):
     def _drawn(self, batch: Batch, image_BD: Tensor, key: Key) -> tuple[Tensor, Tensor, Tensor]:
         """Which picture stands left, which right, and the class, int64 [B] each: functions of the seed, the step, the
         row and the likenesses."""
-        allowed_BB = self._to(self._allowed(batch))
+        allowed_BB = self._to(allowed(batch, self.pool))
         with torch.autocast(image_BD.device.type, enabled=False):
             logits_BB = image_BD @ image_BD.T / TEMPERATURE
         draws = [self._to(key.uniform(name, batch.rows_B)) for name in ("like picture", "other like picture")]
@@ -71,10 +72,5 @@ class TextAssignment(FineTuning):
         right_B = torch.where(label_B == 0, one_B, torch.where(label_B == 1, own_B, other_B))
         return left_B, right_B, label_B
 
-    def _allowed(self, batch: Batch) -> Tensor:
-        """Which pictures may stand beside a text that they do not belong to: of its pool, and not its own."""
-        same_B, pool_B = batch.images[0].same_B, (batch.rows_B - batch.rows_B[0]) // self.pool
-        return (same_B[:, None] != same_B) & (pool_B[:, None] == pool_B)
-
     def _kept(self, batch: Batch) -> Tensor:
-        return self._allowed(batch).sum(1) >= 2
+        return allowed(batch, self.pool).sum(1) >= 2

@@ -19,18 +19,34 @@ from trivium.train.selection import Selection
 Recipe = TypeVar("Recipe", bound=Any)  # with `data.batch`, `optim`, `train` and `epochs`
 
 
+EVALUATIONS = 50  # in a run whose epochs are short
+MANY_PASSES = 100
+
+
 def steps_per_epoch(num_rows: int, batch: int) -> int:
     return max(1, math.ceil(num_rows / batch))
 
 
 def with_steps(recipe: Recipe, num_rows: int) -> Recipe:
-    """Epochs as steps, and one evaluation an epoch where nothing else is said; written down as the run's own values."""
+    """Epochs as steps, and one evaluation an epoch where nothing else is said, but no more than EVALUATIONS in a run;
+    written down as the run's own values."""
     per_epoch = steps_per_epoch(num_rows, recipe.data.batch)
     steps = recipe.train.steps if recipe.epochs is None else math.ceil(recipe.epochs * per_epoch)
     if sentence := never_warm(recipe.optim, steps):
         raise TriviumError(sentence)
-    train = replace(recipe.train, steps=steps, evaluate_every=recipe.train.evaluate_every or min(per_epoch, steps))
-    return replace(recipe, train=train, epochs=None)
+    every = recipe.train.evaluate_every or min(max(per_epoch, steps // EVALUATIONS), steps)
+    return replace(recipe, train=replace(recipe.train, steps=steps, evaluate_every=every), epochs=None)
+
+
+def many_passes(recipe: Recipe, num_rows: int) -> list[str]:
+    """A sentence where a published number of steps is far more than so few rows can use."""
+    passes = recipe.train.steps * recipe.data.batch / num_rows
+    if passes <= MANY_PASSES:
+        return []
+    return [
+        f"{recipe.train.steps:,} steps of {recipe.data.batch} rows are {passes:,.0f} times through the {num_rows:,}"
+        " training rows: --epochs 10 counts these instead"
+    ]
 
 
 def keep_best(run: Run, out: Path) -> str:

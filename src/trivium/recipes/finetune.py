@@ -35,7 +35,7 @@ from trivium.models.bert import BertConfig
 from trivium.models.encoded import EncodesImage, EncodesText, Fuses
 from trivium.models.finetuned import FineTuned, Gives, HeadConfig, Reads, read, tells_segments_apart
 from trivium.recipes import limits
-from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
+from trivium.recipes.chosen import keep_best, many_passes, steps_per_epoch, with_steps
 from trivium.recipes.grounding import GROUNDING, GroundingRecipe
 from trivium.recipes.predict import predict, tell_held_out
 from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
@@ -63,7 +63,7 @@ class FinetuneRecipe(Recipe):
     train: Train = field(default_factory=Train)
     init: str | None = None  # the model: a run folder, a model folder or a foreign checkpoint
     dropout: float | None = None  # of the model while it is trained; None: as its checkpoint says
-    epochs: float | None = None  # times through the training rows, in place of train.steps
+    epochs: float | None = None  # times through the training rows, each in whole batches; in place of train.steps
     select_on: str | None = (
         None  # the held-out figure that is to be highest, such as dev.accuracy; None: the task's own
     )
@@ -180,6 +180,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         notes.append("without distillation: of text assignment there is none")
         recipe = replace(recipe, distillation=replace(recipe.distillation, alpha=0.0))
     recipe = with_steps(recipe, len(splits.train))
+    notes += many_passes(recipe, len(splits.train))
     _check_pools(recipe)
     max_length = min(recipe.data.max_length or 10**9, _positions(model))
     reads_with = replace(start, transform=transform, max_length=max_length)
@@ -202,7 +203,14 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         recipe.train.steps, steps_per_epoch(len(splits.train), recipe.data.batch),
     )  # fmt: skip
 
-    select = recipe.select_on or f"{next(iter(_labelled(splits)))}.{task.reported}"
+    named = [split for split in _labelled(splits) if not split.startswith("test")]
+    if recipe.select_on is None and not named:
+        tests = list(_labelled(splits))
+        raise TriviumError(
+            f"there is no labelled dev split to choose a checkpoint by, only {', '.join(tests)}: give one, or choose by"
+            f" --select-on {tests[0]}.{task.reported}"
+        )
+    select = recipe.select_on or f"{named[0]}.{task.reported}"
     if select not in (known := [f"{split}.{metric}" for split in _labelled(splits) for metric in task.metrics]):
         raise TriviumError(f"--select-on {select}: no such figure is measured: use one of {', '.join(known)}")
     bundle = replace(

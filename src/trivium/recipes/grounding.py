@@ -24,7 +24,7 @@ from trivium.methods.momentum import SoftTargets
 from trivium.models.albef import Albef
 from trivium.models.flava import Flava
 from trivium.recipes import limits
-from trivium.recipes.chosen import with_steps
+from trivium.recipes.chosen import many_passes, with_steps
 from trivium.recipes.data import absolute
 from trivium.recipes.prepared import Losses, Recipe, mixtures
 from trivium.recipes.retrieval import PUBLISHED, Objectives, PreparedMatching, pools_fit, put_together
@@ -156,7 +156,7 @@ def _prepare(
     train = ExpressionRows(data.good("train"))
     recipe = with_steps(recipe, len(train))
     pools_fit(recipe)
-    notes = list(data.notes)
+    notes = [*data.notes, *many_passes(recipe, len(train))]
     if bad := data.bad("train"):
         notes.append(f"train: {len(bad):,} expressions cannot be used; the first: {bad[0]}")
     if resume_from is None and start.head is not None:

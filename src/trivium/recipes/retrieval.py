@@ -40,7 +40,7 @@ from trivium.models.encoded import Matches
 from trivium.models.flava import Flava
 from trivium.recipes import limits
 from trivium.recipes.albef import check_pools, queue_rows
-from trivium.recipes.chosen import keep_best, steps_per_epoch, with_steps
+from trivium.recipes.chosen import keep_best, many_passes, steps_per_epoch, with_steps
 from trivium.recipes.data import Sources, absolute
 from trivium.recipes.notices import cut_captions, noticed
 from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
@@ -237,7 +237,7 @@ def _prepare(
     train = sources.pop("train")
     recipe = with_steps(recipe, len(train))
     pools_fit(recipe)
-    notes = noticed(Sources(train, None, None, sources["dev"], None, None))
+    notes = [*noticed(Sources(train, None, None, sources["dev"], None, None)), *many_passes(recipe, len(train))]
     if resume_from is None and start.head is not None:
         notes.append("left out is the head that the model has: retrieval has no use for it")
     method, bundle, stream = put_together(recipe, start, train, notes, data.crop_scale, data.sort_by_length)
