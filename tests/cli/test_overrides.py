@@ -38,6 +38,24 @@ def test_words_after_a_flag_are_its_values() -> None:
     }
 
 
+@dataclass(frozen=True)
+class Member:
+    pattern: str
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Members:
+    groups: tuple[Member, ...] = ()
+
+
+@pytest.mark.parametrize("words", ["--groups.0.pattern a --groups.0.rate 2", "--groups.0.rate 2 --groups.0.pattern a"])
+def test_a_member_may_be_given_in_any_order_of_its_fields(words: str) -> None:
+    assert set_overrides(Members(), split_overrides(words.split())) == Members((Member("a", 2.0),))
+    with pytest.raises(TriviumError, match=r"the recipe has no option groups\.0\.rate"):
+        set_overrides(Members(), split_overrides(["--groups.0.rate", "2"]))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -45,8 +45,17 @@ def set_overrides(tree: Any, overrides: Mapping[str, str | Sequence[str]]) -> An
     So ``7`` is a number for a number, a string for a string and a list of one for a list.
     Raises TriviumError as ``train.config.set_leaves`` does.
     """
-    for path, words in overrides.items():
-        tree = _set_leaf(tree, path, [words] if isinstance(words, str) else words)
+    left = dict(overrides)
+    while left:
+        refusals = {}
+        for path, words in left.items():
+            try:
+                tree = _set_leaf(tree, path, [words] if isinstance(words, str) else words)
+            except TriviumError as error:  # it may need one that comes later: a group its pattern
+                refusals[path] = error
+        if len(refusals) == len(left):
+            raise next(iter(refusals.values()))
+        left = {path: left[path] for path in refusals}
     return tree
 
 

@@ -18,6 +18,7 @@ SOME: Rule = (lambda value: value >= 1, "a whole number of 1 or more")
 SHARES: Rule = (lambda pair: 0 < pair[0] <= pair[1] <= 1, "two shares, the smaller first, above 0 and at most 1")
 EACH: Rule = (lambda values: values and min(values) >= 1, "one or more whole numbers of 1 or more")
 TOKENS: Rule = (lambda value: value >= 3, "3 tokens or more: [CLS], [SEP] and a word between them")
+MOMENTA: Rule = (lambda pair: all(0 <= value < 1 for value in pair), "two numbers of 0 or more and below 1")
 PROBABILITIES: Rule = (lambda values: all(0 <= value <= 1 for value in values), "three shares between 0 and 1")
 
 RULES: dict[str, Rule] = {  # by path; * stands for any name
@@ -99,12 +100,15 @@ RULES: dict[str, Rule] = {  # by path; * stands for any name
     **dict.fromkeys(("objectives.koleo", "objectives.ibot"), NOT_NEGATIVE),
     "optim.lr": NOT_NEGATIVE,
     "optim.eps": POSITIVE,
-    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.betas": MOMENTA,
+    **dict.fromkeys(("optim.weight_decay", "optim.weight_decay_final", "optim.final"), NOT_NEGATIVE),
+    **dict.fromkeys([f"optim.groups.*.{name}" for name in ("rate", "weight_decay", "freeze_until")], NOT_NEGATIVE),
     "optim.warmup": NOT_NEGATIVE,
     "optim.clip_norm": POSITIVE,
     "optim.layer_decay": POSITIVE,
     "train.steps": SOME,
     "train.minutes": POSITIVE,
+    "train.micro_batch": (lambda value: value == "auto" or value >= 1, 'a whole number of 1 or more, or "auto"'),
     "train.threads": SOME,
     "train.workers": NOT_NEGATIVE,
     "train.save_every": SOME,
