@@ -1,8 +1,9 @@
 """What every source of samples shares, and the two plainest: a folder of pictures and a file of text lines.
 
 Row and number. Image and text of one true row always get the same number (``same_image == same_text``), so a false pair
-is one whose numbers differ. Rows that show the same picture file share their number; every other row has its own. Equal
-captions of different pictures are not merged: that would have to merge their pictures too.
+is one whose numbers differ. Rows that show the same picture file, or the same bytes in a table or a shard, share their
+number; every other row has its own. Equal captions of different pictures are not merged: that would have to merge their
+pictures too.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class RowSource(ABC):
         """Its captions as they stand in the file. Raises BadSample."""
 
     def identity(self, row: int) -> str:
-        """What the number of a row is made from: equal only where the picture is the same file."""
+        """What the number of a row is made from: equal only where the picture is the same."""
         return "\n".join((os.path.abspath(self.where(row)[0]), self.where(row)[1]))
 
     def label(self, row: int) -> int | None:
