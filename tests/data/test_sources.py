@@ -366,6 +366,16 @@ def test_jsonl(tmp_path: Path, pictures: Path) -> None:
         open_source("pairs", [file])
 
 
+def test_half_a_character_is_a_bad_row(tmp_path: Path) -> None:
+    """JSON can spell it, no tokenizer can read it."""
+    file = tmp_path / "s.jsonl"
+    file.write_text('{"text": "hello \\ud83d"}\n{"text": ["\\ud83d", "\\ude00"]}\n{"text": "\\ud83d\\ude00"}\n')
+    source = open_source("text", [file])
+    assert bad(source, 0) == f"{file} (line 1): its text is no Unicode (a lone surrogate)"
+    assert "(line 2): its text is no Unicode" in bad(source, 1)
+    assert source.read(2, 2)["text"] == "\N{GRINNING FACE}"
+
+
 # --------------------------------------------------------------------------------------------------- parquet
 
 

@@ -98,6 +98,10 @@ class RowSource(ABC):
         texts = [text for text in texts if text]
         if not texts:
             raise self.bad(row, "its text is empty")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:  # JSON can spell half a character
+            raise self.bad(row, "its text is no Unicode (a lone surrogate)") from None
         return texts
 
     def _name(self, row: int) -> str:
