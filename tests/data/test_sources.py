@@ -129,6 +129,33 @@ def test_an_empty_a_missing_and_a_mistaken_folder(tmp_path: Path, pictures: Path
         open_source("pairs", [])
 
 
+def test_a_folder_that_cannot_be_read_is_not_passed_over(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if path.endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(
+        TriviumError, match=r"photos/b cannot be read \(Permission denied\): change its rights, or name"
+    ):
+        open_source("images", [pictures])
+
+
+def test_what_a_pattern_matches_is_taken_as_if_it_were_named(tmp_path: Path) -> None:
+    (tmp_path / "texts" / "below").mkdir(parents=True)
+    for name in ("a.txt", "below/b.txt", "c.txt"):
+        (tmp_path / "texts" / name).write_text(name)
+    source = open_source("text", [tmp_path / "texts" / "*"])
+    assert [source.read(row, row)["text"] for row in range(3)] == ["a.txt", "below/b.txt", "c.txt"]
+    (tmp_path / "texts" / "d.txt").symlink_to(tmp_path / "gone.txt")
+    for path in ("*", "d.txt"):
+        with pytest.raises(TriviumError, match=r"texts/d.txt is a link to nothing: remove it"):
+            open_source("text", [tmp_path / "texts" / path])
+
+
 def test_pictures_that_vanish_or_are_empty(pictures: Path) -> None:
     source = open_source("images", [pictures])
     (pictures / "a" / "1.png").unlink()

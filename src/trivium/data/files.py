@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -246,9 +246,18 @@ class Folder(RowSource):
 
 
 def walk(root: str) -> Iterator[str]:
-    """Files below a folder, relative to it, with "/". Links to folders are followed, each folder once."""
+    """Files below a folder, relative to it, with "/". Links to folders are followed, each folder once.
+
+    Raises TriviumError where one cannot be read: what lies in it would be missing unsaid.
+    """
+
+    def unreadable(error: OSError) -> NoReturn:
+        raise TriviumError(
+            f"{error.filename} cannot be read ({error.strerror}): change its rights, or name the folders beside it"
+        )
+
     visited: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited:
             folders.clear()
