@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from trivium.data.labelled import Columns, LabelledRows, Row, Splits, read_tables
+from trivium.data.sources import open_source
 from trivium.errors import BadSample, TriviumError
 
 
@@ -54,6 +55,15 @@ def test_a_label_that_training_never_had_is_a_bad_row_and_is_counted(tmp_path: P
     with pytest.raises(BadSample, match=r'dev.csv \(line 3\): its label "z" is that of no training row'):
         splits.held_out["dev"].read(1, 1)
     assert any(note.startswith("dev: 1 of 2 rows cannot be used") for note in splits.notes)
+
+
+def test_a_quote_in_a_tsv_is_a_plain_character(tmp_path: Path) -> None:
+    """As in pretraining: it must not swallow the rows that follow."""
+    train = tmp_path / "train.tsv"
+    train.write_text('text\tlabel\n"Great\tx\nfine\ty\nok"\tx\n')
+    source = open_source("text", [train])
+    assert [row.text for row in opened([str(train)], [str(train)]).train.good()] == ['"Great', "fine", 'ok"']
+    assert [source.read(row, row)["text"] for row in range(3)] == ['"Great', "fine", 'ok"']
 
 
 def test_a_row_without_text_or_label_costs_itself_alone(tmp_path: Path) -> None:

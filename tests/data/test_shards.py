@@ -163,6 +163,15 @@ def test_dangerous_members_are_left_out_and_counted(tmp_path: Path) -> None:
     ]
 
 
+def test_pictures_under_names_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    names = ("000.jpg", "IMG.2020.jpg", "001.GIF", "dir.x/002.png", "._003.png", "notes.md")
+    source = TarShards([write_shard(tmp_path / "n.tar", [(name, picture()) for name in names])], "images")
+    assert [source.where(row)[1] for row in range(len(source))] == ["000", "dir.x/002"]
+    assert source.notes == [
+        f"{tmp_path}/n.tar: left out 2 x a picture that is not named key.jpg, .jpeg, .png or .webp, without another dot"
+    ]
+
+
 def test_a_shard_cut_short_keeps_what_came_before(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "cut.tar", [*GOOD[:2], ("001.png", picture()), ("001.txt", b"x" * 5000)])
     data = shard.read_bytes()

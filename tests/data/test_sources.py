@@ -147,6 +147,33 @@ def test_an_empty_a_missing_and_a_mistaken_folder(tmp_path: Path, pictures: Path
         open_source("pairs", [])
 
 
+def test_a_folder_that_cannot_be_read_is_not_passed_over(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if path.endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(
+        TriviumError, match=r"photos/b cannot be read \(Permission denied\): change its rights, or name"
+    ):
+        open_source("images", [pictures])
+
+
+def test_what_a_pattern_matches_is_taken_as_if_it_were_named(tmp_path: Path) -> None:
+    (tmp_path / "texts" / "below").mkdir(parents=True)
+    for name in ("a.txt", "below/b.txt", "c.txt"):
+        (tmp_path / "texts" / name).write_text(name)
+    source = open_source("text", [tmp_path / "texts" / "*"])
+    assert [source.read(row, row)["text"] for row in range(3)] == ["a.txt", "below/b.txt", "c.txt"]
+    (tmp_path / "texts" / "d.txt").symlink_to(tmp_path / "gone.txt")
+    for path in ("*", "d.txt"):
+        with pytest.raises(TriviumError, match=r"texts/d.txt is a link to nothing: remove it"):
+            open_source("text", [tmp_path / "texts" / path])
+
+
 def test_pictures_that_vanish_or_are_empty(pictures: Path) -> None:
     source = open_source("images", [pictures])
     (pictures / "a" / "1.png").unlink()
@@ -384,6 +411,16 @@ def test_jsonl(tmp_path: Path, pictures: Path) -> None:
         open_source("pairs", [file])
 
 
+def test_half_a_character_is_a_bad_row(tmp_path: Path) -> None:
+    """JSON can spell it, no tokenizer can read it."""
+    file = tmp_path / "s.jsonl"
+    file.write_text('{"text": "hello \\ud83d"}\n{"text": ["\\ud83d", "\\ude00"]}\n{"text": "\\ud83d\\ude00"}\n')
+    source = open_source("text", [file])
+    assert bad(source, 0) == f"{file} (line 1): its text is no Unicode (a lone surrogate)"
+    assert "(line 2): its text is no Unicode" in bad(source, 1)
+    assert source.read(2, 2)["text"] == "\N{GRINNING FACE}"
+
+
 # --------------------------------------------------------------------------------------------------- parquet
 
 
@@ -405,7 +442,8 @@ def test_parquet_files_row_groups_and_patterns(tmp_path: Path) -> None:
     assert texts == [f"text {row}" for row in [0, 1, 2, 0, 1, 2, 3, 4]]
     assert source.read(4, 7)["image"] == PICTURE + b"\x01"
     assert source.read(4, 4)["name"] == f"{tmp_path}/train-1.parquet (row 1)"
-    assert len({source.read(row, row)["same_image"] for row in range(8)}) == 8
+    numbers = [source.read(row, row)["same_image"] for row in range(8)]
+    assert len(set(numbers)) == 5 and numbers[:3] == numbers[3:6]  # both files hold three of the pictures
     assert lengths(source) == [6] * 8
 
 
@@ -422,6 +460,18 @@ def test_parquet_picture_structs_paths_and_lists_of_captions(tmp_path: Path, pic
     assert "text is empty" in bad(open_source("text", [file]), 3)
     paths = write_parquet(tmp_path, "paths.parquet", 1, image=["photos/c.webp"])
     assert open_source("pairs", [paths]).read(0, 0)["same_image"] == source.read(1, 1)["same_image"]
+
+
+@pytest.mark.parametrize("in_struct", [True, False])
+def test_pictures_inside_a_parquet_file_are_known_by_their_bytes(tmp_path: Path, in_struct: bool) -> None:
+    """Beside bytes Hugging Face keeps the last part of a path alone: pictures of several folders then share a name."""
+    held = [PICTURE + bytes([row]) for row in (0, 1, 2, 0)]
+    names = ["000.png", "000.png", "001.png", "002.png"]
+    image = [{"bytes": data, "path": name} for data, name in zip(held, names, strict=True)] if in_struct else held
+    source = open_source("pairs", [write_parquet(tmp_path, rows=4, image=image)])
+    numbers = [source.read(row, row)["same_image"] for row in range(4)]
+    assert len(set(numbers)) == 3 and numbers[0] == numbers[3]
+    assert [source.read(0, row)["same_text"] for row in range(4)] == numbers
 
 
 def test_parquet_that_is_none_or_lacks_a_column(tmp_path: Path) -> None:

@@ -91,6 +91,19 @@ def test_texts_are_assigned_once_and_for_all(tmp_path: Path) -> None:
         read_assignments([str(table)], [str(table)], 0.1)
 
 
+def test_texts_are_assigned_alike_wherever_their_table_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dealt = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        lines(tmp_path / folder / "p.jsonl", *({"image": f"im/{n}.png", "caption": f"text {n}"} for n in range(200)))
+        monkeypatch.chdir(tmp_path / folder)
+        for table in ("p.jsonl", str(tmp_path / folder / "p.jsonl")):
+            for dev in ([table], []):
+                rows = read_assignments([table], dev, 0.2).held_out["dev"].good()
+                dealt.append([(row.where, Path(str(row.second_image)).name, row.label) for row in rows])
+    assert dealt == dealt[:2] * 4 and len(dealt[0]) == 200 > len(dealt[1]) > 0
+
+
 def test_one_answer_to_a_question(tmp_path: Path) -> None:
     from trivium.data.labelled import Columns
 

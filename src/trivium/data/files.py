@@ -1,8 +1,9 @@
 """What every source of samples shares, and the two plainest: a folder of pictures and a file of text lines.
 
 Row and number. Image and text of one true row always get the same number (``same_image == same_text``), so a false pair
-is one whose numbers differ. Rows that show the same picture file share their number; every other row has its own. Equal
-captions of different pictures are not merged: that would have to merge their pictures too.
+is one whose numbers differ. Rows that show the same picture file, or the same bytes in a table or a shard, share their
+number; every other row has its own. Equal captions of different pictures are not merged: that would have to merge their
+pictures too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -53,7 +54,7 @@ class RowSource(ABC):
         """Its captions as they stand in the file. Raises BadSample."""
 
     def identity(self, row: int) -> str:
-        """What the number of a row is made from: equal only where the picture is the same file."""
+        """What the number of a row is made from: equal only where the picture is the same."""
         return "\n".join((os.path.abspath(self.where(row)[0]), self.where(row)[1]))
 
     def label(self, row: int) -> int | None:
@@ -97,6 +98,10 @@ class RowSource(ABC):
         texts = [text for text in texts if text]
         if not texts:
             raise self.bad(row, "its text is empty")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:  # JSON can spell half a character
+            raise self.bad(row, "its text is no Unicode (a lone surrogate)") from None
         return texts
 
     def _name(self, row: int) -> str:
@@ -258,9 +263,18 @@ def readable(path: str) -> str:
 
 
 def walk(root: str) -> Iterator[str]:
-    """Files below a folder, relative to it, with "/". Links to folders are followed, each folder once."""
+    """Files below a folder, relative to it, with "/". Links to folders are followed, each folder once.
+
+    Raises TriviumError where one cannot be read: what lies in it would be missing unsaid.
+    """
+
+    def unreadable(error: OSError) -> NoReturn:
+        raise TriviumError(
+            f"{error.filename} cannot be read ({error.strerror}): change its rights, or name the folders beside it"
+        )
+
     visited: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited:
             folders.clear()

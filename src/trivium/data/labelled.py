@@ -47,6 +47,11 @@ class Row:
     def is_labelled(self) -> bool:
         return self.label is not None or self.value is not None or self.answers is not None
 
+    @property
+    def picture_name(self) -> str:
+        """As its table names it, so the same wherever the table lies; "" without a picture."""
+        return "" if self.image is None else os.path.relpath(self.image, os.path.dirname(self.file))
+
 
 class LabelledRows(RowSource):
     """Rows of a task as a Source."""
@@ -346,7 +351,7 @@ def _numbered(each: tuple[Row, str] | BadSample, number_of: Mapping[str, int], o
 def _held_out_pictures(rows: Sequence[Row], share: float) -> set[str]:
     """Pictures with about this share of the rows, one at least, and never all. By a hash of their names below the
     table, so that they are the same wherever it lies."""
-    rows_of = Counter(_picture(row) for row in rows if row.image is not None)
+    rows_of = Counter(row.picture_name for row in rows if row.image is not None)
     chosen: set[str] = set()
     held = 0
     for picture in sorted(rows_of, key=lambda name: hash64("held out", name))[:-1]:
@@ -360,14 +365,8 @@ def _held_out_pictures(rows: Sequence[Row], share: float) -> set[str]:
 def _is_held_out(row: Row, share: float, pictures: Collection[str]) -> bool:
     """With its picture; a text by a hash of what it says."""
     if row.image is not None:
-        return _picture(row) in pictures
+        return row.picture_name in pictures
     return hash64("held out", row.text or "", row.second_text or "", "") % 10_000 < share * 10_000
-
-
-def _picture(row: Row) -> str:
-    """As its table names it."""
-    assert row.image is not None
-    return os.path.relpath(row.image, os.path.dirname(row.file))
 
 
 def good(found: Found) -> Iterator[tuple[Row, str]]:

@@ -200,9 +200,12 @@ def _conceptual(files: Sequence[str], columns: tuple[str, str]) -> Iterator[Entr
 
 
 def captioned(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
-    """Tables with the columns url and caption, as img2dataset reads and writes them; sbu-captions-all.json too."""
+    """Tables with the columns url and caption, as img2dataset reads and writes them; sbu-captions-all.json too.
+
+    The fields of a TSV may stand in quotes, as in WIT's own.
+    """
     for file in files:
-        yield from _each(records(file), _captioned)
+        yield from _each(records(file, quoted_tsv=True), _captioned)
 
 
 def wikipedia(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
@@ -221,7 +224,7 @@ def wikipedia(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
             yield from _captioned(record)
 
     for file in files:
-        yield from _each(records(file), pairs)
+        yield from _each(records(file, quoted_tsv=True), pairs)
 
 
 def yfcc(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
@@ -247,7 +250,7 @@ def yfcc(files: Sequence[str], held_out: HeldOut) -> Iterator[Entry]:
             yield NOT_ENGLISH if long else Dropped("two words or fewer")
 
     for file in files:
-        yield from _each(records(file), pairs)
+        yield from _each(records(file, quoted_tsv=True), pairs)
 
 
 def _captioned(record: Record) -> Iterator[Pair]:

@@ -88,12 +88,15 @@ class Record:
         return value
 
 
-def records(file: str) -> Iterator[Record | BadSample]:
-    """The records of a table, by its suffix, with the names of its columns in small letters. Raises TriviumError."""
+def records(file: str, quoted_tsv: bool = False) -> Iterator[Record | BadSample]:
+    """The records of a table, by its suffix, with the names of its columns in small letters. Raises TriviumError.
+
+    A quote in a TSV is a plain character, as in ``tables.py``, unless the TSV is `quoted_tsv`.
+    """
     suffix = os.path.splitext(file.removesuffix(".gz"))[1].lower()
     found: Iterator[Record | BadSample]
     if suffix in (".csv", ".tsv"):
-        found = _separated(file, "," if suffix == ".csv" else "\t")
+        found = _separated(file, "," if suffix == ".csv" else "\t", suffix == ".csv" or quoted_tsv)
     elif suffix in (".jsonl", ".ndjson"):
         found = json_lines(file)
     elif suffix == ".json":
@@ -197,8 +200,8 @@ def _decoded(file: str, stream: IO[bytes]) -> Iterator[str]:
         raise TriviumError(f"{file} is not UTF-8 (before byte {stream.tell():,}), or is cut short") from None
 
 
-def _separated(file: str, delimiter: str) -> Iterator[Record | BadSample]:
-    """CSV and TSV with a header and with quotes, as pandas, pyarrow and img2dataset read and write them."""
+def _separated(file: str, delimiter: str, quoted: bool) -> Iterator[Record | BadSample]:
+    """CSV and TSV with a header; with quotes, as pandas, pyarrow and img2dataset read and write them."""
     with opened(file) as stream:
         raw: list[str] = []  # the lines of the record that is being read
         ended = False
@@ -210,7 +213,7 @@ def _separated(file: str, delimiter: str) -> Iterator[Record | BadSample]:
                 yield raw[-1]
             ended = True
 
-        rows = csv.reader(text(), delimiter=delimiter)
+        rows = csv.reader(text(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
         header: list[str] = []
         while True:
             start = rows.line_num + 1

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trivium.data.decode import DecodeError, picture_size
-from trivium.data.files import INDEX_SUFFIX, PICTURE_LIMIT, Kind, RandomFile, RowSource, open_file
+from trivium.data.files import INDEX_SUFFIX, PICTURE_LIMIT, PICTURE_SUFFIXES, Kind, RandomFile, RowSource, open_file
 from trivium.data.remote import RemoteFile, beside, is_remote, without_query
 from trivium.data.tables import TEXT_COLUMNS
 from trivium.errors import BadSample, TriviumError
@@ -156,13 +156,18 @@ def _write_sidecar(path: Path, index: pa.Table) -> bool:
 def _build_index(shard: str, file: BinaryIO) -> pa.Table:
     samples: dict[str, dict[str, Any]] = {}
     left_out: Counter[str] = Counter()
+    others: list[str] = []  # keys of pictures that are no part of ours: a mask beside its photo, or a photo unread
     for name, offset, length in _members(shard, file, left_out):
         folder, _, base = name.removeprefix("./").rpartition("/")
         stem, _, suffix = base.partition(".")
         part = PARTS.get(suffix.lower())
-        if part is None or not stem:  # no stem: the twin that macOS writes beside each file
+        if not stem:  # the twin that macOS writes beside each file
             continue
         key = f"{folder}/{stem}" if folder else stem
+        if part is None:
+            if base.lower().endswith(PICTURE_SUFFIXES):
+                others.append(key)
+            continue
         sample = samples.setdefault(key, {"key": key})
         if f"{part}_offset" in sample:
             left_out["a second member for the same part of a sample"] += 1
@@ -172,6 +177,8 @@ def _build_index(shard: str, file: BinaryIO) -> pa.Table:
             file.seek(offset)
             data = file.read(length)
             sample |= {f"{part}_crc32": zlib.crc32(data), **_measures(part, data)}
+    if unread := sum("image_offset" not in samples.get(key, {}) for key in others):
+        left_out["a picture that is not named key.jpg, .jpeg, .png or .webp, without another dot"] = unread
     notes = [f"{shard}: left out {count} x {what}" for what, count in left_out.items()]
     return _with_metadata(pa.Table.from_pylist(list(samples.values()), SCHEMA), notes=json.dumps(notes))
 

@@ -129,7 +129,9 @@ def _expand(kind: Kind, paths: Sequence[str | Path]) -> Iterator[str]:
             if not found:
                 what = "matches no file" if glob.has_magic(path) else "does not exist"
                 raise TriviumError(f"{path} {what}: check the path (seen from {os.getcwd()})")
-            yield from found
+            if gone := next((file for file in found if not os.path.exists(file)), None):
+                raise TriviumError(f"{gone} is a link to nothing: remove it, or name the files that you mean")
+            yield from _expand(kind, found)
         elif path.lower().endswith(".list") and os.path.isfile(path):
             yield from _expand(kind, _listed(path))
         elif kind == "text" and os.path.isdir(path):

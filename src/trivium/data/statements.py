@@ -103,7 +103,7 @@ def read_assignments(train: Sequence[str], dev: Sequence[str], held_out_share: f
     held = [each for file in dev for each in _pairs(file)]
     notes = []
     if not dev:
-        apart = [isinstance(each, Row) and hash64("held out", each.image or "") % 10_000 < held_out_share * 10_000
+        apart = [isinstance(each, Row) and hash64("held out", each.picture_name) % 10_000 < held_out_share * 10_000
                  for each in rows]  # fmt: skip
         held = [each for each, is_held in zip(rows, apart, strict=True) if is_held]
         rows = [each for each, is_held in zip(rows, apart, strict=True) if not is_held]
@@ -145,7 +145,7 @@ def _pairs(file: str) -> Iterator[Row | BadSample]:
 def _assigned(row: Row, pictures: Sequence[str], place_of: Mapping[str, int]) -> Row:
     """With a label and pictures that are functions of its text and its own picture."""
     label, to_one, to_other = (
-        hash64("assignment", row.image or "", row.text or "", name) for name in ("class", "one", "other")
+        hash64("assignment", row.picture_name, row.text or "", name) for name in ("class", "one", "other")
     )
     label %= len(ASSIGNED)
     own, one, other = place_of[row.image or ""], 1 + to_one % (len(place_of) - 1), 1 + to_other % (len(place_of) - 2)

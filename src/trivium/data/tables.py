@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import threading
+import zlib
 from abc import abstractmethod
 from array import array
 from collections import OrderedDict
@@ -73,10 +74,10 @@ class Table(RowSource):
     def picture(self, row: int) -> bytes:
         assert self.image_column is not None
         cell = self.cell(row, self.image_column)
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if isinstance(data, bytes):
-            if not data:
-                raise self.bad(row, "its picture has zero bytes")
+        data = _embedded(cell)
+        if data == b"":
+            raise self.bad(row, "its picture has zero bytes")
+        if data is not None:
             return data
         path = self._picture_path(row, cell)
         if path is None:
@@ -92,9 +93,14 @@ class Table(RowSource):
         return texts
 
     def identity(self, row: int) -> str:
+        """A picture that stands in the table is known by its bytes, as in a shard: the path beside them is often only
+        the last part of one, and then that of many pictures."""
         if self.image_column is None:
             return super().identity(row)
-        return self._picture_path(row, self.cell(row, self.image_column)) or super().identity(row)
+        cell = self.cell(row, self.image_column)
+        if data := _embedded(cell):
+            return f"{zlib.crc32(data)} {len(data)}"
+        return self._picture_path(row, cell) or super().identity(row)
 
     def refuse_web_addresses(self) -> None:
         """Raises TriviumError where the first row names its picture by address: every other row would fail, too."""
@@ -112,6 +118,12 @@ class Table(RowSource):
             return None
         root = os.path.dirname(self.where(row)[0]) if self.root is None else self.root
         return os.path.abspath(os.path.join(root, path))
+
+
+def _embedded(cell: object) -> bytes | None:
+    """The bytes of a picture that stands in its cell."""
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    return data if isinstance(data, bytes) else None
 
 
 # --------------------------------------------------------------------------------- one text file, one row a line
