@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
@@ -20,7 +22,7 @@ from transformers.models.flava.image_processing_pil_flava import FlavaImageProce
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from trivium.convert import processor
-from trivium.data.transforms import ImageTransform, normalize
+from trivium.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, normalize
 from trivium.errors import TriviumError
 
 HALF = (0.5, 0.5, 0.5)
@@ -87,3 +89,42 @@ def test_a_transform_comes_back_from_a_processors_file(crop: Any, resize: int | 
 def test_what_cannot_be_done_is_refused_with_its_fields(file: dict[str, Any]) -> None:
     with pytest.raises(TriviumError, match=r"preprocessor_config.json: size .* and crop_size .* not supported"):
         processor.transform_from_hf(file, OF_CLIP)
+
+
+# ------------------------------------------------------------------------------------------------------ timm and DINO
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "expected"),
+    [
+        ({}, 224, {"resize": 256}),  # the published evaluation of DINO and DeiT
+        ({"model_args": {"num_heads": 3}}, 384, {"resize": 438}),
+        ({"pretrained_cfg": {"crop_pct": 0.9, "interpolation": "bilinear"}}, 224,
+         {"resize": 248, "filter": "bilinear"}),
+        ({"pretrained_cfg": {"crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}}, 384, {"mean": HALF, "std": HALF}),
+        ({"pretrained_cfg": {"crop_pct": 0.95, "crop_mode": "squash"}}, 224, {"resize": 235, "crop": "squash"}),
+        ({"architecture": "vit", "crop_pct": 0.9}, 224, {"resize": 248}),  # an older file
+    ],
+)  # fmt: skip
+def test_pictures_of_timms_models_are_prepared_as_for_their_published_figures(
+    config: dict[str, Any], size: int, expected: dict[str, Any]
+) -> None:
+    """floor(size / crop_pct) pixels, then the middle, as timm's transforms_imagenet_eval."""
+    fields, said = processor.transform_from_timm(config, size)
+    plain = ImageTransform(size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop="center")
+    assert said == [] and ImageTransform(**fields) == replace(plain, **expected)
+
+
+@pytest.mark.parametrize(("field", "value"), [("interpolation", "nearest"), ("crop_mode", "border"), ("crop_pct", 1.2)])
+def test_what_of_timms_preparation_cannot_be_done_is_said(field: str, value: object) -> None:
+    fields, [said] = processor.transform_from_timm({"pretrained_cfg": {field: value}}, 224)
+    assert fields == processor.transform_from_timm({}, 224)[0]
+    assert said.startswith(f"config.json: {field} {value!r} of pictures is not supported")
+
+
+@given(st.integers(1, 600), st.integers(0, 400), st.sampled_from(["center", "squash"]))
+def test_a_transform_comes_back_from_timms_config(size: int, margin: int, crop: Any) -> None:
+    transform = ImageTransform(size, "bilinear", HALF, (0.1, 0.2, 0.3), crop, resize=size + margin if margin else None)
+    written = {"pretrained_cfg": processor.transform_to_timm(**asdict(transform))}
+    fields, said = processor.transform_from_timm(json.loads(json.dumps(written)), size)
+    assert said == [] and ImageTransform(**fields) == transform

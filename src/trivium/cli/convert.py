@@ -146,6 +146,8 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
                     f"left out: {to} has no place for a resize to {bundle.transform.resize} pixels before the middle is"
                     f" cut out; pictures are resized to {bundle.transform.size} there"
                 )
+        elif to in ("timm-vit", "dino"):
+            config["pretrained_cfg"] = processor.transform_to_timm(**asdict(bundle.transform))
         save_tensors(apart, folder / adapter.weights, shard_bytes)
         _write_json(folder / adapter.configs[0], config)
         if to in ("hf-flava", "hf-clip"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trivium.errors import TriviumError
@@ -124,6 +125,48 @@ def vit_processor_to_hf(
         return {"image_processor_type": "CLIPImageProcessor", **settings}
     kept = {name: value for name, value in settings.items() if name not in ("do_center_crop", "crop_size")}
     return {"image_processor_type": "ViTImageProcessor", **kept}
+
+
+def transform_from_timm(values: Mapping[str, Any], size: int) -> tuple[dict[str, Any], list[str]]:
+    """timm's config.json -> the fields of an image transform, and sentences for what of it cannot be done here.
+
+    Without one, or where it says nothing: the short side to 256 for a size of 224, the middle, bicubic, and ImageNet's
+    mean and std. That is the published evaluation of DINO and DeiT, and timm's own where nothing is said.
+    """
+    values = values.get("pretrained_cfg") or values  # older files have its fields at the top
+    said = []
+
+    def known(field: str, default: Any, fits: Callable[[Any], bool]) -> Any:
+        value = values.get(field) or default
+        if fits(value):
+            return value
+        said.append(
+            f"config.json: {field} {value!r} of pictures is not supported and {default!r} is taken, so that figures may"
+            " differ from published ones"
+        )
+        return default
+
+    crop = known("crop_mode", "center", lambda mode: mode in ("center", "squash"))
+    filter = known("interpolation", "bicubic", lambda name: name in list(RESAMPLE))
+    share = known("crop_pct", 224 / 256, lambda share: isinstance(share, int | float) and 0 < share <= 1)
+    mean, std = values.get("mean") or (0.485, 0.456, 0.406), values.get("std") or (0.229, 0.224, 0.225)
+    side = math.floor(size / share)
+    fields = {"size": size, "filter": filter, "mean": tuple(mean), "std": tuple(std), "crop": crop,
+              "resize": side if side > size else None}  # fmt: skip
+    return fields, said
+
+
+def transform_to_timm(
+    size: int, filter: str, crop: str, mean: Sequence[float], std: Sequence[float], longest: None = None,
+    resize: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The fields of an image transform as the pretrained_cfg of timm's config.json."""
+    side = resize or size
+    share = size / side
+    if math.floor(size / share) < side:  # as it is read; a quotient may be a hair too large
+        share = math.nextafter(share, 0)
+    return {"input_size": [3, size, size], "interpolation": filter, "crop_pct": share, "crop_mode": crop,
+            "mean": list(mean), "std": list(std)}  # fmt: skip
 
 
 def tokenizer_to_hf(tokenizer: Mapping[str, Any], specials: Mapping[str, str], max_length: int) -> dict[str, Any]:
