@@ -243,7 +243,9 @@ def bundle_of(foreign: Foreign) -> Bundle:
     folder = foreign.folder
     settings = next((folder / name for name in ("preprocessor_config.json", "processor_config.json")
                      if (folder / name).is_file()), None)  # fmt: skip
-    transform = foreign.transform if settings is None else transform_from_hf(read_json(settings))
+    transform = foreign.transform
+    if settings is not None:
+        transform = transform_from_hf(read_json(settings), foreign.transform)
     tokenizer = foreign_tokenizer(folder)
     if foreign.captions and tokenizer is not None:
         tokenizer = tokenizer.for_captions()

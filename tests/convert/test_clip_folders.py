@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.byte_pairs import PAIRS, openai_file
 from tests.convert.peers import shuffled
@@ -88,6 +91,29 @@ def test_there_and_back_through_every_layout(folder: Path, tmp_path: Path) -> No
     described = json.loads((tmp_path / "open" / "open_clip_config.json").read_text())
     assert described["model_cfg"]["quick_gelu"] is True
     assert described["preprocess_cfg"]["resize_mode"] == "shortest"
+
+
+@pytest.mark.parametrize("size", [32, 40])
+def test_pictures_of_any_shape_are_prepared_as_the_file_of_the_published_weights_says(
+    folder: Path, tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It gives sizes as plain numbers."""
+    copytree(folder, tmp_path / "hf")
+    settings = {"feature_extractor_type": "CLIPFeatureExtractor", "size": size, "crop_size": 32, "do_center_crop": True}
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(settings))
+    picture = np.random.default_rng(1).integers(0, 256, (64, 128, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = transformers.CLIPModel.from_pretrained(folder).get_image_features(
+            **CLIPImageProcessorPil.from_pretrained(tmp_path / "hf")(picture, return_tensors="pt")
+        )
+    expected = getattr(expected, "pooler_output", expected)
+    convert(tmp_path / "hf", to="trivium", out=tmp_path / "ours")
+    for layout in ("hf", "ours"):
+        embedded = load(tmp_path / layout).encode_image([picture]).projected
+        assert torch.allclose(embedded, F.normalize(expected, dim=-1), atol=1e-5)
+    convert(tmp_path / "ours", to="open-clip", out=tmp_path / "open")
+    lost = "no place for a resize to 40 pixels before the middle is cut out; pictures are resized to 32 there"
+    assert (lost in capsys.readouterr().out) == (size == 40)
 
 
 def test_openai_s_state_dict_is_told_by_its_sizes_and_open_clip_s_says_what_it_lacks(

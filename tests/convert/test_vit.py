@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.convert import peers
 from tests.dino_batches import random_dino
+from trivium.cli.convert import convert
 from trivium.convert import vit
 from trivium.convert.weights import read_weights
+from trivium.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from trivium.errors import TriviumError
 from trivium.invariance.dino import TINY
+from trivium.load import load
 from trivium.models.dino import Dino, DinoConfig
 from trivium.models.vit import ViT, ViTConfig
 
@@ -135,6 +141,37 @@ def test_a_full_checkpoint_of_dino_gives_its_teacher(tmp_path: Path, zipped: boo
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     back = vit.to_dino(model)
     assert back.keys() == read.keys() and all(torch.equal(back[name], read[name]) for name in read)
+
+
+@pytest.mark.parametrize("layout", ["dino", "timm-vit", "hf-vit"])
+def test_how_pictures_are_prepared_travels_with_the_weights(layout: str, tmp_path: Path) -> None:
+    published = tmp_path / "published"
+    published.mkdir()
+    torch.save(full_checkpoint(random_dino(WIDE, dtype=torch.float32)), published / "checkpoint.pth")
+    side = WIDE.image_size
+    read = load(published / "checkpoint.pth")
+    assert read.transform == ImageTransform(
+        side, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop="center", resize=side * 256 // 224
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)
+    half = (0.5, 0.5, 0.5)
+    for n, resize in enumerate((read.transform.resize, None, side + 5)):
+        ours = replace(read, transform=replace(read.transform, filter="bilinear", std=half, resize=resize))
+        ours.save(tmp_path / f"ours-{n}")
+        convert(tmp_path / f"ours-{n}", to=layout, out=tmp_path / f"theirs-{n}")
+        assert load(tmp_path / f"ours-{n}").transform == ours.transform
+        again = load(tmp_path / f"theirs-{n}")
+        assert again.transform == ours.transform
+        assert torch.allclose(again.encode_image([picture]).pooled, ours.encode_image([picture]).pooled, atol=1e-5)
+
+
+def test_what_timms_config_wants_of_pictures_is_heard_or_said(tmp_path: Path) -> None:
+    save_file(timm_state(), tmp_path / "model.safetensors")
+    cfg = {"pretrained_cfg": {"crop_pct": 0.9, "interpolation": "nearest"}}
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    with pytest.warns(UserWarning, match="interpolation 'nearest' of pictures is not supported"):
+        bundle = load(tmp_path)
+    assert (bundle.transform.size, bundle.transform.resize, bundle.transform.filter) == (32, 35, "bicubic")
 
 
 def test_a_published_backbone_is_a_full_checkpoints_tower(tmp_path: Path) -> None:

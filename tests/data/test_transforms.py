@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -207,6 +209,32 @@ def test_center_crop_is_clips(shape: tuple[int, int]) -> None:
     assert torch.allclose(normalize(ImageTransform(size=32, crop="center")(picture)[None]), theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(50, 80), (91, 64), (37, 37), (32, 32)])
+@pytest.mark.parametrize("crop", ["center", "squash"])
+def test_a_middle_smaller_than_what_it_is_cut_out_of(shape: tuple[int, int], crop: Literal["center", "squash"]) -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    picture = Image.fromarray(noise(*shape))
+    size = {"shortest_edge": 37} if crop == "center" else {"height": 37, "width": 37}
+    theirs = CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32})(picture, return_tensors="pt")
+    ours = ImageTransform(size=32, crop=crop, resize=37)
+    assert torch.allclose(normalize(ours(picture)[None]), theirs["pixel_values"], atol=1e-5)
+    assert ours.cuts and not replace(ours, resize=None, crop="squash").cuts
+
+
+def test_a_transform_at_another_size_sees_as_much_of_a_picture() -> None:
+    dino = ImageTransform(224, crop="center", resize=256)
+    assert dino.at(224) == dino
+    assert dino.at(384) == ImageTransform(384, crop="center", resize=438)
+    assert ImageTransform(224).at(384) == ImageTransform(384)
+
+
+def test_a_file_that_says_no_resize_has_none() -> None:
+    values = json.loads(ImageTransform().to_json())
+    del values["resize"]  # as files of older versions
+    assert ImageTransform.from_json(json.dumps(values)) == ImageTransform()
+
+
 def test_bytes_pixels_and_pillow_pictures_are_the_same_picture() -> None:
     pixels = noise(40, 30)
     buffer = io.BytesIO()
@@ -220,7 +248,8 @@ def test_bytes_pixels_and_pillow_pictures_are_the_same_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    "transform", [ImageTransform(), ImageTransform(64, "lanczos", (0.5, 0.5, 0.5), (0.25, 0.5, 1.0), "center")]
+    "transform",
+    [ImageTransform(), ImageTransform(64, "lanczos", (0.5, 0.5, 0.5), (0.25, 0.5, 1.0), "center", resize=73)],
 )
 def test_json_round_trip(transform: ImageTransform) -> None:
     assert ImageTransform.from_json(transform.to_json()) == transform
@@ -229,7 +258,7 @@ def test_json_round_trip(transform: ImageTransform) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sizes": 3}, "field 'sizes'; its fields are size, filter, mean, std, crop, longest"),
+        ({"sizes": 3}, "field 'sizes'; its fields are size, filter, mean, std, crop, longest, resize"),
         ({"size": "224"}, "whole number of pixels, not '224'"),
         ({"size": 0}, "whole number"),
         ({"filter": "cubic"}, "no filter 'cubic'.*bicubic"),
@@ -237,6 +266,9 @@ def test_json_round_trip(transform: ImageTransform) -> None:
         ({"mean": [0.5]}, "mean .* three numbers"),
         ({"std": [1, 1, 0]}, "std .* above 0"),
         ({"std": 1}, "std .* three numbers"),
+        ({"resize": 223}, "resize .* must be 224 or more, not 223"),
+        ({"resize": "256"}, "resize .* 224 or more, not '256'"),
+        ({"resize": 256, "crop": "shortest"}, "left out where the crop is 'shortest'"),
     ],
 )
 def test_a_wrong_preprocessor_file_gives_one_sentence(change: dict[str, object], message: str) -> None:

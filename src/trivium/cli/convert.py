@@ -141,6 +141,13 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
         apart = {name: tensor.clone() for name, tensor in state.items()}  # some stand there under two names
         if to == "open-clip":
             config["preprocess_cfg"] = processor.open_clip_preprocessing(**asdict(bundle.transform))
+            if bundle.transform.resize is not None:
+                print(
+                    f"left out: {to} has no place for a resize to {bundle.transform.resize} pixels before the middle is"
+                    f" cut out; pictures are resized to {bundle.transform.size} there"
+                )
+        elif to in ("timm-vit", "dino"):
+            config["pretrained_cfg"] = processor.transform_to_timm(**asdict(bundle.transform))
         save_tensors(apart, folder / adapter.weights, shard_bytes)
         _write_json(folder / adapter.configs[0], config)
         if to in ("hf-flava", "hf-clip"):
@@ -151,9 +158,7 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
         elif to == "open-clip" and bundle.tokenizer is not None:
             bundle.tokenizer.save(folder / "tokenizer.json")
         elif to == "hf-vit":
-            t = bundle.transform
-            settings = processor.vit_processor_to_hf(t.size, t.filter, t.crop, t.mean, t.std)
-            _write_json(folder / "preprocessor_config.json", settings)
+            _write_json(folder / "preprocessor_config.json", processor.vit_processor_to_hf(**asdict(bundle.transform)))
     if bundle.head is not None and whole is None:
         print(f"left out: {to} has no place for the head that was trained for {bundle.head_config.task}")  # type: ignore[union-attr]
 

@@ -149,27 +149,32 @@ def _write_open_clip(model: Clip, image_tokenizer: DVae | None) -> tuple[State, 
     return clip.to_openai(model.state_dict(), model.config), clip.config_to_open_clip(model.config)
 
 
-def _vit(config: ViTConfig, state: State, left: list[str], transform: dict[str, Any]) -> Foreign:
+def _vit(config: ViTConfig, state: State, left: list[str], transform: dict[str, Any], said: list[str]) -> Foreign:
     model = ViT(config)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    said = [f"left out, since the tower alone is taken: {', '.join(left)}"] if left else []
-    return Foreign("vit", model, said=said, transform={"size": config.image_size, "crop": "center", **transform})
+    if left:
+        said = [f"left out, since the tower alone is taken: {', '.join(left)}", *said]
+    return Foreign("vit", model, said=said, transform=transform)
 
 
 def _read_hf_vit(state: State, config: Mapping[str, Any]) -> Foreign:
     half = (0.5, 0.5, 0.5)  # what its image processor has where no file beside the weights says it
-    return _vit(*vit.from_hf(state, config), {"mean": half, "std": half, "crop": "squash", "filter": "bilinear"})
+    ours, tensors, left = vit.from_hf(state, config)
+    transform = {"size": ours.image_size, "mean": half, "std": half, "crop": "squash", "filter": "bilinear"}
+    return _vit(ours, tensors, left, transform, [])
 
 
 def _read_timm_vit(state: State, config: Mapping[str, Any]) -> Foreign:
-    return _vit(*vit.from_timm(state, config), vit.transform_from_timm(config))
+    ours, tensors, left = vit.from_timm(state, config)
+    return _vit(ours, tensors, left, *processor.transform_from_timm(config, ours.image_size))
 
 
 def _read_dino(state: State, config: Mapping[str, Any]) -> Foreign:
     ours, tensors = vit.from_dino(state, config)
     model = Dino(ours)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return Foreign("dino", model, transform={"size": ours.image_size, "crop": "center", **vit.transform_from_timm({})})
+    transform, said = processor.transform_from_timm(config, ours.image_size)
+    return Foreign("dino", model, said=said, transform=transform)
 
 
 def _write_hf_vit(model: ViT | Dino, image_tokenizer: DVae | None) -> tuple[State, dict[str, Any]]:

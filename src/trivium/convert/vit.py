@@ -142,13 +142,6 @@ def config_to_timm(config: ViTConfig) -> dict[str, Any]:
     }
 
 
-def transform_from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean and std of pictures as timm's config.json says them; without one ImageNet's, which DINO and DeiT use."""
-    said = config.get("pretrained_cfg") or {}
-    return {name: tuple(said.get(name) or default) for name, default in
-            (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225)))}  # fmt: skip
-
-
 def _sizes(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a config that shapes tell."""
     needed = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}

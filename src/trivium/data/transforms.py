@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -189,6 +189,9 @@ class ImageTransform:
     # side, and the picture stays whole (UniT).
     crop: Crop = "squash"
     longest: int | None = None  # pixels of the longer side at most, with "shortest"
+    # What the short side (with "squash": both) is brought to before the middle is cut out, as in most published
+    # evaluations: 256 for a size of 224. None: size itself; never with "shortest".
+    resize: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.size) is not int or self.size < 1:
@@ -200,6 +203,13 @@ class ImageTransform:
         if self.longest is not None and (type(self.longest) is not int or self.longest < self.size):
             raise TriviumError(
                 f"the longest side of an image transform must be {self.size} or more, not {self.longest!r}"
+            )
+        if self.resize is not None and (
+            type(self.resize) is not int or self.resize < self.size or self.crop == "shortest"
+        ):
+            raise TriviumError(
+                f"the resize of an image transform must be {self.size} or more, not {self.resize!r}, and left out where"
+                " the crop is 'shortest'"
             )
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -213,18 +223,26 @@ class ImageTransform:
         Raises DecodeError."""
         image_HWC = self.decoded(picture)
         height, width, _ = image_HWC.shape
+        side, short = self.resize or self.size, min(height, width)
         if self.crop == "center":
-            short = min(height, width)
-            height, width = self.size * height // short, self.size * width // short
-            top, left = (height - self.size) // 2, (width - self.size) // 2
-            image_HWC = resize(image_HWC, (height, width), filter=self.filter)
-            image_HWC = image_HWC[top : top + self.size, left : left + self.size]
+            new = side * height // short, side * width // short
         else:
-            side = self.size
             new = shortest_size(height, width, side, self.longest) if self.crop == "shortest" else (side, side)
-            if (height, width) != new:
-                image_HWC = resize(image_HWC, new, filter=self.filter)
+        if (height, width) != new:
+            image_HWC = resize(image_HWC, new, filter=self.filter)
+        if self.cuts:
+            top, left = (new[0] - self.size) // 2, (new[1] - self.size) // 2
+            image_HWC = image_HWC[top : top + self.size, left : left + self.size]
         return torch.from_numpy(np.array(image_HWC.transpose(2, 0, 1), order="C"))
+
+    @property
+    def cuts(self) -> bool:
+        """Whether margins of a picture are cut away: where not, the model sees the whole of it."""
+        return self.crop == "center" or self.resize is not None
+
+    def at(self, size: int) -> ImageTransform:
+        """The same at another size, which is as large a part of a picture."""
+        return replace(self, size=size, resize=None if self.resize is None else self.resize * size // self.size)
 
     def decoded(self, picture: bytes | np.ndarray | Image.Image) -> np.ndarray:
         """The whole of it, uint8 [H, W, 3]. Raises DecodeError."""

@@ -10,7 +10,6 @@ B pictures, H heads, N patches, S side of the pictures in pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def maps(bundle: Bundle, pictures: Sequence[np.ndarray]) -> tuple[Tensor, Tensor
     """The class token's attention over patches, [B, H, n, n] of n x n patches, the sum over them 1; and the pixels that
     the model saw, uint8 [B, 3, S, S]. pictures: uint8 [H, W, 3]."""
     model: Any = bundle.model
-    transform = replace(bundle.transform, size=ENLARGED * bundle.transform.size)
+    transform = bundle.transform.at(ENLARGED * bundle.transform.size)
     found, seen = [], []
     was_training = model.training
     model.eval()  # neither dropout nor stochastic depth

@@ -126,7 +126,7 @@ def run(
 
 def refuse_cropped(bundle: Bundle) -> None:
     """Raises TriviumError where the model does not see the whole of each picture."""
-    if bundle.transform.crop != "squash":
+    if bundle.transform.crop != "squash" or bundle.transform.cuts:
         raise TriviumError("this model sees only the middle of a picture, so a box at its edge cannot be found: "
                            "grounding takes one that sees all of it")  # fmt: skip
 

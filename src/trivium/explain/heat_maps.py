@@ -39,7 +39,7 @@ def shown(picture: Picture, transform: ImageTransform) -> np.ndarray:
         if isinstance(picture, Image.Image):
             picture = rgb(picture)
         pixels_HWC = decode(picture) if isinstance(picture, bytes) else picture
-        if transform.crop == "center":
+        if transform.cuts:
             pixels_HWC = transform(pixels_HWC).permute(1, 2, 0).numpy()
     except (OSError, ValueError) as error:
         raise TriviumError(f"{picture!r:.80} cannot be read as a picture ({error})") from None

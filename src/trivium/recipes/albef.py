@@ -198,7 +198,7 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
         model.load_state_dict(start.model.state_dict())
     notes += [tower.start(model) for tower in (image, text) if tower is not None]
     views, objectives = data.views(config.image_size), recipe.objectives
-    transform = replace(ImageTransform() if start is None else start.transform, size=views.size)
+    transform = (ImageTransform() if start is None else start.transform).at(views.size)
     queue = queue_rows(objectives.queue, len(sources.pairs), notes)
     epoch_steps = math.ceil(len(sources.pairs) / data.batch)
     method = AlbefMethod(

@@ -122,7 +122,7 @@ def _prepare(recipe: ClipRecipe, name: str, arguments: dict[str, Any], resume_fr
     if start is not None:
         model.load_state_dict(start.model.state_dict())
     views = data.views(config.image_size)
-    transform = replace(ImageTransform() if start is None else start.transform, size=views.size)
+    transform = (ImageTransform() if start is None else start.transform).at(views.size)
     method = ClipMethod(
         model, Pixels(transform.mean, transform.std), objectives.contrastive_scope, objectives.num_ranks,
         objectives.contrastive_form,

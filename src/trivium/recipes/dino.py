@@ -208,7 +208,7 @@ def _prepare(recipe: DinoRecipe, name: str, arguments: dict[str, Any], resume_fr
             notes.append(f"the shape of the model is that of {recipe.init}, whatever --size and --model say")
     transform = ImageTransform(recipe.crops.global_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop="center")
     if start is not None:
-        transform = replace(start.transform, size=recipe.crops.global_size)
+        transform = start.transform.at(recipe.crops.global_size)
     method = DinoMethod(
         model, Pixels(transform.mean, transform.std), recipe.distillation, recipe.train.steps, asdict(recipe.objectives)
     )

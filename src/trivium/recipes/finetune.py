@@ -162,7 +162,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     reads = _reads(task, recipe.head, start)
     splits = task.open(recipe.data)
     splits = replace(splits, train=splits.train.capped(recipe.data.rows)).checked()
-    transform = replace(start.transform, size=recipe.data.image_size or start.transform.size)
+    transform = start.transform.at(recipe.data.image_size or start.transform.size)
     if task.reads != "text":
         limits.check_patches(transform.size, start.model.config.patch_size)  # type: ignore[union-attr, arg-type]
     model = _with_dropout(start.model, recipe.dropout)

@@ -209,7 +209,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     if start is not None:
         model.load_state_dict(start.model.state_dict())
     weights = {loss: getattr(recipe.objectives, loss) for loss in LOSSES}
-    transform = replace(ImageTransform() if start is None else start.transform, size=views.size)
+    transform = (ImageTransform() if start is None else start.transform).at(views.size)
     if image_start is not None:  # pixels as the tower knows them
         transform = replace(transform, mean=image_start.transform.mean, std=image_start.transform.std)
     pixels = Pixels(transform.mean, transform.std)

@@ -267,7 +267,7 @@ def put_together(
     """
     model, data = start.model, recipe.data
     assert isinstance(model, Albef | Flava | Clip) and start.tokenizer is not None
-    transform = replace(start.transform, size=data.image_size or start.transform.size)
+    transform = start.transform.at(data.image_size or start.transform.size)
     patch, max_length = model.config.patch_size, min(data.max_length, model.config.max_length)
     limits.check_patches(transform.size, patch)
     method = _method(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
