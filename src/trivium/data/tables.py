@@ -205,8 +205,10 @@ class Csv(TextTable):
         def lines() -> Iterator[str]:
             nonlocal offset
             for line in file:
+                mark = b"" if offset else b"\xef\xbb\xbf"  # of UTF-8: before a quoted name it would hide the quote
                 offset += len(line)
-                yield line.decode("utf-8", "surrogateescape")  # a line that is not UTF-8 is its own row's trouble
+                # A line that is not UTF-8 is its own row's trouble.
+                yield line.removeprefix(mark).decode("utf-8", "surrogateescape")
 
         with long_fields():
             records = csv.reader(lines(), **self.dialect)
@@ -237,7 +239,7 @@ class Csv(TextTable):
         return False
 
     def _header(self, cells: list[str]) -> list[str]:
-        columns = [cell.removeprefix("\ufeff").strip() for cell in cells]
+        columns = [cell.strip() for cell in cells]
         if any("\0" in column or not _is_utf8(column) for column in columns):
             raise TriviumError(f"{self._file.path} (line 1) is not UTF-8: convert the file to UTF-8")
         return columns
