@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trivium.data.decode import DecodeError
-from trivium.data.order import Draws, Order, keyed_generator, pair_rows, rotate_captions
+from trivium.data.order import WINDOW, Draws, Order, keyed_generator, pair_rows, rotate_captions
 from trivium.errors import BadSample, TriviumError, lost_process
 from trivium.train.protocol import Batch, Sample, Source, Stream
 
@@ -57,7 +57,7 @@ class GlobalBatch(NamedTuple):
 class StreamReader:
     """Reads any micro-batch of a stream. Lives in each worker."""
 
-    def __init__(self, stream: Stream, seed: int, window: int = 16) -> None:
+    def __init__(self, stream: Stream, seed: int, window: int = WINDOW) -> None:
         self.stream = stream
         self.collate: StreamCollate = stream.collate
         self.seed = seed

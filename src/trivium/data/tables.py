@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trivium.data.files import TEXT_LIMIT, Kind, RandomFile, RowSource
+from trivium.data.order import WINDOW
 from trivium.errors import BadSample, TriviumError, UnreadableNow
 
 IMAGE_COLUMNS = ("image", "file", "filepath", "path", "url")  # taken, in any case, where no column is named
@@ -317,7 +318,8 @@ def json_object(line: bytes) -> dict[str, Any] | None:
 class ParquetFiles(Table):
     """Rows of one or more Parquet files. Pictures are bytes, ``{bytes, path}`` or paths; a caption may be a list.
 
-    A block is a row group: files with row groups of a few thousand rows shuffle and read best.
+    A block is a row group, and one row costs the whole group unless the cache still has it. So the groups that an
+    ``Order`` mixes should fit CACHE_BYTES: of text a few thousand rows each, of pictures about a hundred.
     """
 
     def __init__(
@@ -331,8 +333,9 @@ class ParquetFiles(Table):
         self.kind = kind
         self.paths = [str(path) for path in paths]
         self.root = root
-        groups = [(file, group, rows) for file in range(len(paths)) for group, rows in enumerate(self._rows(file))]
-        self._first_rows = [sum(rows for other, _, rows in groups if other < file) for file in range(len(paths))]
+        rows_of = [self._rows(file) for file in range(len(paths))]
+        self._first_rows = list(itertools.accumulate(map(sum, rows_of), initial=0))  # of each file
+        groups = [(file, group, rows) for file, held in enumerate(rows_of) for group, rows in enumerate(held)]
         self._groups = [(file, group) for file, group, rows in groups if rows]
         self._starts = np.cumsum([0] + [rows for _, _, rows in groups if rows])
         self._cache: OrderedDict[tuple[int, str], pa.ChunkedArray] = OrderedDict()
@@ -361,6 +364,20 @@ class ParquetFiles(Table):
 
     def blocks(self) -> Sequence[range]:
         return [range(int(a), int(b)) for a, b in itertools.pairwise(self._starts)]
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence where the row groups that an ``Order`` mixes do not fit the cache."""
+        window = min(WINDOW, len(self._groups))
+        size = sum(map(self._bytes_read, range(len(self.paths)))) / len(self._groups)
+        if window * size <= CACHE_BYTES:
+            return []
+        rows = max(1, int(len(self) / len(self._groups) * CACHE_BYTES / (WINDOW * size)))
+        mixed, kept = (f"{number / 2**20:,.0f} MB" for number in (size, CACHE_BYTES))
+        return [
+            f"{self.paths[0]}: training mixes {window} row groups of {mixed}, and {kept} are kept, so that many samples"
+            f" cost a whole group: write groups of at most {rows:,} rows, or use `trivium data pack`"
+        ]
 
     def where(self, row: int) -> tuple[str, str]:
         """Rows are counted from 0 within a file, as Parquet's own tools do."""
@@ -404,6 +421,14 @@ class ParquetFiles(Table):
     def _rows(self, file: int) -> list[int]:
         facts = self._open(file).metadata
         return [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
+
+    def _bytes_read(self, file: int) -> int:
+        """What the columns that are read hold, unpacked."""
+        facts = self._open(file).metadata
+        groups = map(facts.row_group, range(facts.num_row_groups))
+        columns = (group.column(column) for group in groups for column in range(facts.num_columns))
+        wanted = (self.image_column, self.text_column)
+        return sum(each.total_uncompressed_size for each in columns if each.path_in_schema.split(".")[0] in wanted)
 
     def _open(self, file: int) -> pq.ParquetFile:
         try:
