@@ -51,7 +51,7 @@ def test_a_table_that_is_slow_to_shuffle_is_told_of(tmp_path: Path, monkeypatch:
     table = pa.table({"image": [b"a picture"] * 4, "caption": ["a mug"] * 4})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     assert noticed(sources_of(pairs=tmp_path / "a.parquet")) == []
-    monkeypatch.setattr("trivium.data.tables.CACHE_BYTES", 10)
+    monkeypatch.setattr("trivium.data.parquet.CACHE_BYTES", 10)
     [sentence] = noticed(sources_of(pairs=tmp_path / "a.parquet"))
     assert sentence.startswith(f"{tmp_path}/a.parquet: training mixes 2 row groups")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from trivium.data.files import TEXT_LIMIT, RowSource, TextLines
+from trivium.data.parquet import ParquetFiles
 from trivium.data.remote import is_remote
 from trivium.data.shards import TarShards
-from trivium.data.tables import ParquetFiles
 from trivium.data.task_collate import cut
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import BadSample
