@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from trivium.data.tables import ParquetFiles
+from trivium.data.parquet import ParquetFiles
 from trivium.evaluate.datasets.captions import Captioned
 from trivium.evaluate.datasets.pictures import EncodedPictures
 from trivium.manifest import write_whole

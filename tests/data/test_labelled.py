@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from trivium.data.labelled import Columns, LabelledRows, Row, Splits, read_tables
@@ -64,6 +66,22 @@ def test_a_quote_in_a_tsv_is_a_plain_character(tmp_path: Path) -> None:
     source = open_source("text", [train])
     assert [row.text for row in opened([str(train)], [str(train)]).train.good()] == ['"Great', "fine", 'ok"']
     assert [source.read(row, row)["text"] for row in range(3)] == ['"Great', "fine", 'ok"']
+
+
+def test_a_mark_of_utf8_before_a_quoted_name_is_no_part_of_it(tmp_path: Path) -> None:
+    train = tmp_path / "train.csv"
+    train.write_bytes('\ufeff"text","label"\r\n"a cat",x\r\n"a dog",y\r\n'.encode())
+    assert [row.text for row in opened([str(train)], [str(train)]).train.good()] == ["a cat", "a dog"]
+    source = open_source("text", [train])
+    assert [source.read(row, row)["text"] for row in range(2)] == ["a cat", "a dog"]
+
+
+def test_where_no_row_can_be_used_the_first_says_why(tmp_path: Path) -> None:
+    train = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"image": [{"bytes": b"a picture", "path": "0.png"}] * 4, "label": [0, 1, 0, 1]}), train)
+    said = r'no training row can be used; the first: .*train.parquet \(row 0\): its "image" is a picture, not the name'
+    with pytest.raises(TriviumError, match=said):
+        opened([str(train)], kind="images")
 
 
 def test_a_row_without_text_or_label_costs_itself_alone(tmp_path: Path) -> None:

@@ -330,6 +330,10 @@ def test_evaluation_repeats_and_names_what_it_leaves_out() -> None:
     limited = list(evaluation_batches(DrawnSource(100), collate, 8, samples=10))
     places = torch.cat([batch.places_B for batch in limited]).tolist()
     assert sorted(places) == list(range(0, 100, 10)) != places  # shuffled, as in training
+    half = DrawnSource(8, bad_image=frozenset({0, 3, 5, 6}))
+    for size in (1, 2, 8):  # batches that hold nothing else are named elsewhere
+        every = list(evaluation_batches(half, replace(PAIRS, train=False), size))
+        assert [sum(map(len, every)), sum(len(batch.bad) for batch in every)] == [4, 4]
     with pytest.raises(TriviumError, match="no sample of 'val' could be read"):
         list(evaluation_batches(DrawnSource(2, bad_image=frozenset({0, 1})), collate, 8, stream="val"))
 

@@ -112,6 +112,16 @@ def test_a_format_that_webdataset_does_not_know_becomes_a_jpeg() -> None:
     assert (suffix, data[:2]) == ("jpg", b"\xff\xd8")
 
 
+def test_a_picture_too_long_for_a_jpeg_is_left_out_alone(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (9, 66_500)).save(tmp_path / "in" / "a.bmp")
+    Image.new("RGB", (9, 9)).save(tmp_path / "in" / "b.png")
+    pack(Settings("images", (str(tmp_path / "in"),)), tmp_path / "out")
+    [skipped] = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
+    assert skipped["row"] == 0
+    assert "a.bmp: as a JPEG it would have 9 x 66,500 pixels: no side may have over 65,500" in skipped["why"]
+
+
 def test_parts_and_workers_give_the_bytes_of_one_run(table: Path, tmp_path: Path) -> None:
     pack(settings(table), tmp_path / "one")
     seen = []

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trivium.data.files import TEXT_LIMIT, Folder, TextLines
+from trivium.data.parquet import ParquetFiles
 from trivium.data.sources import Concat, open_source
-from trivium.data.tables import Csv, Jsonl, ParquetFiles
+from trivium.data.tables import Csv, Jsonl
 from trivium.errors import BadSample, TriviumError, UnreadableNow
 from trivium.train.protocol import Source
 
@@ -515,12 +516,27 @@ def test_a_row_group_that_the_disk_does_not_give_may_be_readable_another_time(
 
 
 def test_the_cache_of_row_groups_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trivium.data.tables.CACHE_BYTES", 10_000)
+    monkeypatch.setattr("trivium.data.parquet.CACHE_BYTES", 10_000)
     big = [bytes([row]) * 3000 for row in range(20)]
     source = ParquetFiles([write_parquet(tmp_path, rows=20, image=big)], "pairs")
     for row in [*range(20), *range(20)]:
         assert source.read(row, row)["image"] == big[row]
         assert sum(values.nbytes for values in source._cache.values()) <= 10_000 or len(source._cache) == 2
+
+
+def test_row_groups_that_do_not_fit_the_cache_together_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as an order mixes, 16, and of the columns that are read: 2 rows of 3,000 bytes a group, and headers."""
+    big = [bytes([row]) * 3000 for row in range(40)]
+    file = write_parquet(tmp_path, rows=40, image=big, unread=[picture * 10 for picture in big])
+    monkeypatch.setattr("trivium.data.parquet.CACHE_BYTES", 16 * 40_000)
+    assert [ParquetFiles([file], "pairs").notes, ParquetFiles([file], "images").notes] == [[], []]
+    monkeypatch.setattr("trivium.data.parquet.CACHE_BYTES", 16 * 5_000)
+    [note] = ParquetFiles([file], "pairs").notes
+    assert note.startswith(f"{file}: training mixes 16 row groups of 0 MB")
+    assert note.endswith("write groups of at most 1 rows, or use `trivium data pack`")
+    assert ParquetFiles([file], "text").notes == []
 
 
 # ---------------------------------------------------------------------------------------------------- concat

@@ -6,6 +6,8 @@ import csv
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.data.test_remote import Served, served
@@ -43,6 +45,15 @@ def test_what_is_cut_or_left_out_is_said_once_each(tmp_path: Path, shop: Path) -
         f"data.text: 1 text is {limit}",
     ]
     assert [str(tmp_path / "s.tar") in sentence for sentence in sentences[3:]] == [True]
+
+
+def test_a_table_that_is_slow_to_shuffle_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"image": [b"a picture"] * 4, "caption": ["a mug"] * 4})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    assert noticed(sources_of(pairs=tmp_path / "a.parquet")) == []
+    monkeypatch.setattr("trivium.data.parquet.CACHE_BYTES", 10)
+    [sentence] = noticed(sources_of(pairs=tmp_path / "a.parquet"))
+    assert sentence.startswith(f"{tmp_path}/a.parquet: training mixes 2 row groups")
 
 
 def test_nothing_is_said_where_nothing_is_cut(shop: Path) -> None:

@@ -223,6 +223,9 @@ def read_tables(
         center, scale = float(np.mean(values or [0.0])), float(np.std(values or [0.0])) or 1.0
         splits = {name: LabelledRows([_first(each) for each in found], kind) for name, found in opened.items()}
         return Splits(splits.pop("train"), splits, (), center, scale, notes)
+    unusable = next((each for each in opened["train"] if isinstance(each, BadSample)), None)
+    if unusable is not None and not any(good(opened["train"])):
+        raise TriviumError(f"{', '.join(train)}: no training row can be used; the first: {unusable}")
     names = {label for _, label in good(opened["train"]) if label}
     labels = tuple(sorted(names, key=_by_number if all(map(_is_number, names)) else str))
     if len(labels) < 2:
@@ -317,10 +320,17 @@ def _row(record: Record, names: Mapping[str, str | None], regression: bool) -> t
         key=f"{record.file}:{record.entry}",
         text=None if text is None else record.text(text),
         second_text=None if second is None else record.text(second),
-        image=None if image is None else os.path.join(os.path.dirname(record.file), record.text(image)),
+        image=None if image is None else _picture_path(record, image),
         value=value,
     )
     return row, "" if given is None or regression else _name(given)
+
+
+def _picture_path(record: Record, column: str) -> str:
+    """Raises BadSample."""
+    if isinstance(record.value(column), dict | bytes):
+        raise record.bad(f'its "{column}" is a picture, not the name of one: write the pictures to files')
+    return os.path.join(os.path.dirname(record.file), record.text(column))
 
 
 def _number(record: Record, column: str | None, given: Any) -> float:

@@ -10,6 +10,7 @@ A sample that cannot be read is replaced by another (by seed, stream, place and 
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trivium.data.decode import DecodeError
-from trivium.data.order import Draws, Order, keyed_generator, pair_rows, rotate_captions
+from trivium.data.order import WINDOW, Draws, Order, keyed_generator, pair_rows, rotate_captions
 from trivium.errors import BadSample, TriviumError, lost_process
 from trivium.train.protocol import Batch, Sample, Source, Stream
 
@@ -56,7 +57,7 @@ class GlobalBatch(NamedTuple):
 class StreamReader:
     """Reads any micro-batch of a stream. Lives in each worker."""
 
-    def __init__(self, stream: Stream, seed: int, window: int = 16) -> None:
+    def __init__(self, stream: Stream, seed: int, window: int = WINDOW) -> None:
         self.stream = stream
         self.collate: StreamCollate = stream.collate
         self.seed = seed
@@ -223,18 +224,20 @@ def evaluation_batches(
     under other masks and captions, at most 8 times: a few hundred captions mask so few words that their loss and the
     entropy of their labels say little. False pairs are drawn inside each batch, as many as the collate's rate says.
     The last batch of a pass may be smaller. An unreadable sample is left out, since a substitute would count twice,
-    and named in ``bad``. Raises TriviumError where none is left.
+    and named in ``bad``, of the next batch or the last one where its own holds nothing else. Raises TriviumError where
+    none is left.
     """
     num_rows = len(source) if samples is None else min(samples, len(source))
     num_passes = 1 if samples is None else min(MOST_PASSES, samples // max(num_rows, 1))
     rows = np.arange(num_rows) * len(source) // max(num_rows, 1)
     rows = keyed_generator(stream, "evaluation").permutation(rows)
-    read_any = False
+    bad: list[str] = []  # not yet named
+    ready: Batch | None = None  # waits for the sentences that may come after the last batch
     starts = [(each, start) for each in range(num_passes) for start in range(0, num_rows, batch)]
     for number, (each, start) in enumerate(starts):
         image_rows = rows[start : start + batch]
         text_rows = rotate_captions(image_rows, image_rows, collate.false_pairs, each, stream, exact=True)
-        prepared, places, bad = [], [], []
+        prepared, places = [], []
         for image_row, text_row in zip(image_rows.tolist(), text_rows.tolist(), strict=True):
             try:
                 prepared.append(read(source, collate, image_row, text_row, Draws(each, stream, image_row)))
@@ -243,7 +246,10 @@ def evaluation_batches(
                 if not each:  # later passes would only say it again
                     bad.append(str(error))
         if prepared:
-            read_any = True
-            yield collate.batch(stream, prepared, torch.arange(len(places)), torch.tensor(places), number, bad)
-    if not read_any:
+            if ready is not None:
+                yield ready
+            ready = collate.batch(stream, prepared, torch.arange(len(places)), torch.tensor(places), number, bad)
+            bad = []
+    if ready is None:
         raise TriviumError(f"no sample of {stream!r} could be read: check the data")
+    yield dataclasses.replace(ready, bad=(*ready.bad, *bad))

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from trivium.data.loader import StreamReader, micro_batches, name_of
-from trivium.data.order import keyed_generator
+from trivium.data.order import WINDOW, keyed_generator
 from trivium.errors import TriviumError
 from trivium.train.protocol import Batch, Stream, hash64, uniform64
 
@@ -36,7 +36,7 @@ class StreamMixture:
         seed: int,
         schedule: Literal["ratio", "round-robin"] = "ratio",
         workers: int = 0,
-        window: int = 16,
+        window: int = WINDOW,
     ) -> None:
         for stream in streams:
             if stream.ratio < 0:

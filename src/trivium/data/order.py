@@ -22,6 +22,8 @@ import numpy as np
 from trivium.errors import TriviumError
 from trivium.train.protocol import hash64, uniform64
 
+WINDOW = 16  # blocks that are mixed with each other, and so read at once
+
 FEISTEL_ROUNDS = 6
 
 
@@ -104,7 +106,7 @@ class Order:
     every row is as cheap as any other. window: how many permuted blocks are mixed with each other.
     """
 
-    def __init__(self, num_rows: int, blocks: Sequence[range], seed: int, stream: str, window: int = 16) -> None:
+    def __init__(self, num_rows: int, blocks: Sequence[range], seed: int, stream: str, window: int = WINDOW) -> None:
         if num_rows < 1:
             raise TriviumError(f"stream {stream!r} has no samples: give it a source with at least one")
         assert window >= 1

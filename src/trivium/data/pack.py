@@ -47,6 +47,7 @@ from trivium.train.protocol import Sample, Source
 FORMAT = 1  # of the shards: another number is another setting
 SHARD_TIME = 946_684_800  # of the finished tar file: 2000-01-01, in seconds
 SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}  # kept as they are
+JPEG_SIDE = 65_500  # pixels at most: libjpeg writes no more
 UNDER_WAY = ".packing"
 Engine = Literal["local", "ray"]
 Record = dict[str, Any]  # of one finished shard: {"files": {name: {bytes, sha256}}, "samples": 998, "skipped": [...]}
@@ -222,6 +223,9 @@ def packed_picture(data: bytes, shortest_side: int, quality: int) -> tuple[str, 
     if shrinks:
         scale = shortest_side / min(height, width)
         pixels_HWC = resize(pixels_HWC, (round(height * scale), round(width * scale)))
+    height, width, _ = pixels_HWC.shape
+    if max(height, width) > JPEG_SIDE:
+        raise DecodeError(f"as a JPEG it would have {width:,} x {height:,} pixels: no side may have over {JPEG_SIDE:,}")
     buffer = io.BytesIO()
     Image.fromarray(pixels_HWC).save(buffer, "JPEG", quality=quality)
     return "jpg", buffer.getvalue()

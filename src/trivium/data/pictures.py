@@ -22,8 +22,8 @@ from PIL import Image
 
 from trivium.data.decode import DecodeError, decode
 from trivium.data.files import INDEX_SUFFIX, PICTURE_SUFFIXES, readable, walk
+from trivium.data.parquet import ParquetFiles
 from trivium.data.shards import open_index
-from trivium.data.tables import ParquetFiles
 from trivium.errors import TriviumError
 from trivium.train.protocol import hash64
 

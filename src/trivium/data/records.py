@@ -208,8 +208,9 @@ def _separated(file: str, delimiter: str, quoted: bool) -> Iterator[Record | Bad
 
         def text() -> Iterator[str]:
             nonlocal ended
-            for line in stream:
-                raw.append(line.decode("utf-8", "surrogateescape"))
+            for number, line in enumerate(stream):
+                mark = b"" if number else b"\xef\xbb\xbf"  # of UTF-8: before a quoted name it would hide the quote
+                raw.append(line.removeprefix(mark).decode("utf-8", "surrogateescape"))
                 yield raw[-1]
             ended = True
 
@@ -232,7 +233,7 @@ def _separated(file: str, delimiter: str, quoted: bool) -> Iterator[Record | Bad
             if not cells:
                 continue
             if not header:
-                header = [cell.removeprefix("\ufeff").strip() for cell in cells]
+                header = [cell.strip() for cell in cells]
             elif any("\udc80" <= character <= "\udcff" for line in raw for character in line):
                 yield BadSample(file, f"line {start}", "it is not UTF-8")
             elif len(cells) != len(header):

@@ -4,7 +4,8 @@
 |---|---|---|
 | folder of pictures, with or without photo.txt beside photo.jpg | ``files.py`` | ``Folder`` |
 | plain text, one line a sample | ``files.py`` | ``TextLines`` |
-| CSV, TSV, JSONL, Parquet | ``tables.py`` | ``Csv``, ``Tsv``, ``Jsonl``, ``ParquetFiles`` |
+| CSV, TSV, JSONL | ``tables.py`` | ``Csv``, ``Tsv``, ``Jsonl`` |
+| Parquet | ``parquet.py`` | ``ParquetFiles`` |
 | a JSON list of objects | ``json_table.py`` | ``Json`` |
 | tar shards, here or at an address | ``shards.py`` | ``TarShards`` |
 | a list of any of these, one path or address a line | ``.list`` | |
@@ -25,9 +26,10 @@ import numpy as np
 
 from trivium.data.files import INDEX_SUFFIX, PICTURE_SUFFIXES, Folder, Kind, TextLines, walk
 from trivium.data.json_table import Json
+from trivium.data.parquet import ParquetFiles
 from trivium.data.remote import is_remote
 from trivium.data.shards import TarShards
-from trivium.data.tables import Csv, Jsonl, ParquetFiles, TextTable, Tsv
+from trivium.data.tables import Csv, Jsonl, TextTable, Tsv
 from trivium.errors import TriviumError
 from trivium.train.protocol import Sample, Source
 

@@ -1,7 +1,7 @@
-"""Samples that are rows of a table: CSV, TSV, JSONL and Parquet.
+"""Samples that are rows of a table: what all tables share, and CSV, TSV and JSONL.
 
 Text tables are scanned once, for the byte offset of each row, and read row by row: a broken row costs that row alone,
-and a million rows cost 16 MB. Parquet is read by row groups, the last of which are kept.
+and a million rows cost 16 MB.
 
 Easy to get wrong: a CSV field may hold line breaks; a TSV has no quoting, a quote there is a plain character.
 """
@@ -10,30 +10,24 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import os
 import threading
 import zlib
 from abc import abstractmethod
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from trivium.data.files import TEXT_LIMIT, Kind, RandomFile, RowSource
-from trivium.errors import BadSample, TriviumError, UnreadableNow
+from trivium.errors import BadSample, TriviumError
 
 IMAGE_COLUMNS = ("image", "file", "filepath", "path", "url")  # taken, in any case, where no column is named
 TEXT_COLUMNS = ("caption", "captions", "text", "title")
-CACHE_BYTES = 256 * 2**20  # of row groups, in each process
 
 _csv_lock = threading.Lock()
 os.register_at_fork(before=_csv_lock.acquire, after_in_parent=_csv_lock.release, after_in_child=_csv_lock.release)
@@ -205,8 +199,10 @@ class Csv(TextTable):
         def lines() -> Iterator[str]:
             nonlocal offset
             for line in file:
+                mark = b"" if offset else b"\xef\xbb\xbf"  # of UTF-8: before a quoted name it would hide the quote
                 offset += len(line)
-                yield line.decode("utf-8", "surrogateescape")  # a line that is not UTF-8 is its own row's trouble
+                # A line that is not UTF-8 is its own row's trouble.
+                yield line.removeprefix(mark).decode("utf-8", "surrogateescape")
 
         with long_fields():
             records = csv.reader(lines(), **self.dialect)
@@ -237,7 +233,7 @@ class Csv(TextTable):
         return False
 
     def _header(self, cells: list[str]) -> list[str]:
-        columns = [cell.removeprefix("\ufeff").strip() for cell in cells]
+        columns = [cell.strip() for cell in cells]
         if any("\0" in column or not _is_utf8(column) for column in columns):
             raise TriviumError(f"{self._file.path} (line 1) is not UTF-8: convert the file to UTF-8")
         return columns
@@ -307,118 +303,3 @@ def json_object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-# ------------------------------------------------------------------------------------------------- Parquet
-
-
-class ParquetFiles(Table):
-    """Rows of one or more Parquet files. Pictures are bytes, ``{bytes, path}`` or paths; a caption may be a list.
-
-    A block is a row group: files with row groups of a few thousand rows shuffle and read best.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str | Path],
-        kind: Kind,
-        image_column: str | None = None,
-        text_column: str | None = None,
-        root: str | Path | None = None,
-    ) -> None:
-        self.kind = kind
-        self.paths = [str(path) for path in paths]
-        self.root = root
-        groups = [(file, group, rows) for file in range(len(paths)) for group, rows in enumerate(self._rows(file))]
-        self._first_rows = [sum(rows for other, _, rows in groups if other < file) for file in range(len(paths))]
-        self._groups = [(file, group) for file, group, rows in groups if rows]
-        self._starts = np.cumsum([0] + [rows for _, _, rows in groups if rows])
-        self._cache: OrderedDict[tuple[int, str], pa.ChunkedArray] = OrderedDict()
-        self._lengths: np.ndarray | None = None
-        names_files = False
-        for number, path in enumerate(self.paths):
-            schema = self._open(number).schema_arrow
-            if kind != "text":
-                held = [
-                    field.name for field in schema if _holds_pictures(field) and field.name.lower() in IMAGE_COLUMNS
-                ]
-                named = image_column or (held[0] if len(held) == 1 else None)
-                self.image_column = image_column = find_column(path, schema.names, named, IMAGE_COLUMNS, "image-column")
-                names_files |= not _holds_pictures(schema.field(image_column))
-            if kind != "images":
-                self.text_column = text_column = find_column(
-                    path, schema.names, text_column, TEXT_COLUMNS, "text-column"
-                )
-        if not self._groups:
-            raise TriviumError(f"{', '.join(self.paths)} has no rows: give a table with at least one")
-        if names_files:
-            self.refuse_web_addresses()
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def blocks(self) -> Sequence[range]:
-        return [range(int(a), int(b)) for a, b in itertools.pairwise(self._starts)]
-
-    def where(self, row: int) -> tuple[str, str]:
-        """Rows are counted from 0 within a file, as Parquet's own tools do."""
-        file = self._groups[self._group(row)][0]
-        return self.paths[file], f"row {row - self._first_rows[file]}"
-
-    def cell(self, row: int, column: str) -> Any:
-        group = self._group(row)
-        return self._column(group, column)[row - int(self._starts[group])].as_py()
-
-    def lengths(self) -> Sequence[int] | None:
-        """In characters; of several captions the longest."""
-        if self.kind == "images":
-            return None
-        if self._lengths is None:
-            columns = (self._column(group, self.text_column or "") for group in range(len(self._groups)))
-            self._lengths = np.concatenate([_text_lengths(column) for column in columns])
-        return self._lengths  # type: ignore[return-value]  # an array serves as the sequence
-
-    def _group(self, row: int) -> int:
-        return int(np.searchsorted(self._starts, row, side="right")) - 1
-
-    def _column(self, group: int, column: str) -> pa.ChunkedArray:
-        """A column of a row group, from the cache or the file. Raises BadSample."""
-        if (group, column) in self._cache:
-            self._cache.move_to_end((group, column))
-            return self._cache[group, column]
-        file, number = self._groups[group]
-        try:
-            values = self._open(file).read_row_group(number, columns=[column])[column]
-        except (pa.ArrowException, OSError) as error:
-            # A number is of the system's own error; Arrow says without one that the bytes are damaged.
-            is_damaged = getattr(error, "errno", None) is None
-            kind = BadSample if is_damaged else UnreadableNow
-            raise kind(self.paths[file], f"row group {number}", f"it cannot be read: {error}") from None
-        self._cache[group, column] = values
-        while len(self._cache) > 2 and sum(kept.nbytes for kept in self._cache.values()) > CACHE_BYTES:
-            self._cache.popitem(last=False)
-        return values
-
-    def _rows(self, file: int) -> list[int]:
-        facts = self._open(file).metadata
-        return [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
-
-    def _open(self, file: int) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(self.paths[file])
-        except (pa.ArrowException, OSError) as error:
-            raise TriviumError(f"{self.paths[file]} is no readable Parquet file: {error}") from None
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_cache": OrderedDict()}
-
-
-def _holds_pictures(field: pa.Field) -> bool:
-    return pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type) or pa.types.is_struct(field.type)
-
-
-def _text_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return pc.fill_null(pc.utf8_length(column), 0).to_numpy().astype(np.int64)
-    texts = (cell if isinstance(cell, list) else [cell] for cell in column.to_pylist())
-    return np.array([max((len(text) for text in cell if isinstance(text, str)), default=0) for cell in texts], np.int64)

@@ -13,10 +13,10 @@ from trivium.data.decode import DecodeError
 from trivium.data.doctor import Diagnosis
 from trivium.data.files import Folder, RowSource
 from trivium.data.findings import Finding, Rows
+from trivium.data.parquet import ParquetFiles
 from trivium.data.shards import TarShards
 from trivium.data.sources import Concat
 from trivium.data.survey import Decode
-from trivium.data.tables import ParquetFiles
 from trivium.errors import BadSample
 from trivium.evaluate import charts
 from trivium.evaluate.report import environment

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from trivium.data.files import TEXT_LIMIT, RowSource, TextLines
+from trivium.data.parquet import ParquetFiles
 from trivium.data.remote import is_remote
 from trivium.data.shards import TarShards
 from trivium.data.task_collate import cut
@@ -19,7 +20,7 @@ TEXT_STREAMS = {"pairs": "captions", "text": "texts"}  # what their texts are ca
 
 
 def noticed(sources: Sources) -> list[str]:
-    """One sentence for each thing in the data that is cut or left out, for the start of a run."""
+    """One sentence for each thing in the data that is cut, left out or slow to read, for the start of a run."""
     sentences = []
     for name, source in (("pairs", sources.pairs), ("text", sources.text), ("validation", sources.validation_pairs)):
         cut = 0
@@ -34,7 +35,8 @@ def noticed(sources: Sources) -> list[str]:
             texts = _counted(cut, "text is", "texts are")
             sentences.append(f"data.{name}: {texts} longer than {TEXT_LIMIT:,} characters and read only up to there")
     for source in (sources.pairs, sources.images, sources.text, sources.validation_pairs):
-        sentences += [note for part in parts_of(source) if isinstance(part, TarShards) for note in part.notes]
+        parts = (part for part in parts_of(source) if isinstance(part, TarShards | ParquetFiles))
+        sentences += [note for part in parts for note in part.notes]
     return list(dict.fromkeys(sentences))
 
 

@@ -231,7 +231,7 @@ def groups_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
         return whole(self, number, columns)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
-    monkeypatch.setattr("trivium.data.tables.CACHE_BYTES", 1)
+    monkeypatch.setattr("trivium.data.parquet.CACHE_BYTES", 1)
     return read
 
 

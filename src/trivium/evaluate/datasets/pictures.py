@@ -20,8 +20,8 @@ from scipy.io import loadmat
 
 from trivium.data.decode import DecodeError, decode
 from trivium.data.files import PICTURE_LIMIT, PICTURE_SUFFIXES
+from trivium.data.parquet import ParquetFiles
 from trivium.data.shards import TarShards
-from trivium.data.tables import ParquetFiles
 from trivium.errors import BadSample, TriviumError, UnreadableNow
 from trivium.train.protocol import uniform64
 
