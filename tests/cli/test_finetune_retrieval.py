@@ -87,13 +87,18 @@ def test_the_official_files_train_albef_and_both_orders_are_measured(
             for order in ("", "_reranked"):
                 name = f"Flickr30K retrieval.{split}.{way}{order}_r1"
                 assert json.loads((out / "results.json").read_text())["results"][name]["n"] == queries
-    measured = [entry["results"]["figures"] for entry in lines_of(out / "metrics.jsonl") if "results" in entry]
+    start, *rest = lines_of(out / "metrics.jsonl")
+    assert start["step"] == 0, "what it began with is measured, and never chosen"
+    told = capsys.readouterr().err
+    value = start["results"]["figures"]["dev.recall_reranked"]
+    assert f"{value:.4g} before training" in told or f"before training ({value:.4g})" in told
+    measured = [entry["results"]["figures"] for entry in rest if "results" in entry]
     names = [f"dev.{way}_reranked_r{cutoff}" for way in ("tr", "ir") for cutoff in (1, 5, 10)]
     assert measured[0]["dev.recall_reranked"] == pytest.approx(np.mean([measured[0][name] for name in names]))
     best = max(measured, key=lambda figures: figures["dev.recall_reranked"])
     assert found["Flickr30K retrieval.dev.tr_reranked_r1"] == best["dev.tr_reranked_r1"]
     assert found["Flickr30K retrieval.dev.ir_r1"] == best["dev.ir_r1"]
-    assert {"itc", "itm"} == set(lines_of(out / "metrics.jsonl")[0]["losses"])
+    assert {"itc", "itm"} == set(rest[0]["losses"])
     before, after = trivium.load(models["albef"]).model.state_dict(), trivium.load(out).model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert "itm_head.weight" in moved and "fusion.blocks.0.cross_attention.query.weight" in moved
@@ -149,7 +154,7 @@ def test_other_families_train_what_they_have_on_tables_of_ones_own(
     table, out = tmp_path / "pairs.parquet", tmp_path / "run"
     words = ("--data", table, "--data.dev", table, "--data.text-column", "captions")
     found = tune("retrieval", models[family], out, *words, objectives__pool=6)
-    assert set(lines_of(out / "metrics.jsonl")[0]["losses"]) == losses
+    assert set(lines_of(out / "metrics.jsonl")[1]["losses"]) == losses
     assert said in capsys.readouterr().err
     assert ("retrieval.dev.tr_reranked_r1" in found) == (family == "flava")
     assert results.read(out / "results.json")["retrieval.dev.ir_r10"].n == 16

@@ -32,19 +32,30 @@ def test_the_first_of_the_highest_is_best_and_patience_counts_what_came_since(
 ) -> None:
     selection = Selection("figures.dev.accuracy", patience)
     for step, value in enumerate(values):
-        assert selection.note(step, results(value)) == (value > max(values[:step], default=-1))
-    assert selection.best_step == values.index(max(values))
+        assert selection.note(step + 1, results(value)) == (value > max(values[:step], default=-1))
+    assert selection.best_step == 1 + values.index(max(values))
     assert selection.since == len(values) - 1 - values.index(max(values))
     assert selection.is_exhausted == (selection.since >= patience)
 
 
 def test_what_is_no_number_is_never_the_best() -> None:
     selection = Selection("figures.dev.accuracy")
-    for step, value in enumerate([math.nan, None, "high", math.inf]):
+    for step, value in enumerate([math.nan, None, "high", math.inf], start=1):
         assert not selection.note(step, results(value))
     assert selection.best_step is None
     assert not selection.is_exhausted
     assert selection.note(9, results(-1.0))
+
+
+def test_the_start_is_never_chosen_and_what_is_no_better_is_told() -> None:
+    selection = Selection("figures.dev.accuracy", patience=1)
+    assert not selection.note(0, results(0.5)) and not selection.is_exhausted
+    assert selection.note(5, results(0.4)) and selection.best_step == 5
+    assert str(selection).endswith(
+        "at step 5 (0.4), no higher than before training (0.5): the model that it began with is at least as good"
+    )
+    assert selection.note(10, results(0.6))
+    assert str(selection) == "figures.dev.accuracy was highest at step 10 (0.6), from 0.5 before training"
 
 
 def test_names_with_dots_and_groups() -> None:

@@ -167,7 +167,7 @@ def _prepare(
         notes += [f"{split}: {sentence}" for sentence in cut("expressions", start.tokenizer, bundle.max_length, texts)]
     return PreparedGrounding.of(
         recipe, name, arguments, method, bundle, mixtures(recipe, [stream]), notes,
-        select=f"figures.{_select(recipe, data)}", expressions=data,
+        select=f"figures.{_select(recipe, data)}", measures_start=True, expressions=data,
     )  # fmt: skip
 
 

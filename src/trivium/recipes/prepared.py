@@ -75,9 +75,11 @@ class Prepared(ABC):
         *,
         export: Export | None = None,
         select: str | None = None,
+        measures_start: bool = False,
         **parts: Any,
     ) -> Self:
-        """A recipe whose parts are made. export: None: `bundle.save`. select: see `Run`. parts: this class's own."""
+        """A recipe whose parts are made. export: None: `bundle.save`. select, measures_start: see `Run`. parts: this
+        class's own."""
         model: Any = bundle.model
         run = Run(
             method,
@@ -88,6 +90,7 @@ class Prepared(ABC):
             config=Config(name, arguments, leaves(recipe)),
             blocks=model.blocks,
             select=select,
+            measures_start=measures_start,
         )
         prepared = cls(recipe, run, bundle, mixture_of, name, arguments, notes, **parts)
         run.evaluate = prepared.measures(recipe)

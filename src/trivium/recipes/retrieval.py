@@ -246,7 +246,7 @@ def _prepare(
         notes += cut_captions(split, source, start.tokenizer, bundle.max_length)
     return PreparedRetrieval.of(
         recipe, name, arguments, method, bundle, mixtures(recipe, [stream]), notes,
-        select=f"figures.{_select(recipe, model)}", title=title, train=train, held=sources,
+        select=f"figures.{_select(recipe, model)}", measures_start=True, title=title, train=train, held=sources,
     )  # fmt: skip
 
 

@@ -73,6 +73,7 @@ class Run:
     evaluate: Callable[[Method], dict[str, Any] | None] | None = None  # called in eval mode, without gradient
     blocks: Callable[[], Iterable[nn.Module]] | None = None  # what torch.compile is given, one by one
     select: str | None = None  # a figure of `evaluate`: the checkpoint where it is highest is kept (see selection.py)
+    measures_start: bool = False  # once before the first step too: training is to make that figure better
 
 
 @dataclass

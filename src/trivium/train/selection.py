@@ -19,6 +19,7 @@ class Selection:
         a row without a better figure after which the run ends; None: it never does."""
         self.figure = figure
         self.patience = patience
+        self.start: float | None = None  # before the first step, where that was measured
         self.best_step: int | None = None
         self.best = -math.inf
         self.since = 0  # evaluations that were no better
@@ -38,8 +39,12 @@ class Selection:
         return selection
 
     def note(self, step: int, results: dict[str, Any]) -> bool:
-        """Whether these are the best results so far. A figure that is no number is never the best."""
+        """Whether these are the best results so far. A figure that is no number is never the best, and what was there
+        before the first step is none of this run's."""
         value = value_of(results, self.figure)
+        if step == 0:
+            self.start = value
+            return False
         better = value is not None and value > self.best
         if better:
             assert value is not None
@@ -49,7 +54,12 @@ class Selection:
         return better
 
     def __str__(self) -> str:
-        return f"{self.figure} was highest at step {self.best_step} ({self.best:.4g})"
+        sentence = f"{self.figure} was highest at step {self.best_step} ({self.best:.4g})"
+        if self.start is None:
+            return sentence
+        if self.best > self.start:
+            return f"{sentence}, from {self.start:.4g} before training"
+        return f"{sentence}, no higher than before training ({self.start:.4g}): the model that it began with is at least as good"
 
     @property
     def is_exhausted(self) -> bool:

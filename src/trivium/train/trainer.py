@@ -119,7 +119,7 @@ def _train(run: Run, out: Path, resume: bool | Path) -> Outcome:
     ):
         # A run that was stopped or killed while it evaluated does that again: its old lines are gone.
         results, stopping = None, False
-        if first and settings.evaluates_after(first):
+        if settings.evaluates_after(first) if first else run.measures_start:
             results = measured(first)
             stopping = distributed.any_process(stop.received is not None)
         if stopping or distributed.any_process(selection.is_exhausted):
