@@ -59,7 +59,8 @@ class Selection:
             return sentence
         if self.best > self.start:
             return f"{sentence}, from {self.start:.4g} before training"
-        return f"{sentence}, no higher than before training ({self.start:.4g}): the model that it began with is at least as good"
+        sentence += f", no higher than before training ({self.start:.4g})"
+        return f"{sentence}: the model that it began with is at least as good"
 
     @property
     def is_exhausted(self) -> bool:
