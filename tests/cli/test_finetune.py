@@ -275,12 +275,32 @@ def test_a_head_goes_on_where_the_labels_are_the_same_by_name(
         optim__lr=0.0,
     )  # fmt: skip
     assert found["text classification"] == 1.0
-    assert "its labels matched by name" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "its labels matched by name" in told
+    assert "no higher than before training (1): the model that it began with is at least as good" in told
     torch.testing.assert_close(trivium.load(tmp_path / "second").answer(texts="it was bad"), before)
     other = tmp_path / "other.csv"
     other.write_text("text,label\nthe film,one\na film,two\n" * 8)
     finetune("text_classification", tmp_path / "turned", tmp_path / "third", "--data", other, "--data.dev", other)
     assert "does not fit: a new one is drawn" in capsys.readouterr().err
+    first_line = lines_of(tmp_path / "third" / "metrics.jsonl")[0]
+    assert first_line["step"] == 1, "what a new head says before training is nobody's model"
+
+
+def test_a_task_that_is_not_learned_is_told_so(
+    bert: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three of four rows are of one class, so guessing that costs 0.5623."""
+    table = tmp_path / "unequal.csv"
+    table.write_text("text,label\n" + "the film was,one\nthe film was,one\nthe film was,one\nthe film was,two\n" * 8)
+    words = ("--data", table, "--data.dev", table, "--train.monitor-every", 4)
+    finetune("text_classification", bert, tmp_path / "same", *words, train__steps=16)
+    sentence = next(line for line in capsys.readouterr().out.splitlines() if "guessing" in line)
+    assert "(text_classification): text_classification is 0." in sentence and "guessing gives 0.5623" in sentence
+    finetune("text_classification", bert, tmp_path / "told", "--data", reviews, "--data.dev", reviews, *words[4:],
+             train__steps=60, optim__lr=0.01)  # fmt: skip
+    lines = [line for line in lines_of(tmp_path / "told" / "monitors.jsonl") if line["monitor"] == "chance"]
+    assert lines[-1]["value"] < 0.8 and not lines[-1]["crossed"]
 
 
 def pictures(folder: Path) -> str:

@@ -150,3 +150,23 @@ def test_both_orders_stand_side_by_side_and_a_model_without_matching_has_one() -
         head.weight.zero_()
         head.bias.zero_()
     assert pairs.measure(bundle, given, "tr", "ir", shortlist=100).results["ir_reranked_median_rank"].value == PICTURES
+
+
+def test_it_is_said_where_the_matching_head_makes_it_worse() -> None:
+    bundle, (pictures, captions, own_T) = bundle_of("albef"), shown()
+    texts = bundle.encode_text(captions).projected
+    first_I = torch.tensor([int((own_T == picture).nonzero()[0]) for picture in range(PICTURES)])
+    names = [[f"{what} {n}" for n in range(number)] for what, number in (("p", PICTURES), ("c", len(captions)))]
+    given = pairs.Captioned(  # by cosine each picture is where its own captions are
+        texts[first_I], texts[first_I][own_T], torch.arange(PICTURES), own_T, *names, captions, pictures.__getitem__
+    )
+    head = bundle.model.itm_head
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    found = pairs.measure(bundle, given, "tr", "ir", shortlist=100)
+    lost = 100 * (1 - np.mean([found.results[f"tr_reranked_r{cutoff}"].value for cutoff in (1, 5, 10)]))
+    worse_texts, worse_pictures = found.headline
+    assert worse_texts.startswith("Re-ranking by matching finds fewer texts than the cosine alone")
+    assert f"{lost:.1f} points lower [" in worse_texts and "fewer pictures" in worse_pictures
+    assert pairs.measure(bundle, given, "tr", "ir", shortlist=0).headline == []

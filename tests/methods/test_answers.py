@@ -153,6 +153,11 @@ def test_assignment_is_the_judgement_of_the_pictures_that_were_drawn() -> None:
     theirs = gradients(method.model)
     assert mine.keys() == theirs.keys()
     assert_close(mine, theirs, 1e-9)
+    with torch.no_grad():
+        for parameter in method.model.head.decoder.parameters():  # type: ignore[union-attr]
+            parameter.zero_()
+    sums, counts, _ = backward(method, [batch], KEY)
+    assert float(sums["a task"] / counts["a task"]) == pytest.approx(method.chance(counts)["a task"], rel=1e-12)
 
 
 def test_rows_without_two_other_pictures_are_left_out_and_pools_are_kept_apart() -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+from torch import Tensor
+
+from trivium.data.labelled import LabelledRows, Row, Splits
+from trivium.data.task_collate import TaskCollate
 from trivium.errors import TriviumError
+from trivium.methods.finetune import OBJECTIVES
+from trivium.models.finetuned import Gives
 from trivium.recipes.chosen import EVALUATIONS, many_passes, with_steps
-from trivium.recipes.finetune import FinetuneRecipe, finetune
+from trivium.recipes.finetune import FinetuneRecipe, _guess, finetune
 from trivium.recipes.retrieval import RetrievalRecipe
 from trivium.recipes.tasks import TASKS
 from trivium.train.optim import learning_rate, warmup_steps
+from trivium.train.run import Train
 
 # fairseq's table for RoBERTa-base on GLUE: learning rate, sentences of a batch, updates, warm-up updates, classes.
 ROBERTA = {
@@ -47,6 +56,37 @@ def test_glue_has_the_settings_of_roberta(name: str) -> None:
     half = (warmup + updates) // 2
     assert learning_rate(recipe.optim, half, updates) == pytest.approx(0.5, abs=1e-3)  # polynomial of power 1
     assert recipe.epochs is None
+
+
+@pytest.mark.parametrize("gives", ["class", "number", "answers"])
+def test_guessing_costs_what_the_best_answer_to_everything_costs(gives: Gives) -> None:
+    """By the loss itself: no other constant is cheaper."""
+    given: list[dict[str, Any]] = {
+        "class": [{"label": label} for label in (0, 0, 0, 2, 2, 0, 1)],
+        "number": [{"value": value} for value in (1.5, 2.0, 2.0, 4.5, -1.0)],
+        "answers": [{"answers": answers} for answers in ({0: 1.0, 2: 0.3}, {0: 0.6}, {1: 1.0}, {})],
+    }[gives]
+    rows = LabelledRows([Row("a.csv", str(n), str(n), "a text", **each) for n, each in enumerate(given)], "text")
+    splits = Splits(rows, {}, () if gives == "number" else ("a", "b", "c"), center=2.0, scale=1.5)
+    collate = TaskCollate(None, None, 3, splits.center, splits.scale)
+    target, objective, _ = OBJECTIVES[gives]
+    target_N = collate._targets([rows.read(n, n) for n in range(len(rows))])[target]
+    constant = torch.zeros(1 if gives == "number" else 3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([constant], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        found = objective(constant.expand(len(rows), -1), target_N.double() if gives != "class" else target_N)
+        found.backward()
+        return found
+
+    optimizer.step(loss)
+    assert _guess(splits, gives) == pytest.approx(float(loss().detach()) / len(rows), rel=1e-6)
+
+
+def test_fine_tuning_is_watched_as_any_run_is() -> None:
+    for name in (*TASKS, "retrieval", "grounding"):
+        assert finetune(name).train.monitor_every == Train().monitor_every > 0
 
 
 @pytest.mark.parametrize("name", FLAVA)

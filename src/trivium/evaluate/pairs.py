@@ -25,6 +25,7 @@ from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import features, retrieval
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.reranking import SHORTLIST, rerank
+from trivium.evaluate.results import mean_of
 from trivium.models.encoded import Matches
 from trivium.train.protocol import Source
 
@@ -46,7 +47,8 @@ class Captioned:
 def measure(
     bundle: Bundle, shown: Captioned, image_to_text: str, text_to_image: str, shortlist: int = SHORTLIST
 ) -> Evaluation:
-    """Recalls and median ranks both ways, under these names; re-ranked under the same with "_reranked" behind.
+    """Recalls and median ranks both ways, under these names; re-ranked under the same with "_reranked" behind, and a
+    sentence where that is told to be worse.
 
     Args:
         shortlist: candidates of each query that are re-ranked; 0: none, as with a model that does not match.
@@ -59,8 +61,9 @@ def measure(
         (image_to_text, shown.images_ID, shown.texts_TD, shown.image_labels, shown.text_labels, of_images),
         (text_to_image, shown.texts_TD, shown.images_ID, shown.text_labels, shown.image_labels, of_texts),
     )
+    by_cosine = {}
     for name, asked, candidates, labels, candidate_labels, units in ways:
-        ranks = retrieval.ranks_by_cosine(asked, candidates, labels, candidate_labels)
+        ranks = by_cosine[name] = retrieval.ranks_by_cosine(asked, candidates, labels, candidate_labels)
         found.results |= retrieval.summary(ranks, name, *units)
         right = (labels[:, None] == candidate_labels).sum(1)
         for cutoff in retrieval.CUTOFFS:
@@ -77,13 +80,20 @@ def measure(
     cosine_IT = retrieval.scores(shown.images_ID, shown.texts_TD)
     again = rerank(bundle, shown.picture, shown.captions, cosine_IT, shortlist)
     right_IT = shown.image_labels[:, None] == shown.text_labels
-    for name, ranks, units in (
-        (image_to_text, again.image_to_text(right_IT), of_images),
-        (text_to_image, again.text_to_image(right_IT), of_texts),
+    for name, wanted, ranks, units in (
+        (image_to_text, "texts", again.image_to_text(right_IT), of_images),
+        (text_to_image, "pictures", again.text_to_image(right_IT), of_texts),
     ):
         found.results |= retrieval.summary(ranks, f"{name}_reranked", *units)
         for cutoff in retrieval.CUTOFFS:
             found.chance[f"{name}_reranked_r{cutoff}"] = found.chance[f"{name}_r{cutoff}"]
+        gain = mean_of(retrieval.recalls(ranks) - retrieval.recalls(by_cosine[name]), *units)
+        if gain.low is not None and gain.high is not None and gain.high < 0:
+            found.headline.append(
+                f"Re-ranking by matching finds fewer {wanted} than the cosine alone: the mean of R@1, 5 and 10 is"
+                f" {-100 * gain.value:.1f} points lower [{-100 * gain.high:.1f}, {-100 * gain.low:.1f}], so rely on the"
+                " cosine here, or train matching longer."
+            )
     return found
 
 

@@ -59,6 +59,11 @@ def mean_recall(found: Results, *names: str) -> float:
     return float(np.mean([found[f"{name}_r{cutoff}"].value for name in names for cutoff in CUTOFFS]))
 
 
+def recalls(ranks_Q: Tensor) -> np.ndarray:
+    """The mean of R@1, 5 and 10 of each query, [Q]."""
+    return np.mean([ranks_Q.numpy() <= cutoff for cutoff in CUTOFFS], axis=0)
+
+
 def summary(
     ranks_Q: Tensor, name: str, queries: Sequence[str] | None = None, groups: Sequence[str] | None = None
 ) -> Results:

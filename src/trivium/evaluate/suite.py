@@ -357,7 +357,7 @@ def zero_shot_retrieval(
         say(f"re-ranking the {shortlist} candidates in front")
     measured = pairs.measure(encoder.bundle, shown, "zero_shot.tr", "zero_shot.ir", shortlist)
     found.results |= measured.results
-    found.notes += measured.not_applicable
+    found.notes += measured.not_applicable + measured.headline
     return found
 
 

@@ -8,7 +8,7 @@ B rows, K outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class FineTuning(Method):
     Args:
         targets: how a momentum copy teaches; with an alpha of 0 there is none.
         num_steps, epoch_steps: of the whole run and of one epoch, which its schedules are shares of.
+        guess: the loss of a model that knows only how often each label occurs; None: not known.
     """
 
     model: FineTuned
@@ -50,9 +51,11 @@ class FineTuning(Method):
         targets: SoftTargets | None = None,
         num_steps: int = 1,
         epoch_steps: int = 1,
+        guess: float | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.guess = guess
         taught = targets is not None and targets.alpha > 0
         self.teacher = Teacher(model, targets, num_steps, epoch_steps) if taught and targets else None
         self.target, self.objective, self.as_target = OBJECTIVES[model.config.gives]
@@ -86,6 +89,9 @@ class FineTuning(Method):
     def after_step(self, step: int, everyone: Rows, stats: Sums) -> None:
         if self.teacher is not None:
             self.teacher.follow(self.model)
+
+    def chance(self, counts: Mapping[str, float]) -> dict[str, float]:
+        return {} if self.guess is None else {self.model.config.task: self.guess}
 
     def outputs(self, batch: Batch) -> Tensor:
         """Logits or numbers [B, K], as the loss takes them."""

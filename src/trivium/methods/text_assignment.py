@@ -9,6 +9,8 @@ B rows of a batch, K of them that are kept.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import log
 from typing import Any
 
 import torch
@@ -56,6 +58,9 @@ class TextAssignment(FineTuning):
             "stat/correct": (outputs_K3.detach().argmax(-1) == label_K).sum().double(),
             "stat/left_out": self._to((~kept_B).sum().double()),
         }
+
+    def chance(self, counts: Mapping[str, float]) -> dict[str, float]:
+        return {self.model.config.task: log(len(LABELS))}
 
     def _drawn(self, batch: Batch, image_BD: Tensor, key: Key) -> tuple[Tensor, Tensor, Tensor]:
         """Which picture stands left, which right, and the class, int64 [B] each: functions of the seed, the step, the

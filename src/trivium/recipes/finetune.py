@@ -6,6 +6,7 @@ model folder, with head and labels, is RUN/model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
 from trivium.data.tokenizer import ANSWER_TOKENS
 from trivium.data.views import Views
 from trivium.errors import TriviumError
+from trivium.evaluate import losses
 from trivium.evaluate import tasks as figures_of
 from trivium.evaluate.embedded import Evaluation
 from trivium.methods.answers import Answering
@@ -88,7 +90,7 @@ def finetune(task: str) -> FinetuneRecipe | RetrievalRecipe | GroundingRecipe:
         raise TriviumError(f"there is no task {task}: use one of {', '.join((*TASKS, *RETRIEVAL, *GROUNDING))}")
     of = TASKS[task]
     steps, epochs, patience = (of.steps or 1000, of.epochs, None) if of.steps or of.epochs else (1000, EPOCHS, 3)
-    train = Train(steps=steps, patience=patience, monitor_every=0)
+    train = Train(steps=steps, patience=patience)
     return FinetuneRecipe(task, of.head, of.data, of.optim, of.distillation, train, dropout=of.dropout, epochs=epochs)
 
 
@@ -169,11 +171,12 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     config = _head_config(recipe.head, task, splits, reads, model, transform.size)
     head = config.build()
     initialise(head, recipe.train.seed)
-    notes = list(splits.notes)
+    notes, goes_on = list(splits.notes), False
     if isinstance(head, AnswerDecoder | TwoPictures) and isinstance(model, Albef):
         head.start(model)
     if resume_from is None and start.head is not None:
-        notes.append(_take_head(head, config, splits, start))
+        sentence, goes_on = _take_head(head, config, splits, start)
+        notes.append(sentence)
     if resume_from is None and start.image_tokenizer is not None:
         notes.append("left out is the image tokenizer of the model: fine-tuning has no use for it")
     if task.name == "text_assignment" and recipe.distillation.alpha:
@@ -200,7 +203,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     method = made(
         FineTuned(model, head, config, answers_KT), Pixels(transform.mean, transform.std),
         recipe.distillation.in_steps(recipe.data.batch),
-        recipe.train.steps, steps_per_epoch(len(splits.train), recipe.data.batch),
+        recipe.train.steps, steps_per_epoch(len(splits.train), recipe.data.batch), _guess(splits, config.gives),
     )  # fmt: skip
 
     named = [split for split in _labelled(splits) if not split.startswith("test")]
@@ -228,7 +231,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     stream = Stream(task.name, splits.train, collate, recipe.data.batch, recipe.rows_at_once)
     return PreparedTask.of(
         recipe, name, arguments, method, bundle, mixtures(recipe, [stream]), notes, export=export,
-        select=f"figures.{select}", task=task, splits=splits, collate=collate,
+        select=f"figures.{select}", measures_start=goes_on, task=task, splits=splits, collate=collate,
     )  # fmt: skip
 
 
@@ -331,28 +334,31 @@ def _width(model: nn.Module, reads: Reads, side: int, num_pictures: int) -> int:
     return read(model.eval(), reads, pixels, ids, None, None).shape[1]
 
 
-def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundle) -> str:
-    """Start from a head that was trained for the same labels, in whatever order; else say that it is not taken."""
+def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundle) -> tuple[str, bool]:
+    """Start from a head that was trained for the same labels, in whatever order; else say that it is not taken.
+
+    Returns what there is to say, and whether all of the head goes on.
+    """
     there, old = start.head_config, start.head
     assert there is not None and old is not None
     names = tuple(start.labels or ())
     alike_blocks = there.reads == config.reads and _shape(there) == _shape(config)
     if isinstance(head, AnswerDecoder) and alike_blocks:
         head.load_state_dict(old.state_dict())
-        return f"the writer of answers starts as it was trained for {there.task}"
+        return f"the writer of answers starts as it was trained for {there.task}", True
     if isinstance(head, TwoPictures) and alike_blocks and sorted(names) != sorted(splits.labels):
         assert isinstance(old, TwoPictures)
         head.seconds.load_state_dict(old.seconds.state_dict())
-        return f"the second blocks start as they were trained for {there.task}, and a new classifier is drawn"
+        return f"the second blocks start as they were trained for {there.task}, and a new classifier is drawn", False
     alike = _bare(there) == _bare(config)
     if not alike or sorted(names) != sorted(splits.labels):
-        return f"the head that the model has was trained for {there.task} and does not fit: a new one is drawn"
+        return f"the head that the model has was trained for {there.task} and does not fit: a new one is drawn", False
     state = old.state_dict()
     if names:
         order = torch.tensor([names.index(label) for label in splits.labels])
         state |= {f"decoder.{part}": state[f"decoder.{part}"][order] for part in ("weight", "bias")}
     head.load_state_dict(state)
-    return f"the head starts as it was trained for {there.task}, its labels matched by name"
+    return f"the head starts as it was trained for {there.task}, its labels matched by name", True
 
 
 def _bare(head: HeadConfig) -> HeadConfig:
@@ -363,6 +369,22 @@ def _bare(head: HeadConfig) -> HeadConfig:
 def _shape(head: HeadConfig) -> BertConfig | None:
     """Of its blocks."""
     return None if head.blocks is None else replace(head.blocks, dropout=0.0)
+
+
+def _guess(splits: Splits, gives: Gives) -> float | None:
+    """The loss of a model that knows only how often each label occurs in training; None of answers that are written."""
+    rows = list(splits.train.good())
+    if gives == "class":
+        return losses.chance(torch.tensor([row.label for row in rows]), len(splits.labels))
+    if gives == "number":
+        value_N = torch.tensor([row.value for row in rows], dtype=torch.float64)
+        return float(value_N.var(correction=0)) / splits.scale**2
+    if gives == "answers":
+        right: Counter[int] = Counter()
+        for row in rows:
+            right.update(row.answers or {})
+        return sum(losses.binary_entropy(degree / len(rows)) for degree in right.values())
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------- measuring

@@ -62,7 +62,7 @@ class GroundingRecipe(Recipe):
     distillation: SoftTargets = field(default_factory=lambda: SoftTargets(alpha=0.4))  # of ALBEF; alpha 0: none
     data: GroundingData = field(default_factory=GroundingData)
     optim: Optim = PUBLISHED
-    train: Train = field(default_factory=lambda: Train(monitor_every=0))
+    train: Train = field(default_factory=Train)
     init: str | None = None  # the model: a run folder, a model folder or a foreign checkpoint
     epochs: float | None = 5  # times through the training expressions, in place of train.steps
     block: int | None = None  # whose attention is measured, from 0; None: the family's own choice, as published

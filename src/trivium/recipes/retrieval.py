@@ -127,10 +127,7 @@ PUBLISHED = Optim(  # the warm-up of the public code starts at the full rate, so
 
 
 def _recipe(epochs: float, shortlist: int, data: RetrievalData | None = None) -> RetrievalRecipe:
-    return RetrievalRecipe(
-        data=data or RetrievalData(), optim=PUBLISHED, train=Train(monitor_every=0), epochs=epochs,
-        shortlist=shortlist,
-    )  # fmt: skip
+    return RetrievalRecipe(data=data or RetrievalData(), optim=PUBLISHED, epochs=epochs, shortlist=shortlist)
 
 
 RETRIEVAL = {
@@ -206,6 +203,7 @@ class PreparedRetrieval(PreparedMatching):
                 found.headline.append(
                     f"{self.title}, {split}, {how}: R@1 / 5 / 10 of texts {recalls['tr']}, of pictures {recalls['ir']}."
                 )
+            found.headline += [f"{self.title}, {split}: {sentence}" for sentence in measured.headline]
         return found, {}
 
 

@@ -198,7 +198,7 @@ def against_chance(losses: Mapping[str, float], chance: Mapping[str, float]) -> 
             yield Finding(
                 "chance", name, share, CHANCE, share > CHANCE,
                 f"{name} is {losses[name]:.4f} where guessing gives {guess:.4f}, so nothing of it is learned yet: check"
-                " that its labels fit the samples, then raise its weight or train longer",
+                " that its labels fit the samples, then raise its weight or --optim.lr, or train longer",
             )  # fmt: skip
 
 
