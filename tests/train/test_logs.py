@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,26 @@ def test_a_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.Monkey
         log.step(1, "pairs", result(itm=0.25), lr=0.1, samples=8, seconds=0.5)
         log.step(2, "pairs", result(itm=0.125), lr=0.1, samples=8, seconds=0.5)
         log.say("[b]kept[/b]")
-    assert "itm 0.125" in out.getvalue()
+    assert "itm 0.125" in out.getvalue().replace("\u00a0", " ")
     assert "2/2" in out.getvalue()
     assert "[b]kept[/b]" in out.getvalue()
+
+
+def test_all_of_it_fits_a_terminal_of_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    out, losses = Terminal(), dict.fromkeys(("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive"), 12.3456)
+    with Log(tmp_path / "m.jsonl", first=0, total=10_000, out=out) as log:
+        for done in (1, 2, 3):
+            log.step(done, "pairs", result(**losses), lr=0.1, samples=64, seconds=0.1)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\u00a0", " ")
+    *_, how_far, first, second = [line.strip() for line in re.split(r"[\r\n]+", shown) if line.strip()]
+    assert re.fullmatch(r"\S+ +3/10000 640 samples/s \d+:\d\d:\d\d", how_far)
+    assert re.sub(" +", " ", f"{first} {second}") == " ".join(f"{name} 12.346" for name in losses)
 
 
 def test_time_counts_on_over_resumption(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -145,15 +146,17 @@ class Log:
                 self._board.add_scalar(f"{stream}/{name}", value, done)
 
     def _show(self, done: int) -> None:
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in self._losses.items())
+        between = " " if self._progress is None else "\u00a0"  # a terminal wraps between losses, not inside
+        losses = "  ".join(f"{name}{between}{value:.3f}" for name, value in self._losses.items())
+        speed = f"{self._speed:.0f} samples/s"
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, losses=losses, speed=f"{self._speed:.0f}/s")
+            self._progress.update(self._task, completed=done, losses=losses, speed=speed)
             return
         now = time.perf_counter()
         if now - self._last_line >= self._seconds_between_lines or done == self.total:
             self._last_line = now
             left = (now - self.started) / (done - self.first) * (self.total - done)
-            self.say(f"step {done}/{self.total}  {losses}  {self._speed:.0f} samples/s  {_clock(left)} left")
+            self.say(f"step {done}/{self.total}  {losses}  {speed}  {_clock(left)} left")
 
 
 def _mean(values: list[float]) -> float | None:
@@ -185,9 +188,18 @@ def _clock(seconds: float) -> str:
 def _progress_bar(first: int, total: int, out: TextIO) -> tuple[Any, Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    columns = (TextColumn("{task.fields[losses]}"), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-    progress = Progress(BarColumn(bar_width=20), MofNCompleteColumn(), *columns, console=Console(file=out))
+    class TwoLines(Progress):
+        """How far it is and what is left, and below it the losses: a terminal of 80 columns does not hold both."""
+
+        def get_renderables(self) -> Iterable[Any]:
+            yield self.make_tasks_table(self.tasks)
+            for task in self.tasks:
+                yield Text(task.fields["losses"])
+
+    columns = (TextColumn("{task.fields[speed]}"), TimeRemainingColumn(elapsed_when_finished=True))
+    progress = TwoLines(BarColumn(bar_width=20), MofNCompleteColumn(), *columns, console=Console(file=out))
     progress.start()
     return progress, progress.add_task("", total=total, completed=first, losses="", speed="")
 
