@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,35 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(models: dict[str, Path],
     assert digests(checkpoint(out, 4)) == digests(checkpoint(tmp_path / "straight", 4))
 
 
+def test_of_two_data_sets_in_one_folder_the_task_takes_its_own(
+    models: dict[str, Path], flickr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "both"
+    shutil.copytree(flickr, root)
+    for split, entries in (("train", 6), ("val", 2)):
+        rows = json.loads((flickr / f"flickr30k_{split}.json").read_text())[:entries]
+        (root / f"coco_{split}.json").write_text(json.dumps(rows))
+    found = tune("retrieval_coco", models["albef"], tmp_path / "coco", "--data", root, objectives__pool=6)
+    assert {name.partition(".")[0] for name in found if "retrieval" in name} == {"COCO retrieval"}
+    assert results.read(tmp_path / "coco" / "results.json")["COCO retrieval.dev.tr_r1"].n == 2
+    assert run("finetune", "retrieval", "--init", models["albef"], "--out", tmp_path / "no", "--data", root) == 2
+    assert "fine-tune on retrieval_flickr30k or on retrieval_coco" in capsys.readouterr().err
+
+
+def test_larger_pictures_have_positions_of_their_own_also_in_the_official_layout(
+    models: dict[str, Path], flickr: Path, tmp_path: Path
+) -> None:
+    out, back = tmp_path / "run", tmp_path / "back"
+    tune("retrieval_flickr30k", models["albef"], out, "--data", flickr, **{"data.image-size": 64})
+    tuned = trivium.load(out)
+    assert tuned.transform.size == tuned.model.config.image_size == 64
+    assert tuned.model.image.positions.shape[1] == 1 + (64 // albef.TINY.patch_size) ** 2
+    assert run("convert", out, "--to", "albef-retrieval", "--out", back) == 0
+    picture = [drawn_picture(1)]
+    mine, theirs = (bundle.encode_image(picture).projected for bundle in (tuned, trivium.load(back)))
+    torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-6)
+
+
 def test_distillation_is_a_switch(models: dict[str, Path], flickr: Path, tmp_path: Path) -> None:
     words = ("--data", flickr, "--distillation.ramp", 1, "--shortlist", 0)
     weights = {}
@@ -166,7 +196,9 @@ def test_other_families_train_what_they_have_on_tables_of_ones_own(
     [
         ("retrieval", [], "no captioned pictures are given: name a table or a folder with --data.train"),
         ("retrieval", ["--data.train", "TABLE"], "name some with --data.dev"),
-        ("retrieval_coco", ["--data", "EMPTY"], "holds neither flickr30k_train.json nor coco_train.json"),
+        ("retrieval_coco", ["--data", "EMPTY"], "holds no coco_train.json: give"),
+        ("retrieval_coco", ["--data", "ROOT"], "no coco_train.json, but there are files for retrieval_flickr30k"),
+        ("retrieval", ["--data", "EMPTY"], "holds no flickr30k_train.json and no coco_train.json"),
         ("retrieval_flickr30k", ["--data", "ROOT", "--select-on", "dev.accuracy"], "use one of dev.recall_reranked"),
         ("retrieval_flickr30k", ["--data", "ROOT", "--data.image-size", "30"], "--data.image-size 32"),
         ("retrieval_flickr30k", ["--data", "ROOT", "--objectives.pool", "4"], "cut pools of 4 in two"),

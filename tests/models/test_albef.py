@@ -69,6 +69,20 @@ def test_positions_of_another_size_are_resampled_bicubically() -> None:
     assert torch.allclose(model.encode_image(pixels).tokens, larger.encode_image(pixels).tokens, atol=1e-12)
 
 
+def test_fitted_to_another_size_it_is_the_same_function_with_a_position_for_each_patch() -> None:
+    model = random_albef()
+    side = 2 * TINY.image_size
+    fitted = model.for_pictures_of(side)
+    assert model.for_pictures_of(TINY.image_size) is model
+    assert fitted.config == replace(TINY, image_size=side)
+    assert fitted.image.positions.shape[1] == 1 + fitted.config.grid**2 == 1 + 4 * TINY.grid**2
+    pixels_BCHW = torch.randn(2, 3, side, side, dtype=torch.float64)
+    assert torch.allclose(fitted.encode_image(pixels_BCHW).tokens, model.encode_image(pixels_BCHW).tokens, atol=1e-12)
+    assert (
+        fitted.image.positions.requires_grad and fitted.image.positions.data_ptr() != model.image.positions.data_ptr()
+    )
+
+
 def test_parts_of_what_was_encoded() -> None:
     model, batch = random_albef(), make_batch(5)
     whole = model.encode_text(batch.texts[0].ids_BT, batch.texts[0].mask_BT)

@@ -230,10 +230,20 @@ class Albef(nn.Module):
     def start_image(self, tower: ViT) -> None:
         """The picture's tower from a ViT of its width, blocks and patches; positions are resampled to our grid."""
         state = {name: tensor for name, tensor in tower.state_dict().items() if name != "mask_token"}
-        old, new = tower.config.grid, self.config.grid
-        class_11D, patches_ND = state["positions"][:, :1], state["positions"][0, 1:]
-        patches_ND = interpolate_positions(patches_ND, (old, old), (new, new))
-        self.image.load_state_dict(state | {"positions": torch.cat([class_11D, patches_ND[None]], dim=1)})
+        positions_1LD = _resampled(state["positions"], tower.config.grid, self.config.grid)
+        self.image.load_state_dict(state | {"positions": positions_1LD})
+
+    @torch.no_grad()
+    def for_pictures_of(self, side: int) -> Albef:
+        """The same for pictures of this side in pixels, with a position for each patch of theirs to be learned from
+        here on, as published (pretrained at 256, fine-tuned at 384); itself where it is for these already."""
+        if side == self.config.image_size:
+            return self
+        model = Albef(replace(self.config, image_size=side)).to(self.image.positions).train(self.training)
+        state = self.state_dict()
+        state["image.positions"] = _resampled(state["image.positions"], self.config.grid, model.config.grid)
+        model.load_state_dict(state)
+        return model
 
     @torch.no_grad()
     def start_text(self, bert: Bert) -> None:
@@ -260,3 +270,9 @@ def _joined(masks: Sequence[Tensor | None]) -> Tensor | None:
     present = [mask for mask in masks if mask is not None]
     assert len(present) in (0, len(masks)), "texts of one batch have masks all or none"
     return torch.cat(present) if present else None
+
+
+def _resampled(positions_1LD: Tensor, old: int, new: int) -> Tensor:
+    """Positions of a square grid on another; that of the class token stays."""
+    patches_ND = interpolate_positions(positions_1LD[0, 1:], (old, old), (new, new))
+    return torch.cat([positions_1LD[:, :1], patches_ND[None]], dim=1)

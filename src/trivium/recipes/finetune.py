@@ -168,6 +168,8 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     if task.reads != "text":
         limits.check_patches(transform.size, start.model.config.patch_size)  # type: ignore[union-attr, arg-type]
     model = _with_dropout(start.model, recipe.dropout)
+    if isinstance(model, Albef) and task.reads != "text":
+        model = model.for_pictures_of(transform.size)
     config = _head_config(recipe.head, task, splits, reads, model, transform.size)
     head = config.build()
     initialise(head, recipe.train.seed)

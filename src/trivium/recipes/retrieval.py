@@ -231,7 +231,7 @@ def _prepare(
         )
     if start.tokenizer is None:
         raise TriviumError(f"{recipe.init} came without a tokenizer: put its tokenizer.json or vocab.txt beside it")
-    title, sources = _open(data)
+    title, sources = _open(data, arguments["task"])
     train = sources.pop("train")
     recipe = with_steps(recipe, len(train))
     pools_fit(recipe)
@@ -268,9 +268,11 @@ def put_together(
     transform = start.transform.at(data.image_size or start.transform.size)
     patch, max_length = model.config.patch_size, min(data.max_length, model.config.max_length)
     limits.check_patches(transform.size, patch)
+    if isinstance(model, Albef):
+        model = model.for_pictures_of(transform.size)
     method = _method(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
     bundle = replace(
-        start, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
+        start, model=model, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
         image_tokenizer=None, false_pairs=FALSE_SHARE if _trains_matching(recipe, model) else start.false_pairs,
         tuned_for=(),
     )  # fmt: skip
@@ -328,10 +330,10 @@ def pools_fit(recipe: Any) -> None:
         check_pools(recipe.rows_at_once, recipe.objectives.pool)
 
 
-def _open(data: RetrievalData) -> tuple[str, dict[str, Source]]:
+def _open(data: RetrievalData, task: str) -> tuple[str, dict[str, Source]]:
     """What papers call the data set, and its splits: "train", "dev" and, where there is one, "test".
 
-    Raises TriviumError where one is missing.
+    Of two data sets in one folder the one that the task is named after. Raises TriviumError where one is missing.
     """
     if data.root is None:
         if not data.train:
@@ -345,20 +347,22 @@ def _open(data: RetrievalData) -> tuple[str, dict[str, Source]]:
             )
         named = {"train": data.train, "dev": data.dev, "test": data.test}
         return "retrieval", {split: _source(data, paths) for split, paths in named.items() if paths}
-    for begins, title in OFFICIAL.items():
-        files = {split: os.path.join(data.root, f"{begins}_{split}.json") for split in SPLITS}
-        if not os.path.isfile(files["train"]):
-            continue
-        if not os.path.isfile(files["val"]):
-            raise TriviumError(
-                f"{data.root} holds no {os.path.basename(files['val'])}, by which a checkpoint is chosen"
-            )
-        there = {("dev" if s == "val" else s): file for s, file in files.items() if os.path.isfile(file)}
-        return title, {split: _source(data, (file,)) for split, file in there.items()}
-    raise TriviumError(
-        f"{data.root} holds neither flickr30k_train.json nor coco_train.json: give the folder with ALBEF's annotation"
-        " files, and the pictures below it or below --data.image-root; tables of your own go to --data.train"
-    )
+    found = [begins for begins in OFFICIAL if os.path.isfile(os.path.join(data.root, f"{begins}_train.json"))]
+    asked = [begins for begins in OFFICIAL if task in ("retrieval", f"retrieval_{begins}")]
+    if len(there := [begins for begins in found if begins in asked]) > 1:
+        raise TriviumError(f"{data.root} holds two data sets: fine-tune on retrieval_{' or on retrieval_'.join(there)}")
+    if not there:
+        other = f", but there are files for retrieval_{found[0]}" if found else ""
+        wanted = " and no ".join(f"{begins}_train.json" for begins in asked)
+        raise TriviumError(
+            f"{data.root} holds no {wanted}{other}: give the folder with ALBEF's annotation files, and the pictures below"
+            " it or below --data.image-root; tables of your own go to --data.train"
+        )
+    files = {split: os.path.join(data.root, f"{there[0]}_{split}.json") for split in SPLITS}
+    if not os.path.isfile(files["val"]):
+        raise TriviumError(f"{data.root} holds no {os.path.basename(files['val'])}, by which a checkpoint is chosen")
+    splits = {("dev" if s == "val" else s): file for s, file in files.items() if os.path.isfile(file)}
+    return OFFICIAL[there[0]], {split: _source(data, (file,)) for split, file in splits.items()}
 
 
 def _source(data: RetrievalData, paths: tuple[str, ...]) -> Source:
