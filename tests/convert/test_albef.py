@@ -371,3 +371,14 @@ def test_a_model_for_retrieval_is_written_as_mscoco_is(tmp_path: Path) -> None:
     assert all(torch.equal(back[name], theirs[name]) for name in back if "_m." not in name)
     again = read_foreign(tmp_path / "back")
     assert again.head is None and torch.equal(again.model.temperature, theirs["temp"][None])
+
+
+@pytest.mark.parametrize(("kind", "length"), [("pretrained", 5), ("retrieval", 5), ("vqa", POSITIONS)])
+def test_captions_are_cut_where_the_public_evaluation_cuts_them(
+    kind: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 30 tokens, and here, where a text has 12 places, at 5; questions are read whole."""
+    assert albef.CAPTION_TOKENS == 30
+    monkeypatch.setattr(albef, "CAPTION_TOKENS", 5)
+    torch.save({"model": official(kind)}, tmp_path / "model.pth")
+    assert read_foreign(tmp_path / "model.pth").max_length == length

@@ -27,10 +27,11 @@ from trivium.bundle.hashes import model_hash
 from trivium.data import duplicates
 from trivium.data.detection import find_val
 from trivium.data.glue import GLUE
+from trivium.data.referring import read_referring
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
 from trivium.data.transforms import ImageTransform
-from trivium.evaluate import comparable, detection, feature_store, suite, suite_report, task_runs
+from trivium.evaluate import comparable, detection, feature_store, grounding, suite, suite_report, task_runs
 from trivium.evaluate.classification import Measured, accuracies, classification, leakage
 from trivium.evaluate.datasets import find, layouts
 from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
@@ -543,6 +544,25 @@ def test_boxes_that_cannot_be_measured_are_told_why(bundle: Bundle, scenes: Path
         SUITES["unit"][1:2], detector(scenes), scenes, tmp_path, fine_tuned=[TunedRun(Path(), tuned)]
     ).tasks
     assert read.state == "read" and read.results == tuned
+
+
+def test_grounding_is_measured_by_the_block_that_is_asked_for(tmp_path: Path) -> None:
+    write_scenes(Scenes("held-out-style", 3, seed=3), tmp_path, ("refcoco",))
+    [grounded] = [task for task in SUITES["albef"] if task.kind == "grounding"]
+    task, bundle, root = replace(grounded, name="RefCOCO"), tiny_bundle(), tmp_path / "refcoco"
+
+    def found(block: int | None) -> TaskRun:
+        return suite.run([task], bundle, root, tmp_path / "cache", block=block).tasks[0]
+
+    usual, first = found(None), found(0)
+    assert found(0).state == "kept" and "by the attention of block 0" in found(0).notes
+    expected = grounding.run(bundle, read_referring(str(root)), block=0).results
+    assert {name.partition(".")[2]: result.value for name, result in first.results.items()} == {
+        name: result.value for name, result in expected.items()
+    }
+    last = found(bundle.model.config.fusion_layers - 1)
+    assert "damaged" == found(99).state and "no block 99" in found(99).notes[0]
+    assert len({each.results["RefCOCO.val.among_annotated"].value for each in (usual, first, last)}) > 1
 
 
 @pytest.mark.parametrize("kind", ["detection", "grounding"])

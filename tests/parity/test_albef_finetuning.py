@@ -19,6 +19,7 @@ from trivium.methods.finetune import FineTuning
 from trivium.methods.momentum import SoftTargets
 from trivium.methods.pixels import Pixels
 from trivium.models.albef import Albef, AlbefConfig
+from trivium.models.albef_heads import AnswerDecoder, TwoPictures, decoder_config
 from trivium.models.finetuned import FineTuned, HeadConfig
 from trivium.train.step import backward
 
@@ -117,8 +118,12 @@ def test_parameters_are_as_many_as_published() -> None:
     with torch.device("meta"):
         model = Albef(replace(AlbefConfig(), image_size=384))
         head = HeadConfig("entailment", "fused", "class", 768, 3, 768, "relu", dropout=0.0).build()
+        writer = AnswerDecoder(decoder_config(model.config))
+        judge = TwoPictures(decoder_config(model.config), 768, 2)
     counted = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()}
     encoders = counted["image"] + counted["text"] + counted["fusion"]
     heads = counted["image_projection"] + counted["text_projection"] + counted["itm_head"]
     assert encoders + heads + model.temperature.numel() == 209_560_835
     assert encoders + sum(p.numel() for p in head.parameters()) == 209_758_467
+    assert encoders + sum(p.numel() for p in writer.parameters()) == 290_336_058
+    assert encoders + sum(p.numel() for p in judge.parameters()) == 259_381_250

@@ -172,7 +172,6 @@ def test_the_form_with_divergences_is_the_papers() -> None:
     assert itc < float(sums["itc"] / counts["itc"]) and mlm < float(sums["mlm"] / counts["mlm"])
 
 
-@pytest.mark.slow
 def test_base_agrees_in_float32() -> None:
     config = replace(AlbefConfig(), dropout=0.0, image_size=64)
     method, batch = make(config, 2, torch.float32, queue=8, std=0.02)

@@ -25,6 +25,7 @@ def evaluate(
     root: Annotated[Path | None, arg(name="data.root", metavar="DIR")] = None,
     fine_tuned: Annotated[tuple[Path, ...], arg(metavar="RUN ...")] = (),
     rows: Annotated[int | None, arg(metavar="N")] = None,
+    block: Annotated[int | None, arg(metavar="N")] = None,
     out: Path | None = None,
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto",
 ) -> int:
@@ -44,6 +45,7 @@ def evaluate(
         root: the folder that holds the data sets, each in its official layout or in a copy of it.
         fine_tuned: runs of trivium finetune, whose results stand for the tasks that take fine-tuning.
         rows: at most so many pictures of each split of --suite and --task, for a first look.
+        block: whose attention RefCOCO+ is measured by, as in trivium ground.
         out: the folder to write into; by default the run folder, with --pairs the folder "evaluation" in it, with a
             suite "evaluation-SUITE", and for a model that is no run these folders here.
         device: cpu, cuda, or auto for the fastest there is.
@@ -58,8 +60,9 @@ def evaluate(
         if pairs:
             raise TriviumError("--pairs and --suite are two evaluations: call trivium evaluate for each")
         out = out or (path if is_run else Path()) / f"evaluation-{suite or 'tasks'}"
-        return evaluate_suite(path, suite, task, root, fine_tuned, rows, out, device, begun)
-    given = [name for name, value in (("data.root", root), ("fine-tuned", fine_tuned), ("rows", rows)) if value]
+        return evaluate_suite(path, suite, task, root, fine_tuned, rows, block, out, device, begun)
+    of_suites = {"data.root": root, "fine-tuned": fine_tuned or None, "rows": rows, "block": block}
+    given = [name for name, value in of_suites.items() if value is not None]
     if given:
         raise TriviumError(f"--{given[0]} is of the papers' tasks: name them with --suite or --task")
     own = is_run and not pairs  # what a run measures of itself: its results.json is made anew

@@ -31,6 +31,7 @@ def evaluate_suite(
     root: Path | None,
     fine_tuned: Sequence[Path],
     rows: int | None,
+    block: int | None,
     out: Path,
     device: str,
     begun: float,
@@ -44,6 +45,8 @@ def evaluate_suite(
     tasks = tasks_of(name, chosen)
     if rows is not None and rows < 1:
         raise TriviumError(f"--rows {rows}: it must be at least 1")
+    if block is not None and not any(task.kind == "grounding" for task in tasks):
+        raise TriviumError("--block is of grounding alone: name RefCOCO+ with --task")
     if root is not None and not root.is_dir():
         raise TriviumError(f"--data.root {root}: there is no such folder")
     if out.exists() and not out.is_dir():
@@ -61,7 +64,9 @@ def evaluate_suite(
             say(f"--fine-tuned: {doubt}")
     for unused in (each for each in tuned if each not in chosen_runs):
         say(f"--fine-tuned: {unused.folder} has no figure that these tasks ask for, and is left out")
-    run = suite.run(tasks, bundle, root, cache, fine_tuned=tuned, rows=rows, say=say, own=open_own, path=str(path))
+    run = suite.run(
+        tasks, bundle, root, cache, fine_tuned=tuned, rows=rows, block=block, say=say, own=open_own, path=str(path)
+    )  # fmt: skip
     rows_of_model = _rows(_run_of(path))
     for each in run.tasks if rows_of_model is not None else []:
         if each.task.kind == "fine-tuning" and each.state in ("measured", "kept"):  # by its own head

@@ -219,8 +219,9 @@ def _read_albef(state: State, config: Mapping[str, Any]) -> Foreign:
     said = [f"left out, since the model has no place for it: {', '.join(beside)}"] if beside else []
     if drawn:
         said.append(f"not in the file and therefore drawn at random (seed 0): {', '.join(drawn)}")
+    length = ours.max_length if layout.head else min(ours.max_length, albef.CAPTION_TOKENS)
     return Foreign(
-        "albef", model, None, said, ours.max_length, {"size": ours.image_size}, captions=True, head=head,
+        "albef", model, None, said, length, {"size": ours.image_size}, captions=True, head=head,
         head_config=head_config, labels=None if labels is None else list(labels), tuned_for=albef.tuned_for(layout),
     )  # fmt: skip
 

@@ -43,6 +43,7 @@ from trivium.models.albef_heads import AnswerDecoder, TwoPictures, decoder_confi
 from trivium.models.bert import BertConfig
 from trivium.models.finetuned import HeadConfig
 
+CAPTION_TOKENS = 30  # that are read of a caption where the public code measures retrieval
 _IGNORED = re.compile(r"(^|\.)position_ids$")
 _LAYER = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.")
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.(.*)")

@@ -80,6 +80,7 @@ def run(
     *,
     fine_tuned: Sequence[TunedRun] = (),
     rows: int | None = None,
+    block: int | None = None,
     say: Callable[[str], None] = lambda _: None,
     own: OpenOwn = lambda *_: None,
     path: str | None = None,
@@ -90,6 +91,7 @@ def run(
         cache: folder of features and of what was measured before.
         fine_tuned: runs of `trivium finetune`.
         rows: at most so many pictures of each split; such figures are not those of the papers.
+        block: whose attention grounding looks at; None: the family's own choice.
         own: opens the rows of a task that takes fine-tuning, for the head that a model has (recipes/own_head.py).
         path: where the model is: for the commands that are told, and to see whether a run began from it.
     """
@@ -98,7 +100,7 @@ def run(
     for task in tasks:
         begun = time.perf_counter()
         try:
-            found = _one(task, bundle, encoder, root, cache, fine_tuned, rows, say, own, path)
+            found = _one(task, bundle, encoder, root, cache, fine_tuned, rows, block, say, own, path)
         except (TriviumError, BadSample) as error:
             found = TaskRun(task, "damaged", notes=[str(error)])
             say(f"{task.name}: {error}")
@@ -119,6 +121,7 @@ def _one(
     cache: Path,
     fine_tuned: Sequence[TunedRun],
     rows: int | None,
+    block: int | None,
     say: Callable[[str], None],
     own: OpenOwn,
     path: str | None,
@@ -127,13 +130,14 @@ def _one(
     if cannot is not None:
         return TaskRun(task, "not applicable", notes=[cannot])
     data: Data | None = None
-    if task.kind in ("grounding", "detection", "fine-tuning"):
+    if task.kind in ("detection", "fine-tuning") or (task.kind == "grounding" and block is None):
         read = _fine_tuned(task, fine_tuned, path)
         if read.state == "read":
             return read
     if task.kind == "fine-tuning":
         if task.name in CAPTIONED and task.name in bundle.tuned_for:
-            found = _one(replace(task, kind="retrieval"), bundle, encoder, root, cache, (), rows, say, own, path)
+            again = replace(task, kind="retrieval")
+            found = _one(again, bundle, encoder, root, cache, (), rows, block, say, own, path)
             return _as_fine_tuned(found, task, bundle.tuned_for, rows)
         opened = own(task, bundle, root)
         if opened is None or isinstance(opened, Path):
@@ -151,7 +155,8 @@ def _one(
     if rows is not None and not isinstance(data, Referring):
         data = with_rows(data, rows) if isinstance(data, DataSet) else data.first(rows)
     model = model_hash(bundle) if encoder is None else encoder.hash
-    depends = f"{VERSIONS[task.kind]} {model} {_identity(data)} {rows if isinstance(data, Referring) else ''}"
+    of_grounding = f"{rows if block is None else (rows, block)}" if isinstance(data, Referring) else ""
+    depends = f"{VERSIONS[task.kind]} {model} {_identity(data)} {of_grounding}"
     folder = cache / "tasks" / f"{_slug(task.name)}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     kept = task_runs.kept(task, folder)
     if kept is not None:
@@ -168,8 +173,10 @@ def _one(
     elif isinstance(data, DataSet):
         measured = classification(data, encoder, cache / "features", bundle, tell)
     elif isinstance(data, Referring):
-        grounded = grounding.run(bundle, data, rows=rows, say=tell)
-        measured = Measured(grounded.results, [*grounded.notes, AS_IT_IS.format(task.verb)], grounded.is_final)
+        grounded = grounding.run(bundle, data, rows=rows, block=block, say=tell)
+        notes = [*grounded.notes, AS_IT_IS.format(task.verb)]
+        notes += [] if block is None else [f"by the attention of block {block}"]
+        measured = Measured(grounded.results, notes, grounded.is_final)
     elif isinstance(data, Boxes):
         measured = detected(task, bundle, data, tell)
     else:

@@ -355,8 +355,8 @@ def _open(data: RetrievalData, task: str) -> tuple[str, dict[str, Source]]:
         other = f", but there are files for retrieval_{found[0]}" if found else ""
         wanted = " and no ".join(f"{begins}_train.json" for begins in asked)
         raise TriviumError(
-            f"{data.root} holds no {wanted}{other}: give the folder with ALBEF's annotation files, and the pictures below"
-            " it or below --data.image-root; tables of your own go to --data.train"
+            f"{data.root} holds no {wanted}{other}: give the folder with ALBEF's annotation files, and the pictures"
+            " below it or below --data.image-root; tables of your own go to --data.train"
         )
     files = {split: os.path.join(data.root, f"{there[0]}_{split}.json") for split in SPLITS}
     if not os.path.isfile(files["val"]):
