@@ -16,6 +16,7 @@ EXTRAS = {  # extra -> (package that it brings, what it is for)
     "track": ("tensorboard", "curves of a run in TensorBoard"),
     "hub": ("huggingface_hub", "fetching published weights"),
     "remote": ("fsspec", "tar shards at an address"),
+    "vision": ("h5py", "the files of Patch Camelyon"),
     "scale": ("ray", "packing data on a Ray cluster"),
 }
 

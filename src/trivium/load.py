@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import warnings
 from collections.abc import Mapping
@@ -262,12 +263,20 @@ def bundle_of(foreign: Foreign) -> Bundle:
         transform=ImageTransform(**transform),
         image_tokenizer=foreign.image_tokenizer,
         labels=labels,
-        max_length=foreign.max_length,
+        max_length=_tokens_read(folder, foreign.max_length),
         head=foreign.head,
         head_config=foreign.head_config,
         labels_of=foreign.labels_of,
         tuned_for=foreign.tuned_for,
     )
+
+
+def _tokens_read(folder: Path, places: int) -> int:
+    """Tokens of a text that a foreign model reads: those that it has places for, or fewer where the settings of its
+    tokenizer say so, as of a model that was trained on short texts. Hugging Face writes 1e30 for no such limit."""
+    settings = folder / "tokenizer_config.json"
+    stated = read_json(settings).get("model_max_length") if settings.is_file() else None
+    return min(places, int(stated)) if isinstance(stated, int | float) and 3 <= stated < math.inf else places
 
 
 def start_text(model: Flava, start: Bert) -> tuple[list[str], list[str]]:

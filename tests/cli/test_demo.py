@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,16 @@ def test_the_whole_demo_in_a_second_of_training(tmp_path: Path, capsys: pytest.C
     assert again["results"].keys() == NAMES
     for name in NAMES - {"seconds.train", "seconds.total"}:
         assert again["results"][name]["value"] == pytest.approx(found["results"][name]["value"], abs=2e-3), name
+
+
+@pytest.mark.slow
+def test_a_first_look_ends_with_a_page_of_pictures(tmp_path: Path) -> None:
+    """As it is typed, from an empty folder; two to three minutes on one thread."""
+    command = [sys.executable, "-m", "trivium", "demo", "--quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "FLAVA from nothing: 0.75 minutes of training, then a report in demo" in done.stderr
+    assert "report: demo/report.html" in done.stdout
+    walls = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8").split('<div class="wall')[1:]
+    assert len(walls) == 2, "of names and of drawings that ask"
+    assert all(wall.count('<img src="data:image/') > 40 for wall in walls)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,13 @@ def test_a_broken_package_is_found_in_a_process_of_its_own(tmp_path: Path, monke
     assert "torn" not in sys.modules
     assert doctor.state_of_import("sound") == "works"
     assert doctor.state_of_import("nowhere_at_all") == "absent"
+
+
+def test_every_extra_of_the_package_is_looked_for() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    packages = {extra: re.split(r"[\[>=]", needs[0])[0] for extra, needs in project["optional-dependencies"].items()}
+    del packages["dev"]
+    assert {extra: package.replace("_", "-") for extra, (package, _) in doctor.EXTRAS.items()} == packages
 
 
 def test_advice_names_the_remedy(report: doctor.Report) -> None:

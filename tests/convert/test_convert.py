@@ -219,6 +219,28 @@ def test_what_has_no_place_in_a_layout_is_left_out_aloud(
     )
 
 
+def test_a_model_reads_no_more_of_a_text_after_the_trip_than_before(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Places that no text reached in training are as they were drawn."""
+    bundle = load(folder)
+    places = bundle.max_length
+    assert places == bundle.model.config.max_length, "Hugging Face's file says 1e30, which is no limit"
+    bundle.max_length, bundle.false_pairs = 7, 0.2
+    bundle.save(tmp_path / "ours")
+    convert(tmp_path / "ours", to="hf-flava", out=tmp_path / "hf")
+    said = capsys.readouterr().out
+    assert "left out: hf-flava has no place for false_pairs; the share of false ones" in said and "(0.2)" in said
+    back = load(tmp_path / "hf")
+    assert (back.max_length, back.model.config.max_length) == (7, places)
+    words = " ".join(TEXTS * 4)
+    torch.testing.assert_close(back.encode_text([words]).projected, bundle.encode_text([words]).projected)
+    settings = tmp_path / "hf" / "tokenizer_config.json"
+    for stated, read in ((10**30, places), (1e30, places), (places + 1, places), (9, 9), (0, places), (None, places)):
+        settings.write_text(json.dumps({"model_max_length": stated}))
+        assert load(tmp_path / "hf").max_length == read, stated
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [

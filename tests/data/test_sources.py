@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trivium.data.files import TEXT_LIMIT, Folder, TextLines
+from trivium.data.files import TEXT_LIMIT, Folder, TextLines, words_within
 from trivium.data.parquet import ParquetFiles
 from trivium.data.sources import Concat, open_source
 from trivium.data.tables import Csv, Jsonl
@@ -215,6 +215,10 @@ def test_windows_hold_every_word_once_and_in_order(tmp_path: Path, words: list[s
     texts = [source.read(row, row)["text"] for row in range(len(source))]
     assert " ".join(texts).lstrip("\ufeff").split() == ["start", *words]
     assert all(len(text.split()) <= window for text in texts)
+
+
+def test_a_window_is_half_of_what_is_read() -> None:
+    assert [words_within(tokens) for tokens in (3, 16, 32, 77, 512)] == [1, 7, 15, 37, 255]
 
 
 def test_ten_megabytes_on_one_line(tmp_path: Path) -> None:

@@ -86,6 +86,17 @@ def test_what_runs_is_a_function_of_the_recipe_and_its_seed(shop: Path, prepared
     assert not torch.equal(state(other)["model.image.class_token"], state(prepared)["model.image.class_token"])
 
 
+def test_the_published_zeros_are_an_option_and_change_nothing_else(shop: Path, prepared: PreparedFlava) -> None:
+    assert not any(flava(size).init_zeros for size in ("tiny", "small", "base"))
+    published = state(recipe_on(shop, init_zeros="true").prepare("flava", {"size": "tiny"}))
+    zeros = {
+        f"model.{n}" for n in ("image.class_token", "image.mask_token", "image.positions", "multimodal.class_token")
+    }
+    for name, tensor in state(prepared).items():
+        assert torch.equal(published[name], torch.zeros_like(tensor) if name in zeros else tensor), name
+        assert name not in zeros or tensor.all(), name
+
+
 def test_the_config_states_the_shape_that_was_found(prepared: PreparedFlava) -> None:
     values = prepared.run.config.values
     assert values["model.vocab_size"] == prepared.bundle.tokenizer.vocab_size < 4096

@@ -255,6 +255,12 @@ MISTAKES = {
     "not a picture": (["search", "MODEL", "--picture", "TMP/a.txt", "--images", "PICTURES"], "a.txt"),
     "no such table": (["search", "MODEL", "mug", "--images", "TMP/none.parquet"], "none.parquet"),
     "not a table": (["search", "MODEL", "mug", "--images", "TMP/bad.parquet"], "not a table of embeddings"),
+    "no multiple": (["embed", "MODEL", "PICTURES", "--out", "TMP/x.parquet", "--image-size", "50"], "--image-size 48"),
+    "no size": (["search", "MODEL", "mug", "--images", "PICTURES", "--image-size", "-8"], "--image-size -8: this must"),
+    "a size of words": (
+        ["embed", "MODEL", "TMP/a.txt", "--text", "--out", "TMP/x.parquet", "--image-size", "48"],
+        "leave it out",
+    ),
     "k of zero": (["search", "MODEL", "mug", "--images", "PICTURES", "-k", "0"], "counts from 1"),
 }
 
@@ -289,6 +295,27 @@ def test_tables_of_two_models_do_not_mix(model, other_model, pictures, tmp_path,
         assert code == 2
         assert "another model" in err
     assert out.read_bytes() == content
+
+
+def test_pictures_are_seen_at_another_size_where_asked(model: Path, pictures: Path, tmp_path: Path, capsys) -> None:
+    own, large = tmp_path / "own.parquet", tmp_path / "large.parquet"
+    assert run(capsys, "embed", model, pictures, "--out", own, "--image-size", 32)[0] == 0
+    assert run(capsys, "embed", model, pictures, "--out", large, "--image-size", 48)[0] == 0
+    bundle = load(model)
+    assert Table.read(own).model == fingerprint(bundle)
+    bundle.transform = bundle.transform.at(48)
+    assert Table.read(large).model == fingerprint(bundle)
+    names, vectors = Table.read(large).found()
+    alone = bundle.encode_image([pictures / name for name in names]).projected.numpy()
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
+    assert float(np.abs(vectors - Table.read(own).found()[1]).max()) > 0.01
+
+    asked = ("search", model, "--picture", pictures / "0.png", "-k", 1, "--image-size", 48, "--images")
+    for images in (pictures, large):
+        assert run(capsys, *asked, images)[1].split() == ["1", "1.0000", "0.png"]
+    for words in (["embed", model, pictures, "--out", large], [*asked, own]):
+        code, said, err = run(capsys, *words)
+        assert (code, said) == (2, "") and "or another size of pictures" in err
 
 
 def test_a_table_of_another_folder_stays_and_one_that_moved_is_used(

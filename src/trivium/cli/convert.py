@@ -133,6 +133,11 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
             f"left out: {to} has no place for pads_visible; its multimodal encoder {there} the pads of a text and this"
             f" model's {here}, so texts with pads are fused otherwise there"
         )
+    if bundle.false_pairs is not None:
+        print(
+            f"left out: {to} has no place for false_pairs; the share of false ones among the training pairs"
+            f" ({bundle.false_pairs:g}) is needed for the exact accuracy of matching"
+        )
     whole = None
     if adapter.write_head is not None and bundle.head is not None and bundle.head_config is not None:
         whole = adapter.write_head(model, bundle.head, bundle.head_config, bundle.labels or ())

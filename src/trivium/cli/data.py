@@ -107,7 +107,7 @@ def pack(
         out: the folder to write into.
         pairs: captioned pictures: CSV, TSV, JSONL, Parquet, tar shards, or a folder.
         images: pictures alone.
-        text: text alone, one line a sample.
+        text: text alone, one line a sample, those over 64 words in windows.
         image_column: in tables, where it has an unusual name.
         text_column: likewise.
         shortest_side: pixels; larger pictures are made that small, others stay byte for byte; 0 keeps every size.

@@ -7,7 +7,9 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import arg
 
 from trivium.errors import TriviumError
 
@@ -19,7 +21,14 @@ SECONDS_BETWEEN_SAVES = 60.0
 ERRORS_SHOWN = 10
 
 
-def embed(path: Path, folder: Path, *, out: Path, text: bool = False) -> None:
+def embed(
+    path: Path,
+    folder: Path,
+    *,
+    out: Path,
+    text: bool = False,
+    image_size: Annotated[int | None, arg(metavar="N")] = None,
+) -> None:
     """Write one embedding per picture of a folder tree, or per line of a text file.
 
     The Parquet file has the columns file, sha256, embedding (float32, length 1) and error; a file that cannot be
@@ -32,25 +41,37 @@ def embed(path: Path, folder: Path, *, out: Path, text: bool = False) -> None:
         folder: pictures, in folders at any depth; with --text a text file, one text a line.
         out: the Parquet file to write, or to bring up to date.
         text: read a text file instead of pictures.
+        image_size: pixels on the side of a picture, where not the model's own: its positions are interpolated.
     """
     check_can_write(out)
+    if text and image_size is not None:
+        raise TriviumError("--image-size is of pictures: leave it out with --text")
     from trivium.search import embedding
 
     if text and not folder.is_file():
         raise TriviumError(f"{folder}: there is no such text file")
     files = None if text else embedding.find_pictures(folder)
-    bundle = open_model(path)
+    bundle = open_model(path, image_size)
     rows = list(embed_into(out, bundle, folder, files))
     show_errors(rows)
     good = sum(row.embedding is not None for row in rows)
     print(f"{good} embeddings in {out}" + (f", {len(rows) - good} could not be read" if good < len(rows) else ""))
 
 
-def open_model(path: Path) -> Bundle:
+def open_model(path: Path, image_size: int | None = None) -> Bundle:
+    """image_size: of the pictures that it is to see; None: its own. Raises TriviumError for one that it cannot see."""
     from trivium.load import load
+    from trivium.recipes import limits
     from trivium.train.precision import choose_device
 
-    return load(path, choose_device("auto"))
+    if image_size is not None and image_size < 1:
+        raise TriviumError(f"--image-size {image_size}: this must be a number of pixels of 1 or more")
+    bundle = load(path, choose_device("auto"))
+    patch = getattr(bundle.model.config, "patch_size", None)
+    if image_size is not None and isinstance(patch, int):  # else it reads no pictures, which is told where one comes
+        limits.check_patches(image_size, patch, "--image-size")
+        bundle.transform = bundle.transform.at(image_size)
+    return bundle
 
 
 def check_can_write(out: Path) -> None:
@@ -74,8 +95,8 @@ def embed_into(out: Path, bundle: Bundle, folder: Path, files: list[str] | None)
         before = Table.read(out)
         if before.model != model:
             raise TriviumError(
-                f"{out} holds embeddings of another model, or is from an older trivium, which named models otherwise"
-                f" ({before.model}, not {model}): name a new file"
+                f"{out} holds embeddings of another model or another size of pictures, or is from an older trivium,"
+                f" which named models otherwise ({before.model}, not {model}): name a new file"
             )
         known = {row.file: row for row in before.rows if row.embedding is not None}
         if before.folder != root and not is_moved(before.folder, known, folder, files):

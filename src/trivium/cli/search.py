@@ -24,6 +24,7 @@ def search(
     picture: Path | None = None,
     k: Annotated[int, arg(aliases=["-k"])] = 12,
     rerank: int = 0,
+    image_size: Annotated[int | None, arg(metavar="N")] = None,
     out: Path | None = None,
 ) -> None:
     """Print the pictures nearest to a text, or to a picture, best first. Exact: every picture is compared.
@@ -35,6 +36,7 @@ def search(
         picture: look for this picture instead of a text.
         k: how many to show.
         rerank: let the matching head, which reads text and picture together, order the first so many again.
+        image_size: pixels on the side of a picture, where not the model's own: as a table of --images was made with.
         out: also write a page with thumbnails here (HTML, nothing outside it).
     """
     if (query is None) == (picture is None):
@@ -57,7 +59,7 @@ def search(
         check_can_write(out)
     is_table = images.suffix == ".parquet"
     files = None if is_table else find_pictures(images)  # a wrong path is told before the model is read
-    bundle = open_model(path)
+    bundle = open_model(path, image_size)
     if rerank and not hasattr(bundle.model, "match"):
         raise TriviumError(f"--rerank needs a matching head, and a model of the family {bundle.family} has none")
     looked_for = bundle.encode_image([picture]) if picture is not None else bundle.encode_text([query or ""])
@@ -92,8 +94,9 @@ def read_table(path: Path, bundle: Bundle) -> Table:
     table, model = Table.read(path), fingerprint(bundle)
     if table.model != model:
         raise TriviumError(
-            f"{path} holds embeddings of another model, or is from an older trivium, which named models otherwise"
-            f" ({table.model}, not {model}): make a new file with `trivium embed`"
+            f"{path} holds embeddings of another model or another size of pictures, or is from an older trivium, which"
+            f" named models otherwise ({table.model}, not {model}): make a new file with `trivium embed`, or give"
+            " the --image-size that it was made with"
         )
     return table
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trivium.data.files import INDEX_SUFFIX, PICTURE_SUFFIXES, Folder, Kind, TextLines, walk
+from trivium.data.files import INDEX_SUFFIX, PICTURE_SUFFIXES, WINDOW, Folder, Kind, TextLines, walk
 from trivium.data.json_table import Json
 from trivium.data.parquet import ParquetFiles
 from trivium.data.remote import is_remote
@@ -88,14 +88,15 @@ def open_source(
     image_column: str | None = None,
     text_column: str | None = None,
     root: str | Path | None = None,
-    window: int = 64,
+    window: int = WINDOW,
 ) -> Source:
     """The samples that `paths` hold: files, folders, patterns such as ``shards/*.tar`` or ``shard-{000..127}.tar``, or
     lists of such (``.list``), joined in this order. Tar shards may stand at addresses.
 
     kind: "pairs" (a picture and its captions), "images" or "text". The columns are found by their usual names where
     they are not named; paths in a table are relative to `root`, else to the table's own folder. `window`: words at most
-    in a sample of plain text. Raises TriviumError for a path that does not exist, holds nothing, or nothing we read.
+    in a sample of plain text (see ``words_within``). Raises TriviumError for a path that does not exist, holds nothing,
+    or nothing we read.
     """
     assert kind in ("pairs", "images", "text")
     if not paths:

@@ -15,7 +15,7 @@ from trivium.data import embedded
 from trivium.data.codes import CodeCache
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextCollate, TextInput
 from trivium.data.decode import DecodeError
-from trivium.data.files import TEXT_LIMIT, RowSource
+from trivium.data.files import TEXT_LIMIT, RowSource, words_within
 from trivium.data.random_augment import RandomAugment
 from trivium.data.sources import Concat, open_source
 from trivium.data.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class Data(PairData):
     """The same for three streams. With no path at all: the embedded drawings and texts."""
 
     images: tuple[str, ...] = ()  # pictures alone
-    text: tuple[str, ...] = ()  # text alone: one line a sample
+    text: tuple[str, ...] = ()  # text alone: one line a sample, long ones in windows that max_length holds
     schedule: Literal["ratio", "round-robin"] = "ratio"
     pairs_ratio: float = 0.70  # share of the steps (FLAVA supplement A.2)
     images_ratio: float = 0.15
@@ -149,7 +149,8 @@ def open_sources(data: PairData) -> Sources:
     def opened(kind: Literal["pairs", "images", "text"], paths: tuple[str, ...]) -> Source | None:
         if not paths:
             return None
-        return open_source(kind, paths, image_column=data.image_column, text_column=data.text_column)
+        window = words_within(data.max_length)
+        return open_source(kind, paths, image_column=data.image_column, text_column=data.text_column, window=window)
 
     validation = opened("pairs", data.validation)
     if not isinstance(data, Data):

@@ -45,6 +45,7 @@ from trivium.train.protocol import Source
 from trivium.train.run import Train
 
 HEADS = ("*_head.decoder.weight",)
+PUBLISHED_ZEROS = ("image.class_token", "image.mask_token", "image.positions", "multimodal.class_token")
 FED_BY = {"pairs": ("mmm_image", "mmm_text", "itm", "contrastive"), "images": ("mim",), "text": ("mlm",)}
 
 
@@ -86,6 +87,7 @@ class FlavaRecipe(Recipe):
     init_text: str | None = None  # the text side starts as a text run's (whole), or as a BERT's (embeddings and head)
     init_image: str | None = None  # the image encoder starts as that of an image run, a DINO, a ViT, a DeiT or a BEiT
     init_std: float = 0.02  # of the normal distribution that weights are drawn from; the published value
+    init_zeros: bool = False  # True: class tokens, mask token and positions of pictures start at zero, as published
     label_frequencies: bool = False  # True: the heads start at the frequencies of their labels (see priors.py)
     validate: int = 4096  # held-out samples of each stream that losses are measured on, up to 8 times each; 0: none
 
@@ -205,7 +207,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         notes += _fits(recipe, start, model_config, tokenizer, image_tokenizer)
 
     model = Flava(model_config)
-    initialise(model, seed, recipe.init_std, heads=HEADS)
+    initialise(model, seed, recipe.init_std, PUBLISHED_ZEROS if recipe.init_zeros else (), HEADS)
     if start is not None:
         model.load_state_dict(start.model.state_dict())
     weights = {loss: getattr(recipe.objectives, loss) for loss in LOSSES}
