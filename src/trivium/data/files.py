@@ -14,6 +14,7 @@ import stat
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn
 
@@ -308,7 +309,8 @@ def words_within(max_length: int) -> int:
 class TextLines(RowSource):
     """A text file, one sample a line. Blank lines separate and are no samples.
 
-    A line of more than `window` words is cut into windows of `window` words, each a sample; ``long_lines`` counts them.
+    A line of more than `window` words is cut into windows of no more than these, each a sample; ``long_lines`` counts
+    them.
     """
 
     kind: Kind = "text"
@@ -361,9 +363,12 @@ class TextLines(RowSource):
 
 
 def _windows(line: bytes, offset: int, begin: int, window: int) -> list[tuple[int, int]]:
-    """Bounds in the file of each run of `window` words of a line that stands at `offset`."""
+    """Bounds in the file of as few runs of at most `window` words as hold a line that stands at `offset`, each as long
+    as the others but for one word: a rest of a word or two would be no sample."""
     words = [(offset + match.start(), offset + match.end()) for match in re.finditer(rb"\S+", line)]
     if len(words) <= window:
         return [(begin, offset + len(line))] if words else []
-    runs = (words[first : first + window] for first in range(0, len(words), window))
+    number = -(-len(words) // window)
+    bounds = [len(words) * run // number for run in range(number + 1)]
+    runs = (words[first:end] for first, end in pairwise(bounds))
     return [(max(begin, run[0][0]), run[-1][1]) for run in runs]
