@@ -35,7 +35,7 @@ from trivium.data.remote import RemoteFile, beside, is_remote, without_query
 from trivium.data.tables import TEXT_COLUMNS
 from trivium.errors import BadSample, TriviumError
 from trivium.manifest import file_beside
-from trivium.train.protocol import hash64
+from trivium.train.protocol import Blocks, hash64
 
 PARTS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json", "cls": "cls"}
 LIMITS = {"image": PICTURE_LIMIT, "text": 2**26, "json": 2**26, "cls": 2**10}  # bytes of a member that is read
@@ -321,7 +321,7 @@ class TarShards(RowSource):
         return int(self._starts[-1])
 
     def blocks(self) -> Sequence[range]:
-        return [range(a, b) for a, b in itertools.pairwise(self._starts.tolist()) if a < b]
+        return Blocks(self._starts[np.diff(self._starts, prepend=-1) > 0])  # none for a shard without a sample
 
     def lengths(self) -> Sequence[int] | None:
         return None if self.kind == "images" else self._lengths  # type: ignore[return-value]  # an array serves
