@@ -186,6 +186,7 @@ def test_what_is_not_finite_on_one_process_changes_nothing_on_any(tmp_path: Path
             train(make(with_train(log_every=1), OneSided(frozenset({6, 7, 9}))), tmp_path / "stopped")
 
     on_two_processes(three)
+    assert len((tmp_path / "stopped" / "not_finite.jsonl").read_text().splitlines()) == 3 * 8
 
 
 class OneSided(TinyMixture):

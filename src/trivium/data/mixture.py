@@ -74,11 +74,11 @@ class StreamMixture:
             earlier = int(self._counts_before(cycle)[number] + np.sum(self._dealt(cycle)[:position] == number))
         return self.streams[number].batch * earlier
 
-    def names_at(self, step: int, most: int) -> list[str]:
-        """How messages name the first `most` samples of this step's global batch."""
+    def names_at(self, step: int) -> list[str]:
+        """How messages name each sample of this step's global batch. Reads all of them."""
         stream = self.stream_at(step)
         plan = self.readers[stream.name].plan(self.place_at(step))
-        rows = zip(plan.image_rows[:most].tolist(), plan.text_rows[:most].tolist(), strict=True)
+        rows = zip(plan.image_rows.tolist(), plan.text_rows.tolist(), strict=True)
         return [name_of(stream.source, image_row, text_row) for image_row, text_row in rows]
 
     def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:

@@ -236,8 +236,8 @@ class Mixture(Protocol):
         """Place of the first row of this step's global batch within its stream."""
         ...
 
-    def names_at(self, step: int, most: int) -> list[str]:
-        """How messages name the first `most` samples of this step's global batch: by file and line, row or member."""
+    def names_at(self, step: int) -> list[str]:
+        """How messages name each sample of this step's global batch: by file and line, row or member."""
         ...
 
     def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:

@@ -139,7 +139,8 @@ def _train(run: Run, out: Path, resume: bool | Path) -> Outcome:
             replaced.note(done, batches)
             in_a_row = refused[stream.name] = [] if result.accepted else [*refused.get(stream.name, []), step]
             if len(in_a_row) == 3:
-                raise TriviumError(not_finite(run.mixture, in_a_row))
+                told = partial(not_finite, folder.not_finite, run.mixture, in_a_row)
+                raise TriviumError(distributed.chosen_by_first(told))
 
             stopping = distributed.any_process(stop.received is not None or saving.failed)
             if done % settings.log_every == 0:
