@@ -23,6 +23,24 @@ from trivium.train.protocol import Batch, Stream, hash64, uniform64
 CYCLE = 20  # steps; 0.70, 0.15 and 0.15 of it are whole numbers
 
 
+def refuse_uneven_shares(whose: str, batch: int, micro_batch: int, world: int) -> None:
+    """Raises TriviumError where so many processes cannot share a global batch, or its micro-batches, evenly.
+
+    whose: what the sentence begins with.
+    """
+    if batch % world:
+        raise TriviumError(
+            f"{whose}: {world} processes cannot share a global batch of {batch} evenly: choose a batch that they"
+            " divide, or another number of them"
+        )
+    number, rest = divmod(batch, micro_batch)
+    if number % world and not rest:
+        raise TriviumError(
+            f"{whose}: {world} processes cannot share {number} micro-batches ({batch} rows, {micro_batch} each) evenly:"
+            f" choose a number of processes that divides {number}, or a smaller micro-batch"
+        )
+
+
 class StreamMixture:
     """Implements ``train.protocol.Mixture`` over streams that are read at random access.
 
@@ -88,18 +106,7 @@ class StreamMixture:
         data cannot be read (see data/loader.py).
         """
         for stream in self.streams:
-            num_micro_batches = stream.batch // stream.micro_batch
-            if stream.batch % world:
-                raise TriviumError(
-                    f"stream {stream.name!r}: {world} processes cannot share a global batch of {stream.batch} evenly:"
-                    " choose a batch that they divide, or another number of them"
-                )
-            if num_micro_batches % world:
-                raise TriviumError(
-                    f"stream {stream.name!r}: {world} processes cannot share {num_micro_batches} micro-batches"
-                    f" ({stream.batch} rows, {stream.micro_batch} each) evenly: choose a number of processes that"
-                    f" divides {num_micro_batches}, or a smaller micro-batch"
-                )
+            refuse_uneven_shares(f"stream {stream.name!r}", stream.batch, stream.micro_batch, world)
         return self._loader(step, rank, world, stop, pinned)
 
     def _loader(self, step: int, rank: int, world: int, stop: int, pinned: bool) -> Iterator[list[Batch]]:

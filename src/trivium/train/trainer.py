@@ -301,6 +301,7 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
         keep_freed()
     data = agreement.facts_of(_streams(run).values())
     agreement.refuse_other_processes(run.config, data)
+    run.mixture.loader(0, distributed.rank(), distributed.world(), 0)  # refuses processes that cannot share a batch
     run.method.to(_home(run, device))
     optimizer = optim.build(run.method, run.optim)
     distributed.first_process_does(lambda: (run_folder.reopen if resume else run_folder.create)(out, run.config))
