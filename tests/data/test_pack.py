@@ -342,6 +342,15 @@ def test_a_part_out_of_range(part: tuple[int, int], table: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_without_ray_there_is_a_sentence_and_no_folder(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(TriviumError, match=r"the engine ray is not installed .*: pip install 'trivium\[scale\]'"):
+        pack(settings(table), tmp_path / "out", engine="ray")
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_sample_that_can_be_used(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"no picture")
