@@ -2,7 +2,7 @@
 
     python benchmarks/kill.py                          # about four minutes on two cores
     python benchmarks/kill.py --kills 5 --sizes tiny   # to see that it runs: writes nothing
-    python benchmarks/kill.py --kills 0                # SIGTERM alone; the kills in the file stay there
+    python benchmarks/kill.py --kills 0                # SIGTERM, lost rank, saving; the kills in the file stay
 
 Each kill is a run of its own (`tiny_run`: AdamW, a queue, an EMA teacher, dropout, two streams) in a process of its
 own, and a second process that resumes it. Kills in time are spread evenly over the whole run; kills inside a save come
@@ -14,6 +14,9 @@ queue, teacher, position) and every line of metrics.jsonl are those of a run tha
 
 `sigterm_seconds`: from SIGTERM to the end of the process, the step in hand and a whole save included, for FLAVA of
 two sizes with 8 samples a step on the embedded drawings.
+
+`lost_rank_seconds`: of two processes that train the tiny one together, from kill -9 of the second to the end of the
+first, which says what happened. Nothing else ends it: torchrun, which would, is not there.
 
 `saving`: seconds that a step waits for a save (the copy of weights and optimizer), and that the thread then takes to
 write it; `longest_pause` is the longest that this process was kept from running meanwhile.
@@ -27,6 +30,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -34,7 +38,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -215,16 +219,10 @@ def kill_many(folder: Path, kills: int) -> tuple[dict[str, int], list[str]]:
 def stopped(size: str, folder: Path) -> dict[str, float]:
     """Train a FLAVA with 8 samples a step, send SIGTERM after its first steps, and see how long it takes to end."""
     out = folder / size
-    command = [sys.executable, "-m", "trivium", "pretrain", "flava", "--size", size, "--out", str(out)]
-    command += ["--data.batch", "8", "--train.micro-batch", "8", "--data.vocabulary", "learned", "--validate", "0"]
-    command += ["--train.steps", "100000", "--train.log-every", "1"]
-    command += ["--model.num-codes", "64"]  # to learn the 8,192 of base by k-means takes minutes
+    command = _command(size, out, 8)
     with out.with_name(f"{size}.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
-        while len(lines := _lines(out / "metrics.jsonl")) < 4:
-            if process.poll() is not None:
-                raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: {Path(log.name).read_text()}")
-            time.sleep(0.05)
+        lines = _first_steps(out, process, log.name)
         process.terminate()
         begun = time.perf_counter()
         code = process.wait()
@@ -235,6 +233,56 @@ def stopped(size: str, folder: Path) -> dict[str, float]:
     written = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
     a_step = 8 / statistics.median(json.loads(line)["samples_per_second"] for line in lines)
     return {"seconds": round(seconds, 2), "seconds_of_a_step": round(a_step, 2), "gigabytes": round(written / 1e9, 3)}
+
+
+def _command(size: str, out: Path, micro_batch: int) -> list[str]:
+    command = [sys.executable, "-m", "trivium", "pretrain", "flava", "--size", size, "--out", str(out)]
+    command += ["--data.batch", "8", "--train.micro-batch", str(micro_batch), "--data.vocabulary", "learned"]
+    command += ["--validate", "0", "--train.steps", "100000", "--train.log-every", "1"]
+    return [*command, "--model.num-codes", "64"]  # to learn the 8,192 of base by k-means takes minutes
+
+
+def _first_steps(out: Path, process: subprocess.Popen[bytes], log: str) -> list[str]:
+    """Wait for four lines of metrics, and return them."""
+    while len(lines := _lines(out / "metrics.jsonl")) < 4:
+        if process.poll() is not None:
+            raise SystemExit(f"training ended with {process.returncode}: {Path(log).read_text()}")
+        time.sleep(0.05)
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------- a lost rank
+
+
+def lost_rank(size: str, folder: Path) -> float:
+    """Two processes train a FLAVA; kill the second after its first steps, and see how long the first goes on."""
+    out = folder / f"{size}-two"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    with ExitStack() as logs:
+        both = []
+        for rank in range(2):
+            log = logs.enter_context(out.with_name(f"{out.name}-{rank}.log").open("w"))
+            environment = os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            both.append(subprocess.Popen(_command(size, out, 4), stdout=log, stderr=log, env=environment))
+        first, second = both
+        said = out.with_name(f"{out.name}-0.log")
+        try:
+            _first_steps(out, first, str(said))
+            second.kill()
+            begun = time.perf_counter()
+            code = first.wait(PATIENCE)
+            seconds = time.perf_counter() - begun
+        finally:
+            for process in both:
+                process.kill()
+                process.wait()
+    assert code == 2 and "another process of this run ended" in said.read_text(), said.read_text()
+    return round(seconds, 2)
+
+
+# --------------------------------------------------------------------------------------------------------- a save
 
 
 def a_save(size: str, folder: Path) -> dict[str, float]:
@@ -283,7 +331,9 @@ def main() -> None:
     results, points = before.get("results", {}), before.get("points", [])
     commands = before.get("commands", {})  # what each part of the file was made by
     command = side_by_side.typed()
-    more = {name: before.get(name, {}) for name in ("sigterm_seconds", "sigterm_details", "saving")}
+    more = {
+        name: before.get(name, {}) for name in ("sigterm_seconds", "sigterm_details", "lost_rank_seconds", "saving")
+    }
 
     def write() -> None:
         if not 0 < arguments.kills < 100:
@@ -301,6 +351,9 @@ def main() -> None:
         for size in arguments.sizes:
             more["sigterm_details"][size] = stopped(size, folder)
             more["sigterm_seconds"][size] = more["sigterm_details"][size]["seconds"]
+            if size == "tiny":  # two of base do not fit every machine
+                more["lost_rank_seconds"][size] = lost_rank(size, folder)
+                print(f"  the end of a process is told after {more['lost_rank_seconds'][size]} s")
             more["saving"][size] = a_save(size, folder)
             commands[size] = command
             print(size, more["sigterm_details"][size], more["saving"][size])

@@ -4,8 +4,9 @@
     python benchmarks/order.py --quick    # a million samples; writes nothing
 
 A simulated index: 10^9 samples in 10^6 shards of unequal lengths. Each time, everything is made anew: the list of
-blocks, the order, the mixture with its three streams of which one has the billion, the place of the step, and the rows
-of its global batch. There is no peer to compare with: the loaders in use keep a state or a table of the whole epoch.
+blocks, the order, the mixture with its three streams of which one has the billion, the digest of the blocks that is
+compared with the checkpoint's, the place of the step, and the rows of its global batch. There is no peer to compare
+with: the loaders in use keep a state or a table of the whole epoch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy as np
 import side_by_side
 
 from trivium.data.mixture import StreamMixture
-from trivium.train.protocol import Sample, Stream
+from trivium.train import agreement
+from trivium.train.protocol import Blocks, Sample, Stream
 
 BATCH = 8192
 
@@ -33,9 +35,8 @@ class Index:
     def __len__(self) -> int:
         return int(self.bounds[-1])
 
-    def blocks(self) -> list[range]:
-        bounds = self.bounds.tolist()
-        return [range(first, last) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+    def blocks(self) -> Blocks:
+        return Blocks(self.bounds[np.diff(self.bounds, prepend=-1) > 0])  # anew each time, as `TarShards` makes them
 
     def read(self, image_row: int, text_row: int) -> Sample:
         raise AssertionError("only the order is asked for")
@@ -50,13 +51,16 @@ class Rows:
 
 
 def resume(index: Index, small: Index, step: int) -> np.ndarray:
-    """The rows of the global batch of a step, by a mixture that nobody has asked before."""
+    """The rows of the global batch of a step, by a mixture that nobody has asked before; and what the trainer compares
+    with the checkpoint's state first, the digest of all blocks."""
     streams = [
         Stream("pairs", index, Rows(), BATCH, BATCH, 0.70),
         Stream("images", small, Rows(), BATCH, BATCH, 0.15),
         Stream("text", small, Rows(), BATCH, BATCH, 0.15),
     ]
     mixture = StreamMixture(streams, seed=0)
+    drawn = {stream.name: stream for stream in map(mixture.stream_at, range(1000))}
+    agreement.facts_of(drawn.values())
     while mixture.stream_at(step).name != "pairs":
         step += 1
     return mixture.readers["pairs"].plan(mixture.place_at(step)).image_rows

@@ -124,8 +124,8 @@ class TinyMixture:
         name = self.stream_at(step).name
         return sum(SIZES[name][0] for before in range(step) if self.stream_at(before).name == name)
 
-    def names_at(self, step: int, most: int) -> list[str]:
-        return [f"{self.stream_at(step).name} {self.place_at(step) + row}" for row in range(most)]
+    def names_at(self, step: int) -> list[str]:
+        return [f"{self.stream_at(step).name} {self.place_at(step) + row}" for row in range(self.stream_at(step).batch)]
 
     def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:
         for number in range(step, stop):

@@ -43,6 +43,35 @@ def test_files_are_as_open_as_the_user_has_it(tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "below").stat().st_mode & 0o777 == 0o755
 
 
+def test_a_folder_is_on_the_disk_before_it_is_seen_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut may leave the name of a checkpoint with nothing in it. A file keeps its number when renamed."""
+    target = tmp_path / "folder"
+    synced: dict[bool, set[int]] = {False: set(), True: set()}  # by whether the folder was in its place
+    plain_fsync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced[target.exists()].add(os.fstat(descriptor).st_ino)
+        plain_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with written_beside(target) as folder:
+        (folder / "below").mkdir()
+        for name in ("a.json", "below/b.safetensors", "below/c.json"):
+            (folder / name).write_text("whole")
+    inside = [target, *target.rglob("*")]
+    assert len(inside) == 5
+    assert {path.name for path in inside if path.stat().st_ino not in synced[False]} == set()
+    assert tmp_path.stat().st_ino in synced[True]
+
+    synced[False].clear()
+    target = tmp_path / "a.bin"
+    with file_beside(target) as beside:
+        beside.write_bytes(b"whole")
+    assert target.stat().st_ino in synced[False]
+
+
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_failure_leaves_the_old_file_and_is_raised_as_it_is(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "a.bin"

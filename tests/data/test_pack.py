@@ -11,7 +11,9 @@ import resource
 import signal
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -253,6 +255,69 @@ def test_killed_at_ten_points_and_run_again_the_bytes_are_the_same(table: Path, 
         assert content(tmp_path / f"cut-{kill_at}") == expected, points[kill_at - 1]
 
 
+class Halting:
+    """The rows of a table; a process that reads one of `halts` leaves a file there and stays. While a process that has
+    read a row is alive it holds the lock of a file with its number."""
+
+    def __init__(self, table: Path, halts: tuple[int, ...], folder: Path) -> None:
+        self.source, self.halts, self.folder = open_source("pairs", [table]), halts, folder
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, image_row: int, text_row: int) -> Any:
+        if not held:
+            held.append((self.folder / f"alive-{os.getpid()}").open("w"))
+            fcntl.flock(held[0], fcntl.LOCK_EX)
+        while image_row in self.halts:
+            (self.folder / f"halted-{image_row}").touch()
+            time.sleep(0.01)
+        return self.source.read(image_row, text_row)
+
+
+held: list[Any] = []  # by this process
+
+
+def pack_by_two(made_from: Settings, out: Path, source: Any) -> None:
+    pack(made_from, out, source=source, workers=2)
+
+
+def ends(lock: Path) -> None:
+    with lock.open() as file:
+        for _ in range(6000):
+            with suppress(BlockingIOError):
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(0.01)
+    raise AssertionError(f"{lock.name}: a worker outlived its parent")
+
+
+@pytest.mark.parametrize("halts", [(1, 4), (7,)])
+def test_killed_with_workers_and_run_again_the_bytes_are_the_same(
+    table: Path, tmp_path: Path, halts: tuple[int, ...]
+) -> None:
+    """The parent is killed while both workers are inside their first shard, or one of them inside its second: no worker
+    outlives it."""
+    pack(settings(table), tmp_path / "whole")
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    parent = multiprocessing.get_context("forkserver").Process(
+        target=pack_by_two, args=(settings(table), tmp_path / "cut", Halting(table, halts, seen))
+    )
+    parent.start()
+    while len(list(seen.glob("halted-*"))) < len(halts):
+        assert parent.is_alive()
+        time.sleep(0.01)
+    parent.kill()
+    parent.join()
+    assert parent.exitcode == -signal.SIGKILL
+    workers = list(seen.glob("alive-*"))
+    assert workers
+    for worker in workers:
+        ends(worker)
+    pack(settings(table), tmp_path / "cut", workers=2)
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
 # --------------------------------------------------------------------------------------------------- refusals
 
 
@@ -274,6 +339,15 @@ def test_a_folder_of_other_settings_is_refused(table: Path, tmp_path: Path) -> N
 def test_a_part_out_of_range(part: tuple[int, int], table: Path, tmp_path: Path) -> None:
     with pytest.raises(TriviumError, match=f"part {part[0]}/{part[1]} is out of range"):
         pack(settings(table), tmp_path / "out", part=part)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_ray_there_is_a_sentence_and_no_folder(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(TriviumError, match=r"the engine ray is not installed .*: pip install 'trivium\[scale\]'"):
+        pack(settings(table), tmp_path / "out", engine="ray")
     assert not (tmp_path / "out").exists()
 
 

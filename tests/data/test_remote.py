@@ -266,6 +266,58 @@ def test_bytes_that_stay_wrong_cost_their_sample_alone(served: Served) -> None:
     assert source.read(6, 6)["image"] == drawn_picture(6)
 
 
+def test_a_shard_of_wrong_bytes_is_lost_after_a_few(served: Served) -> None:
+    """A bad sample is asked for twice and never again; with the third all of the shard is bad, and one note says so."""
+    source = pairs(served.address("shard-{000..001}.tar"))
+    path = served.root / "shard-000.tar"
+    data = bytearray(path.read_bytes())
+    for row in (2, 5, 7, 9):
+        data[data.index(drawn_picture(row)) + 60] ^= 4
+    path.write_bytes(data)
+
+    def asked() -> int:
+        return sum(name == "shard-000.tar" and "GET" in how for name, how, _ in served.requests)
+
+    def read(row: int) -> str | None:
+        try:
+            return source.read(row, row)["name"] and None
+        except BadSample as error:
+            return str(error)
+
+    address = served.address("shard-000.tar")
+    for _ in range(3):  # epochs
+        for row in (2, 5):
+            assert (
+                read(row) == f"{address} (00{row}): its image is not what was indexed (checksum): the shard is damaged"
+            )
+    assert asked() == 4
+    assert (read(6), source.notes) == (None, [])
+    lost = f"{address}: the shard cannot be read (3 of its samples are not what was indexed (checksum))"
+    before = asked()
+    assert [read(row) for row in (7, 9, 6, 2)] == [lost] * 4
+    assert asked() == before + 2
+    assert source.notes == [f"{lost}: its 12 samples are replaced by others"]
+    assert read(ROWS) is None
+    assert pickle.loads(pickle.dumps(source)).read(6, 6)["image"] == drawn_picture(
+        6
+    )  # another process finds for itself
+
+
+def test_wrong_bytes_on_a_disk_cost_their_samples_alone(served: Served) -> None:
+    path = served.root / "shard-000.tar"
+    source = open_source("pairs", [path])
+    source.read(6, 6)  # the index is open
+    data = bytearray(path.read_bytes())
+    for row in range(5):
+        data[data.index(drawn_picture(row)) + 60] ^= 4
+    with path.open("r+b") as file:
+        file.write(data)
+    for row in range(5):
+        with pytest.raises(BadSample, match="checksum"):
+            source.read(row, row)
+    assert source.read(6, 6)["image"] == drawn_picture(6)
+
+
 VIEWS = Views(size=16, crop_scale=(0.5, 1.0))
 COLLATE = PairCollate(ImageInput(VIEWS, patch=4), TextInput(drawn_tokenizer(), 16))
 

@@ -301,6 +301,8 @@ def test_three_of_one_stream_in_a_row_stop_the_run(tmp_path: Path) -> None:
         train(make(with_train(log_every=1, save_every=5), mixture), tmp_path)
     assert [checkpoint.step_of(path) for path in checkpoints_in(tmp_path / "checkpoints")] == [5]
     assert metrics_of(tmp_path)[-1]["step"] == 10  # the log says how it ended
+    named = [json.loads(line) for line in (tmp_path / "not_finite.jsonl").read_text().splitlines()]
+    assert [line["sample"] for line in named] == [f"pairs {place}" for place in range(32, 56)]
 
 
 def test_samples_to_look_at_are_named_by_file(tmp_path: Path) -> None:
@@ -311,9 +313,15 @@ def test_samples_to_look_at_are_named_by_file(tmp_path: Path) -> None:
     mixture = StreamMixture([Stream("text", open_source("text", [path]), collate, 6, 3)], seed=0)
     first_places = [range(mixture.place_at(step), mixture.place_at(step) + 2) for step in (6, 7, 8)]
     rows = [int(row) for places in first_places for row in mixture.readers["text"].order.rows(np.array(places))]
-    sentence = not_finite(mixture, [6, 7, 8])
+    sentence = not_finite(tmp_path / "not_finite.jsonl", mixture, [6, 7, 8])
+    assert f"the 18 samples that {tmp_path}/not_finite.jsonl names" in sentence
     names = sentence.partition("among them ")[2].split("; ")
     assert names == [f"{path} (line {row + 2})" for row in rows]
+    lines = [json.loads(line) for line in (tmp_path / "not_finite.jsonl").read_text().splitlines()]
+    all_places = [(step, place) for step in (6, 7, 8) for place in mixture.place_at(step) + np.arange(6)]
+    for (step, place), line in zip(all_places, lines, strict=True):
+        [row] = mixture.readers["text"].order.rows(np.array([place]))
+        assert line == {"step": step + 1, "stream": "text", "sample": f"{path} (line {row + 2})"}
 
 
 def test_replaced_samples_are_logged_and_too_many_are_fatal(tmp_path: Path) -> None:

@@ -104,8 +104,8 @@ class Things:
     def place_at(self, step: int) -> int:
         return step * ROWS
 
-    def names_at(self, step: int, most: int) -> list[str]:
-        return [f"thing {place}" for place in range(self.place_at(step), self.place_at(step) + most)]
+    def names_at(self, step: int) -> list[str]:
+        return [f"thing {place}" for place in range(self.place_at(step), self.place_at(step) + ROWS)]
 
     def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:
         step_took = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +23,12 @@ import torch.distributed as dist
 from runs import assert_same_state, metrics_of, on_two_processes, state_of, stopped_at
 from tiny_run import Recipe, TinyMixture, TinySource, make, real_mixture, with_train
 
+from trivium.cli import main
+from trivium.data.mixture import StreamMixture
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import budget, checkpoint, distributed, mishaps, optim, trainer
+from trivium.train.protocol import Stream
 from trivium.train.run import Run
 from trivium.train.trainer import train
 
@@ -127,6 +131,30 @@ def test_processes_with_other_data_do_not_begin(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_cannot_share_a_batch_begin_nothing(tmp_path: Path) -> None:
+    """A recipe is refused before its data is read or anything learned, and the first process alone says why; a run that
+    was put together otherwise before it has a folder."""
+
+    def recipe(rank: int, *flags: str) -> None:
+        said = io.StringIO()
+        with redirect_stderr(said):
+            words = ["pretrain", "flava", "--size", "tiny", "--out", str(tmp_path / "run"), *flags]
+            assert main(words) == 2
+        why = "2 processes cannot share" if rank == 0 else "the first process stopped"
+        assert said.getvalue().count("\n") == 1 and why in said.getvalue(), said.getvalue()
+
+    def run(rank: int) -> None:
+        mixture = StreamMixture([Stream("pairs", TinySource(), tiny_run.TinyCollate(), 8, 8)], seed=0)
+        with pytest.raises(TriviumError, match=r"stream 'pairs': 2 processes cannot share 1 micro-batches"):
+            train(make(None, mixture), tmp_path / "run")
+
+    on_two_processes(lambda rank: recipe(rank, "--data.batch", "7", "--train.micro-batch", "1"))
+    for micro_batch in ("8", "null"):  # null: the whole batch
+        on_two_processes(lambda rank, rows=micro_batch: recipe(rank, "--data.batch", "8", "--train.micro-batch", rows))
+    on_two_processes(run)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_partial_checkpoint_in_the_way_stops_no_process(straight: Path, tmp_path: Path) -> None:
     """Others hang for ever where the first process alone meets the folder that an interrupted save left."""
     for name in ("step-00000010", ".tmp-step-00000010", ".tmp-step-00000020"):
@@ -186,6 +214,7 @@ def test_what_is_not_finite_on_one_process_changes_nothing_on_any(tmp_path: Path
             train(make(with_train(log_every=1), OneSided(frozenset({6, 7, 9}))), tmp_path / "stopped")
 
     on_two_processes(three)
+    assert len((tmp_path / "stopped" / "not_finite.jsonl").read_text().splitlines()) == 3 * 8
 
 
 class OneSided(TinyMixture):

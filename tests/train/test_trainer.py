@@ -175,6 +175,32 @@ def test_what_a_run_folder_holds(straight: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(("long_wait", "said"), [(0.2, 1), (1e9, 0)])
+def test_a_save_that_waits_long_for_the_one_before_is_told_once(
+    straight: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    long_wait: float,
+    said: int,
+) -> None:
+    """The second and the third save both find the one before unwritten. Training is none the worse for it."""
+    run = make(with_train(save_every=3, log_every=1))
+    plain_export = run.export
+
+    def export(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        if not folder.parent.name.endswith(("15", "18", "20")):
+            time.sleep(1.0)
+        plain_export(folder, weights)
+
+    run.export = export
+    monkeypatch.setattr(checkpoint, "LONG_WAIT", long_wait)
+    train(run, tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("since the checkpoint before this one was still being written: raise --train.save-every") == said
+    assert_same_state(straight, tmp_path, 20)
+
+
 def test_which_checkpoints_stay(tmp_path: Path) -> None:
     train(make(with_train(save_every=3, keep_last=2, keep_every=6)), tmp_path)
     kept = [checkpoint.step_of(path) for path in checkpoints_in(tmp_path / "checkpoints")]

@@ -76,6 +76,7 @@ def begin(settings: Config, changes: Mapping[str, Any], out: Path, begun: float)
     """Begin a run of any recipe with these leaves changed. begun: as `run` takes it."""
     from trivium.cli.stages import run_stages
     from trivium.recipes import RECIPES
+    from trivium.recipes.prepared import Recipe
     from trivium.recipes.stages import Stages
     from trivium.train import config as configuration
     from trivium.train import run_folder
@@ -84,6 +85,8 @@ def begin(settings: Config, changes: Mapping[str, Any], out: Path, begun: float)
     if isinstance(tree, Stages):
         return run_stages(tree, settings, out)
     run_folder.refuse_a_run(out)
+    if isinstance(tree, Recipe):  # UniT's batches are those of the tasks that it will find
+        tree.refuse_uneven_shares()
     say(f"preparing data and model for {out}")
     prepared = tree.prepare(settings.recipe, settings.arguments)
     for sentence in prepared.notes:
@@ -129,6 +132,7 @@ def resume_run(recipe: str, out: Path | None, changes: Mapping[str, Any], begun:
         raise TriviumError("--resume needs the run folder: trivium pretrain RUN --resume")
     from trivium.cli.stages import run_stages
     from trivium.recipes import RECIPES
+    from trivium.recipes.prepared import Recipe
     from trivium.recipes.stages import Stages
     from trivium.train import config as configuration
     from trivium.train import run_folder
@@ -154,6 +158,8 @@ def resume_run(recipe: str, out: Path | None, changes: Mapping[str, Any], begun:
             f"the steps of {out} are settled, {stated.train.steps}: leave out --train.minutes, or begin a new run with"
             f" --init {out}"
         )
+    if isinstance(tree, Recipe):
+        tree.refuse_uneven_shares()
     with run_folder.alone_in(out):  # from here on: another would remove the checkpoint that is found
         newest = run_folder.newest_sound(out, say)
         prepared = tree.prepare(settings.recipe, settings.arguments, None if newest is None else newest / "model")

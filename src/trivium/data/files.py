@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from trivium.data.remote import RemoteFile, is_remote
 from trivium.errors import BadSample, TriviumError, UnreadableNow
-from trivium.train.protocol import Sample, hash64
+from trivium.train.protocol import Blocks, Sample, hash64
 
 Kind = Literal["pairs", "images", "text"]
 
@@ -64,7 +64,7 @@ class RowSource(ABC):
         return None
 
     def blocks(self) -> Sequence[range]:
-        return [range(start, min(start + BLOCK, len(self))) for start in range(0, len(self), BLOCK)]
+        return Blocks(np.append(np.arange(0, len(self), BLOCK), len(self)))
 
     def lengths(self) -> Sequence[int] | None:
         return None

@@ -23,6 +23,24 @@ from trivium.train.protocol import Batch, Stream, hash64, uniform64
 CYCLE = 20  # steps; 0.70, 0.15 and 0.15 of it are whole numbers
 
 
+def refuse_uneven_shares(whose: str, batch: int, micro_batch: int, world: int) -> None:
+    """Raises TriviumError where so many processes cannot share a global batch, or its micro-batches, evenly.
+
+    whose: what the sentence begins with.
+    """
+    if batch % world:
+        raise TriviumError(
+            f"{whose}: {world} processes cannot share a global batch of {batch} evenly: choose a batch that they"
+            " divide, or another number of them"
+        )
+    number, rest = divmod(batch, micro_batch)
+    if number % world and not rest:
+        raise TriviumError(
+            f"{whose}: {world} processes cannot share {number} micro-batches ({batch} rows, {micro_batch} each) evenly:"
+            f" choose a number of processes that divides {number}, or a smaller micro-batch"
+        )
+
+
 class StreamMixture:
     """Implements ``train.protocol.Mixture`` over streams that are read at random access.
 
@@ -74,11 +92,11 @@ class StreamMixture:
             earlier = int(self._counts_before(cycle)[number] + np.sum(self._dealt(cycle)[:position] == number))
         return self.streams[number].batch * earlier
 
-    def names_at(self, step: int, most: int) -> list[str]:
-        """How messages name the first `most` samples of this step's global batch."""
+    def names_at(self, step: int) -> list[str]:
+        """How messages name each sample of this step's global batch. Reads all of them."""
         stream = self.stream_at(step)
         plan = self.readers[stream.name].plan(self.place_at(step))
-        rows = zip(plan.image_rows[:most].tolist(), plan.text_rows[:most].tolist(), strict=True)
+        rows = zip(plan.image_rows.tolist(), plan.text_rows.tolist(), strict=True)
         return [name_of(stream.source, image_row, text_row) for image_row, text_row in rows]
 
     def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:
@@ -88,18 +106,7 @@ class StreamMixture:
         data cannot be read (see data/loader.py).
         """
         for stream in self.streams:
-            num_micro_batches = stream.batch // stream.micro_batch
-            if stream.batch % world:
-                raise TriviumError(
-                    f"stream {stream.name!r}: {world} processes cannot share a global batch of {stream.batch} evenly:"
-                    " choose a batch that they divide, or another number of them"
-                )
-            if num_micro_batches % world:
-                raise TriviumError(
-                    f"stream {stream.name!r}: {world} processes cannot share {num_micro_batches} micro-batches"
-                    f" ({stream.batch} rows, {stream.micro_batch} each) evenly: choose a number of processes that"
-                    f" divides {num_micro_batches}, or a smaller micro-batch"
-                )
+            refuse_uneven_shares(f"stream {stream.name!r}", stream.batch, stream.micro_batch, world)
         return self._loader(step, rank, world, stop, pinned)
 
     def _loader(self, step: int, rank: int, world: int, stop: int, pinned: bool) -> Iterator[list[Batch]]:

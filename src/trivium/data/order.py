@@ -14,13 +14,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from trivium.errors import TriviumError
-from trivium.train.protocol import hash64, uniform64
+from trivium.train.protocol import Blocks, hash64, uniform64
 
 WINDOW = 16  # blocks that are mixed with each other, and so read at once
 
@@ -102,7 +101,7 @@ class _Words(np.random.bit_generator.ISeedSequence):
 class Order:
     """place -> row.
 
-    num_rows: of the source. blocks: ranges that are cheap to read together, covering all rows once; one block where
+    num_rows: of the source. blocks: ranges that are cheap to read together, in order, all rows once; one block where
     every row is as cheap as any other. window: how many permuted blocks are mixed with each other.
     """
 
@@ -114,9 +113,9 @@ class Order:
         self.seed = seed
         self.stream = stream
         self.window = window
-        self.block_starts = np.fromiter(map(attrgetter("start"), blocks), np.int64, len(blocks))
-        self.block_sizes = np.fromiter(map(len, blocks), np.int64, len(blocks))
-        assert self.block_sizes.sum() == num_rows, "blocks must cover every row exactly once"
+        bounds = Blocks.of(blocks).bounds
+        assert bounds[-1] == num_rows, "blocks must cover every row exactly once"
+        self.block_starts, self.block_sizes = bounds[:-1], np.diff(bounds)
         self._layouts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def rows(self, places: np.ndarray) -> np.ndarray:

@@ -116,6 +116,8 @@ def pack(
         raise TriviumError(f"part {number}/{parts} is out of range: the first is 1/{parts}, the last {parts}/{parts}")
     if workers < 1:
         raise TriviumError(f"{workers} workers can do nothing: give at least 1")
+    if engine == "ray":
+        _ray()  # a missing package is told before there is a folder
     if source is None:
         source = open_source(
             settings.kind, settings.paths, image_column=settings.image_column, text_column=settings.text_column
@@ -286,12 +288,17 @@ def _make_in_worker(shard: int) -> None:
 _make: Callable[[int], Record]  # of a worker
 
 
-def _on_ray(make: Callable[[int], Record], shards: Sequence[int]) -> Iterator[Any]:
+def _ray() -> Any:
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise TriviumError(f"the engine ray is not installed ({error}): pip install 'trivium[scale]'") from None
+    return ray
+
+
+def _on_ray(make: Callable[[int], Record], shards: Sequence[int]) -> Iterator[Any]:
+    ray = _ray()
     if not shards:
         return
     if not ray.is_initialized():

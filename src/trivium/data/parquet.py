@@ -17,6 +17,7 @@ from trivium.data.files import Kind
 from trivium.data.order import WINDOW
 from trivium.data.tables import IMAGE_COLUMNS, TEXT_COLUMNS, Table, find_column
 from trivium.errors import BadSample, TriviumError, UnreadableNow
+from trivium.train.protocol import Blocks
 
 CACHE_BYTES = 256 * 2**20  # of row groups, in each process
 
@@ -69,7 +70,7 @@ class ParquetFiles(Table):
         return int(self._starts[-1])
 
     def blocks(self) -> Sequence[range]:
-        return [range(int(a), int(b)) for a, b in itertools.pairwise(self._starts)]
+        return Blocks(self._starts)
 
     @property
     def notes(self) -> list[str]:

@@ -6,7 +6,8 @@ shard or, where that cannot be written, in a cache folder; it is built again whe
 
 A shard may stand at an address (``remote.py``). Its index is fetched from beside it, or built by reading it once in
 pieces, and kept in the cache folder; then only the members that are asked for are read. What a network garbled is read
-again; where that does not help, the sample is a bad one. A shard that cannot be read at all has bad samples alone.
+again; where that does not help, the sample is a bad one and not asked for again. A shard that cannot be read at all has
+bad samples alone, and so has one with GARBLED_LIMIT of them: what is served there is something else.
 
 Nothing is ever unpacked. Only members with a suffix on the list are looked at; links, devices, sparse members, absolute
 names and names with ``..`` are left out, and ``notes`` says how many. A shard cut short keeps what came before.
@@ -35,7 +36,7 @@ from trivium.data.remote import RemoteFile, beside, is_remote, without_query
 from trivium.data.tables import TEXT_COLUMNS
 from trivium.errors import BadSample, TriviumError
 from trivium.manifest import file_beside
-from trivium.train.protocol import hash64
+from trivium.train.protocol import Blocks, hash64
 
 PARTS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json", "cls": "cls"}
 LIMITS = {"image": PICTURE_LIMIT, "text": 2**26, "json": 2**26, "cls": 2**10}  # bytes of a member that is read
@@ -43,6 +44,7 @@ HEADER_LIMIT = 2**20  # bytes of one header with its long names
 OPEN_SHARDS = 64  # file handles and indexes that a process keeps
 OPENED_AT_ONCE = 16  # when a source begins: servers' answers are waited for together
 SIDECAR_LIMIT = 2**30  # bytes of an index that is fetched
+GARBLED_LIMIT = 3  # samples of a shard at an address whose bytes stay wrong: then all of it is lost
 ABSENT = -1  # stands for null once an index is open
 SIDECAR = INDEX_SUFFIX.removeprefix(".tar")
 FORMAT = "1"  # of the index; another number builds it anew
@@ -280,6 +282,7 @@ class TarShards(RowSource):
         self.notes: list[str] = []  # one sentence for each thing that an index leaves out
         self._open: OrderedDict[int, tuple[RandomFile | RemoteFile, dict[str, Any]]] = OrderedDict()
         self._lost: dict[int, str] = {}  # shards that this process could not read, and why: they are not asked again
+        self._garbled: dict[int, dict[int, str]] = {}  # of shards at an address: rows whose bytes stay wrong, and why
         self._rows: list[Sequence[int]] = []  # of each shard: which rows of its index are samples
         self._sizes: list[int] = []  # of each shard: rows of its index
         lengths = []
@@ -321,7 +324,7 @@ class TarShards(RowSource):
         return int(self._starts[-1])
 
     def blocks(self) -> Sequence[range]:
-        return [range(a, b) for a, b in itertools.pairwise(self._starts.tolist()) if a < b]
+        return Blocks(self._starts[np.diff(self._starts, prepend=-1) > 0])  # none for a shard without a sample
 
     def lengths(self) -> Sequence[int] | None:
         return None if self.kind == "images" else self._lengths  # type: ignore[return-value]  # an array serves
@@ -370,6 +373,8 @@ class TarShards(RowSource):
         if length > LIMITS[part]:
             raise self.bad(row, f"its {part} has {length:,} bytes, more than {LIMITS[part]:,}")
         shard = self._shard(row)
+        if why := self._garbled.get(shard, {}).get(row):
+            raise self.bad(row, why)
         for _ in range(2):  # what a network garbled may be right the second time
             try:
                 data = self._opened(shard)[0].read(offset, offset + length)
@@ -379,7 +384,13 @@ class TarShards(RowSource):
                 return data
         if len(data) < length:
             raise self.bad(row, f"the shard ends inside its {part}: it was cut short")
-        raise self.bad(row, f"its {part} is not what was indexed (checksum): the shard is damaged")
+        why = f"its {part} is not what was indexed (checksum): the shard is damaged"
+        if is_remote(self.paths[shard]):
+            garbled = self._garbled.setdefault(shard, {})
+            garbled[row] = why
+            if len(garbled) == GARBLED_LIMIT:
+                raise self._lose(shard, f"{GARBLED_LIMIT} of its samples are not what was indexed (checksum)")
+        raise self.bad(row, why)
 
     def _fact(self, row: int, column: str) -> Any:
         shard = self._shard(row)
@@ -407,10 +418,13 @@ class TarShards(RowSource):
             self._open.popitem(last=False)
         return self._open[shard]
 
-    def _lose(self, shard: int, error: OSError) -> BadSample:
-        """From here on every sample of the shard is bad: a server that does not answer is not waited for again."""
-        self._lost[shard] = f"the shard cannot be read ({error})"
-        return BadSample(without_query(self.paths[shard]), "", self._lost[shard])
+    def _lose(self, shard: int, why: OSError | str) -> BadSample:
+        """From here on every sample of the shard is bad: a server that does not answer is not waited for again. Noted
+        once."""
+        self._lost[shard] = f"the shard cannot be read ({why})"
+        bad = BadSample(without_query(self.paths[shard]), "", self._lost[shard])
+        self.notes.append(f"{bad}: its {len(self._rows[shard]):,} samples are replaced by others")
+        return bad
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_open": OrderedDict(), "_lost": {}}
+        return {**vars(self), "_open": OrderedDict(), "_lost": {}, "_garbled": {}}

@@ -31,7 +31,7 @@ from trivium.data.remote import is_remote
 from trivium.data.shards import TarShards
 from trivium.data.tables import Csv, Jsonl, TextTable, Tsv
 from trivium.errors import TriviumError
-from trivium.train.protocol import Sample, Source
+from trivium.train.protocol import Blocks, Sample, Source
 
 TEXT_TABLES: dict[str, type[TextTable]] = {
     ".csv": Csv, ".tsv": Tsv, ".jsonl": Jsonl, ".ndjson": Jsonl, ".json": Json
@@ -50,11 +50,8 @@ class Concat:
         return int(self._starts[-1])
 
     def blocks(self) -> Sequence[range]:
-        return [
-            range(int(start) + block.start, int(start) + block.stop)
-            for start, source in zip(self._starts, self.sources, strict=False)
-            for block in source.blocks()
-        ]
+        bounds = [Blocks.of(source.blocks()).bounds[1:] for source in self.sources]
+        return Blocks(np.concatenate([[0], *map(np.add, self._starts[:-1], bounds)]))
 
     def lengths(self) -> Sequence[int] | None:
         """None where any of the sources does not know them."""

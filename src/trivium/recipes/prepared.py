@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from trivium.bundle import Bundle
-from trivium.data.mixture import StreamMixture
+from trivium.data.mixture import StreamMixture, refuse_uneven_shares
 from trivium.evaluate import embedded, pairs
 from trivium.evaluate.embedded import Evaluation
 from trivium.recipes import validation
 from trivium.recipes.data import PairData, Sources, absolute
 from trivium.recipes.notices import cut_in_streams, noticed
 from trivium.recipes.validation import Validation
+from trivium.train import distributed
 from trivium.train.checkpoint import Export
 from trivium.train.config import Config, leaves
 from trivium.train.protocol import Method, Stream
@@ -41,6 +42,14 @@ class Recipe:
     def rows_at_once(self) -> int:
         """Samples of one forward, in steps and in validation; the whole batch until "auto" is settled."""
         return self.train.micro_batch if isinstance(self.train.micro_batch, int) else self.data.batch
+
+    def refuse_uneven_shares(self) -> None:
+        """Raises TriviumError where the processes of this run cannot share its batches. All of them call it, before
+        anything is opened or learned; the first one says why."""
+        world = distributed.world()
+        # "auto" finds one that they can share; what is no batch at all is refused with its own sentence.
+        micro_batch = 1 if self.train.micro_batch == "auto" else max(1, self.rows_at_once)
+        distributed.first_process_does(lambda: refuse_uneven_shares("this run", self.data.batch, micro_batch, world))
 
     def with_absolute_paths(self) -> Self:
         """The same for whoever stands in another folder: what a config that is kept should state."""

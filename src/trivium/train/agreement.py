@@ -8,12 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trivium.errors import TriviumError
 from trivium.train import distributed
 from trivium.train.config import Config
-from trivium.train.protocol import Stream
+from trivium.train.protocol import Blocks, Stream
 
 # Options that each process may have for itself.
 OF_A_PROCESS = ("train.device", "train.workers", "train.threads", "train.compile", "train.tensorboard")
@@ -25,9 +23,8 @@ def facts_of(streams: Iterable[Stream]) -> Facts:
     """What the order of a stream's samples is a function of, besides the seed: how many rows, in which blocks."""
     found: Facts = {}
     for stream in streams:
-        blocks = stream.source.blocks()
-        sizes = np.fromiter(map(len, blocks), "<i8", len(blocks))
-        digest = hashlib.sha256(sizes.tobytes()).hexdigest()
+        sizes = Blocks.of(stream.source.blocks()).sizes
+        digest = hashlib.sha256(sizes.astype("<i8").tobytes()).hexdigest()
         found[stream.name] = {"rows": len(stream.source), "blocks": digest}
     return found
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -201,10 +202,14 @@ def _left_for_later(path: Path) -> Iterator[None]:
         print(f"{path} cannot be removed ({error.strerror}): it is left there for now", file=sys.stderr)
 
 
+LONG_WAIT = 1.0  # seconds of a step that waits for the disk; less is not worth a sentence
+
+
 class Saving:
     """Writes checkpoints while training goes on, one at a time. What fails there is told at the next call."""
 
     def __init__(self) -> None:
+        self._told = False
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
@@ -217,11 +222,23 @@ class Saving:
     def failed(self) -> bool:
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def finish(self) -> None:
-        """Wait for what is being written. Raises what went wrong there."""
+    def finish(self) -> float:
+        """Wait for what is being written; the seconds of that. Raises what went wrong there."""
+        begun = time.perf_counter()
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+        return time.perf_counter() - begun
+
+    def held_up(self, waited: float, copied: float) -> str | None:
+        """A sentence, once a run, where a save waited longer for the one before it than it took itself to copy."""
+        if self._told or waited <= max(LONG_WAIT, copied):
+            return None
+        self._told = True
+        return (
+            f"training stood still for {waited:.1f} s, since the checkpoint before this one was still being written:"
+            " raise --train.save-every, or let --out be on a faster disk"
+        )
 
     def __enter__(self) -> Saving:
         return self

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from trivium.errors import TriviumError, lost_process
+from trivium.manifest import write_whole
 from trivium.train import distributed
 from trivium.train.protocol import Batch, Mixture
 
@@ -117,15 +118,18 @@ class Replaced:
             self.seen = self.bad = 0
 
 
-def not_finite(mixture: Mixture, steps: Sequence[int]) -> str:
+def not_finite(path: Path, mixture: Mixture, steps: Sequence[int]) -> str:
     """Which samples to look at, of these steps of one stream: whole global batches, since what is not finite on one
-    process is so on all."""
-    named, samples = [], []
+    process is so on all. The sentence names the first ones, and `path`, a file that has a line for each."""
+    named, samples, lines = [], [], []
     for step in steps:
         stream, first = mixture.stream_at(step), mixture.place_at(step)
         named.append(f"step {step + 1} with places {first} to {first + stream.batch - 1}")
-        samples += mixture.names_at(step, most=2)
+        names = mixture.names_at(step)
+        samples += names[:2]
+        lines += [json.dumps({"step": step + 1, "stream": stream.name, "sample": name}) + "\n" for name in names]
+    write_whole(path, "".join(lines))
     return (
         f"the gradient was not finite in three steps of stream {stream.name} in a row, {', '.join(named)}: lower"
-        f" --optim.lr, or look at these samples, among them {'; '.join(samples)}"
+        f" --optim.lr, or look at the {len(lines)} samples that {path} names, among them {'; '.join(samples)}"
     )

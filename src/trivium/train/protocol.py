@@ -163,13 +163,46 @@ class Sample(TypedDict, total=False):
     name: str  # how to name this sample in a message: file, line, member
 
 
+class Blocks(Sequence[range]):
+    """Ranges of rows, one after the other from row 0, held as their bounds: what is asked of all of them at once is
+    asked of one array, and a million of them are no million objects."""
+
+    def __init__(self, bounds: np.ndarray) -> None:
+        """bounds: int64 [n + 1], never falling: where each range begins, and after the last the number of rows."""
+        self.bounds = bounds
+
+    @classmethod
+    def of(cls, blocks: Sequence[range]) -> Blocks:
+        """Those of any source."""
+        if isinstance(blocks, Blocks):
+            return blocks
+        bounds = np.array([0, *(block.stop for block in blocks)], dtype=np.int64)
+        assert bounds[:-1].tolist() == [block.start for block in blocks], "blocks must cover every row once, in order"
+        return cls(bounds)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Rows of each: int64 [n]."""
+        return np.diff(self.bounds)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        return range(int(self.bounds[number]), int(self.bounds[number + 1]))
+
+
 class Source(Protocol):
     """Somewhere that samples come from, addressed by row. Cheap to pickle: workers open their own files."""
 
     def __len__(self) -> int: ...
 
     def blocks(self) -> Sequence[range]:
-        """Ranges of rows that are cheap to read together; in order and covering all rows exactly once."""
+        """Ranges of rows that are cheap to read together; in order and covering all rows exactly once. A list does; a
+        source of many of them gives `Blocks`."""
         ...
 
     def read(self, image_row: int, text_row: int) -> Sample:
@@ -203,8 +236,8 @@ class Mixture(Protocol):
         """Place of the first row of this step's global batch within its stream."""
         ...
 
-    def names_at(self, step: int, most: int) -> list[str]:
-        """How messages name the first `most` samples of this step's global batch: by file and line, row or member."""
+    def names_at(self, step: int) -> list[str]:
+        """How messages name each sample of this step's global batch: by file and line, row or member."""
         ...
 
     def loader(self, step: int, rank: int, world: int, stop: int, pinned: bool = False) -> Iterator[list[Batch]]:

@@ -43,6 +43,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.jsonl"
         self.monitors = path / "monitors.jsonl"
+        self.not_finite = path / "not_finite.jsonl"  # where a run was stopped for its gradients
         self.passport = path / "passport.json"
         self.checkpoints = path / "checkpoints"
 

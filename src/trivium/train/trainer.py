@@ -85,9 +85,13 @@ def _train(run: Run, out: Path, resume: bool | Path) -> Outcome:
     selection = Selection.of_log(folder.metrics, run.select or "", settings.patience if run.select else None)
 
     def save(done: int) -> None:
-        saving.finish()  # before the copy: there is never a second one in memory
+        waited = saving.finish()  # before the copy: there is never a second one in memory
         state.update(step=done, seconds=log.seconds(), bad_samples=replaced.counts)
+        begun = time.perf_counter()
         taken = checkpoint.snapshot(done, run.method, optimizer, state)
+        told = saving.held_up(waited, time.perf_counter() - begun)
+        if told and done < settings.steps:
+            log.say(told)
         saving.begin(partial(write, taken, selection.best_step))
 
     def write(taken: checkpoint.Snapshot, best: int | None) -> None:
@@ -139,7 +143,8 @@ def _train(run: Run, out: Path, resume: bool | Path) -> Outcome:
             replaced.note(done, batches)
             in_a_row = refused[stream.name] = [] if result.accepted else [*refused.get(stream.name, []), step]
             if len(in_a_row) == 3:
-                raise TriviumError(not_finite(run.mixture, in_a_row))
+                tell = partial(not_finite, folder.not_finite, run.mixture, in_a_row)
+                raise TriviumError(distributed.chosen_by_first(tell))
 
             stopping = distributed.any_process(stop.received is not None or saving.failed)
             if done % settings.log_every == 0:
@@ -296,6 +301,7 @@ def begin(run: Run, out: Path, resume: bool | Path) -> tuple[RunFolder, torch.op
         keep_freed()
     data = agreement.facts_of(_streams(run).values())
     agreement.refuse_other_processes(run.config, data)
+    run.mixture.loader(0, distributed.rank(), distributed.world(), 0)  # refuses processes that cannot share a batch
     run.method.to(_home(run, device))
     optimizer = optim.build(run.method, run.optim)
     distributed.first_process_does(lambda: (run_folder.reopen if resume else run_folder.create)(out, run.config))
