@@ -234,6 +234,32 @@ def test_the_verb_detect_takes_a_run(trained: Path, data: Path, tmp_path: Path) 
     assert len(found) == 20 and found == sorted(found, key=lambda each: -each["score"])
 
 
+def suited(model: Path, data: Path, out: Path, *tasks: str) -> dict[str, float]:
+    """Figures of `trivium evaluate --suite unit`."""
+    named = [word for task in tasks for word in ("--task", task)]
+    assert trivium("evaluate", model, "--suite", "unit", *named, "--data.root", data, "--out", out) == 0
+    entries = json.loads((out / "results.json").read_text())["results"]
+    return {name: entry["value"] for name, entry in entries.items() if not name.startswith("seconds")}
+
+
+def test_a_model_that_is_tuned_further_knows_the_labels_of_its_new_task(
+    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names that the UniT had for its own tasks are not those of the head on top."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "tuned"
+    words = ("--data", data / "scenes" / "snli-ve", "--data.batch", 8, "--train.steps", 2, "--train.evaluate-every", 2,
+             "--train.workers", 0, "--train.precision", "fp32", "--optim.warmup", 0)  # fmt: skip
+    assert trivium("finetune", "snli_ve", "--init", trained, "--out", out, *words) == 0
+    bundle = load(out)
+    assert bundle.labels == ["entailment", "neutral", "contradiction"] and bundle.labels_of is None
+    picture = next((data / "scenes" / "snli-ve").glob("*/*.jpg"))
+    answers = bundle.ask(picture, "there is a cat")
+    assert sorted(answer.text for answer in answers) == ["contradiction", "entailment", "neutral"]
+    mine = json.loads((out / "results.json").read_text())["results"]["SNLI-VE (concatenated).dev.accuracy"]["value"]
+    assert suited(out, data / "scenes", tmp_path / "suite", "SNLI-VE")["SNLI-VE (concatenated).dev.accuracy"] == mine
+
+
 def test_texts_that_are_cut_are_told(data: Path) -> None:
     recipe = set_leaves(with_flags(unit("tiny"), data), {"tasks.sst2.max_length": 4})
     notes = recipe.prepare("unit", {}).notes

@@ -218,7 +218,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         raise TriviumError(f"--select-on {select}: no such figure is measured: use one of {', '.join(known)}")
     bundle = replace(
         start, model=model, transform=transform, labels=list(splits.labels) or None, max_length=max_length,
-        head=head, head_config=config, image_tokenizer=None, tuned_for=(),
+        head=head, head_config=config, image_tokenizer=None, tuned_for=(), labels_of=None,
     )  # fmt: skip
 
     def export(folder: Path, weights: Mapping[str, Tensor]) -> None:
