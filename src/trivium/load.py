@@ -255,6 +255,12 @@ def bundle_of(foreign: Foreign) -> Bundle:
         if isinstance(listed, dict):
             raise TriviumError(f"{listed_beside} names labels of several tasks: it must be a JSON list of the answers")
         labels = listed
+    labels_of, named_beside = foreign.labels_of, folder / "labels.json"  # of a UniT's tasks that its file leaves unsaid
+    if foreign.family == "unit" and named_beside.is_file():
+        named = _labels(named_beside)
+        if not isinstance(named, dict):
+            raise TriviumError(f'{named_beside} names no task: it must hold a JSON object, such as {{"vqav2": [...]}}')
+        labels_of = (labels_of or {}) | named
     return Bundle(
         family=foreign.family,
         model=foreign.model.eval(),
@@ -265,7 +271,7 @@ def bundle_of(foreign: Foreign) -> Bundle:
         max_length=foreign.max_length,
         head=foreign.head,
         head_config=foreign.head_config,
-        labels_of=foreign.labels_of,
+        labels_of=labels_of,
         tuned_for=foreign.tuned_for,
     )
 

@@ -58,17 +58,19 @@ class UnitTask:
     num_queries: int = 25
     num_attributes: int | None = None  # of a detected object, with number 0 for none; None: no such head
     text: Literal["class", "all"] = "class"  # which of the text's tokens the decoder reads
+    gives: Literal["class", "answers"] = "class"  # of labels: one right class, or answers that are more or less right
+    max_length: int | None = None  # tokens of its texts that are read; None: as many as there are positions
 
 
 PUBLISHED_TASKS = (
     UnitTask("coco", "detection", "image", 91, 0, 100),
     UnitTask("vg", "detection", "image", 1601, 1, 100, num_attributes=401),
-    UnitTask("vqav2", "labels", "both", 3129, 3, text="all"),
-    UnitTask("snli_ve", "labels", "both", 3, 9),
-    UnitTask("qnli", "labels", "text", 2, 5),
-    UnitTask("mnli", "labels", "text", 3, 6),
-    UnitTask("sst2", "labels", "text", 2, 7),
-    UnitTask("qqp", "labels", "text", 2, 8),
+    UnitTask("vqav2", "labels", "both", 3129, 3, text="all", gives="answers", max_length=25),
+    UnitTask("snli_ve", "labels", "both", 3, 9, max_length=25),
+    UnitTask("qnli", "labels", "text", 2, 5, max_length=128),
+    UnitTask("mnli", "labels", "text", 3, 6, max_length=128),
+    UnitTask("sst2", "labels", "text", 2, 7, max_length=128),
+    UnitTask("qqp", "labels", "text", 2, 8, max_length=128),
 )
 
 
