@@ -16,12 +16,24 @@ from torch import Tensor
 
 import trivium
 from tests.parity.test_unit_plain import SMALL_TASKS, TINY, draw_weights
+from trivium.bundle import Bundle
 from trivium.cli import main
 from trivium.convert.places import give
-from trivium.convert.unit import LABELS, config_beside, detr_places, from_detr, from_mmf, labels_of, to_detr, to_mmf
+from trivium.convert.unit import (
+    LABELS,
+    build,
+    config_beside,
+    detr_places,
+    from_detr,
+    from_mmf,
+    labels_of,
+    to_detr,
+    to_mmf,
+)
 from trivium.data.glue import GLUE
 from trivium.data.image_text_tasks import ENTAILMENT
 from trivium.data.tokenizer import BERT_SPECIALS
+from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.load import load
 from trivium.models.unit import Unit, UnitConfig, UnitTask
@@ -90,6 +102,19 @@ def test_detr_in_and_out_is_the_same_to_the_bit() -> None:
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
+def test_older_model_folders_hold_the_tokens_of_all_tasks_in_one_table(tmp_path: Path) -> None:
+    state = released(TINY)
+    found, tensors = from_mmf(state, config_beside(TINY))
+    table = state["unit_base_model.transformer.task_embeddings_enc.weight"]
+    assert torch.equal(tensors["image.task_tokens.of.vqav2.weight"], table[3:4])
+    assert "text_task_tokens.of.coco.weight" not in tensors and "image.task_tokens.of.sst2.weight" not in tensors
+    older = {name: tensor for name, tensor in tensors.items() if "task_tokens" not in name}
+    older |= {"image.task_tokens.weight": table, "text_task_tokens.weight": state["task_embeddings_lang.weight"]}
+    Bundle("unit", build(found, tensors), None, ImageTransform()).save(tmp_path / "old", older)
+    opened = load(tmp_path / "old").model.state_dict()
+    assert opened.keys() == tensors.keys() and all(torch.equal(opened[name], tensors[name]) for name in tensors)
+
+
 def test_the_first_release_calls_the_base_by_another_name() -> None:
     state = released(TINY)
     old = {name.replace("unit_base_model.", "detr_model."): tensor for name, tensor in state.items()}
@@ -149,6 +174,8 @@ BASE = "unit_base_model."
         (lacks(f"{BASE}transformer.encoder.layers.0.norm1.weight"), "misses 1 tensor .*layers.0.norm1.weight"),
         (shaped("adapter.weight", 1), "has unexpected 1 tensor .*adapter.weight"),
         (renamed("detection_coco", "hateful_memes"), "was trained on hateful_memes, which is none of"),
+        (lacks("task_embeddings_lang.weight"), r"misses 1 tensor \(task_embeddings_lang.weight\)"),
+        (shaped("task_embeddings_lang.weight", 16, 7), r"has shape \[16, 7\] where its config makes \[16, 24\]"),
         (shaped(f"{BASE}input_proj.bias", 7), r"input_proj.bias has shape \[7\] where its config makes \[16\]"),
         (differs(f"{BASE}transformer.decoders.vl.vqa2.norm.bias"), "one tensor in UniT, but differ here"),
         (differs("bert_model.embeddings.LayerNorm.bias"), "one tensor in UniT, but differ here"),

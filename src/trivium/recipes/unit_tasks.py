@@ -40,7 +40,7 @@ OF_GLUE = ("qnli", "mnli", "qqp", "sst2")
 class JointTask:
     """One of the tasks. It is trained where its data is named."""
 
-    number: int  # its row in the tables of task tokens, another for each task
+    number: int  # of its task tokens in the layout of released files, another for each task
     task: str | None = None  # one of those of `trivium finetune`, or coco or vg (detection); None: that of its own name
     root: str | None = None  # folder of a published task in its official layout
     train: tuple[str, ...] = ()  # one's own tables: CSV, TSV, JSONL, Parquet
