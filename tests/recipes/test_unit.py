@@ -89,7 +89,8 @@ def detector(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_measures_every_task_that_has_data(trained: Path) -> None:
     results = json.loads((trained / "results.json").read_text())["results"]
     for name in ("COCO detection.val2017.ap50", "VG detection.val.attributes", "VQAv2.dev.accuracy",
-                 "SNLI-VE.dev.accuracy", "SST-2.dev.accuracy"):  # fmt: skip
+                 "SNLI-VE.dev.accuracy", "SNLI-VE.dev.macro_f1", "SST-2.dev.accuracy",
+                 "SST-2.dev.macro_f1"):  # fmt: skip
         assert 0 <= results[name]["value"] <= 1
     assert results["SST-2.dev.accuracy.majority"]["value"] == 0.5
     page = (trained / "report.html").read_text()
