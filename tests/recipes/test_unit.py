@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -272,6 +273,23 @@ def test_the_suite_measures_a_run_by_the_heads_that_it_learned(
         said = [json.loads(line) for line in file.read_text().splitlines()]
         assert [names[task][n] for n in answers.argmax(1)] == [line["prediction"] for line in said]
         assert answers.amax(1).tolist() == pytest.approx([line["probability"] for line in said], abs=1e-5)
+
+
+def test_a_task_that_was_learned_otherwise_than_in_the_paper_is_marked(
+    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = shutil.copytree(trained, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text())
+    settings["values"]["tasks.sst2.rows"] = 3
+    (run / "config.json").write_text(json.dumps(settings))
+    suited(run, data, tmp_path / "suite", "SST-2", rows=8)
+    page = html.unescape((tmp_path / "suite" / "report.html").read_text())
+    assert "learned from at most 3 training rows" in page
+    words = ("--suite", "flava35", "--task", "SST-2", "--data.root", data, "--out", tmp_path / "flava35")
+    assert trivium("evaluate", trained, *words) == 0
+    page = html.unescape((tmp_path / "flava35" / "report.html").read_text())
+    assert "learned beside other tasks, not fine-tuned" in page
 
 
 def test_a_unit_is_asked_for_what_it_learned(
