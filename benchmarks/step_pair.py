@@ -97,10 +97,14 @@ class StepPair(ABC):
 
 
 def compare(
-    name: str, ours: Callable[[], object], peer: Callable[[], object], memory: Callable[[], tuple[int, int]]
+    name: str,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    memory: Callable[[], tuple[int, int]],
+    rounds: int | None = None,
 ) -> dict[str, Any]:
     """A step of ours and one of the peer's in turns, then the memory of both; printed too."""
-    times = side_by_side.interleaved(ours, peer)
+    times = side_by_side.interleaved(ours, peer, rounds)
     row = side_by_side.row(*times, memory())
     print(
         f"  {name}: ours {row['ours']:.2f} s, peer {row['peer']:.2f} s, ratio {row['ratio']:.2f}, of the fastest steps"

@@ -34,7 +34,7 @@ from unittest import mock
 import side_by_side
 import torch
 from published_unit import PlainUnit, set_losses
-from step_pair import StepPair
+from step_pair import StepPair, compare
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -234,6 +234,16 @@ class Ours:
         with WITHOUT[trick]():
             self.pair.step(self.batches[batch])
 
+    def memory(self, batch: str) -> int:
+        return self.pair.memory(self.batches[batch])
+
+    def memory_one_by_one(self) -> int:
+        return max(map(self.pair.memory, self.singly))
+
+    def memory_without(self, trick: str, batch: str) -> int:
+        with WITHOUT[trick]():
+            return self.memory(batch)
+
 
 class Peer:
     """The public code's steps, in a process of their own, with the allocator as it comes."""
@@ -249,30 +259,35 @@ class Peer:
 
     def steps(self, batch: str) -> None:
         """One for each picture."""
+        for alone in self.one_by_one(batch):
+            self.pair.peer_step(alone)
+
+    def memory(self, batch: str) -> int:
+        return max(map(self.pair.memory, self.one_by_one(batch)))
+
+    def one_by_one(self, batch: str) -> Iterator[dict[str, Any]]:
         inputs = self.inputs[batch]
         for picture, target in zip(inputs["pictures"], inputs["targets"], strict=True):
-            alone: dict[str, Any] = {"pictures": [picture], "targets": [target]}
-            self.pair.peer_step(alone)
+            yield {"pictures": [picture], "targets": [target]}
 
 
 Side = Callable[..., Any]  # a side_by_side.Apart: the name of a method, and its arguments
 
 
-def compare(case: str, ours: Side, peer: Side, rounds: int | None) -> dict[str, Any]:
-    """One of CASES."""
-    mine, theirs = {
-        "batch_256px": (partial(ours, "step", "256px"), partial(peer, "steps", "256px")),
-        "batching": (partial(ours, "step", "256px"), partial(ours, "one_by_one")),
-        "batch_800px": (partial(ours, "step", "800px"), partial(peer, "steps", "800px")),
-        "sdpa": (partial(ours, "step", "one"), partial(ours, "without", "fused attention", "one")),
-    }[case]
-    row = side_by_side.row(*side_by_side.interleaved(mine, theirs, rounds))
-    print(
-        f"  {case}: ours {row['ours']:.2f} s, peer {row['peer']:.2f} s, ratio {row['ratio']:.2f}, of the fastest"
-        f" {row['least']:.2f}",
-        flush=True,
-    )
-    return row
+def compare_case(case: str, ours: Side, peer: Side, rounds: int | None) -> dict[str, Any]:
+    """One of CASES. Of several steps the one that takes the most memory counts."""
+    written_out = "fused attention", "one"
+    steps, memory = {
+        "batch_256px": ((partial(ours, "step", "256px"), partial(peer, "steps", "256px")),
+                        (partial(ours, "memory", "256px"), partial(peer, "memory", "256px"))),
+        "batching": ((partial(ours, "step", "256px"), partial(ours, "one_by_one")),
+                     (partial(ours, "memory", "256px"), partial(ours, "memory_one_by_one"))),
+        "batch_800px": ((partial(ours, "step", "800px"), partial(peer, "steps", "800px")),
+                        (partial(ours, "memory", "800px"), partial(peer, "memory", "800px"))),
+        "sdpa": ((partial(ours, "step", "one"), partial(ours, "without", *written_out)),
+                 (partial(ours, "memory", "one"), partial(ours, "memory_without", *written_out))),
+    }[case]  # fmt: skip
+    return compare(case, *steps, lambda: (memory[0](), memory[1]()), rounds)
 
 
 def ladder(ours: Side, given_back: Side) -> dict[str, float]:
@@ -296,7 +311,7 @@ def main() -> None:
     kind = precision.choose("auto", CPU)
     print(f"both in {kind}; losses", flush=True)
     peer, ours = side_by_side.Apart(Peer, size, kind, rows), side_by_side.Apart(Ours, size, kind, rows, True)
-    results = {case: compare(case, ours, peer, arguments.rounds) for case in arguments.cases}
+    results = {case: compare_case(case, ours, peer, arguments.rounds) for case in arguments.cases}
     peer.end()
     rungs: dict[str, float] = {}
     if not arguments.no_ladder:

@@ -59,6 +59,9 @@ ORDERINGS = (  # (task, better, worse, as the paper finds it)
 )
 
 
+TOTAL = "seconds.total"  # of a run, in its results
+
+
 class Cell:
     """One run."""
 
@@ -148,6 +151,13 @@ def figures(seeds: list[int], out: Path) -> dict[str, dict[str, Figures]]:
                 entry = results[TASKS[task][0]]
                 table[task][cell.setting][cell.seed] = Figure(entry["value"], entry["low"], entry["high"])
     return table
+
+
+def seconds_of_runs(seeds: list[int], out: Path) -> dict[str, float]:
+    """How long each run took, by the name of its folder, where its results say it: from the start of the command that
+    ended it, measuring included."""
+    done = {cell.folder.name: cell.results for cell in cells(list(SETTINGS), list(TASKS), seeds, out) if cell.is_done}
+    return {name: results[TOTAL]["value"] for name, results in done.items() if TOTAL in results}
 
 
 def majorities(seeds: list[int], out: Path) -> dict[str, float]:
@@ -270,6 +280,7 @@ def main() -> int:
     side_by_side.write(
         "unit_table", told, command=command, updates=arguments.updates, commonest_answer=commonest,
         orderings=orderings(table, len(arguments.seeds)), missing=missing,
+        seconds=seconds_of_runs(arguments.seeds, out),
     )  # fmt: skip
     write_whole(
         side_by_side.RESULTS / "unit_table.md", page(table, commonest, command, arguments.updates, len(arguments.seeds))

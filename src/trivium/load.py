@@ -28,6 +28,7 @@ from trivium.bundle import Bundle
 from trivium.bundle.model_folder import image_tokenizer_entry
 from trivium.convert import Foreign, bert, flava, read_foreign
 from trivium.convert.processor import transform_from_hf
+from trivium.convert.unit import tokens_apart
 from trivium.convert.weights import State, listed, read_json, read_weights
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
@@ -170,7 +171,10 @@ def open_own(folder: Path) -> Bundle:
     model_config = _made(make_config, config.get("model"), folder / "config.json")
     with torch.device("meta"):
         model = make_model(model_config)
-    _put(read_weights(folder), model, folder / "model.safetensors")
+    state = read_weights(folder)
+    if isinstance(model, Unit):
+        state = tokens_apart(state, model_config)
+    _put(state, model, folder / "model.safetensors")
     head_config = None if "head" not in config else _made(HeadConfig, config["head"], folder / "config.json")
     head = None
     if head_config is not None:
@@ -256,6 +260,12 @@ def bundle_of(foreign: Foreign) -> Bundle:
         if isinstance(listed, dict):
             raise TriviumError(f"{listed_beside} names labels of several tasks: it must be a JSON list of the answers")
         labels = listed
+    labels_of, named_beside = foreign.labels_of, folder / "labels.json"  # of a UniT's tasks that its file leaves unsaid
+    if foreign.family == "unit" and named_beside.is_file():
+        named = _labels(named_beside)
+        if not isinstance(named, dict):
+            raise TriviumError(f'{named_beside} names no task: it must hold a JSON object, such as {{"vqav2": [...]}}')
+        labels_of = (labels_of or {}) | named
     return Bundle(
         family=foreign.family,
         model=foreign.model.eval(),
@@ -266,7 +276,7 @@ def bundle_of(foreign: Foreign) -> Bundle:
         max_length=_tokens_read(folder, foreign.max_length),
         head=foreign.head,
         head_config=foreign.head_config,
-        labels_of=foreign.labels_of,
+        labels_of=labels_of,
         tuned_for=foreign.tuned_for,
     )
 

@@ -88,6 +88,18 @@ def test_the_ladder_of_unit_has_a_rung_for_each_trick_and_the_exact_ones_leave_t
     assert all(math.isfinite(factor) and factor > 0 for factor in rungs.values())
 
 
+@pytest.mark.parametrize("case", unit_step.CASES)
+def test_a_row_of_unit_has_the_memory_of_both_sides(case: str) -> None:
+    """Of several steps one after the other that of the largest."""
+    ours, peer = unit_step.Ours("tiny", "fp32", 2, keeps=False), unit_step.Peer("tiny", "fp32", 2)
+
+    def side(of: object, name: str, *arguments: str) -> object:
+        return getattr(of, name)(*arguments)
+
+    row = unit_step.compare_case(case, partial(side, ours), partial(side, peer), 1)
+    assert row["rounds"] == 1 and row["memory_ratio"] == row["ours_bytes"] / row["peer_bytes"] > 0
+
+
 def test_the_ladder_of_flava_has_a_rung_where_a_trick_can_matter_and_none_changes_the_losses() -> None:
     pair = flava_pair.Pair("tiny", nullcontext, torch.device("cpu"))
     for trick in flava_pair.WITHOUT.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,11 @@ def test_the_page_shows_what_is_there_with_the_papers_figures_beside(tmp_path: P
     [row] = [line for line in lines if line.startswith("| SST-2")]
     assert row.startswith("| SST-2 | 50.9 | 70.0, 75.0 (91.6") and row.count("| – (") == 3
     assert any("vg 800, vqav2 400, snli_ve 400, sst2 200" in line for line in lines)
+
+
+def test_seconds_of_runs_are_those_that_their_folders_tell(tmp_path: Path) -> None:
+    for seed, results in enumerate(({"seconds.total": {"value": 61.5}}, {"seconds.train": {"value": 50.0}})):
+        cell = unit_table.Cell("single", "vg", seed, tmp_path)
+        cell.folder.mkdir()
+        (cell.folder / "results.json").write_text(json.dumps({"results": results}))
+    assert unit_table.seconds_of_runs([0, 1, 2], tmp_path) == {"single-vg-seed0": 61.5}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -25,8 +26,12 @@ from tests.recipes.shop import (
     lines_of,
     trivium,
 )
-from trivium.recipes import finish
+from trivium.cli.fields import page
+from trivium.recipes import RECIPES, finish
 from trivium.recipes.flava import flava
+from trivium.recipes.grounding import GROUNDING
+from trivium.recipes.retrieval import RETRIEVAL
+from trivium.recipes.tasks import TASKS
 from trivium.train import step as train_step
 from trivium.train.config import leaves
 from trivium.train.protocol import Key
@@ -263,6 +268,30 @@ def test_the_help_of_a_recipe_lists_every_field_with_its_value(
     assert "--optim.groups.0.rate FLOAT times the learning rate (1)" in said
     assert "--train.micro-batch INT|auto rows of one forward" in said
     assert max(map(len, page.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.keys() - {"finetune"}))
+def test_every_recipe_has_a_help(recipe: str) -> None:
+    listed = page(recipe, {})
+    for path in leaves(RECIPES[recipe]()):
+        name = re.sub(r"^tasks\.\w+\.", "tasks.NAME.", path).replace("_", "-")
+        assert f"\n  --{name}" in listed, path
+
+
+def test_every_task_of_fine_tuning_has_a_help() -> None:
+    for task in (*TASKS, *RETRIEVAL, *GROUNDING):
+        listed = page("finetune", {"task": task})
+        for path in leaves(RECIPES["finetune"](task)):
+            assert f"\n  --{path.replace('_', '-')}" in listed, (task, path)
+
+
+def test_what_tasks_have_in_common_is_listed_once_with_what_each_of_them_has() -> None:
+    said = " ".join(page("unit", {}).split())
+    assert said.count(".ratio FLOAT") == 1 and said.count(".root STR") == 1
+    assert "--tasks.NAME.batch INT rows of one step, over all processes (32)" in said
+    assert "--tasks.NAME.num-queries INT (20)" in said
+    assert "--tasks.NAME.num-queries INT (100: coco vg, 25: vqav2" in " ".join(page("unit", {"size": "base"}).split())
+    assert "(0: coco, 1: vg, 3: vqav2, 9: snli_ve" in said
 
 
 def test_the_help_of_a_recipe_of_ones_own_tells_its_own_fields(

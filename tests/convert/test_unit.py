@@ -9,16 +9,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from published_unit import PlainUnit
 from safetensors.torch import load_file
 from torch import Tensor
 
 import trivium
 from tests.parity.test_unit_plain import SMALL_TASKS, TINY, draw_weights
+from trivium.bundle import Bundle
 from trivium.cli import main
 from trivium.convert.places import give
-from trivium.convert.unit import config_beside, detr_places, from_detr, from_mmf, labels_of, to_detr, to_mmf
+from trivium.convert.unit import (
+    LABELS,
+    build,
+    config_beside,
+    detr_places,
+    from_detr,
+    from_mmf,
+    labels_of,
+    to_detr,
+    to_mmf,
+)
+from trivium.data.glue import GLUE
+from trivium.data.image_text_tasks import ENTAILMENT
+from trivium.data.tokenizer import BERT_SPECIALS
+from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
+from trivium.load import load
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 
 State = dict[str, Tensor]
@@ -85,6 +102,19 @@ def test_detr_in_and_out_is_the_same_to_the_bit() -> None:
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
+def test_older_model_folders_hold_the_tokens_of_all_tasks_in_one_table(tmp_path: Path) -> None:
+    state = released(TINY)
+    found, tensors = from_mmf(state, config_beside(TINY))
+    table = state["unit_base_model.transformer.task_embeddings_enc.weight"]
+    assert torch.equal(tensors["image.task_tokens.of.vqav2.weight"], table[3:4])
+    assert "text_task_tokens.of.coco.weight" not in tensors and "image.task_tokens.of.sst2.weight" not in tensors
+    older = {name: tensor for name, tensor in tensors.items() if "task_tokens" not in name}
+    older |= {"image.task_tokens.weight": table, "text_task_tokens.weight": state["task_embeddings_lang.weight"]}
+    Bundle("unit", build(found, tensors), None, ImageTransform()).save(tmp_path / "old", older)
+    opened = load(tmp_path / "old").model.state_dict()
+    assert opened.keys() == tensors.keys() and all(torch.equal(opened[name], tensors[name]) for name in tensors)
+
+
 def test_the_first_release_calls_the_base_by_another_name() -> None:
     state = released(TINY)
     old = {name.replace("unit_base_model.", "detr_model."): tensor for name, tensor in state.items()}
@@ -144,6 +174,8 @@ BASE = "unit_base_model."
         (lacks(f"{BASE}transformer.encoder.layers.0.norm1.weight"), "misses 1 tensor .*layers.0.norm1.weight"),
         (shaped("adapter.weight", 1), "has unexpected 1 tensor .*adapter.weight"),
         (renamed("detection_coco", "hateful_memes"), "was trained on hateful_memes, which is none of"),
+        (lacks("task_embeddings_lang.weight"), r"misses 1 tensor \(task_embeddings_lang.weight\)"),
+        (shaped("task_embeddings_lang.weight", 16, 7), r"has shape \[16, 7\] where its config makes \[16, 24\]"),
         (shaped(f"{BASE}input_proj.bias", 7), r"input_proj.bias has shape \[7\] where its config makes \[16\]"),
         (differs(f"{BASE}transformer.decoders.vl.vqa2.norm.bias"), "one tensor in UniT, but differ here"),
         (differs("bert_model.embeddings.LayerNorm.bias"), "one tensor in UniT, but differ here"),
@@ -212,3 +244,52 @@ def test_a_detr_in_the_dark_is_taken_for_dc5_and_says_so(tmp_path: Path) -> None
         bundle = trivium.load(tmp_path / "detr.pth")
     assert bundle.model.config.dilated
     assert bundle.model.config.num_heads == 8
+
+
+def test_answers_of_a_released_file_get_their_names_from_a_file_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It numbers 3,129 answers, whose list lies elsewhere."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = replace(TINY, tasks=SMALL_TASKS[2:4])
+    folder, root = tmp_path / "unit", tmp_path / "data"
+    folder.mkdir()
+    torch.save({"model": released(config)}, folder / "unit.pth")
+    (folder / "config.json").write_text(json.dumps(config_beside(config)))
+    words = [*BERT_SPECIALS, "what", "is", "it", "a", "cat"]
+    (folder / "vocab.txt").write_text("\n".join([*words, *(f"w{n}" for n in range(50 - len(words)))]) + "\n")
+    (root / "val2014").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(root / "val2014" / f"COCO_val2014_{1:012d}.jpg")
+    asked = {"questions": [{"question_id": 1, "image_id": 1, "question": "what is it"}]}
+    given = {"annotations": [{"question_id": 1, "multiple_choice_answer": "w1", "answers": [{"answer": "w1"}] * 10}]}
+    (root / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(asked))
+    (root / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(given))
+    picture = next((root / "val2014").iterdir())
+    suite = ("--suite", "unit", "--task", "VQAv2", "--data.root", str(root), "--out", str(tmp_path / "out"))
+    says = 'this UniT\'s labels of vqav2 are not known: put a labels.json that has them, as in {"vqav2": ["yes",'
+    for path in (folder / "unit.pth", tmp_path / "plain"):
+        if path.name == "plain":
+            assert main(["convert", str(folder / "unit.pth"), "--to", "trivium", "--out", str(path)]) == 0
+        capsys.readouterr()
+        assert main(["ask", str(path), "--image", str(picture), "--question", "what is it"]) == 2
+        assert says in capsys.readouterr().err
+        assert main(["evaluate", str(path), *suite]) == 2
+        assert says in capsys.readouterr().err
+    judged = load(tmp_path / "plain").ask(picture, "it is a cat", task="snli_ve")
+    assert sorted(each.text for each in judged) == ["contradiction", "entailment", "neutral"]
+
+    (folder / "labels.json").write_text('["w1", "w2"]')
+    assert main(["ask", str(folder / "unit.pth"), "--image", str(picture), "--question", "what is it"]) == 2
+    assert "labels.json names no task: it must hold a JSON object" in capsys.readouterr().err
+    (folder / "labels.json").write_text(json.dumps({"vqav2": [f"w{n}" for n in range(11)]}))
+    assert main(["convert", str(folder / "unit.pth"), "--to", "trivium", "--out", str(tmp_path / "named")]) == 0
+    [best] = load(tmp_path / "named").ask(picture, "what is it", k=1)
+    assert main(["evaluate", str(tmp_path / "named"), *suite]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert found["VQAv2.dev.accuracy"]["value"] == float(best.text == "w1")
+
+
+def test_names_of_classes_are_those_that_readers_of_their_data_give() -> None:
+    for name, files in GLUE.items():
+        assert name not in LABELS or LABELS[name] == list((files.labels or {}).values())
+    assert LABELS["snli_ve"] == list(ENTAILMENT)

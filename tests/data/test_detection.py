@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,36 @@ def test_what_is_cut_or_left_out_is_said(tmp_path: Path) -> None:
         " entry 1",
         f"{file}: 1 of 4 boxes reach beyond their picture and are cut to it; the first: annotations, entry 0",
     ]
+
+
+@pytest.mark.parametrize(
+    "unusable",
+    [
+        {"xywh": [4, 4, 0, 5]}, {"xywh": [4, 4, 5, 0]}, {"xywh": [40, 5, 3, 3]}, {"xywh": [9, 9, -3, 3]},
+        {"xywh": [1, 1, 2, 2], "iscrowd": 1},
+    ],
+)  # fmt: skip
+def test_training_pictures_without_any_box_to_learn_are_refused(tmp_path: Path, unusable: dict[str, Any]) -> None:
+    file = write(tmp_path, [box(number, **unusable) for number in (1, 2)])
+    crowds = 2 * unusable.get("iscrowd", 0)
+    with pytest.raises(TriviumError) as refusal:
+        read_detection("coco", str(tmp_path))
+    assert str(refusal.value) == (
+        f"{file}: there is nothing to learn from its 2 boxes, {crowds} of which are crowds, and the others have no area"
+        " inside their picture: mend the file, or get it again"
+    )
+    write(tmp_path, [box(1, [1, 1, 2, 2])])
+    write(tmp_path, [box(1, **unusable)], "val")  # what is measured may have none
+    assert list(read_detection("coco", str(tmp_path)).held_out) == ["val2017"]
+
+
+def test_numbers_too_large_to_be_added_lie_beyond_the_picture(tmp_path: Path) -> None:
+    write(tmp_path, [box(1, [1e308, 0, 1e308, 5]), box(1, [1, 1, 1e308, 5])])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_detection("coco", str(tmp_path))
+        assert found.train.read(0, 0)["boxes"].tolist() == [[1, 1, 30, 6]]
+    assert ["1 of 2 boxes have no area" in note for note in found.notes] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ def test_metrics_of_labels_are_those_of_scikit_learn(rows: list[tuple[int, int]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert metrics.matthews(answers, truths) == pytest.approx(matthews_corrcoef(truths, answers), abs=1e-9)
+    macro = f1_score(truths, answers, average="macro", zero_division=0)
+    assert metrics.macro_f1(answers, truths) == pytest.approx(macro, abs=1e-12)
     answers, truths = answers % 2, truths % 2
     theirs = f1_score(truths, answers, zero_division=0)
     assert metrics.f1(answers, truths) == pytest.approx(theirs, abs=1e-12)

@@ -134,7 +134,11 @@ def test_a_step_leaves_what_only_other_tasks_use_and_its_moments_alone() -> None
     after = held()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     of_vg = {n for n in before if n.split(".")[2] == "vg" and n.split(".")[1] in ("decoders", "queries", "heads")}
+    tokens = {n for n in before if "task_tokens" in n}
+    of_vqa = {"model.image.task_tokens.of.vqav2.weight", "model.text_task_tokens.of.vqav2.weight"}
     assert of_vg and not of_vg & changed
+    assert "model.image.task_tokens.of.vg.weight" in tokens and tokens & changed == of_vqa
+    assert all(dict(method.named_parameters())[name].shape[0] == 1 for name in of_vqa)
     assert {n for n in changed if ".image." in n} and {n for n in changed if ".text." in n}
 
 

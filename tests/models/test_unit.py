@@ -45,7 +45,8 @@ def words() -> tuple[Tensor, Tensor, Tensor]:
 def gradients(model: Unit, output: Tensor) -> Iterator[Tensor]:
     draw = torch.Generator().manual_seed(9)
     weight = torch.randn(output.shape, generator=draw).to(output)
-    for grad in torch.autograd.grad((output * weight).sum(), list(model.parameters()), None, True, allow_unused=True):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for grad in torch.autograd.grad((output * weight).sum(), trained, None, True, allow_unused=True):
         yield torch.zeros(()).to(output) if grad is None else grad
 
 
@@ -132,8 +133,9 @@ def test_of_a_text_whose_class_token_is_read_the_last_block_computes_no_more() -
     model = make()
     class_alone = model.encode_text(*words(), "mnli")
     assert class_alone.states.shape[1] == 1
-    whole = Unit(replace(GROUP, tasks=(replace(model.task("mnli"), text="all"),))).double()
-    whole.load_state_dict({n: t for n, t in model.state_dict().items() if n in whole.state_dict()}, strict=False)
+    tasks = tuple(replace(task, text="all") if task.name == "mnli" else task for task in GROUP.tasks)
+    whole = Unit(replace(GROUP, tasks=tasks)).double()
+    whole.load_state_dict(model.state_dict())
     every = whole.encode_text(*words(), "mnli")
     torch.testing.assert_close(class_alone.states, every.states[:, :1], rtol=0, atol=1e-12)
     assert class_alone.places is not None

@@ -2,7 +2,8 @@
 
 transformers has no dilated backbone, so both have the plain one here; DC5 is tests/parity/test_unit_plain.py's. With
 `auxiliary_loss` its decoder hands the *normed* states of a layer to the next, which neither DETR nor UniT does: it is
-off here, and the states of all layers are normed by the test.
+off here, and the states of all layers are normed by the test. Gradients of key biases, which are zero, stay below 1e-9
+of the norm of their key weight's gradient.
 """
 
 from __future__ import annotations
@@ -152,3 +153,7 @@ def test_agrees_in_float64(size: str) -> None:
             if not tensor.endswith("k_proj.bias"):
                 error = float((mine[tensor] - expected).abs().max())
                 assert error <= 1e-9 * float(expected.abs().max()) + 1e-15, f"{tensor}: differs by {error:.3g}"
+    for grads in found["gradients"]:
+        for name in (name for name in grads if name.endswith("k_proj.bias")):
+            bias, weight = float(grads[name].norm()), float(grads[f"{name.removesuffix('bias')}weight"].norm())
+            assert bias <= 1e-9 * weight + 1e-15, f"{name}: {bias:.3g} beside {weight:.3g}"

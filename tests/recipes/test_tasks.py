@@ -58,6 +58,12 @@ def test_glue_has_the_settings_of_roberta(name: str) -> None:
     assert recipe.epochs is None
 
 
+def test_macro_f1_stands_beside_what_is_reported_and_never_in_its_place() -> None:
+    beside = {name for name, task in TASKS.items() if "macro_f1" in task.metrics}
+    assert beside == {"sst2", "qnli", "mnli", "snli_ve"}
+    assert all(TASKS[name].metrics[0] == TASKS[name].reported == "accuracy" for name in beside)
+
+
 @pytest.mark.parametrize("gives", ["class", "number", "answers"])
 def test_guessing_costs_what_the_best_answer_to_everything_costs(gives: Gives) -> None:
     """By the loss itself: no other constant is cheaper."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,7 +31,7 @@ from trivium.methods.unit import UnitMethod
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.unit import PUBLISHED_TASKS, Unit, UnitConfig, UnitTask
 from trivium.recipes import RECIPES
-from trivium.recipes.tasks import TASKS
+from trivium.recipes.tasks import TASKS, TaskData
 from trivium.recipes.unit import UnitRecipe, unit
 from trivium.recipes.unit_losses import on_held_out
 from trivium.recipes.unit_tasks import JointTask, made_scenes
@@ -88,7 +90,8 @@ def detector(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_measures_every_task_that_has_data(trained: Path) -> None:
     results = json.loads((trained / "results.json").read_text())["results"]
     for name in ("COCO detection.val2017.ap50", "VG detection.val.attributes", "VQAv2.dev.accuracy",
-                 "SNLI-VE.dev.accuracy", "SST-2.dev.accuracy"):  # fmt: skip
+                 "SNLI-VE.dev.accuracy", "SNLI-VE.dev.macro_f1", "SST-2.dev.accuracy",
+                 "SST-2.dev.macro_f1"):  # fmt: skip
         assert 0 <= results[name]["value"] <= 1
     assert results["SST-2.dev.accuracy.majority"]["value"] == 0.5
     page = (trained / "report.html").read_text()
@@ -188,7 +191,8 @@ def test_detection_that_was_trained_alone_starts_the_shared_decoder(detector: Pa
     recipe = with_flags(unit("tiny"), data)
     prepared = replace(recipe, init=str(detector)).prepare("unit", {})
     old, new = load(detector).model.state_dict(), prepared.bundle.model.state_dict()
-    moved = {name.replace("decoders.vg.", "decoders.shared."): tensor for name, tensor in old.items()}
+    moved = {name.replace("decoders.vg.", "decoders.shared."): tensor for name, tensor in old.items()
+             if not name.endswith("spare")}  # fmt: skip
     kept = [name for name in new if name in moved and moved[name].shape == new[name].shape]
     assert any(name.startswith("decoders.shared.") for name in kept) and "heads.vg.classes.weight" in kept
     assert all(torch.equal(new[name], moved[name]) for name in kept)
@@ -232,6 +236,117 @@ def test_the_verb_detect_takes_a_run(trained: Path, data: Path, tmp_path: Path) 
     assert trivium("detect", trained, picture, "--out", tmp_path / "found.png", "--score", 0, "--task", "vg") == 0
     found = json.loads((tmp_path / "found.json").read_text())["objects"]
     assert len(found) == 20 and found == sorted(found, key=lambda each: -each["score"])
+
+
+def suited(model: Path, root: Path, out: Path, *tasks: str, rows: int) -> dict[str, float]:
+    """Figures of `trivium evaluate --suite unit`."""
+    words = ("--suite", "unit", "--task", *tasks, "--rows", rows, "--data.root", root, "--out", out)
+    assert trivium("evaluate", model, *words) == 0
+    entries = json.loads((out / "results.json").read_text())["results"]
+    return {name: entry["value"] for name, entry in entries.items() if not name.startswith("seconds")}
+
+
+def test_the_suite_measures_a_run_by_the_heads_that_it_learned(
+    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("vqa", "snli-ve"):
+        (root / name).symlink_to(data / "scenes" / name)
+    (root / "glue").symlink_to(data / "glue")
+    mine = suited(trained, root, tmp_path / "suite", "VQAv2", "SNLI-VE", "SST-2", rows=8)  # as the run
+    own = json.loads((trained / "results.json").read_text())["results"]
+    for name in ("VQAv2.dev.accuracy", "SNLI-VE.dev.accuracy", "SST-2.dev.accuracy"):
+        assert mine[name] == own[name]["value"], name
+    page = html.unescape((tmp_path / "suite" / "report.html").read_text())
+    assert "by the model's own head, which it learned among others" in page
+    bundle = load(trained)
+    names = bundle.labels_of
+    assert names is not None
+    for task, root_of in (("vqav2", "vqa"), ("snli_ve", "snli-ve"), ("sst2", "glue")):
+        splits = TASKS[task].open(TaskData(root=str(root / root_of)))
+        rows = splits.held_out["dev"].capped(8).rows
+        pictures = None if task == "sst2" else [row.image for row in rows]
+        answers = bundle.answer(pictures, [row.text for row in rows], task=task)
+        [file] = [f for f in (tmp_path / "cache").glob("**/dev.jsonl") if Path(rows[0].file).name in f.read_text()]
+        said = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [names[task][n] for n in answers.argmax(1)] == [line["prediction"] for line in said]
+        assert answers.amax(1).tolist() == pytest.approx([line["probability"] for line in said], abs=1e-5)
+
+
+def test_a_task_that_was_learned_otherwise_than_in_the_paper_is_marked(
+    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = shutil.copytree(trained, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text())
+    settings["values"]["tasks.sst2.rows"] = 3
+    (run / "config.json").write_text(json.dumps(settings))
+    suited(run, data, tmp_path / "suite", "SST-2", rows=8)
+    page = html.unescape((tmp_path / "suite" / "report.html").read_text())
+    assert "learned from at most 3 training rows" in page
+    words = ("--suite", "flava35", "--task", "SST-2", "--data.root", data, "--out", tmp_path / "flava35")
+    assert trivium("evaluate", trained, *words) == 0
+    page = html.unescape((tmp_path / "flava35" / "report.html").read_text())
+    assert "learned beside other tasks, not fine-tuned" in page
+
+
+def test_a_unit_is_asked_for_what_it_learned(
+    trained: Path, detector: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, picture = load(trained), next((data / "scenes" / "snli-ve").glob("*/*.jpg"))
+    names = bundle.labels_of
+    assert names is not None
+    answers = bundle.ask(picture, "what is there?", k=3)
+    assert len(answers) == 3 and {each.text for each in answers} <= set(names["vqav2"])
+    assert all(0 < each.probability < 1 for each in answers)
+    judged = bundle.ask(picture, "there is a cat", task="snli_ve")
+    assert sorted(each.text for each in judged) == sorted(names["snli_ve"])
+    assert sum(each.probability for each in judged) == pytest.approx(1)
+    assert bundle.answer(texts=["a fine film", "a dull one"]).sum(1).tolist() == pytest.approx([1, 1])
+    for words, says in (
+        ({"texts": "a film", "task": "qnli"}, "this UniT has no task 'qnli': it has coco"),
+        ({"pictures": picture, "task": "vg"}, "the task 'vg' finds objects and answers nothing"),
+        ({"pictures": picture}, r"answers nothing about a picture alone: it has vqav2 \(a picture with a text\)"),
+        ({"texts": "a film", "task": "snli_ve"}, "the task snli_ve reads pictures"),
+    ):
+        with pytest.raises(TriviumError, match=says):
+            bundle.answer(**words)
+    with pytest.raises(TriviumError, match="the task sst2 asks nothing about a picture in words"):
+        bundle.ask(picture, "is it fine?", task="sst2")
+    with pytest.raises(TriviumError, match="chooses among its labels and writes nothing"):
+        bundle.ask(picture, "what is there?", freely=True)
+    with pytest.raises(TriviumError, match="no head for a task: fine-tune it first"):
+        load(detector).ask(picture, "what is there?")
+    capsys.readouterr()
+    assert trivium("ask", trained, "--image", picture, "--question", "there is a cat", "--task", "snli_ve") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    of_texts = (UnitTask("sst2", "labels", "text", 2, 0), UnitTask("qnli", "labels", "text", 2, 1))
+    several = replace(bundle, model=Unit(replace(bundle.model.config, tasks=of_texts)))
+    with pytest.raises(TriviumError, match="several tasks of texts alone, sst2, qnli: name one, in a command with"):
+        several.answer(texts="a film")
+    with pytest.raises(TriviumError, match=r"of vqav2 are not known: put a labels\.json that has them"):
+        replace(bundle, labels_of=None).ask(picture, "what is there?")
+
+
+def test_a_model_that_is_tuned_further_knows_the_labels_of_its_new_task(
+    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names that the UniT had for its own tasks are not those of the head on top."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "tuned"
+    words = ("--data", data / "scenes" / "snli-ve", "--data.batch", 8, "--train.steps", 2, "--train.evaluate-every", 2,
+             "--train.workers", 0, "--train.precision", "fp32", "--optim.warmup", 0)  # fmt: skip
+    assert trivium("finetune", "snli_ve", "--init", trained, "--out", out, *words) == 0
+    bundle = load(out)
+    assert bundle.labels == ["entailment", "neutral", "contradiction"] and bundle.labels_of is None
+    picture = next((data / "scenes" / "snli-ve").glob("*/*.jpg"))
+    answers = bundle.ask(picture, "there is a cat")
+    assert sorted(answer.text for answer in answers) == ["contradiction", "entailment", "neutral"]
+    mine = json.loads((out / "results.json").read_text())["results"]["SNLI-VE (concatenated).dev.accuracy"]["value"]
+    again = suited(out, data / "scenes", tmp_path / "suite", "SNLI-VE", rows=100)
+    assert again["SNLI-VE (concatenated).dev.accuracy"] == mine
 
 
 def test_texts_that_are_cut_are_told(data: Path) -> None:

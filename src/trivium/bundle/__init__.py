@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from trivium.bundle import model_folder
 from trivium.bundle.answers import Answer, own_list, ranked_list, written
+from trivium.bundle.asked import Asked, asked_of, names_unknown, own_answers
 from trivium.bundle.heat import Heat, by_words
 from trivium.bundle.pictures import Picture, Pictures, check_sides, listed, normalised, read_picture
 from trivium.bundle.texts import check_read
@@ -25,7 +27,7 @@ from trivium.data.transforms import ImageTransform, padded
 from trivium.errors import TriviumError
 from trivium.manifest import written_beside
 from trivium.models.encoded import Answers, Detects, Encoded, EncodesImage, EncodesText, Fuses, Matches, Objects
-from trivium.models.finetuned import FineTuned, HeadConfig, tells_segments_apart
+from trivium.models.finetuned import FineTuned, HeadConfig
 from trivium.models.grounding import Compares, Grounds, picture_heat, word_heat
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.tensor_files import SHARD_BYTES
@@ -183,7 +185,7 @@ class Bundle:
         """Where the picture's own tower looks for each text, [n, n], row by row: the same of its class token's
         attention, for the cosine with the text (ALBEF's rows "itc")."""
         model = self._able(Compares, "has no picture's tower whose attention can be watched")  # type: ignore[type-abstract]
-        pixels = self._stacked(pictures)
+        pixels, _ = self._stacked(pictures)
         text_BD = self.encode_text(texts).projected
         if len(pixels) != len(text_BD):
             raise TriviumError(f"{len(pixels)} pictures and {len(text_BD)} texts do not pair up: give as many")
@@ -204,51 +206,63 @@ class Bundle:
         second_texts: Strings | None = None,
         batch: int = 32,
         second_pictures: Pictures | None = None,
+        task: str | None = None,
     ) -> Tensor:
-        """What a fine-tuned model answers, row by row: a probability of each of `labels` [B, K], how right each answer
-        is [B, K], or a number [B, 1].
+        """What a fine-tuned model answers, or a UniT for one of its tasks, row by row: a probability of each label
+        [B, K], how right each answer is [B, K], or a number [B, 1].
 
-        Args: those that its task reads; second_texts, second_pictures: of a task of two.
+        Args: those that its task reads; second_texts, second_pictures: of a task of two; task: of a UniT that has
+            several of what is given (None: where one of them is of questions, that one).
         """
-        if self.head is None or self.head_config is None:
-            raise TriviumError("this model has no head for a task: fine-tune it first, with trivium finetune")
-        ranked = None
-        if isinstance(self.head, Answers):
-            ranked = ranked_list(self.labels, self.tokenizer, int(self.model.config.max_length))  # type: ignore[union-attr, arg-type]
-        whole = FineTuned(self.model, self.head, self.head_config, ranked)
-        whole.to(self.device)
-        pixels = second = ids = mask = segments = None
-        if self.head_config.reads != "text":
+        given: Any = "text" if pictures is None else "image" if texts is None else "both"
+        asked = asked_of(self, task, given)
+        pixels = second = sizes = ids = mask = segments = None
+        if asked.reads != "text":
             if pictures is None:
-                raise TriviumError(f"the task {self.head_config.task} reads pictures: give them")
-            pixels = self._stacked(pictures)
-            if self.head_config.num_pictures == 2 and second_pictures is None:
-                raise TriviumError(f"the task {self.head_config.task} reads two pictures at once: give the second ones")
+                raise TriviumError(f"the task {asked.task} reads pictures: give them")
+            pixels, sizes = self._stacked(pictures)
+            if sizes is not None and asked.own is None:
+                raise TriviumError("these pictures differ in size as this model reads them: give them one by one")
+            if asked.num_pictures == 2 and second_pictures is None:
+                raise TriviumError(f"the task {asked.task} reads two pictures at once: give the second ones")
             if second_pictures is not None:
-                second = self._stacked(second_pictures)
-                if self.head_config.num_pictures != 2 or len(second) != len(pixels):
+                second, _ = self._stacked(second_pictures)
+                if asked.num_pictures != 2 or len(second) != len(pixels):
                     raise TriviumError(
                         f"{len(pixels)} pictures and {len(second)} second ones do not pair up, or the task"
-                        f" {self.head_config.task} reads one at a time"
+                        f" {asked.task} reads one at a time"
                     )
-        if self.head_config.reads != "image":
+        if asked.reads != "image":
             if texts is None or self.tokenizer is None:
-                raise TriviumError(f"the task {self.head_config.task} reads texts: give them, and a tokenizer")
-            ids, mask, segments = self._task_texts(texts, second_texts)
+                raise TriviumError(f"the task {asked.task} reads texts: give them, and a tokenizer")
+            ids, mask, segments = self._task_texts(texts, second_texts, asked)
         if pixels is not None and ids is not None and len(pixels) != len(ids):
             raise TriviumError(f"{len(pixels)} pictures and {len(ids)} texts do not pair up: give as many")
+        whole, says = self._answering(asked)
         answers = []
         for first in range(0, len(ids if pixels is None else pixels), batch):  # type: ignore[arg-type]
             parts = [
-                None if t is None else t[first : first + batch].to(self.device) for t in (pixels, ids, mask, segments)
+                None if t is None else t[first : first + batch].to(self.device)
+                for t in (pixels, sizes, ids, mask, segments)
             ]
             if parts[0] is not None:
                 if second is not None:
                     parts[0] = torch.cat([parts[0], second[first : first + batch].to(self.device)])
                 parts[0] = self._normalised(parts[0])
             with _evaluating(whole):
-                answers.append(whole.answers(whole(*parts)))
+                answers.append(says(*parts))
         return torch.cat(answers)
+
+    def _answering(self, asked: Asked) -> tuple[nn.Module, Callable[..., Tensor]]:
+        """Model with head, and what it says of pixels, sizes, ids, mask and segments."""
+        if asked.own is not None:
+            return self.model, partial(own_answers, self.model, asked.own)
+        assert self.head is not None and self.head_config is not None
+        ranked = None
+        if isinstance(self.head, Answers):
+            ranked = ranked_list(self.labels, self.tokenizer, int(self.model.config.max_length))  # type: ignore[union-attr, arg-type]
+        whole = FineTuned(self.model, self.head, self.head_config, ranked).to(self.device)
+        return whole, lambda pixels, sizes, *texts: whole.answers(whole(pixels, *texts))
 
     def ask(
         self,
@@ -259,6 +273,7 @@ class Bundle:
         second_picture: Picture | None = None,
         answers: Sequence[str] | None = None,
         freely: bool = False,
+        task: str | None = None,
     ) -> list[Answer]:
         """The k likeliest answers to a question on a picture, or on two; best first.
 
@@ -269,25 +284,23 @@ class Bundle:
         Args:
             answers: a list of one's own, of a model that writes; what stands there twice counts once.
             freely: write, though there is a list: probabilities are those of each answer among all texts.
+            task: of a UniT, as in `answer`.
         """
-        if self.head is None or self.head_config is None:
-            raise TriviumError("this model has no head for a task: fine-tune it first, with trivium finetune")
+        of = asked_of(self, task, "both")
         if not question.strip():
             raise TriviumError("the question is empty")
         if k < 1:
             raise TriviumError(f"{k} answers are asked for: it must be 1 at least")
-        if self.head_config.gives == "number" or self.head_config.reads in ("text", "image"):
-            raise TriviumError(f"the task {self.head_config.task} asks nothing about a picture in words: see `answer`")
+        if of.gives == "number" or of.reads != "both":
+            raise TriviumError(f"the task {of.task} asks nothing about a picture in words: see `answer`")
         if self.tokenizer is not None:
-            check_read(question, self.tokenizer, self.max_length, "question")
+            check_read(question, self.tokenizer, of.max_length, "question")
         writes = isinstance(self.head, Answers)
         if not writes and (answers is not None or freely):
             raise TriviumError("this model chooses among its labels and writes nothing: leave out a list of its own")
         if freely or (writes and answers is None and not self.labels):
             if second_picture is not None:
-                raise TriviumError(
-                    f"the task {self.head_config.task} reads one picture at a time: leave out the second"
-                )
+                raise TriviumError(f"the task {of.task} reads one picture at a time: leave out the second")
             fused = self.fuse(self.encode_image([picture]), self.encode_text([question]))
             assert self.tokenizer is not None  # or there were no question
             assert isinstance(self.head, Answers)
@@ -299,25 +312,28 @@ class Bundle:
             most = int(self.model.config.max_length)  # type: ignore[union-attr, arg-type]
             asked = replace(self, labels=own_list(answers, self.tokenizer, most))
         second = None if second_picture is None else [second_picture]
-        found_K = asked.answer([picture], [question], second_pictures=second)[0]
-        labels = asked.labels
+        found_K = asked.answer([picture], [question], second_pictures=second, task=of.task)[0]
+        labels = of.labels if of.own is not None else asked.labels
         if not labels or len(labels) != len(found_K):
-            raise TriviumError("the names of this model's labels are not known: put its labels.json into its folder")
+            raise names_unknown(of)
         best = found_K.topk(min(k, int((found_K > 0).sum()), len(labels)))
         return [Answer(labels[n], p) for p, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
-    def _stacked(self, pictures: Pictures) -> Tensor:
+    def _stacked(self, pictures: Pictures) -> tuple[Tensor, Tensor | None]:
+        """Pixels, and sizes where a family that takes pictures of any size pads them."""
         pictures = listed(pictures)
-        return torch.stack([self._pixels(one, pictures) for one in pictures])
+        return padded([self._pixels(one, pictures) for one in pictures])
 
-    def _task_texts(self, texts: Strings, second_texts: Strings | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _task_texts(
+        self, texts: Strings, second_texts: Strings | None, asked: Asked
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         assert self.tokenizer is not None
         first = [texts] if isinstance(texts, str) else list(texts)
         second = [second_texts] if isinstance(second_texts, str) else second_texts
         if second is not None and len(second) != len(first):
             raise TriviumError(f"{len(first)} texts and {len(second)} second texts do not pair up: give as many")
-        told = tells_segments_apart(self.model)
-        pairs = [self.tokenizer.encode_task(one, None if second is None else second[n], self.max_length, told)
+        told = asked.segments
+        pairs = [self.tokenizer.encode_task(one, None if second is None else second[n], asked.max_length, told)
                  for n, one in enumerate(first)]  # fmt: skip
         ids, mask, segments = self.tokenizer.pad_task(pairs)
         return ids, mask, segments if told else None

@@ -19,14 +19,16 @@ def ask(
     k: Annotated[int, arg(aliases=["-k"])] = 5,
     answers: Path | None = None,
     freely: bool = False,
+    task: str | None = None,
 ) -> None:
     """Print the likeliest answers to a question about a picture, best first, each with its probability.
 
       trivium ask runs/vqa --image kitchen.jpg --question "what is on the table?" -k 3
 
     Args:
-        path: a model that was fine-tuned for questions, or for statements about pictures: a run folder, a model
-            folder, or ALBEF's official vqa.pth, with its answer_list.json and vocab.txt beside it.
+        path: a model that was fine-tuned for questions, or for statements about pictures, or a UniT that learned
+            them: a run folder, a model folder, or ALBEF's official vqa.pth, with its answer_list.json and vocab.txt
+            beside it.
         image: the picture.
         question: the question, or the statement that is judged.
         second_image: of a model that reads two pictures.
@@ -34,6 +36,7 @@ def ask(
         answers: a file with a list of answers to choose from, a line each or a JSON list, instead of the model's own;
             for a model that writes its answers, as ALBEF does.
         freely: let such a model write in any words.
+        task: of a UniT that learned several such tasks, the name of one; questions are meant where it is left out.
     """
     if answers is not None and freely:
         raise TriviumError("--answers is a list to choose from, and --freely chooses from none: give one of them")
@@ -45,7 +48,7 @@ def ask(
     bundle = load(path)
     found = bundle.ask(
         image, question, k, second_picture=second_image, answers=None if answers is None else read_list(answers),
-        freely=freely,
+        freely=freely, task=task,
     )  # fmt: skip
     for answer in found:
         print(f"{answer.probability:7.4f}  {answer.text}")

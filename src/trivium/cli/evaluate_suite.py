@@ -67,10 +67,15 @@ def evaluate_suite(
     run = suite.run(
         tasks, bundle, root, cache, fine_tuned=tuned, rows=rows, block=block, say=say, own=open_own, path=str(path)
     )  # fmt: skip
-    rows_of_model = _rows(_run_of(path))
-    for each in run.tasks if rows_of_model is not None else []:
+    run_of_model = _run_of(path)
+    for each in run.tasks:
         if each.task.kind == "fine-tuning" and each.state in ("measured", "kept"):  # by its own head
-            each.rests_on(tuned_runs.PART.format(rows_of_model))
+            if (few := _rows(run_of_model)) is not None:
+                each.rests_on(tuned_runs.PART.format(few))
+            elif (few := _joint_rows(run_of_model, each.task.verb)) is not None:
+                each.rests_on(f"learned from at most {few:,} training rows")
+            elif bundle.head is None and each.task.protocol == "fine-tune":  # a UniT's
+                each.rests_on("learned beside other tasks, not fine-tuned")
     if not any(each.state in HAS_FIGURES for each in run.tasks):
         _list_absent(run)
         if not any(each.state in ("unscored", "damaged", "failed") for each in run.tasks):
@@ -162,6 +167,16 @@ def _settings(run: Path) -> dict[str, Any]:
 def _rows(run: Path) -> int | None:
     """Training rows that a run of fine-tuning was given at most; None: all, or it is none."""
     rows = _settings(run).get("data.rows")
+    return rows if isinstance(rows, int) else None
+
+
+def _joint_rows(run: Path, task: str) -> int | None:
+    """Training rows of one of its tasks that a run of a UniT was given at most; None: all, or it is none."""
+    try:
+        config = configuration.load(run / "config.json")
+    except TriviumError:
+        return None
+    rows = config.values.get(f"tasks.{task}.rows")
     return rows if isinstance(rows, int) else None
 
 

@@ -17,6 +17,10 @@ from trivium.cli.arguments import metavar
 COLUMN = 36  # where the meanings begin
 
 
+class PerName(dict[str, Any]):
+    """Values of one field by the names of those that have it."""
+
+
 class Field(NamedTuple):
     path: str  # dotted
     annotation: Any
@@ -49,13 +53,18 @@ def page(recipe: str, arguments: Mapping[str, str]) -> str:
 
 
 def fields_of(tree: Any, prefix: str = "") -> Iterator[Field]:
-    """Every leaf of a tree of dataclasses. Of a tuple of dataclasses the fields of a first member."""
+    """Every leaf of a tree of dataclasses. Of a tuple of dataclasses the fields of a first member; of a dict of them
+    each field once, as that of a member called NAME, with what it is in every one."""
     hints, comments = get_type_hints(type(tree)), comments_of(type(tree))
     for field in (field for field in dataclasses.fields(tree) if field.init):
         path, value = prefix + field.name, getattr(tree, field.name)
         member = (*get_args(hints[field.name]), None)[0]
         if dataclasses.is_dataclass(value):
             yield from fields_of(value, f"{path}.")
+        elif isinstance(value, dict) and all(map(dataclasses.is_dataclass, value.values())):
+            members = [list(fields_of(each, f"{path}.NAME.")) for each in value.values()]
+            for of_each in zip(*members, strict=True):
+                yield of_each[0]._replace(value=PerName(zip(value, (own.value for own in of_each), strict=True)))
         elif isinstance(value, tuple) and isinstance(member, type) and dataclasses.is_dataclass(member):
             member_hints, member_comments = get_type_hints(member), comments_of(member)
             for own in dataclasses.fields(member):
@@ -92,6 +101,14 @@ def _entry(field: Field) -> list[str]:
 
 
 def _default(value: Any) -> str:
+    if isinstance(value, PerName):
+        alike: dict[Any, list[str]] = {}
+        for name, own in value.items():
+            alike.setdefault(_default(own), []).append(name)
+        if len(alike) == 1:
+            return next(iter(alike))
+        told = [f"{own[1:-1] or 'none'}: {' '.join(names)}" for own, names in alike.items()]
+        return f"({', '.join(told)})"
     if value is None or value == () or value == "":
         return ""
     if isinstance(value, tuple):

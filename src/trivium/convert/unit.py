@@ -7,6 +7,7 @@
     ....transformer.decoders.TYPE.DATASET.  where they are separate                  decoders.TASK.
     bert_model.module.                    a BERT; its embeddings once more under     text.
                                           bert_model.embeddings.
+    ....task_embeddings_enc, task_embeddings_lang   tables, a row for each task    image.task_tokens. text_task_tokens.
     class_embeds. bbox_embeds. classifiers. det_losses.DATASET.attribute_head.       heads.
 
 What is left out on the way in: BERT's pooler, which nothing reads. The oldest file calls the base detr_model. Tasks
@@ -19,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,6 +68,11 @@ _IGNORED = re.compile(
 )
 _QUERIES = re.compile(r"unit_base_model\.query_embeds\.(\w+)\.(\w+)\.weight")
 _BASE = "unit_base_model."
+Side = Literal["image", "text"]
+_TOKENS: dict[Side, str] = {"image": "image.task_tokens", "text": "text_task_tokens"}
+_TABLES: dict[Side, str] = {  # of task tokens
+    "image": f"{_BASE}transformer.task_embeddings_enc.weight", "text": "task_embeddings_lang.weight",
+}  # fmt: skip
 NO_OBJECT = 0.1  # the last number of the weights of classes that those files carry
 
 
@@ -83,7 +89,17 @@ def from_mmf(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Un
     state = {name.replace("detr_model.", _BASE): tensor for name, tensor in state.items()}
     state = {name: tensor for name, tensor in state.items() if not _IGNORED.search(name)}
     ours = config_of_mmf(state, config)
-    return ours, take(state, mmf_places(ours), _shapes(ours), "UniT")
+    tokens: State = {}
+    for side, table in _TABLES.items() if ours.num_task_tokens else ():
+        _shape(state, table, "UniT")
+        width = ours.image_width if side == "image" else ours.text_width
+        if tuple(state[table].shape) != (ours.num_task_tokens, width):
+            raise TriviumError(
+                f"{table} has shape {list(state[table].shape)} where its config makes {[ours.num_task_tokens, width]}:"
+                " weights and config belong to different models"
+            )
+        tokens |= tokens_of(state.pop(table), ours, side)
+    return ours, take(state, mmf_places(ours), _shapes(ours), "UniT") | tokens
 
 
 def to_mmf(state: Mapping[str, Tensor], config: UnitConfig) -> State:
@@ -99,6 +115,8 @@ def to_mmf(state: Mapping[str, Tensor], config: UnitConfig) -> State:
         why = f"no data set for the task {unknown[0]}" if unknown else f"no place for {what}"
         raise TriviumError(f"MMF's UniT has {why}: only models of the released shape can be written in its layout")
     found = give(state, mmf_places(config))
+    for side, table in _TABLES.items() if config.num_task_tokens else ():
+        found[table] = _table(state, config, side)
     found["bert_model.module.embeddings.position_ids"] = torch.arange(config.max_length)[None]
     found["bert_model.embeddings.position_ids"] = torch.arange(config.max_length)[None]
     for task in config.tasks:
@@ -144,6 +162,35 @@ def to_detr(state: Mapping[str, Tensor], config: UnitConfig) -> State:
         raise TriviumError(f"this UniT has {next(what for what, is_so in wrong.items() if is_so)}, and DETR has not:"
                            " it cannot be written in DETR's layout")  # fmt: skip
     return give(state, detr_places(config))
+
+
+def tokens_of(table_RD: Tensor, config: UnitConfig, side: Side) -> State:
+    """A table of task tokens -> ours: those of the tasks that read this side, and the rows of no such task."""
+    numbers = {task.number: task.name for task in config.readers(side)}
+    spare = [row for row in range(len(table_RD)) if row not in numbers]
+    tokens = {_token(side, name): table_RD[number : number + 1].clone() for number, name in numbers.items()}
+    return tokens | {f"{_TOKENS[side]}.spare": table_RD[spare]}
+
+
+def tokens_apart(state: Mapping[str, Tensor], config: UnitConfig) -> State:
+    """Weights of older model folders, which hold our tokens as tables; of any other as they are."""
+    found = dict(state)
+    for side, there in _TOKENS.items():
+        if f"{there}.weight" in found:
+            found |= tokens_of(found.pop(f"{there}.weight"), config, side)
+    return found
+
+
+def _table(state: Mapping[str, Tensor], config: UnitConfig, side: Side) -> Tensor:
+    """What `tokens_of` took apart."""
+    numbers = {task.number: task.name for task in config.readers(side)}
+    spare = iter(state[f"{_TOKENS[side]}.spare"])
+    rows = range(config.num_task_tokens)
+    return torch.stack([state[_token(side, numbers[row])][0] if row in numbers else next(spare) for row in rows])
+
+
+def _token(side: Side, task: str) -> str:
+    return f"{_TOKENS[side]}.of.{task}.weight"
 
 
 def build(config: UnitConfig, state: Mapping[str, Tensor]) -> Unit:
@@ -260,15 +307,12 @@ def _shapes(config: UnitConfig) -> dict[str, tuple[int, ...]]:
 
 
 def mmf_places(config: UnitConfig) -> Iterator[Place]:
-    """Where every tensor of a released checkpoint stands here."""
+    """Where every tensor of a released checkpoint stands here, but for task tokens (see `tokens_of`)."""
     transformer = f"{_BASE}transformer."
     yield from _image_places(config, _BASE)
     if config.width != config.image_width:
         yield from pair("image_to_decoder", f"{transformer}enc2dec_proj")
         yield from pair("image_places", f"{transformer}pos_embed_proj")
-    if config.num_task_tokens:
-        yield Place("image.task_tokens.weight", (f"{transformer}task_embeddings_enc.weight",))
-        yield Place("text_task_tokens.weight", ("task_embeddings_lang.weight",))
     own = [f"{transformer}decoders.{'.'.join(MMF_NAMES[task.name])}." for task in config.tasks]
     if config.decoder == "shared":
         yield from _decoder_places(config, "shared", (f"{transformer}decoder.", *own))

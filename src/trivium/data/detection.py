@@ -191,7 +191,8 @@ class Detection:
 
 def corners(boxes_M4: np.ndarray, picture: Picture) -> np.ndarray:
     """(left, top, right, bottom) of (left, top, width, height), clipped to the picture. float64 [M, 4]."""
-    both = np.concatenate([boxes_M4[:, :2], boxes_M4[:, :2] + boxes_M4[:, 2:]], axis=1)
+    with np.errstate(over="ignore"):  # what is too large for a number lies beyond the picture too
+        both = np.concatenate([boxes_M4[:, :2], boxes_M4[:, :2] + boxes_M4[:, 2:]], axis=1)
     return both.clip(0, [picture.width, picture.height, picture.width, picture.height])
 
 
@@ -199,7 +200,8 @@ def read_detection(name: str, root: str) -> Detection:
     """COCO ("coco") or Visual Genome ("vg") below `root`: train, and the validation half where it is there.
 
     Raises TriviumError with file and entry for what cannot be meant: a number that is none, a class or a picture that
-    the file does not list, no box at all. What is left out of training or cut to its picture is said in `notes`.
+    the file does not list, no box at all, none in training to learn from. What is left out of training or cut to its
+    picture is said in `notes`.
     """
     layout = LAYOUTS[name]
     file = layout.file(root, "train")
@@ -209,6 +211,11 @@ def read_detection(name: str, root: str) -> Detection:
             f" pictures of {layout.title} as they are published ({layout.owners})"
         )
     train, classes, attributes, notes = _read(layout, root, "train", file)
+    if not train.usable_M.any():
+        raise TriviumError(
+            f"{file}: there is nothing to learn from its {len(train.usable_M):,} boxes, {int(train.crowd_M.sum()):,} of"
+            " which are crowds, and the others have no area inside their picture: mend the file, or get it again"
+        )
     held_out = {}
     if (other := layout.file(root, "val")) is not None:
         held_out[layout.validation], *names, more = _read(layout, root, "val", other)

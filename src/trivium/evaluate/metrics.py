@@ -39,6 +39,13 @@ def accuracy_and_f1(answers_N: np.ndarray, truths_N: np.ndarray) -> float:
     return (accuracy(answers_N, truths_N) + f1(answers_N, truths_N)) / 2
 
 
+def macro_f1(answers_N: np.ndarray, truths_N: np.ndarray) -> float:
+    """Mean of F1 over the classes that are answered or true: each counts alike, however rare."""
+    classes = np.union1d(answers_N, truths_N)
+    answer_KN, truth_KN = (classes[:, None] == labels_N for labels_N in (answers_N, truths_N))
+    return float((2 * (answer_KN & truth_KN).sum(1) / (answer_KN.sum(1) + truth_KN.sum(1))).mean())
+
+
 def matthews(answers_N: np.ndarray, truths_N: np.ndarray) -> float:
     """Matthews' correlation of two labellings, of any number of classes (Gorodkin 2004)."""
     classes = np.union1d(answers_N, truths_N)
@@ -76,6 +83,7 @@ METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "f1": f1,
     "accuracy_and_f1": accuracy_and_f1,
+    "macro_f1": macro_f1,
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,

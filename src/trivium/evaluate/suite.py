@@ -41,7 +41,7 @@ from trivium.models.encoded import Detects, EncodesImage, EncodesText, Matches
 from trivium.models.grounding import Grounds
 
 # Of the protocols: a change of what they measure is another number.
-VERSIONS = {"classification": 3, "retrieval": 3, "grounding": 2, "detection": 2, "fine-tuning": 2}
+VERSIONS = {"classification": 3, "retrieval": 3, "grounding": 2, "detection": 2, "fine-tuning": 3}
 
 AS_IT_IS = "the model as it is; the paper's were fine-tuned on the training expressions (trivium finetune {})"
 NOT_TUNED = "nothing says that this model was fine-tuned for {}, and zero-shot figures do not stand in such a row"

@@ -4,9 +4,9 @@ A stream of the mixture is a task, and bears its name. Nothing couples samples. 
 "coco.class", "coco.box", "coco.giou", "vg.attributes", "sst2". What they are divided by comes from labels alone and
 is summed over the global batch: the public code divides attributes by the boxes of one process whose loss is not zero.
 
-Parameters that only other tasks use get no gradient in a step, so the optimizer leaves them and their moments alone.
-Two tables are one parameter for all tasks, the task tokens: there the moments of other rows fade, as in the public
-code.
+Parameters that only other tasks use get no gradient in a step, so the optimizer leaves them and their moments alone. In
+the public code the tokens of all tasks are one table, whose other rows keep moving by their fading moments; here each
+is a parameter of its own.
 
 B rows of a micro-batch, L decoder layers, K classes, M objects.
 """

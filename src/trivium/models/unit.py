@@ -43,7 +43,7 @@ from trivium.layers.resnet import ResNet, inside
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.encoded import Encoded, Found
 from trivium.models.unit_heads import DetectionHead, likeliest
-from trivium.models.unit_transformer import Decoder, EncoderBlock
+from trivium.models.unit_transformer import Decoder, EncoderBlock, TaskTokens
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,23 @@ class UnitTask:
     kind: Literal["detection", "labels"]
     reads: Literal["image", "text", "both"]
     num_labels: int  # of detection: the largest category id + 1; the class "no object" comes on top
-    number: int  # its row in the tables of task tokens
+    number: int  # of its task tokens: their row in the tables of a released file, in which no two share one
     num_queries: int = 25
     num_attributes: int | None = None  # of a detected object, with number 0 for none; None: no such head
     text: Literal["class", "all"] = "class"  # which of the text's tokens the decoder reads
+    gives: Literal["class", "answers"] = "class"  # of labels: one right class, or answers that are more or less right
+    max_length: int | None = None  # tokens of its texts that are read; None: as many as there are positions
 
 
 PUBLISHED_TASKS = (
     UnitTask("coco", "detection", "image", 91, 0, 100),
     UnitTask("vg", "detection", "image", 1601, 1, 100, num_attributes=401),
-    UnitTask("vqav2", "labels", "both", 3129, 3, text="all"),
-    UnitTask("snli_ve", "labels", "both", 3, 9),
-    UnitTask("qnli", "labels", "text", 2, 5),
-    UnitTask("mnli", "labels", "text", 3, 6),
-    UnitTask("sst2", "labels", "text", 2, 7),
-    UnitTask("qqp", "labels", "text", 2, 8),
+    UnitTask("vqav2", "labels", "both", 3129, 3, text="all", gives="answers", max_length=25),
+    UnitTask("snli_ve", "labels", "both", 3, 9, max_length=25),
+    UnitTask("qnli", "labels", "text", 2, 5, max_length=128),
+    UnitTask("mnli", "labels", "text", 3, 6, max_length=128),
+    UnitTask("sst2", "labels", "text", 2, 7, max_length=128),
+    UnitTask("qqp", "labels", "text", 2, 8, max_length=128),
 )
 
 
@@ -101,7 +103,7 @@ class UnitConfig:
     text_eps: float = 1e-12  # of every LayerNorm of the text encoder, and of the heads of labels
     eps: float = 1e-5  # of those of image encoder and decoder
     dropout: float = 0.1
-    num_task_tokens: int = 256  # rows in the tables of task tokens; 0: no task tokens
+    num_task_tokens: int = 256  # rows of a released table of task tokens; 0: no task tokens
     residual: bool = True  # the encoder's input is added to its output (False: DETR)
     place_temperature: float = 10000.0  # of the sines that tell places; less is finer
     place_scale: float = 1.0  # what they are multiplied by
@@ -142,6 +144,14 @@ class UnitConfig:
     def of_size(cls, size: str, **changes: Any) -> UnitConfig:
         """`size` is "tiny", "small" or "base" (the published one), with single fields changed."""
         return replace(SIZES[size], **changes)
+
+    def readers(self, side: Literal["image", "text"]) -> list[UnitTask]:
+        """Tasks that read pictures, or texts."""
+        return [task for task in self.tasks if task.reads in (side, "both")]
+
+    def make_tokens(self, side: Literal["image", "text"], width: int) -> TaskTokens | None:
+        readers = [task.name for task in self.readers(side)]
+        return TaskTokens(readers, self.num_task_tokens - len(readers), width) if self.num_task_tokens else None
 
     @property
     def patch_size(self) -> int:
@@ -198,28 +208,26 @@ class ImageEncoder(nn.Module):
             config.backbone_eps, config.dilated,
         )  # fmt: skip
         self.projection = nn.Linear(self.backbone.out_channels, config.image_width)
-        self.task_tokens = nn.Embedding(config.num_task_tokens, config.image_width) if config.num_task_tokens else None
+        self.task_tokens = config.make_tokens("image", config.image_width)
         self.blocks = nn.ModuleList(
             EncoderBlock(config.image_width, config.num_heads, config.mlp_width, config.eps, config.dropout)
             for _ in range(config.image_layers)
         )
 
-    def forward(
-        self, pixels_BCHW: Tensor, sizes_B2: Tensor | None, number: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, pixels_BCHW: Tensor, sizes_B2: Tensor | None, task: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """States and places, [B, N, E] each (places [1, N, E] where all pictures are of one size), and the mask; None:
         all are real. Positions of a picture stand row by row, and where all go together as in the padded map."""
         if sizes_B2 is None or not goes_apart(pixels_BCHW.device):
-            return self.together(pixels_BCHW, sizes_B2, number)
+            return self.together(pixels_BCHW, sizes_B2, task)
         kinds_U2, kind_B = torch.unique(sizes_B2, dim=0, return_inverse=True)
         if len(kinds_U2) < 2:
             height, width = kinds_U2[0].tolist() if len(kinds_U2) else pixels_BCHW.shape[2:]
-            return self.together(pixels_BCHW[:, :, :height, :width], None, number)
+            return self.together(pixels_BCHW[:, :, :height, :width], None, task)
         found: dict[int, tuple[Tensor, Tensor]] = {}
         with self.backbone.folded_once():
             for kind, (height, width) in enumerate(kinds_U2.tolist()):
                 rows = (kind_B == kind).nonzero()[:, 0].tolist()
-                states_RNE, places_1NE, _ = self.together(pixels_BCHW[rows, :, :height, :width], None, number)
+                states_RNE, places_1NE, _ = self.together(pixels_BCHW[rows, :, :height, :width], None, task)
                 found |= {row: (states_NE, places_1NE[0]) for row, states_NE in zip(rows, states_RNE, strict=True)}
         states, places = ([found[row][part] for row in range(len(found))] for part in (0, 1))
         lengths_B = torch.tensor([len(each) for each in states])
@@ -227,9 +235,7 @@ class ImageEncoder(nn.Module):
         padded = pad_sequence(states, batch_first=True), pad_sequence(places, batch_first=True)
         return *padded, None if bool(mask_BN.all()) else mask_BN
 
-    def together(
-        self, pixels_BCHW: Tensor, sizes_B2: Tensor | None, number: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def together(self, pixels_BCHW: Tensor, sizes_B2: Tensor | None, task: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """All pictures in one pass, padded to the largest, and so are their maps."""
         map_BCHW, sizes_B2 = self.backbone(pixels_BCHW, sizes_B2)
         height, width = map_BCHW.shape[2:]
@@ -240,8 +246,7 @@ class ImageEncoder(nn.Module):
         places = self.place_scale * sine_positions(whole_B2, height, width, channels, dtype, self.place_temperature)
         x, x_places, x_mask = source_BNE, places, mask_BN
         if self.task_tokens is not None:
-            token_E = self.task_tokens.weight[number].to(x.dtype)
-            x = torch.cat([token_E.expand(len(x), 1, -1), x], dim=1)
+            x = self.task_tokens.before(x, task)
             x_places = F.pad(places, (0, 0, 1, 0))
             x_mask = None if mask_BN is None else F.pad(mask_BN, (1, 0), value=True)
         for block in self.blocks:
@@ -265,8 +270,7 @@ class Unit(nn.Module):
         self.text = None
         if config.text_layers:
             self.text = Bert(config.text_encoder)
-            tokens = config.num_task_tokens
-            self.text_task_tokens = nn.Embedding(tokens, config.text_width) if tokens else None
+            self.text_task_tokens = config.make_tokens("text", config.text_width)
             self.text_to_decoder = nn.Linear(config.text_width, width)
             self.text_places = nn.Linear(config.text_width, width)
         names = [task.name for task in config.tasks] if config.decoder == "separate" else ["shared"]
@@ -310,8 +314,7 @@ class Unit(nn.Module):
                 None: no padding. On any device; where it is on CPU nothing waits for it.
             task: whose token is read with it; None: of the first task that reads pictures.
         """
-        number = self._reader("image", task).number
-        states, places, mask_BN = self.image(pixels_BCHW, sizes_B2, number)
+        states, places, mask_BN = self.image(pixels_BCHW, sizes_B2, self._reader("image", task).name)
         places_BND = self.image_places(places).expand(len(states), -1, -1)
         return Encoded(self.image_to_decoder(states), mask_BN, nn.Identity(), None, places=places_BND, mean=True)
 
@@ -344,8 +347,7 @@ class Unit(nn.Module):
         mask, first = mask_BT, 0
         if self.text_task_tokens is not None:
             first = 1
-            token_E = self.text_task_tokens.weight[reader.number].to(x_BTE.dtype)
-            x_BTE = torch.cat([token_E.expand(len(x_BTE), 1, -1), x_BTE], dim=1)
+            x_BTE = self.text_task_tokens.before(x_BTE, reader.name)
             mask = None if mask is None else F.pad(mask, (1, 0), value=True)
         T = ids_BT.shape[1]
         rows = None
@@ -404,9 +406,8 @@ class Unit(nn.Module):
     def _reader(self, kind: Literal["image", "text"], name: str | None) -> UnitTask:
         """A task that reads pictures or texts."""
         if name is None:
-            for task in self.config.tasks:
-                if task.reads in (kind, "both"):
-                    return task
+            for task in self.config.readers(kind):
+                return task
             raise TriviumError(f"no task of this UniT reads {kind}s")
         task = self.task(name)
         if task.reads not in (kind, "both"):

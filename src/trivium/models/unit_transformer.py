@@ -7,6 +7,9 @@ D width of the decoder.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,3 +107,22 @@ class Decoder(nn.Module):
             hidden.append(x_BQD)
         x_BQD = self.blocks[-1](x_BQD, query_QD, memory_BSD, placed_BSD, mask, rows if last else len(query_QD))
         return self.norm(x_BQD[None] if last else torch.stack([*hidden, x_BQD]))
+
+
+class TaskTokens(nn.Module):
+    """What tells an encoder its task: a token for each, a parameter of its own, so that another task's step leaves it
+    and its moments alone.
+
+    num_spare: rows of a released table that belong to none of these tasks. Nothing reads or trains them; they are
+    written out as they came.
+    """
+
+    def __init__(self, tasks: Sequence[str], num_spare: int, width: int) -> None:
+        super().__init__()
+        self.of = nn.ModuleDict({task: nn.Embedding(1, width) for task in tasks})
+        self.spare = nn.Parameter(torch.zeros(num_spare, width), requires_grad=False)
+
+    def before(self, states_BNE: Tensor, task: str) -> Tensor:
+        """With the token of the task in front of each row, [B, 1 + N, E]."""
+        token: Any = self.of[task]
+        return torch.cat([token.weight.to(states_BNE.dtype).expand(len(states_BNE), 1, -1), states_BNE], dim=1)

@@ -26,6 +26,7 @@ from trivium.errors import TriviumError
 from trivium.evaluate import losses
 from trivium.evaluate import tasks as figures_of
 from trivium.evaluate.embedded import Evaluation
+from trivium.evaluate.tasks import Predictions
 from trivium.methods.answers import Answering
 from trivium.methods.finetune import FineTuning
 from trivium.methods.flava import Pixels
@@ -39,7 +40,7 @@ from trivium.models.finetuned import FineTuned, Gives, HeadConfig, Reads, read, 
 from trivium.recipes import limits
 from trivium.recipes.chosen import keep_best, many_passes, steps_per_epoch, with_steps
 from trivium.recipes.grounding import GROUNDING, GroundingRecipe
-from trivium.recipes.predict import predict, tell_held_out
+from trivium.recipes.predict import predict, tell_held_out, title_of
 from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
 from trivium.recipes.retrieval import RETRIEVAL, RetrievalRecipe
 from trivium.recipes.start import open_trained
@@ -147,10 +148,13 @@ class PreparedTask(Prepared):
         what, leaks = ("texts", leakage.of_texts) if self.task.reads == "text" else ("pictures", leakage.of_pictures)
         say(f"{what} that training and held-out rows have in common")
         found.headline += [f"{sentence}." for sentence in leaks(self.splits.train, self.splits.held_out)]
-        tell_held_out(
-            found, self.task, method, self.splits.held_out, self.collate, self.recipe.rows_at_once,
-            self.splits.labels, None if self.folder is None else self.folder / "predictions", say,
-        )  # fmt: skip
+
+        def predicted(rows: LabelledRows) -> Predictions:
+            return predict(method, rows, self.collate, self.recipe.rows_at_once, self.splits.labels)
+
+        folder = None if self.folder is None else self.folder / "predictions"
+        title = title_of(self.task, head.reads)
+        tell_held_out(found, self.task, title, self.splits.held_out, predicted, folder, say)
         return found, {}
 
 
@@ -220,7 +224,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
         raise TriviumError(f"--select-on {select}: no such figure is measured: use one of {', '.join(known)}")
     bundle = replace(
         start, model=model, transform=transform, labels=list(splits.labels) or None, max_length=max_length,
-        head=head, head_config=config, image_tokenizer=None, tuned_for=(),
+        head=head, head_config=config, image_tokenizer=None, tuned_for=(), labels_of=None,
     )  # fmt: skip
 
     def export(folder: Path, weights: Mapping[str, Tensor]) -> None:

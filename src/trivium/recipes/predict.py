@@ -24,6 +24,7 @@ from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.results import mean_over
 from trivium.evaluate.tasks import Predictions
 from trivium.methods.finetune import FineTuning
+from trivium.models.finetuned import Reads
 from trivium.recipes.tasks import Task
 from trivium.train.protocol import Batch, Method
 
@@ -39,28 +40,31 @@ class NoneReadable(TriviumError):
 def tell_held_out(
     found: Evaluation,
     task: Task,
-    method: FineTuning,
+    title: str,
     held_out: Mapping[str, LabelledRows],
-    collate: TaskCollate,
-    batch: int,
-    labels: tuple[str, ...],
+    predicted: Callable[[LabelledRows], Predictions],
     folder: Path | None,
     say: Callable[[str], None],
 ) -> bool:
-    """Put the figures of every split that has labels into an evaluation, under the task's title, and of the dev splits
-    the one that papers print under the title alone: a mean where there are several (MNLI), but of Hateful Memes that of
+    """Put the figures of every split that has labels into an evaluation, under a title, and of the dev splits the one
+    that papers print under the title alone: a mean where there are several (MNLI), but of Hateful Memes that of
     dev_unseen, the validation split of MMF.
 
-    folder: where the predictions of every split are written; None: nowhere. Returns whether any row could be read.
+    Args:
+        title: of the task, as `title_of` has it.
+        predicted: what the model says of the rows of a split; it may raise TriviumError.
+        folder: where the predictions of every split are written; None: nowhere.
+
+    Returns:
+        Whether any row could be read.
     """
     found_any = False
-    title = task.title + (" (concatenated)" if method.model.config.reads == "concatenated" else "")
     reported = []
     printed = tuple(name for name in held_out if name == "dev_unseen") or ("dev",)
     for name, rows in held_out.items():
         say(f"{task.title}: {name}, {len(rows):,} rows")
         try:
-            predictions = predict(method, rows, collate, batch, labels)
+            predictions = predicted(rows)
         except TriviumError as error:  # the figures of the other splits are not lost for it
             found.not_applicable.append(f"{name}: {error}")
             found.is_final &= not isinstance(error, NoneReadable) or error.is_final
@@ -87,6 +91,11 @@ def tell_held_out(
     if reported:
         found.results[title] = reported[0] if len(reported) == 1 else mean_over(reported)
     return found_any
+
+
+def title_of(task: Task, reads: Reads) -> str:
+    """What its figures stand under: where a head reads vectors of picture and text side by side, that is told."""
+    return f"{task.title} (concatenated)" if reads == "concatenated" else task.title
 
 
 def _write(task: Task, split: str, predictions: Predictions, folder: Path) -> None:

@@ -28,7 +28,7 @@ from trivium.evaluate.results import Result
 from trivium.evaluate.tasks import Predictions
 from trivium.load import load, open_own
 from trivium.methods.pixels import Pixels
-from trivium.methods.unit import PARTS, Labels, UnitMethod
+from trivium.methods.unit import PARTS, UnitMethod
 from trivium.models.bert import Bert
 from trivium.models.unit import SIZES, Unit, UnitConfig
 from trivium.recipes import limits, unit_losses
@@ -272,9 +272,7 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
         taken = from_unit(model, start, str(recipe.init), recipe.train.seed, labels_of)
         notes += taken if resume_from is None else []
     transform = recipe.data.transform
-    targets: dict[str, Labels] = {
-        task.name: "answers" if task.of.gives == "answers" else "label" for task in tasks if task.of is not None
-    }
+    targets = {task.name: task.target for task in tasks if task.of is not None}
     method = UnitMethod(model, Pixels(transform.mean, transform.std), targets, recipe.objectives.parts)
     max_length = max((task.given.max_length for task in tasks), default=config.max_length)
     bundle = Bundle(

@@ -161,9 +161,9 @@ def from_unit(
 
 def _parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of each part, which is taken whole or not at all: half of it would compute nothing that was
-    learned."""
+    learned. Tokens that belong to no task are no part."""
     found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
+    for name, tensor in ((n, t) for n, t in state.items() if not n.endswith("task_tokens.spare")):
         match = WHOLE.match(name)
         found.setdefault(match[1] if match else name.rpartition(".")[0], {})[name] = tensor
     return found

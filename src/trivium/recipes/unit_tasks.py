@@ -26,6 +26,7 @@ from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from trivium.errors import TriviumError
+from trivium.methods.unit import Labels
 from trivium.models.unit import UnitTask
 from trivium.recipes.data import absolute
 from trivium.recipes.tasks import TASKS, Task, TaskData
@@ -39,7 +40,7 @@ OF_GLUE = ("qnli", "mnli", "qqp", "sst2")
 class JointTask:
     """One of the tasks. It is trained where its data is named."""
 
-    number: int  # its row in the tables of task tokens, another for each task
+    number: int  # of its task tokens in the layout of released files, another for each task
     task: str | None = None  # one of those of `trivium finetune`, or coco or vg (detection); None: that of its own name
     root: str | None = None  # folder of a published task in its official layout
     train: tuple[str, ...] = ()  # one's own tables: CSV, TSV, JSONL, Parquet
@@ -121,7 +122,14 @@ class Opened:
         assert self.of is not None
         reads: Literal["image", "text", "both"] = {"images": "image", "text": "text", "pairs": "both"}[self.of.reads]  # type: ignore[assignment]
         return UnitTask(self.name, "labels", reads, len(self.data.labels), given.number, given.num_queries,
-                        text=given.text)  # fmt: skip
+                        text=given.text, gives="answers" if self.of.gives == "answers" else "class",
+                        max_length=given.max_length)  # fmt: skip
+
+    @property
+    def target(self) -> Labels:
+        """What its batches hold, of a task of labels."""
+        assert self.of is not None
+        return "answers" if self.of.gives == "answers" else "label"
 
     @property
     def labels(self) -> dict[str, list[str]]:
