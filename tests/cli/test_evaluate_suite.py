@@ -145,7 +145,7 @@ def test_two_runs_of_one_task_and_seeds_without_a_median_are_refused(tmp_path: P
     tuned(runs / "c", {"RTE": 0.6, "seconds.total": 9.0})
     for tasks, folders in ((["SST-2"], [runs]), (["RTE", "SST-2"], [second, first])):
         with pytest.raises(TriviumError, match=f"two runs of SST-2, {folders[0]}.* and {runs}/[ab]: name the one"):
-            evaluate_suite(tmp_path, "language", tasks, None, folders, None, tmp_path / "out", "cpu", 0.0)
+            evaluate_suite(tmp_path, "language", tasks, None, folders, None, None, tmp_path / "out", "cpu", 0.0)
     chosen = {task.name: of_task(task, read_fine_tuned([runs, runs / "c"])) for task in tasks_of("language", ["rte"])}
     assert chosen["RTE"] is not None and chosen["RTE"].seconds == 9.0, "the same run, named twice"
     seeds = tmp_path / "seeds"
