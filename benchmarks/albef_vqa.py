@@ -169,8 +169,8 @@ def questions(part: str, folders: list[Path], values: dict[str, Any], tuned: Any
         settings = {**tables, **values, "data.blank-pictures": blank, "train.seed": number}
         out = tuned(f"{part}-{name}-{number}", "question_answering", settings)
         found = units(out, [f"{QUESTIONS}.test.accuracy"])  # in the order of the table
-        pictures = tuple(picture for picture, _, _ in _lines(folders[number] / "test.csv"))
-        assert found.groups in (None, pictures), "questions are grouped by their pictures"
+        pictures = tuple(str(folders[number] / picture) for picture, _, _ in _lines(folders[number] / "test.csv"))
+        assert found.groups in (None, pictures), "questions are grouped by their pictures"  # None: of older runs
         return replace(found, groups=pictures)
 
     several = range(len(folders))
