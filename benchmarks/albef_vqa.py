@@ -175,17 +175,20 @@ def questions(part: str, folders: list[Path], values: dict[str, Any], tuned: Any
 
     several = range(len(folders))
     mine, other = ([right(number, *of) for number in several] for of in (("whole", "false"), ("blind", "true")))
-    always = []
+    always, commonest = [], ""
     for folder, each in zip(folders, mine, strict=True):
-        [(commonest, _)] = Counter(answer for _, _, answer in _lines(folder / "train.csv")).most_common(1)
+        [(answer, _)] = Counter(answer for _, _, answer in _lines(folder / "train.csv")).most_common(1)
+        assert commonest in ("", answer), "another answer is the commonest in another part of the data"
+        commonest = answer
         truths = [answer for _, _, answer in _lines(folder / "test.csv")]
         always.append(replace(each, values=np.array([vqa.exact(commonest, truth) for truth in truths])))
+    whole, blind, guessed = map(joined, (mine, other, always))
     found = {
-        "ALBEF": mean_over([joined(mine)]),
-        "question alone": mean_over([joined(other)]),
-        f"always {commonest}": mean_over([joined(always)]),
-        "ALBEF less question alone": difference([joined(mine)], [joined(other)]),
-        f"ALBEF less always {commonest}": difference([joined(mine)], [joined(always)]),
+        "ALBEF": mean_over([whole]),
+        "question alone": mean_over([blind]),
+        f"always {commonest}": mean_over([guessed]),
+        "ALBEF less question alone": difference([whole], [blind]),
+        f"ALBEF less always {commonest}": difference([whole], [guessed]),
     }
     if len(folders) > 1:
         found |= {f"less question alone, tenth {n}": difference([mine[n]], [other[n]]) for n in several}
@@ -193,13 +196,10 @@ def questions(part: str, folders: list[Path], values: dict[str, Any], tuned: Any
 
 
 def joined(several: list[Outcomes]) -> Outcomes:
-    """Those of different units as one."""
-    units_of, groups = (
-        [part for each in several for part in of(each)] for of in (lambda e: e.units, lambda e: e.groups)
-    )
-    return replace(
-        several[0], units=tuple(units_of), groups=tuple(groups), values=np.concatenate([e.values for e in several])
-    )
+    """Those of different units, which have groups, as one."""
+    units_of_all = tuple(unit for each in several for unit in each.units)
+    groups = tuple(group for each in several for group in each.groups or ())
+    return replace(several[0], units=units_of_all, groups=groups, values=np.concatenate([e.values for e in several]))
 
 
 # ------------------------------------------------------------------------------------------------------ statements

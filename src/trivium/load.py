@@ -28,7 +28,6 @@ from trivium.bundle import Bundle
 from trivium.bundle.model_folder import image_tokenizer_entry
 from trivium.convert import Foreign, bert, flava, read_foreign
 from trivium.convert.processor import transform_from_hf
-from trivium.convert.unit import tokens_apart
 from trivium.convert.weights import State, listed, read_json, read_weights
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
@@ -171,10 +170,7 @@ def open_own(folder: Path) -> Bundle:
     model_config = _made(make_config, config.get("model"), folder / "config.json")
     with torch.device("meta"):
         model = make_model(model_config)
-    state = read_weights(folder)
-    if isinstance(model, Unit):
-        state = tokens_apart(state, model_config)
-    _put(state, model, folder / "model.safetensors")
+    _put(read_weights(folder), model, folder / "model.safetensors")
     head_config = None if "head" not in config else _made(HeadConfig, config["head"], folder / "config.json")
     head = None
     if head_config is not None:

@@ -16,12 +16,10 @@ from torch import Tensor
 
 import trivium
 from tests.parity.test_unit_plain import SMALL_TASKS, TINY, draw_weights
-from trivium.bundle import Bundle
 from trivium.cli import main
 from trivium.convert.places import give
 from trivium.convert.unit import (
     LABELS,
-    build,
     config_beside,
     detr_places,
     from_detr,
@@ -33,7 +31,6 @@ from trivium.convert.unit import (
 from trivium.data.glue import GLUE
 from trivium.data.image_text_tasks import ENTAILMENT
 from trivium.data.tokenizer import BERT_SPECIALS
-from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.load import load
 from trivium.models.unit import Unit, UnitConfig, UnitTask
@@ -102,17 +99,12 @@ def test_detr_in_and_out_is_the_same_to_the_bit() -> None:
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_older_model_folders_hold_the_tokens_of_all_tasks_in_one_table(tmp_path: Path) -> None:
+def test_each_task_takes_its_row_of_the_table_of_tokens() -> None:
     state = released(TINY)
-    found, tensors = from_mmf(state, config_beside(TINY))
+    _, tensors = from_mmf(state, config_beside(TINY))
     table = state["unit_base_model.transformer.task_embeddings_enc.weight"]
     assert torch.equal(tensors["image.task_tokens.of.vqav2.weight"], table[3:4])
     assert "text_task_tokens.of.coco.weight" not in tensors and "image.task_tokens.of.sst2.weight" not in tensors
-    older = {name: tensor for name, tensor in tensors.items() if "task_tokens" not in name}
-    older |= {"image.task_tokens.weight": table, "text_task_tokens.weight": state["task_embeddings_lang.weight"]}
-    Bundle("unit", build(found, tensors), None, ImageTransform()).save(tmp_path / "old", older)
-    opened = load(tmp_path / "old").model.state_dict()
-    assert opened.keys() == tensors.keys() and all(torch.equal(opened[name], tensors[name]) for name in tensors)
 
 
 def test_the_first_release_calls_the_base_by_another_name() -> None:

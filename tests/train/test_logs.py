@@ -67,11 +67,12 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     assert said == "[not markup]"
 
 
-def test_a_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     out = Terminal()
     with Log(tmp_path / "m.jsonl", first=0, total=2, out=out) as log:
         log.step(1, "pairs", result(itm=0.25), lr=0.1, samples=8, seconds=0.5)
@@ -83,10 +84,6 @@ def test_a_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_all_of_it_fits_a_terminal_of_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     out, losses = Terminal(), dict.fromkeys(("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive"), 12.3456)

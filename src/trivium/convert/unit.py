@@ -172,15 +172,6 @@ def tokens_of(table_RD: Tensor, config: UnitConfig, side: Side) -> State:
     return tokens | {f"{_TOKENS[side]}.spare": table_RD[spare]}
 
 
-def tokens_apart(state: Mapping[str, Tensor], config: UnitConfig) -> State:
-    """Weights of older model folders, which hold our tokens as tables; of any other as they are."""
-    found = dict(state)
-    for side, there in _TOKENS.items():
-        if f"{there}.weight" in found:
-            found |= tokens_of(found.pop(f"{there}.weight"), config, side)
-    return found
-
-
 def _table(state: Mapping[str, Tensor], config: UnitConfig, side: Side) -> Tensor:
     """What `tokens_of` took apart."""
     numbers = {task.number: task.name for task in config.readers(side)}
