@@ -47,6 +47,8 @@ def test_a_new_case_stands_beside_those_that_this_machine_measured_alike(
     measured("two", 5.0, {}, "python a.py --cases two", precision="fp32")  # not alike: the others are gone
     there = json.loads((tmp_path / "a.json").read_text())
     assert (there["results"], there["ladder"], there["command"]) == ({"two": 5.0}, {}, "python a.py --cases two")
+    measured("two", 6.0, {"trick": 3.0}, "python a.py", precision="fp32")  # alike, and nothing of them is left
+    assert json.loads((tmp_path / "a.json").read_text())["command"] == "python a.py"
 
 
 def test_both_take_turns_and_only_one_is_without_the_trick() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -169,11 +170,14 @@ def test_distillation_is_a_switch(models: dict[str, Path], flickr: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("family", "losses", "said"),
-    [("flava", {"contrastive", "itm"}, "without distillation"), ("clip", {"contrastive"}, "CLIP matches nothing")],
+    ("family", "losses", "said", "unused"),
+    [
+        ("flava", {"contrastive", "itm"}, "without distillation", {"queue"}),
+        ("clip", {"contrastive"}, "CLIP matches nothing", {"queue", "pool"}),
+    ],
 )
 def test_other_families_train_what_they_have_on_tables_of_ones_own(
-    family: str, losses: set[str], said: str, models: dict[str, Path], tmp_path: Path,
+    family: str, losses: set[str], said: str, unused: set[str], models: dict[str, Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """A Parquet with the pictures in it and a list of captions for each."""
@@ -183,9 +187,11 @@ def test_other_families_train_what_they_have_on_tables_of_ones_own(
     pq.write_table(pa.table(rows), tmp_path / "pairs.parquet")
     table, out = tmp_path / "pairs.parquet", tmp_path / "run"
     words = ("--data", table, "--data.dev", table, "--data.text-column", "captions")
-    found = tune("retrieval", models[family], out, *words, objectives__pool=6)
+    found = tune("retrieval", models[family], out, *words, objectives__pool=6, objectives__queue=12)
     assert set(lines_of(out / "metrics.jsonl")[1]["losses"]) == losses
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert said in told
+    assert set(re.findall(r"objectives\.(\w+) has no effect", told)) == unused
     assert ("retrieval.dev.tr_reranked_r1" in found) == (family == "flava")
     assert results.read(out / "results.json")["retrieval.dev.ir_r10"].n == 16
     assert 0 <= found["retrieval.dev.ir_r1"] <= found["retrieval.dev.ir_r10"] <= 1

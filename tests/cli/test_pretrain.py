@@ -386,6 +386,7 @@ def test_a_model_folder_that_is_damaged_is_not_begun_from(
         (["--optim.betas", "0.9", "1.0"], "--optim.betas 0.9 1.0: this must be two numbers of 0 or more and below 1"),
         (["--optim.final", "-1"], "--optim.final -1.0: this must be 0 or more"),
         (["--optim.weight-decay-final", "-1"], "--optim.weight-decay-final -1.0: this must be 0 or more"),
+        (["--optim.weight-decay", "0", "--optim.weight-decay-final", "0.4"], "give --optim.weight-decay a number"),
         (["--optim.groups.0.rate", "-1", "--optim.groups.0.pattern", "*"], "--optim.groups.0.rate -1.0: this must be"),
         (["--train.micro-batch", "0"], "--train.micro-batch 0: this must be a whole number of 1 or more"),
         (["--train.patience", "3"], "--train.patience 3: this recipe chooses no checkpoint by a figure"),

@@ -142,6 +142,11 @@ def check(values: Mapping[str, Any]) -> None:
                 flag = "--" + path.replace("_", "-")
                 shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
                 raise TriviumError(f"{flag} {shown}: this must be {says}")
+    if values.get("optim.weight_decay_final") and not values["optim.weight_decay"]:
+        raise TriviumError(
+            f"--optim.weight-decay-final {values['optim.weight_decay_final']:g} is reached by a factor, and the decay"
+            " begins at 0: give --optim.weight-decay a number above it"
+        )
 
 
 def check_patches(size: int, patch: int, flag: str = "--data.image-size") -> None:

@@ -95,6 +95,10 @@ class Objectives:
     queue: int | None = None  # rows of ALBEF's queues; None: 65,536, at most a quarter of the pairs
 
 
+OF_ALBEF = ("duplicates", "queue")  # fields of Objectives that no other model has a use for
+OF_MATCHING = ("negatives", "pool")  # and those that a model which cannot match has none for
+
+
 @dataclass(frozen=True)
 class RetrievalRecipe(Recipe):
     """Everything that a fine-tuning on retrieval is."""
@@ -304,12 +308,19 @@ def _method(model: Albef | Flava | Clip, pixels: Pixels, recipe: Any, num_pairs:
         )  # fmt: skip
     if soft.alpha:
         notes.append("without distillation: of retrieval it is ALBEF's alone")
+    notes += _unused(objectives, OF_ALBEF if isinstance(model, Flava) else OF_ALBEF + OF_MATCHING)
     if isinstance(model, Clip):
         if objectives.itm:
             notes.append("without ITM: CLIP matches nothing, and is trained by the contrastive loss alone")
         return ClipMethod(model, pixels)
     weights = {"contrastive": objectives.contrastive, "itm": objectives.itm}
     return RetrievalMethod(model, pixels, weights, objectives.negatives, objectives.pool)
+
+
+def _unused(objectives: Objectives, fields: tuple[str, ...]) -> list[str]:
+    """A sentence for each of these that was set to something, by a model that has no use for it."""
+    changed = [field for field in fields if getattr(objectives, field) != getattr(Objectives(), field)]
+    return [f"objectives.{field} has no effect: this model has no use for it" for field in changed]
 
 
 def _select(recipe: RetrievalRecipe, model: Albef | Flava | Clip) -> str:
