@@ -97,6 +97,15 @@ def test_pairs_of_ones_own_leave_the_figures_of_the_run(trained: Path, shop: Pat
     assert read(run / "evaluation")["results"].keys() == PAIR_NAMES | {"seconds.total"}
 
 
+def test_pictures_of_another_size_are_seen_at_it(trained: Path, shop: Path, tmp_path: Path) -> None:
+    model, found = checkpoint(trained, 6) / "model", {}
+    for size in (None, 32, 64):  # its own is 32
+        out, words = tmp_path / str(size), [] if size is None else ["--image-size", size]
+        assert trivium("evaluate", model, "--pairs", shop / "goods.jsonl", *words, "--out", out) == 0
+        found[size] = (out / "outcomes.parquet").read_bytes()
+    assert found[None] == found[32] != found[64]
+
+
 def test_the_page_needs_nothing_beside_itself(trained: Path) -> None:
     page = (trained / "report.html").read_text(encoding="utf-8")
     assert Addresses(page).found == []
@@ -134,6 +143,8 @@ def test_mistakes_are_sentences_and_write_nothing(
         ([model, *goods, "--text-column", "title"], 'has no column "title"'),
         ([model, "--pairs", tmp_path / "bad.csv"], f"{tmp_path}/bad.csv (line 2): its picture {tmp_path}/none.png"),
         ([model, *goods, "--device", "gpu"], "device gpu cannot be used here"),
+        ([model, *goods, "--image-size", "30"], "cannot be cut into patches of 8: choose a multiple"),
+        ([trained, "--image-size", "64"], "--image-size is not of what a run measures of itself"),
     ):
         capsys.readouterr()
         assert trivium("evaluate", *words, "--out", out) == 2, words

@@ -59,6 +59,16 @@ def test_tasks_by_name(trained: Path, root: Path, tmp_path: Path) -> None:
     assert found["MNIST.knn.accuracy"]["n"] == 4
 
 
+def test_what_is_kept_of_one_size_is_not_that_of_another(
+    trained: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", trained, "--task", "MNIST", "--data.root", root, "--out", tmp_path / "out"]
+    for more, is_new in (([], True), (["--image-size", 64], True), (["--image-size", 32], False)):
+        capsys.readouterr()
+        assert trivium(*words, *more) == 0
+        assert ("features of" in capsys.readouterr().err) == is_new, more
+
+
 def test_mistakes_are_sentences(trained: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
@@ -145,7 +155,7 @@ def test_two_runs_of_one_task_and_seeds_without_a_median_are_refused(tmp_path: P
     tuned(runs / "c", {"RTE": 0.6, "seconds.total": 9.0})
     for tasks, folders in ((["SST-2"], [runs]), (["RTE", "SST-2"], [second, first])):
         with pytest.raises(TriviumError, match=f"two runs of SST-2, {folders[0]}.* and {runs}/[ab]: name the one"):
-            evaluate_suite(tmp_path, "language", tasks, None, folders, None, None, tmp_path / "out", "cpu", 0.0)
+            evaluate_suite(tmp_path, "language", tasks, None, folders, None, None, None, tmp_path / "out", "cpu", 0.0)
     chosen = {task.name: of_task(task, read_fine_tuned([runs, runs / "c"])) for task in tasks_of("language", ["rte"])}
     assert chosen["RTE"] is not None and chosen["RTE"].seconds == 9.0, "the same run, named twice"
     seeds = tmp_path / "seeds"

@@ -58,7 +58,7 @@ def embed(
     print(f"{good} embeddings in {out}" + (f", {len(rows) - good} could not be read" if good < len(rows) else ""))
 
 
-def open_model(path: Path, image_size: int | None = None) -> Bundle:
+def open_model(path: Path, image_size: int | None = None, device: str = "auto") -> Bundle:
     """image_size: of the pictures that it is to see; None: its own. Raises TriviumError for one that it cannot see."""
     from trivium.load import load
     from trivium.recipes import limits
@@ -66,7 +66,7 @@ def open_model(path: Path, image_size: int | None = None) -> Bundle:
 
     if image_size is not None and image_size < 1:
         raise TriviumError(f"--image-size {image_size}: this must be a number of pixels of 1 or more")
-    bundle = load(path, choose_device("auto"))
+    bundle = load(path, choose_device(device))
     patch = getattr(bundle.model.config, "patch_size", None)
     if image_size is not None and isinstance(patch, int):  # else it reads no pictures, which is told where one comes
         limits.check_patches(image_size, patch, "--image-size")

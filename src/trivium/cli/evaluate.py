@@ -26,6 +26,7 @@ def evaluate(
     fine_tuned: Annotated[tuple[Path, ...], arg(metavar="RUN ...")] = (),
     rows: Annotated[int | None, arg(metavar="N")] = None,
     block: Annotated[int | None, arg(metavar="N")] = None,
+    image_size: Annotated[int | None, arg(metavar="N")] = None,
     out: Path | None = None,
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto",
 ) -> int:
@@ -46,6 +47,7 @@ def evaluate(
         fine_tuned: runs of trivium finetune, whose results stand for the tasks that take fine-tuning.
         rows: at most so many pictures of each split of --suite and --task, for a first look.
         block: whose attention RefCOCO+ is measured by, as in trivium ground.
+        image_size: pixels on the side of a picture, where not the model's own: its positions are interpolated.
         out: the folder to write into; by default the run folder, with --pairs the folder "evaluation" in it, with a
             suite "evaluation-SUITE", and for a model that is no run these folders here.
         device: cpu, cuda, or auto for the fastest there is.
@@ -60,18 +62,23 @@ def evaluate(
         if pairs:
             raise TriviumError("--pairs and --suite are two evaluations: call trivium evaluate for each")
         out = out or (path if is_run else Path()) / f"evaluation-{suite or 'tasks'}"
-        return evaluate_suite(path, suite, task, root, fine_tuned, rows, block, out, device, begun)
+        return evaluate_suite(path, suite, task, root, fine_tuned, rows, block, image_size, out, device, begun)
     of_suites = {"data.root": root, "fine-tuned": fine_tuned or None, "rows": rows, "block": block}
     given = [name for name, value in of_suites.items() if value is not None]
     if given:
         raise TriviumError(f"--{given[0]} is of the papers' tasks: name them with --suite or --task")
     own = is_run and not pairs  # what a run measures of itself: its results.json is made anew
+    if own and image_size is not None:
+        raise TriviumError(
+            "--image-size is not of what a run measures of itself, at the size that it learned: give --pairs, --suite"
+            " or --task with it, or the model folder of a checkpoint"
+        )
     out = out or (path if own else path / "evaluation" if is_run else Path("evaluation"))
     if out.exists() and not out.is_dir():
         raise TriviumError(f"{out} is a file: name a folder with --out")
+    from trivium.cli.embed import open_model
     from trivium.data.sources import open_source
     from trivium.evaluate import pairs as pairs_protocol
-    from trivium.load import load
     from trivium.recipes import RECIPES, finish
     from trivium.recipes.prepared import Losses, on_drawings
     from trivium.train import config, run_folder
@@ -80,7 +87,6 @@ def evaluate(
     def say(sentence: str) -> None:
         print(sentence, file=sys.stderr)
 
-    on = choose_device(device)
     prepared = None
     seconds: dict[str, float] = {}
     if own:
@@ -93,9 +99,9 @@ def evaluate(
         prepared = config.build(settings, RECIPES).prepare(settings.recipe, settings.arguments, newest / "model")
         if chosen := prepared.settle(path):
             say(chosen)
-        prepared.run.method.to(on)
+        prepared.run.method.to(choose_device(device))
     losses: Losses = {}
-    bundle = load(path, on) if prepared is None else prepared.bundle
+    bundle = open_model(path, image_size, device) if prepared is None else prepared.bundle
     if prepared is not None:
         found, losses = finish.evaluate(prepared, say)
     elif pairs:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trivium.cli.embed import open_model
 from trivium.cli.finetune import SEEDS
 from trivium.errors import TriviumError
 from trivium.evaluate import results, suite, suite_report, tuned_runs
@@ -17,11 +18,9 @@ from trivium.evaluate.feature_store import make_cache_root
 from trivium.evaluate.paper_tasks import SUITES, PaperTask
 from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun
 from trivium.evaluate.tuned_runs import TunedRun
-from trivium.load import load
 from trivium.recipes.own_head import open_own
 from trivium.train import config as configuration
 from trivium.train import run_folder
-from trivium.train.precision import choose_device
 
 
 def evaluate_suite(
@@ -32,6 +31,7 @@ def evaluate_suite(
     fine_tuned: Sequence[Path],
     rows: int | None,
     block: int | None,
+    image_size: int | None,
     out: Path,
     device: str,
     begun: float,
@@ -54,7 +54,7 @@ def evaluate_suite(
     tuned = read_fine_tuned(fine_tuned)
     chosen_runs = [tuned_runs.of_task(task, tuned) for task in tasks]  # before anything is measured
     cache = make_cache_root()
-    bundle = load(path, choose_device(device))
+    bundle = open_model(path, image_size, device)
 
     def say(sentence: str) -> None:
         print(sentence, file=sys.stderr)
