@@ -26,17 +26,15 @@ STARTED = time.monotonic()  # what is imported below takes its share of the minu
 
 # ruff: noqa: E402
 import argparse
-import gc
-import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any, Literal, TypeVar
 from unittest import mock
 
@@ -45,6 +43,7 @@ import clip_step
 import flava_pair
 import side_by_side
 import torch
+from gpu_report import Report, free_memory, line_of, print_table, sentence
 from step_pair import Trick
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -65,7 +64,6 @@ VARIANTS: dict[str, Context] = {
 }
 TURNS, STEPS = (3, 8) if torch.cuda.is_available() else (1, 2)  # turns of each side, and timed steps of a turn
 FEW_ROWS = 4  # where there is no GPU to fill, and for comparing losses
-FLOORS = {"ratio": 2.5, "mfu": 0.40}  # of the first row's inputs, on an H100 or H200
 LADDER = "ladder"  # stands in a row's name where a variant does
 
 T = TypeVar("T")
@@ -108,73 +106,6 @@ PLAN = (
     Row("flava", "image", "equal", LADDER, 30),
     Row("flava", "multimodal", "as_used", "peer as a whole", 240),
 )
-
-
-class TimeIsUp(BaseException):
-    """Not an Exception: a compiler that catches those must not catch this."""
-
-
-class Report:
-    """What was measured. Sections follow each other, each in its own time, and what they found is written at once."""
-
-    def __init__(self, minutes: float, write: Callable[[Report], None], started: float | None = None) -> None:
-        self.ends = (time.monotonic() if started is None else started) + 60 * minutes
-        self._write = write
-        self.matmul: dict[str, float] = {}  # shape -> FLOP/s
-        self.rows: dict[str, dict[str, Any]] = {}  # family/modality/inputs/variant -> figures
-        self.ladder: dict[str, dict[str, float]] = {}  # family/modality -> trick -> factor
-        self.not_measured: dict[str, str] = {}  # section -> why
-
-    @property
-    def ceiling(self) -> float | None:
-        return max(self.matmul.values(), default=None)
-
-    def section(self, name: str, seconds: float, measure: Callable[[], None]) -> bool:
-        """Whether it was measured to its end; if not, what it found before stands in the report all the same."""
-        seconds = min(seconds, self.ends - time.monotonic())
-        print(f"{name} (at most {max(0.0, seconds):.0f} s)", flush=True)
-        began = time.monotonic()
-        try:
-            if seconds <= 0:
-                raise TimeIsUp("no time was left")
-            with alarm(seconds):
-                measure()
-        except TimeIsUp as error:
-            self.not_measured[name] = str(error)
-        except Exception as error:
-            self.not_measured[name] = sentence(error)
-        if name in self.not_measured:
-            print(f"  not measured: {self.not_measured[name]}", flush=True)
-        else:
-            print(f"  took {time.monotonic() - began:.1f} s", flush=True)
-        free_memory()
-        self._write(self)
-        return name not in self.not_measured
-
-
-@contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeIsUp(f"not done within {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def with_fewer_rows(rows: int, measure: Callable[[int], T]) -> T:
@@ -280,7 +211,7 @@ class Bench:
             if side in found and self.report.ceiling is not None:
                 found[f"{side}_mfu"] = found["flops"] / found[side] / self.report.ceiling
         self.report.rows[row.name] = found
-        print("  " + line(row.name, found), flush=True)
+        print("  " + line_of(row.name, found), flush=True)
 
     def climb(self, row: Row, pair: Any, rows: int) -> None:
         """The ladder: what an eager step takes without each trick, or with another kernel of attention."""
@@ -374,58 +305,6 @@ def profile(bench: Bench, row: Row) -> None:
             print(f"{event.key}: {event.count} times, {event.self_cpu_time_total / 1e3:.2f} ms of the host")
 
 
-# -------------------------------------------------------------------------------------------------------- the table
-
-
-def line(name: str, row: dict[str, Any]) -> str:
-    def figure(key: str, factor: float = 1.0, digits: int = 1) -> str:
-        return f"{row[key] * factor:.{digits}f}" if key in row else "-"
-
-    rows, teraflops = row["rows"], row["flops"] / 1e12
-    cells = [
-        *(str(rows), figure("ours", 1e3), figure("peer", 1e3), figure("ratio", 1, 2)),
-        *(f"{rows / row['ours']:.0f}", f"{teraflops / row['ours']:.4g}"),
-        *(figure("ours_mfu", 100), figure("peer_mfu", 100)),
-        *(figure("ours_bytes", 1e-6 / rows), figure("peer_bytes", 1e-6 / rows)),
-    ]
-    return f"{name:<46}" + "".join(f"{cell:>10}" for cell in cells)
-
-
-HEADINGS = ("rows", "ours ms", "peer ms", "ratio", "ours /s", "TFLOP/s", "MFU %", "peer %", "MB/row", "peer MB")
-
-
-def print_table(report: Report, device: torch.device, kind: str) -> None:
-    on_gpu = device.type == "cuda"
-    print()
-    print(f"device: {torch.cuda.get_device_name(device) if on_gpu else precision.cpu_name()}, {kind} products")
-    if not on_gpu:
-        print("THE DEVICE IS A CPU: none of these figures says anything about a GPU")
-    if report.ceiling is not None:
-        print(f"fastest matrix product: {report.ceiling / 1e12:.4g} TFLOP/s")
-    print(f"{'':<46}" + "".join(f"{heading:>10}" for heading in HEADINGS))
-    for name, row in report.rows.items():
-        print(line(name, row))
-        if "peer_failed" in row:
-            print(f"    peer failed: {row['peer_failed']}")
-    for name, rungs in report.ladder.items():
-        print(f"\ntime without / with, {name}")
-        for trick, factor in rungs.items():
-            print(f"  {trick:<50}{factor:>8.3f}")
-    if on_gpu:
-        print_floors(report, PLAN[0].name.removesuffix(PLAN[0].variant))
-    for name, why in report.not_measured.items():
-        print(f"not measured to its end: {name}: {why}")
-
-
-def print_floors(report: Report, prefix: str) -> None:
-    """Both figures of each row as its own: the setting with the best of one need not have the best of the other."""
-    for name, row in report.rows.items():
-        if name.startswith(prefix):
-            ratio = f"{row['ratio']:.2f} times the peer" if "ratio" in row else "no peer"
-            used = f"MFU {row['ours_mfu']:.1%}" if "ours_mfu" in row else "no MFU"
-            print(f"{name}: {ratio} (floor {FLOORS['ratio']:g}), {used} (floor {FLOORS['mfu']:.0%})")
-
-
 # --------------------------------------------------------------------------------------------------------- the run
 
 
@@ -474,7 +353,7 @@ def main() -> None:
         return
     for row in plan:
         bench.measure(row)
-    print_table(report, device, kind)
+    print_table(report, device, kind, PLAN[0].name.removesuffix(PLAN[0].variant))
     if not report.rows:
         sys.exit("nothing was measured")
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import clip_step  # noqa: E402
 import gpu  # noqa: E402
+import gpu_report  # noqa: E402
 from step_pair import Trick  # noqa: E402
 
 CASES = [row.name for row in gpu.PLAN if row.variant != gpu.LADDER]
@@ -130,9 +131,9 @@ import gpu
     assert done.returncode == 0, done.stderr
 
 
-def report() -> tuple[gpu.Report, list[dict[str, Any]]]:
+def report() -> tuple[gpu_report.Report, list[dict[str, Any]]]:
     written: list[dict[str, Any]] = []
-    return gpu.Report(1.0, lambda report: written.append(dict(report.not_measured))), written
+    return gpu_report.Report(1.0, lambda report: written.append(dict(report.not_measured))), written
 
 
 def test_each_row_stands_beside_the_floors_with_both_of_its_own_figures(capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +143,7 @@ def test_each_row_stands_beside_the_floors_with_both_of_its_own_figures(capsys: 
         "a/as_used/ours alone": {"ours_mfu": 0.45},
         "b/as_used/eager": {"ratio": 9.0, "ours_mfu": 0.9},
     }
-    gpu.print_floors(found, "a/as_used/")
+    gpu_report.print_floors(found, "a/as_used/")
     assert capsys.readouterr().out.splitlines() == [
         "a/as_used/eager: 3.00 times the peer (floor 2.5), MFU 25.0% (floor 40%)",
         "a/as_used/ours alone: no peer (floor 2.5), MFU 45.0% (floor 40%)",
