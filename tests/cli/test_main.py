@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,12 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
         "cli.find_verb = lambda name: verb\n"
         "sys.exit(cli.main(['try']))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # what a shell starts with & ignores it
+    )
     while not started.exists():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
