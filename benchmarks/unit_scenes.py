@@ -6,7 +6,8 @@
 trained for --minutes, and from there for --then steps at half the rate, on larger batches of questions and statements.
 It is measured on what it held out: scenes of the drawings it was trained on, of concepts it never saw, of a style it
 never saw, and of both. The floors of FLOORS are checked, and the exit code is 1 where one is missed. What is stopped
-goes on when the same command is given again. Writes results/unit_scenes.json.
+goes on when the same command is given again. Writes results/unit_scenes.json, with _avx512 or _avx2 to its name where
+the processor has no AMX.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def main() -> int:
             command += f" --{flag} {value:g}"
     figures = {name: entry for name, entry in content["results"].items() if not name.startswith("seconds.")}
     side_by_side.write(
-        "unit_scenes", {"detection": splits, "tasks": figures},
+        side_by_side.of_this_class("unit_scenes"), {"detection": splits, "tasks": figures},
         command=command, floors=FLOORS, goals=GOALS, missed=missed, seconds=seconds, scenes=arguments.scenes,
     )  # fmt: skip
     for sentence in missed:
