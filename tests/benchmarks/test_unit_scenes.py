@@ -34,3 +34,35 @@ def test_a_run_that_is_done_is_not_begun_again_and_another_is_refused(tmp_path: 
     for other in (replace(first, train=replace(first.train, seed=1)), unit_scenes.second(first, tmp_path, 1100)):
         with pytest.raises(SystemExit, match="is a run with other settings"):
             unit_scenes.trained(other, tmp_path)
+
+
+REACHED = {"new-scenes": {"ap50": {"value": 0.46}}, "held-out-both": {"ap50": {"value": 0.31}}}
+
+
+@pytest.mark.parametrize(
+    ("splits", "low", "seconds", "said"),
+    [
+        ({}, 0.45, 2700.0, []),
+        (
+            {"held-out-both": {"ap50": {"value": 0.29}}},
+            0.45,
+            60.0,
+            ["mAP at IoU 0.5 on held-out-both is 0.290, below 0.3"],
+        ),
+        ({}, 0.37, 60.0, ["SNLI-VE.dev.accuracy is 0.370 at its lower end, the majority class gives 0.333"]),
+        ({}, 0.45, 2790.0, ["training took 46.5 minutes, more than 45"]),
+    ],
+)
+def test_each_floor_that_is_missed_is_told(splits: dict, low: float, seconds: float, said: list[str]) -> None:
+    found = {
+        "VG detection.val.attributes": {"value": 0.9, "low": 0.1},  # of boxes, as their majority is
+        "VG detection.val.attributes.majority": {"value": 0.8},
+        "SNLI-VE.dev.accuracy": {"value": 0.5, "low": low},
+        "SNLI-VE.dev.accuracy.majority": {"value": 0.333},
+        "SNLI-VE.dev.f1": {"value": 0.2, "low": 0.1},  # where guessing gives far less than a share of the rows
+        "SNLI-VE.dev.f1.majority": {"value": 0.17},
+        "losses.vg.class.final": {"value": 2.7},
+    }
+    words = unit_scenes.of_words(found)
+    assert list(words) == ["SNLI-VE.dev.accuracy"]
+    assert unit_scenes.misses(REACHED | splits, words, seconds) == said

@@ -272,10 +272,20 @@ def test_the_help_of_a_recipe_lists_every_field_with_its_value(
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.keys() - {"finetune"}))
 def test_every_recipe_has_a_help(recipe: str) -> None:
-    listed = page(recipe, {})
-    for path in leaves(RECIPES[recipe]()):
+    listed, tree = page(recipe, {}), RECIPES[recipe]()
+    for path in leaves(tree):
         name = re.sub(r"^tasks\.\w+\.", "tasks.NAME.", path).replace("_", "-")
-        assert f"\n  --{name}" in listed, path
+        assert (f"\n  --{name}" in listed) != (path in getattr(tree, "settled", ())), path
+
+
+@pytest.mark.parametrize("words", [["--model.tasks", "5"], ["--model.tasks.0.num-labels", "5"]])
+def test_what_the_data_decides_is_neither_listed_nor_set(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--model.tasks" not in page("unit", {})
+    assert trivium("pretrain", "unit", "--out", tmp_path / "run", *words) == 2
+    assert "is not for anybody to set: it follows from the data" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_task_of_fine_tuning_has_a_help() -> None:

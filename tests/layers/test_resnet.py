@@ -64,6 +64,18 @@ def test_a_padded_picture_gives_what_it_gives_alone(
         assert error <= (1e-12 if dtype == torch.float64 else 1e-5), f"{SIZES[row]}: {error:.2g}"
 
 
+@torch.no_grad()
+def test_fifty_layers_give_of_a_padded_picture_what_it_gives_alone() -> None:
+    resnet = drawn(ResNet((64, 128, 256, 512), (3, 4, 6, 3), True, "frozen", 1e-5, True), torch.float32)
+    pixels, sizes_B2, alone = padded([(96, 130), (128, 80), (33, 47)], 9.0, torch.float32)
+    maps, map_sizes = resnet(pixels, sizes_B2)
+    for row, picture in enumerate(alone):
+        [expected], _ = resnet(picture)
+        assert map_sizes[row].tolist() == list(expected.shape[1:])
+        found = maps[row, :, : expected.shape[1], : expected.shape[2]]
+        assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("norm", ["frozen", "group"])
 def test_gradients_of_a_padded_batch_are_those_of_its_pictures_one_by_one(norm: str) -> None:
     resnet = network(norm, bottleneck=norm == "frozen")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from trivium.errors import TriviumError
 from trivium.train import config
 from trivium.train.config import Config
+from trivium.train.optim import Optim
 
 
 @dataclass(frozen=True)
@@ -194,3 +196,9 @@ def test_members_that_the_function_does_not_start_from_come_back() -> None:
     ):
         with pytest.raises(TriviumError, match=r"has no option optim\.groups"):
             set_leaves(flava("tiny"), lacking)
+
+
+def test_a_list_of_members_is_told_by_their_fields() -> None:
+    said = "groups takes a list, each with fields of its own (pattern, rate, weight_decay, freeze_until), not 5"
+    with pytest.raises(TriviumError, match=re.escape(said)):
+        config.set_leaves(Optim(), {"groups": 5})

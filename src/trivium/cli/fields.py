@@ -45,11 +45,18 @@ def page(recipe: str, arguments: Mapping[str, str]) -> str:
     lines = [f"fields of {named}, with what they are by default in brackets:"]
     branch = None
     for field in fields_of(tree):
+        if is_settled(field.path, tree):
+            continue
         if field.path.rpartition(".")[0].partition(".")[0] != branch:
             branch = field.path.rpartition(".")[0].partition(".")[0]
             lines.append("")
         lines += _entry(field)
     return "\n".join(lines) + "\n"
+
+
+def is_settled(path: str, tree: Any) -> bool:
+    """Whether the data decides a field of this recipe, so that nobody sets it."""
+    return any(f"{path}.".startswith(f"{each}.") for each in getattr(tree, "settled", ()))
 
 
 def fields_of(tree: Any, prefix: str = "") -> Iterator[Field]:

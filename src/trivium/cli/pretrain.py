@@ -74,6 +74,7 @@ def pretrain(
 
 def begin(settings: Config, changes: Mapping[str, Any], out: Path, begun: float) -> int:
     """Begin a run of any recipe with these leaves changed. begun: as `run` takes it."""
+    from trivium.cli.fields import is_settled
     from trivium.cli.stages import run_stages
     from trivium.recipes import RECIPES
     from trivium.recipes.prepared import Recipe
@@ -81,7 +82,11 @@ def begin(settings: Config, changes: Mapping[str, Any], out: Path, begun: float)
     from trivium.train import config as configuration
     from trivium.train import run_folder
 
-    tree = set_overrides(configuration.build(settings, RECIPES), changes).with_absolute_paths()
+    tree = configuration.build(settings, RECIPES)
+    for path in changes:
+        if is_settled(path, tree):
+            raise TriviumError(f"--{path.replace('_', '-')} is not for anybody to set: it follows from the data")
+    tree = set_overrides(tree, changes).with_absolute_paths()
     if isinstance(tree, Stages):
         return run_stages(tree, settings, out)
     run_folder.refuse_a_run(out)

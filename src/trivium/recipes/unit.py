@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from trivium.bundle import Bundle
 from trivium.data.detection import Detection
@@ -72,7 +72,9 @@ class Objectives:
 class UnitRecipe:
     """Everything that a UniT run is."""
 
-    model: UnitConfig  # its tasks come from the data
+    settled: ClassVar[tuple[str, ...]] = ("model.tasks",)  # fields that nobody sets: the data decides them
+
+    model: UnitConfig
     objectives: Objectives = field(default_factory=Objectives)
     tasks: dict[str, JointTask] = field(default_factory=lambda: dict(PUBLISHED))
     data: JointData = field(default_factory=JointData)

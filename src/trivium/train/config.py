@@ -200,6 +200,8 @@ def _describe(annotation: Any) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}
     if annotation in names:
         return names[annotation]
+    if dataclasses.is_dataclass(annotation):  # by paths of its own: optim.groups.0.pattern
+        return f"with fields of its own ({', '.join(field.name for field in dataclasses.fields(annotation))})"
     return "a path" if isinstance(annotation, type) and issubclass(annotation, os.PathLike) else str(annotation)
 
 
