@@ -269,7 +269,7 @@ def main() -> int:
         return 0
     table = figures(arguments.seeds, out)
     command = "python benchmarks/unit_table.py --data $TRIVIUM_DATA --out runs/unit-table"
-    for flag in ("updates", "scenes", "measured"):
+    for flag in ("updates", "scenes", "measured", "threads"):
         if (value := getattr(arguments, flag)) != parser.get_default(flag):
             command += f" --{flag} {value}"
     commonest = majorities(arguments.seeds, out)

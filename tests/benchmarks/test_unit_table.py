@@ -67,3 +67,33 @@ def test_seconds_of_runs_are_those_that_their_folders_tell(tmp_path: Path) -> No
         cell.folder.mkdir()
         (cell.folder / "results.json").write_text(json.dumps({"results": results}))
     assert unit_table.seconds_of_runs([0, 1, 2], tmp_path) == {"single-vg-seed0": 61.5}
+
+
+def test_what_is_done_stays_what_was_stopped_goes_on_and_another_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(*words: object) -> int:
+        few = ("--data", tmp_path, "--out", tmp_path / "out", "--scenes", 8, "--measured", 4, "--device", "cpu")
+        monkeypatch.setattr("sys.argv", ["unit_table.py", *map(str, (*few, "--threads", 1, *words))])
+        return unit_table.main()
+
+    (tmp_path / "glue" / "SST-2").mkdir(parents=True)
+    for half in ("train", "dev"):
+        (tmp_path / "glue" / "SST-2" / f"{half}.tsv").write_text("sentence\tlabel\na fine film\t1\na dull one\t0\n")
+    chosen = ("--settings", "single", "--tasks", "vg", "--seeds", 0)
+    run = tmp_path / "out" / "single-vg-seed0"
+    assert call("--updates", 2, *chosen) == 0
+    assert "still to run: single-vqav2-seed0" in capsys.readouterr().err
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["step"] == 4
+    done = (run / "results.json").read_bytes()
+    assert call("--updates", 2, *chosen) == 0
+    assert (run / "results.json").read_bytes() == done  # not begun again
+    (run / "results.json").unlink()
+    assert call("--updates", 2, *chosen) == 0
+    again = json.loads((run / "results.json").read_text())["results"]
+    assert again["VG detection.val.ap50"] == json.loads(done)["results"]["VG detection.val.ap50"]
+    with pytest.raises(SystemExit, match="single-vg-seed0 is a run with other settings"):
+        call("--updates", 3, *chosen)
+    with pytest.raises(SystemExit, match="shared-init-seed1 starts from single-vg-seed1: run that first"):
+        call("--updates", 2, "--settings", "shared-init", "--seeds", 1)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 
 import pytest
+from scene_guesses import guessed_unseen
 
 from tests.data import scene_facts
 from trivium.data.scene_language import (
@@ -108,17 +108,6 @@ def test_captions_name_everything(train: tuple[Scenes, list[Scene]]) -> None:
             assert len(scene_facts.with_noun(scene, phrase)) == words[number]
         assert sum(words[number] for number in told.values()) == len(scene.objects)
         assert any(relation in place for relation in ("left of", "right of", "above", "below", "close to"))
-
-
-def guessed_unseen(told: Iterable[tuple[str, str]]) -> float:
-    """How often the commonest answer to a sentence, counted on one half, is right on the other."""
-    rows = list(told)
-    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for text, answer in rows[::2]:
-        counts[text][answer] += 1
-        counts[""][answer] += 1
-    guesses = [(counts.get(text) or counts[""]).most_common(1)[0][0] == answer for text, answer in rows[1::2]]
-    return sum(guesses) / len(guesses)
 
 
 def test_answers_cannot_be_guessed_from_the_question(train: tuple[Scenes, list[Scene]]) -> None:

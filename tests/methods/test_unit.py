@@ -38,7 +38,11 @@ def test_a_step_means_the_same_in_any_micro_batches(task: str) -> None:
         torch.testing.assert_close(of_parts[name], gradient, rtol=0, atol=1e-11 * max(1.0, float(gradient.abs().max())))
 
 
-def test_pictures_of_different_sizes_in_one_batch_give_what_each_gives_alone() -> None:
+@pytest.mark.parametrize("way", ["apart", "padded"])  # as on a processor, and as on a GPU
+def test_pictures_of_different_sizes_in_one_batch_give_what_each_gives_alone(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trivium.models.unit.goes_apart", lambda device: way == "apart")
     method, batch = unit_method(random_unit()), make_batch("vg", 4)
 
     def alone(row: int) -> Batch:
