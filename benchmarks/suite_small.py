@@ -59,9 +59,11 @@ from trivium.evaluate.metrics import METRICS
 from trivium.evaluate.suite import zero_shot_retrieval
 from trivium.load import FAMILIES, load
 from trivium.manifest import write_whole
+from trivium.models.albef import Albef
 from trivium.models.encoded import EncodesImage, EncodesText
 from trivium.models.unit import Unit
 from trivium.recipes import RECIPES, unit_start
+from trivium.recipes.albef import albef, at_random
 from trivium.recipes.finetune import collate_of
 from trivium.recipes.flava import HEADS
 from trivium.recipes.tasks import TASKS, TaskData
@@ -157,6 +159,8 @@ def at_random_start(bundle: Bundle) -> Bundle:
     model = make(config)
     if isinstance(model, Unit):
         unit_start.at_random(model, 0)
+    elif isinstance(model, Albef):
+        at_random(model, albef("tiny"))
     else:
         std = BERT_STD if bundle.family == "bert" else RECIPES[bundle.family]("tiny").init_std
         initialise(model, 0, std, heads=HEADS if bundle.family == "flava" else ())

@@ -29,10 +29,12 @@ from trivium.data.transforms import ImageTransform
 from trivium.evaluate.datasets import find
 from trivium.evaluate.datasets.layouts import BY_NAME
 from trivium.evaluate.datasets.pictures import DataSet
+from trivium.models.albef import Albef, AlbefConfig
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.flava import Flava
 from trivium.models.unit import Unit
 from trivium.recipes import RECIPES, unit_start
+from trivium.recipes.albef import albef, at_random
 from trivium.recipes.flava import HEADS
 from trivium.train.initial import initialise
 
@@ -184,6 +186,11 @@ def test_the_floor_begins_as_a_run_does(bundle: Bundle) -> None:
     initialise(expected, 0, RECIPES["flava"]("tiny").init_std, heads=HEADS)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(flava.state_dict()[name], tensor), name
+    drawn = Albef(AlbefConfig.of_size("tiny", vocab_size=len(BERT_SPECIALS)))
+    floor = suite_small.at_random_start(replace(bundle, family="albef", model=Albef(drawn.config))).model
+    at_random(drawn, albef("tiny"))
+    for name, tensor in drawn.state_dict().items():
+        assert torch.equal(floor.state_dict()[name], tensor), name
     unit = Unit(replace(TINY_UNIT, vocab_size=len(BERT_SPECIALS)))
     begun_unit = suite_small.at_random_start(replace(bundle, family="unit", model=unit))
     unit_start.at_random(unit, 0)

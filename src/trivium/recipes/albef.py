@@ -125,6 +125,18 @@ def albef(size: str = "tiny") -> AlbefRecipe:
     return AlbefRecipe(model, optim=published, train=Train(steps=300_000, micro_batch=64))
 
 
+@torch.no_grad()
+def at_random(model: Albef, recipe: AlbefRecipe) -> None:
+    """The weights that a run of the recipe begins with where no other model gives it any: drawn by its seed, smaller
+    in positions and segments of texts (`init_positions`) and in the blocks of text and fusion (`init_blocks`)."""
+    initialise(model, recipe.train.seed, recipe.init_std)
+    for embedding in (model.text.embeddings.position, model.text.embeddings.segment):
+        embedding.weight.mul_(recipe.init_positions)
+    for parameter in (*model.text.encoder.parameters(), *model.fusion.parameters()):
+        if parameter.ndim > 1:
+            parameter.mul_(recipe.init_blocks)
+
+
 @dataclass
 class PreparedAlbef(PreparedPairs):
     """ALBEF's run with its parts in memory."""
@@ -187,13 +199,7 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     recipe = replace(recipe, model=config)
 
     model = Albef(config)
-    initialise(model, seed, recipe.init_std)
-    with torch.no_grad():
-        for embedding in (model.text.embeddings.position, model.text.embeddings.segment):
-            embedding.weight.mul_(recipe.init_positions)
-        for parameter in (*model.text.encoder.parameters(), *model.fusion.parameters()):
-            if parameter.ndim > 1:
-                parameter.mul_(recipe.init_blocks)
+    at_random(model, recipe)
     if start is not None:
         model.load_state_dict(start.model.state_dict())
     notes += [tower.start(model) for tower in (image, text) if tower is not None]
