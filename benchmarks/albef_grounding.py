@@ -37,8 +37,9 @@ from trivium.evaluate import grounding
 from trivium.evaluate.results import Result
 from trivium.explain.heat_maps import heat_wall
 from trivium.models.albef import Albef
+from trivium.recipes import RECIPES
+from trivium.recipes.albef import AlbefRecipe, at_random
 from trivium.train import config
-from trivium.train.initial import initialise
 
 SIDE = 128  # pixels of a picture, as scenes have: 8 x 8 patches of 16
 FIGURES = ("pointing", "pointing.middle", "pointing.chance", "among_annotated", "among_annotated.chance")
@@ -68,21 +69,18 @@ def make_data(folder: Path, train: int, val: int) -> tuple[list[Path], Referring
     return paths, data
 
 
-def untrained(bundle: Bundle, std: float, positions: float) -> Bundle:
-    """The same model as it was drawn. positions: what the recipe multiplies those of the words with."""
-    model = bundle.model
-    assert isinstance(model, Albef)
-    other = Albef(model.config)
-    initialise(other, 0, std)
-    for embedding in (other.text.embeddings.position, other.text.embeddings.segment):
-        embedding.weight.data.mul_(positions)
-    return replace(bundle, model=other.eval())
+def untrained(bundle: Bundle, recipe: AlbefRecipe) -> Bundle:
+    """The same model as its run drew it."""
+    assert isinstance(bundle.model, Albef)
+    model = Albef(bundle.model.config)
+    at_random(model, recipe)
+    return replace(bundle, model=model.eval())
 
 
-def measure(out: Path, data: Referring, rows: int) -> dict[str, dict[str, Result]]:
+def measure(out: Path, recipe: AlbefRecipe, data: Referring, rows: int) -> dict[str, dict[str, Result]]:
     """A line for each block of a run, and for random weights at the block that is looked at by default."""
-    bundle, values = load(out), config.load(out).values
-    drawn = untrained(bundle, values["init_std"], values["init_positions"])
+    bundle = load(out)
+    drawn = untrained(bundle, recipe)
     model = bundle.model
     assert isinstance(model, Albef)
     found: dict[str, dict[str, Result]] = {}
@@ -97,11 +95,19 @@ def measure(out: Path, data: Referring, rows: int) -> dict[str, dict[str, Result
     return found
 
 
-def page(found: dict[str, dict[str, Result]], command: str) -> str:
+def command_of(arguments: argparse.Namespace) -> str:
+    """What was asked for, without this machine's folders."""
+    flags = f"--minutes {arguments.minutes:g} --scenes {arguments.scenes} --rows {arguments.rows}"
+    flags += "" if arguments.threads is None else f" --threads {arguments.threads}"
+    return f"python benchmarks/albef_grounding.py {flags} --out RUNS"
+
+
+def page(found: dict[str, dict[str, Result]], command: str, minutes: float, steps: int) -> str:
     lines = [
         "# Where a tiny ALBEF looks", "", f"`{command}`", "",
-        "Per cent of the expressions on new scenes, with 95 % intervals; one seed. At this size pretraining has no"
-        " queue. Expressions of one scene are drawn together.", "",
+        f"Per cent of the expressions on new scenes, with 95 % intervals; one seed. The {minutes:g} minutes of training"
+        f" were {steps:,} steps. At this size pretraining has no queue. Expressions of one scene are drawn together.",
+        "",
         f"| | {' | '.join(FIGURES)} |", "|---" * (1 + len(FIGURES)) + "|",
     ]  # fmt: skip
     lines += [f"| {name} | {' | '.join(per_cent(row[figure]) for figure in FIGURES)} |" for name, row in found.items()]
@@ -155,14 +161,15 @@ def main() -> None:
         "train.save-every": 200, "train.keep-last": 1, "validate": 0,
     }  # fmt: skip
     trained = run(out / f"run-{minutes:g}", ["pretrain", "albef"], values, arguments.device, arguments.threads)
-    found = measure(trained, data, arguments.rows)
+    recipe = config.build(config.load(trained), RECIPES)
+    found = measure(trained, recipe, data, arguments.rows)
     scene_sheet(load(trained), data, out / "scenes.png")
     print(f"wrote {out / 'scenes.png'}")
-    command = f"python benchmarks/albef_grounding.py --minutes {minutes:g} --scenes {scenes} --rows {arguments.rows}"
-    command += " --out RUNS"
+    command, steps = command_of(arguments), recipe.train.steps
     numbers = {name: {figure: as_json(each) for figure, each in row.items()} for name, row in found.items()}
-    written = side_by_side.write("albef_grounding", numbers, command=command)
-    write_beside(written.with_suffix(".md"), lambda beside: beside.write_text(page(found, command), encoding="utf-8"))
+    written = side_by_side.write("albef_grounding", numbers, command=command, steps=steps)
+    text = page(found, command, minutes, steps)
+    write_beside(written.with_suffix(".md"), lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

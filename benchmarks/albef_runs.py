@@ -171,7 +171,8 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def _refuse_another(out: Path, words: Sequence[str], changes: dict[str, list[str]]) -> None:
-    """How fast a run is made, and how often it is saved, may differ (run_folder.FREE)."""
+    """How fast a run is made, and how often it is saved, may differ (run_folder.FREE). Minutes were settled when it
+    began, and it has its steps in their place: whoever gives minutes names the folder after them."""
     recipe, arguments = words[1], {name: changes.pop(name)[0] for name in ("size",) if name in changes}
     if words[0] == "finetune":
         recipe, arguments = words[0], {"task": words[1]}
@@ -180,7 +181,8 @@ def _refuse_another(out: Path, words: Sequence[str], changes: dict[str, list[str
     there = config.load(out)
     if (there.recipe, there.arguments) != (recipe, arguments):
         raise SystemExit(f"{out} is a run of {there.recipe} {there.arguments}, not {arguments}: name another --out")
-    for name in changes.keys() - set(run_folder.FREE):
+    settled = ["train.minutes"] if there.values.get("train.minutes") is None else []
+    for name in changes.keys() - {*run_folder.FREE, *settled}:
         if there.values.get(name) != values[name]:
             raise SystemExit(
                 f"{out} was made with {name} = {there.values.get(name)}, not {values[name]}: give the command that it"

@@ -135,6 +135,8 @@ def test_a_run_that_is_done_counts_only_for_its_own_settings(tmp_path: Path) -> 
     assert albef_runs.run(out, words, values, "cpu", 2) == out
     with pytest.raises(SystemExit, match=r"made with train\.steps = 3, not 4"):
         albef_runs.run(out, words, values | {"train.steps": 4}, "cpu", 2)
+    timed = {name: value for name, value in values.items() if name != "train.steps"} | {"train.minutes": 25.0}
+    assert albef_runs.run(out, words, timed, "cpu", 2) == out, "minutes are settled as steps"
     with pytest.raises(SystemExit, match=r"b\.csv"):
         albef_runs.run(out, words, values | {"data.pairs": [tmp_path / "b.csv"]}, "cpu", 2)
     with pytest.raises(SystemExit, match="small"):
