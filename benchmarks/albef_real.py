@@ -40,12 +40,18 @@ SHOWN = {
                  "retrieval.style.text_to_image_reranked_r10", "retrieval.style.image_to_text_reranked_r10",
                  "zero_shot.group", "itm.accuracy"],
     "flickr8k": [f"retrieval.pairs.{way}{order}_{figure}" for way in ("text_to_image", "image_to_text")
-                 for order in ("", "_reranked") for figure in ("r10", "median_rank")],
+                 for order in ("", "_reranked") for figure in ("r10", "median_rank")]
+                + ["losses.mlm.final", "losses.mlm.chance"],
     "flickr8k fine-tuned": [f"retrieval.dev.{way}{order}_{figure}" for way in ("ir", "tr")
                             for order in ("", "_reranked") for figure in ("r10", "median_rank")],
     WHOLE: [ACCURACY],
     BLIND: [ACCURACY],
 }  # fmt: skip
+RECALL = "mean of R@1, 5 and 10 both ways, re-ranked"  # before and after fine-tuning
+WAYS = {
+    "flickr8k": ("retrieval.pairs.image_to_text", "retrieval.pairs.text_to_image"),
+    "flickr8k fine-tuned": ("retrieval.dev.tr", "retrieval.dev.ir"),
+}
 
 
 def main() -> None:
@@ -101,6 +107,11 @@ def beside(photographs: Photographs) -> dict[str, Result]:
     }
 
 
+def recall(found: results.Results, ways: tuple[str, str]) -> Result:
+    """What fine-tuning can choose its checkpoint by. Without an interval: its units are pictures and captions."""
+    return Result(float(np.mean([found[f"{way}_reranked_r{cutoff}"].value for way in ways for cutoff in (1, 5, 10)])))
+
+
 def sum_up(photographs: Photographs, steps: int, tuning_steps: int) -> None:
     """All that is done, as a page and as numbers."""
     out = photographs.out
@@ -126,6 +137,8 @@ def sum_up(photographs: Photographs, steps: int, tuning_steps: int) -> None:
     for name, folder in done.items():
         found = results.read(out / folder / "results.json")
         rows += [(name, figure, found.get(figure)) for figure in SHOWN[name]]
+        if name in WAYS:
+            rows.append((name, RECALL, recall(found, WAYS[name])))
     if WHOLE in done and BLIND in done:
         rows += [(name, ACCURACY, result) for name, result in beside(photographs).items()]
     numbers: dict[str, Any] = {}
@@ -134,8 +147,9 @@ def sum_up(photographs: Photographs, steps: int, tuning_steps: int) -> None:
         if result is None:
             lines.append(f"| {name} | `{figure}` | – | – |")
             continue
+        over = "–" if result.n is None else f"{result.n:,}"
         interval = "" if result.low is None else f" [{result.low:.4g}, {result.high:.4g}]"
-        lines.append(f"| {name} | `{figure}` | {result.value:.4g}{interval} | {result.n or 0:,} |")
+        lines.append(f"| {name} | `{figure}` | {result.value:.4g}{interval} | {over} |")
     command = f"python benchmarks/albef_real.py --data.root DATA --out {out.name} --steps {steps}"
     command += f" --tuning-steps {tuning_steps}"
     print("\n".join(lines))

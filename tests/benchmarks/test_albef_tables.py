@@ -7,14 +7,16 @@ from functools import partial
 from pathlib import Path
 
 import albef_noise
+import albef_real
 import albef_table1
 import numpy as np
 import pytest
 import side_by_side
 
 from trivium.cli.overrides import set_overrides
-from trivium.evaluate import outcomes
+from trivium.evaluate import outcomes, results
 from trivium.evaluate.outcomes import Outcomes
+from trivium.evaluate.results import Result
 from trivium.recipes.albef import albef
 from trivium.train import config
 
@@ -101,3 +103,24 @@ def test_noise_is_summed_up_over_runs_of_its_own_settings(tmp_path: Path, writte
     assert again["verdict"] == "better" and again["difference"]["value"] == pytest.approx(0.05)
     page = (written / "albef_noise.md").read_text()
     assert "seeds 0, 1, 2;" in page
+
+
+def test_the_page_of_real_data_has_the_words_and_recall_before_and_after_fine_tuning(
+    tmp_path: Path, written: Path
+) -> None:
+    out = tmp_path / "out"
+    words = {"losses.mlm.final": Result(3.25), "losses.mlm.chance": Result(5.5)}
+    for name, more, gain in (("flickr8k", words, 0.0), ("flickr8k fine-tuned", {}, 0.25)):
+        noisy(out / albef_real.FOLDERS[name], 0.5, "pairs.parquet")
+        found = {
+            f"{way}_reranked_r{cutoff}": Result(0.01 * cutoff + gain, n=9)
+            for way in albef_real.WAYS[name]
+            for cutoff in (1, 5, 10)
+        }
+        path = out / albef_real.FOLDERS[name] / "results.json"
+        results.write(path, found | more, command="", version="", machine={}, seconds={})
+    albef_real.sum_up(albef_real.Photographs(tmp_path, out), 30, 30)
+    page = (written / "albef_real.md").read_text()
+    assert "| flickr8k | `losses.mlm.final` | 3.25 | – |\n| flickr8k | `losses.mlm.chance` | 5.5 | – |" in page
+    assert f"| flickr8k | `{albef_real.RECALL}` | 0.05333 | – |" in page
+    assert f"| flickr8k fine-tuned | `{albef_real.RECALL}` | 0.3033 | – |" in page
