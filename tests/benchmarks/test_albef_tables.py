@@ -60,12 +60,21 @@ def test_table_1_gives_verdicts_on_cells_of_all_seeds_and_marks_the_others(
     [full, part] = [line for line in lines if line.startswith(("| ITC + MLM + ITM |", "| ITC + MLM + ITM_hard |"))]
     assert full.startswith("| ITC + MLM + ITM | 50.5 [") and "of 2 seeds" not in full
     assert part.startswith("| ITC + MLM + ITM_hard | 90.0 [") and part.count("1 of 2 seeds") == 5
+    [whole, quarter] = [
+        line
+        for line in lines
+        if line.startswith(("| ALBEF (Full + MoD downstream) |", "| ALBEF on a quarter of the pairs |"))
+    ]
+    assert " (97.83, at 14M 98.70) |" in whole and " (97.83) |" in quarter
+    assert any("statements and questions on scenes" in line for line in lines)
     orderings = json.loads((written / "albef_table1.json").read_text())["orderings"]
     told = {name: {cell["verdict"] for cell in row.values()} for name, row in orderings.items()}
     assert told["itc over mlm-itm"] == {"holds"}
     assert told["hard over itc"] == told["itc-mod over hard"] == {"not all seeds"}
     assert told["albef over full"] == {"undecided"}
     assert orderings["itc over mlm-itm"]["TR"]["each seed"] == pytest.approx([0.3, 0.3])
+    assert orderings["albef over quarter"]["TR"]["paper"] == pytest.approx(98.70 - 97.83)
+    assert orderings["albef over full"]["TR"]["paper"] == pytest.approx(97.83 - 97.47)
 
 
 def noisy(out: Path, mean: float, pairs: str, steps: int = 30) -> None:
