@@ -81,8 +81,8 @@ def picture(path: Path, seed: int) -> Path:
     return path
 
 
-def evaluated(model: Path, root: Path, out: Path, task: str) -> dict[str, float]:
-    assert run("evaluate", model, "--suite", "albef", "--task", task, "--data.root", root, "--out", out) == 0
+def evaluated(model: Path, root: Path, out: Path, task: str, *words: object) -> dict[str, float]:
+    assert run("evaluate", model, "--suite", "albef", "--task", task, "--data.root", root, "--out", out, *words) == 0
     entries = json.loads((out / "results.json").read_text())["results"]
     return {name: entry["value"] for name, entry in entries.items() if not name.startswith("seconds")}
 
@@ -198,6 +198,81 @@ def test_answers_are_ranked_and_scored_as_vqav2_is(tmp_path: Path, cache: Path, 
         assert json.loads(server.read_text()) == [
             {"question_id": key, "answer": answer} for (key, _, _), answer in zip(questions, best, strict=True)
         ]
+
+
+def test_a_list_is_ranked_as_one_asks_and_figures_of_two_ways_are_kept_apart(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = ["yes", "no", "red", "blue dog", "a dog", "the red cat"]
+    model, root = converted("vqa", tmp_path / "vqa", answers=answers), tmp_path / "data"
+    shown = picture(root / "vqa" / "0.jpg", 0)
+    bundle = opened(model)
+    entries = [{"question_id": n, "question": f"{text}?", "answer": ["red"] * 10, "dataset": "vqa", "image": "0.jpg"}
+               for n, text in enumerate(SENTENCES)]  # fmt: skip
+    (root / "vqa" / "vqa_val.json").write_text(json.dumps(entries))
+
+    def scored(question: str) -> tuple[dict[str, float], dict[str, float]]:
+        """By its first word and by the words after it, each read alone: log-likelihoods of every answer."""
+        tokenizer, first, rest = bundle.tokenizer.for_answers(), {}, {}  # type: ignore[union-attr]
+        fused = bundle.fuse(bundle.encode_image([shown]), bundle.encode_text([question]))
+        for answer in answers:
+            ids = torch.tensor(tokenizer.encode([answer], 30))
+            with torch.no_grad():
+                states, _ = bundle.head.states(ids[:, :-1], bundle.head.read(fused))  # type: ignore[operator, union-attr]
+                logs = bundle.head.predict_words(states).log_softmax(-1)[0].gather(1, ids[0, 1:, None])  # type: ignore[operator, union-attr]
+            first[answer], rest[answer] = float(logs[0]), float(logs[1:].sum())
+        return first, rest
+
+    both = [scored(entry["question"]) for entry in entries]  # type: ignore[arg-type]
+    likeliest: dict[tuple[object, ...], list[str]] = {
+        (): [max(answers, key=lambda a: first[a] + rest[a]) for first, rest in both],
+        ("--first-word-twice",): [max(answers, key=lambda a: 2 * first[a] + rest[a]) for first, rest in both],
+        ("--ranked", 1): [max(answers, key=first.__getitem__) for first, _ in both],
+    }
+    assert len(set(map(tuple, likeliest.values()))) == 3
+    for number, (words, expected) in enumerate(likeliest.items()):
+        found = evaluated(model, root, tmp_path / str(number), "VQAv2", *words)
+        assert found["VQAv2.dev.accuracy"] == pytest.approx(np.mean([answer == "red" for answer in expected]))
+        kept = set(cache.glob("**/predictions/dev.jsonl"))
+        assert len(kept) == number + 1
+        newest = max(kept, key=lambda path: path.stat().st_mtime_ns)
+        assert [json.loads(line)["prediction"] for line in newest.read_text().splitlines()] == expected
+        page = html.unescape((tmp_path / str(number) / "report.html").read_text())
+        read = 1 if "--ranked" in words else 6
+        assert f"of the list of answers the {read} that begin most likely are read to their end" in page
+        assert ("the first word counts twice, as in the public code" in page) == ("--first-word-twice" in words)
+        for entry, answer in zip(entries, expected, strict=True):
+            capsys.readouterr()
+            assert run("ask", model, "--image", shown, "--question", entry["question"], *words) == 0
+            lines = capsys.readouterr().out.splitlines()
+            assert lines[0].split(maxsplit=1)[1] == answer and len(lines) == (1 if "--ranked" in words else 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "sentence"),
+    [
+        ("ve", ("evaluate", "--suite", "albef", "--ranked", 9), "has no head that ranks a list of answers"),
+        ("vqa", ("evaluate", "--task", "RefCOCO+", "--first-word-twice"), "are of VQAv2 alone: name it with --task"),
+        ("vqa", ("evaluate", "--ranked", 9), "--ranked is of the papers' tasks"),
+        ("vqa", ("evaluate", "--task", "VQAv2", "--ranked", 0), "it must be 1 at least"),
+        ("vqa", ("evaluate", "--task", "VQAv2", "--ranked", 9, "--fine-tuned", "RUN"), "or that run from --fine-tuned"),
+        ("vqa", ("ask", "--image", "PICTURE", "--question", "a dog?", "--ranked", 9), "name one with --answers"),
+        ("vqa", ("ask", "--image", "PICTURE", "--question", "a dog?", "--ranked", 9, "--freely"), "chooses from no li"),
+    ],
+)
+def test_what_ranks_no_list_is_not_told_how(
+    kind: str, words: tuple[object, ...], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb, *rest = words
+    places = {"PICTURE": picture(tmp_path / "0.png", 0), "RUN": tmp_path / "run"}
+    (tmp_path / "run").mkdir()
+    entry = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"schema": 1, "results": {"VQAv2.dev.accuracy": entry}}))
+    out = ("--out", tmp_path / "out") if verb == "evaluate" else ()
+    assert run(verb, converted(kind, tmp_path / kind), *(places.get(str(word), word) for word in rest), *out) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_list_of_answers_may_lie_with_the_data_and_must_lie_somewhere(

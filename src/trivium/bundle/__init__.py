@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.bundle import model_folder
-from trivium.bundle.answers import Answer, own_list, ranked_list, written
+from trivium.bundle.answers import Answer, own_list, ranked_by, ranked_list, written
 from trivium.bundle.asked import Asked, asked_of, names_unknown, own_answers
 from trivium.bundle.heat import Heat, by_words
 from trivium.bundle.pictures import Picture, Pictures, check_sides, listed, normalised, read_picture
@@ -318,6 +318,18 @@ class Bundle:
             raise names_unknown(of)
         best = found_K.topk(min(k, int((found_K > 0).sum()), len(labels)))
         return [Answer(labels[n], p) for p, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+    def ranking(self, ranked: int | None = None, first_word_twice: bool | None = None) -> Bundle:
+        """The same model, whose head ranks a list of answers in another way. None: as it is.
+
+        Args:
+            ranked: answers of the list that are read to their end: those that begin most likely.
+            first_word_twice: an answer's first word counts twice, as in the public code (`AnswerDecoder.rank`).
+
+        Raises:
+            TriviumError: the model has no head that ranks a list.
+        """
+        return replace(self, head_config=ranked_by(self.head_config, ranked, first_word_twice))
 
     def _stacked(self, pictures: Pictures) -> tuple[Tensor, Tensor | None]:
         """Pixels, and sizes where a family that takes pictures of any size pads them."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
 from trivium.errors import TriviumError
 from trivium.models.encoded import Answers, Encoded
+from trivium.models.finetuned import HeadConfig
 
 ANSWER_WORDS = 16  # word pieces that are written at most, [SEP] among them
 
@@ -32,6 +34,23 @@ def ranked_list(labels: list[str] | None, tokenizer: Tokenizer | None, positions
         )
     tokenizer = tokenizer.for_answers()
     return tokenizer.pad(tokenizer.encode(labels, min(ANSWER_TOKENS, positions)))[0]
+
+
+def ranked_by(head: HeadConfig | None, ranked: int | None, first_word_twice: bool | None) -> HeadConfig:
+    """The settings of a head that ranks a list, with others of its own where they are not None (see `HeadConfig`).
+
+    Raises:
+        TriviumError: it ranks none, or is to read less than one answer.
+    """
+    if head is None or head.gives != "text":
+        raise TriviumError(
+            "this model has no head that ranks a list of answers, so that nothing can be set of how it does: take one"
+            " that writes its answers, as ALBEF does for VQA"
+        )
+    if ranked is not None and ranked < 1:
+        raise TriviumError(f"{ranked} answers of the list are to be read to their end: it must be 1 at least")
+    twice = head.first_word_twice if first_word_twice is None else first_word_twice
+    return replace(head, ranked=ranked or head.ranked, first_word_twice=twice)
 
 
 def own_list(answers: Sequence[str], tokenizer: Tokenizer, positions: int) -> list[str]:

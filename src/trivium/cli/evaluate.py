@@ -27,6 +27,8 @@ def evaluate(
     rows: Annotated[int | None, arg(metavar="N")] = None,
     block: Annotated[int | None, arg(metavar="N")] = None,
     image_size: Annotated[int | None, arg(metavar="N")] = None,
+    ranked: Annotated[int | None, arg(metavar="N")] = None,
+    first_word_twice: bool = False,
     out: Path | None = None,
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto",
 ) -> int:
@@ -48,6 +50,10 @@ def evaluate(
         rows: at most so many pictures of each split of --suite and --task, for a first look.
         block: whose attention RefCOCO+ is measured by, as in trivium ground.
         image_size: pixels on the side of a picture, where not the model's own: its positions are interpolated.
+        ranked: of VQAv2, of a model that writes its answers: so many of its list are read to their end, by default as
+            the model has it (128).
+        first_word_twice: likewise: rank the list as ALBEF's public code does, which counts an answer's first word
+            twice.
         out: the folder to write into; by default the run folder, with --pairs the folder "evaluation" in it, with a
             suite "evaluation-SUITE", and for a model that is no run these folders here.
         device: cpu, cuda, or auto for the fastest there is.
@@ -62,8 +68,14 @@ def evaluate(
         if pairs:
             raise TriviumError("--pairs and --suite are two evaluations: call trivium evaluate for each")
         out = out or (path if is_run else Path()) / f"evaluation-{suite or 'tasks'}"
-        return evaluate_suite(path, suite, task, root, fine_tuned, rows, block, image_size, out, device, begun)
-    of_suites = {"data.root": root, "fine-tuned": fine_tuned or None, "rows": rows, "block": block}
+        return evaluate_suite(
+            path, suite, task, root, fine_tuned, rows, block, image_size, out, device, begun,
+            ranked=ranked, first_word_twice=first_word_twice,
+        )  # fmt: skip
+    of_suites = {
+        "data.root": root, "fine-tuned": fine_tuned or None, "rows": rows, "block": block, "ranked": ranked,
+        "first-word-twice": first_word_twice or None,
+    }  # fmt: skip
     given = [name for name, value in of_suites.items() if value is not None]
     if given:
         raise TriviumError(f"--{given[0]} is of the papers' tasks: name them with --suite or --task")

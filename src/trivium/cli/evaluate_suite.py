@@ -35,6 +35,9 @@ def evaluate_suite(
     out: Path,
     device: str,
     begun: float,
+    *,
+    ranked: int | None = None,
+    first_word_twice: bool = False,
 ) -> int:
     """Measure a model on tasks and write the report.
 
@@ -47,6 +50,10 @@ def evaluate_suite(
         raise TriviumError(f"--rows {rows}: it must be at least 1")
     if block is not None and not any(task.kind == "grounding" for task in tasks):
         raise TriviumError("--block is of grounding alone: name RefCOCO+ with --task")
+    ranking = [task for task in tasks if task.prefix == "VQAv2"]
+    ranks_otherwise = ranked is not None or first_word_twice
+    if ranks_otherwise and not ranking:
+        raise TriviumError("--ranked and --first-word-twice are of VQAv2 alone: name it with --task")
     if root is not None and not root.is_dir():
         raise TriviumError(f"--data.root {root}: there is no such folder")
     if out.exists() and not out.is_dir():
@@ -55,6 +62,13 @@ def evaluate_suite(
     chosen_runs = [tuned_runs.of_task(task, tuned) for task in tasks]  # before anything is measured
     cache = make_cache_root()
     bundle = open_model(path, image_size, device)
+    if ranks_otherwise:
+        bundle = bundle.ranking(ranked, first_word_twice or None)
+        if (done := tuned_runs.of_task(ranking[0], tuned)) is not None:
+            raise TriviumError(
+                f"the figures of VQAv2 are read from {done.folder}, which ranked as it was set: leave out --ranked and"
+                " --first-word-twice, or that run from --fine-tuned"
+            )
 
     def say(sentence: str) -> None:
         print(sentence, file=sys.stderr)

@@ -152,7 +152,7 @@ class OwnHead(OwnTask):
         if self.bundle.head_config is not None:
             beside = "picture and text vector side by side" if reads == "concatenated" else "the model's own states"
             how = f"trained for {self.bundle.head_config.task}, which reads {beside}"
-        notes = [f"by the model's own head, {how}", *found.not_applicable]
+        notes = [f"by the model's own head, {how}", *self._ranking(), *found.not_applicable]
         notes += [f"what it says of each row: {predictions}"] if any(predictions.glob("*.jsonl")) else []
         if not found.results:
             notes.insert(0, "there is no figure, since no row that can be read has a label: labelled ones are missing")
@@ -189,6 +189,15 @@ class OwnHead(OwnTask):
     @property
     def _pixels(self) -> Pixels:
         return Pixels(self.bundle.transform.mean, self.bundle.transform.std)
+
+    def _ranking(self) -> list[str]:
+        """How a writer ranks: figures of two ways are not to be compared unsaid."""
+        head = self.bundle.head_config
+        if head is None or head.gives != "text":
+            return []
+        read = min(head.ranked, len(self.bundle.labels or ()))
+        twice = ", and the first word counts twice, as in the public code" if head.first_word_twice else ""
+        return [f"of the list of answers the {read:,} that begin most likely are read to their end{twice}"]
 
     def _notes(self) -> list[str]:
         """What the reader says of these rows; of answers outside a list, where it is that of the model."""
