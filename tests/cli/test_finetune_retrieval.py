@@ -112,8 +112,8 @@ def test_the_official_files_train_albef_and_both_orders_are_measured(
     capsys.readouterr()
     assert run("evaluate", out) == 0
     assert "test, re-ranked by matching: R@1 / 5 / 10 of texts" in capsys.readouterr().out
-    assert figures(out) == pytest.approx(found, abs=1e-9) or figures(out).keys() == found.keys()
-    assert figures(out)["Flickr30K retrieval.test.tr_reranked_r1"] == found["Flickr30K retrieval.test.tr_reranked_r1"]
+    again = {name: value for name, value in figures(out).items() if not name.startswith("seconds.")}
+    assert again == pytest.approx({name: found[name] for name in found if not name.startswith("seconds.")}, abs=1e-9)
 
 
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(models: dict[str, Path], flickr: Path, tmp_path: Path) -> None:
@@ -162,9 +162,11 @@ def test_distillation_is_a_switch(models: dict[str, Path], flickr: Path, tmp_pat
         out = tmp_path / str(alpha)
         found = tune("retrieval_flickr30k", models["albef"], out, *words, distillation__alpha=alpha)
         assert not any("reranked" in name for name in found)
-        losses = [entry["losses"] for entry in lines_of(out / "metrics.jsonl") if "losses" in entry]
-        assert losses[0]["itc"] == pytest.approx(losses[0]["itc"])
-        weights[alpha] = (losses[0]["itc"], losses[-1]["itc"])
+        first, *_, last = (entry for entry in lines_of(out / "metrics.jsonl") if "losses" in entry)
+        assert first["stats"]["itc_kl"] == pytest.approx(first["losses"]["itc"])
+        taught = last["losses"]["itc"] - last["stats"]["itc_kl"]  # the entropy of what the teacher says
+        assert taught > 0.1 if alpha else taught == pytest.approx(0, abs=1e-5)
+        weights[alpha] = (first["losses"]["itc"], last["losses"]["itc"])
     assert weights[0.0][0] == weights[0.4][0]  # the ramp begins at 0
     assert weights[0.0][1] != weights[0.4][1]
 
@@ -223,7 +225,7 @@ def test_mistakes_are_one_sentence_and_nothing_is_half_written(
     code = run("finetune", task, "--init", models["albef"], "--out", tmp_path / "run", *flags, *given)
     told = capsys.readouterr()
     assert code == 2 and sentence in told.err.strip().splitlines()[-1]
-    assert not (tmp_path / "run" / "results.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_entries_that_cannot_be_used_are_named_and_too_many_stop_the_run(

@@ -139,8 +139,10 @@ def test_no_pass_reads_a_number_back_from_the_device(monkeypatch: pytest.MonkeyP
     sums = method.couple(rows, rows) | method.separate(batch, rows, states, counts, KEY)
     torch.stack([value for name, value in sums.items() if not name.startswith("stat/")]).sum().backward()
     assert all(value.is_meta for value in sums.values())
+    stats = {name: value for name, value in sums.items() if name.startswith("stat/")}
+    assert {"stat/mlm_words", "stat/mlm_kl"} <= stats.keys()
     with torch.no_grad():
-        method.after_step(0, rows, {})
+        method.after_step(0, rows, stats)
 
 
 # --------------------------------------------------------------------------------------------------- queues
