@@ -1,6 +1,6 @@
 """kill -9 at 100 instants of a run of 200 steps, 40 of them inside a save: what comes out is what would have come out.
 
-    python benchmarks/kill.py                          # about four minutes on two cores
+    python benchmarks/kill.py                          # two to five minutes on two cores
     python benchmarks/kill.py --kills 5 --sizes tiny   # to see that it runs: writes nothing
     python benchmarks/kill.py --kills 0                # SIGTERM, lost rank, saving; the kills in the file stay
 

@@ -23,9 +23,6 @@ from trivium.manifest import write_whole
 from trivium.train import config, precision, run_folder
 
 RESULTS = Path(__file__).parent / "results"
-# With these set in the environment a processor of a newer class works as one with AVX2 alone: what oneDNN, torch and
-# MKL obey (the latter on Intel's; on AMD's its products are made with AVX2 anyway). Results then say so.
-HELD_TO_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def refuse_a_busy_machine(limit: float = 1.0) -> None:
@@ -180,16 +177,19 @@ def row(ours: list[float], peer: list[float], memory: tuple[int, int] | None = N
 
 def held_to_avx2() -> bool:
     """Whether a newer processor works as one with AVX2 alone. Raises SystemExit where it is held by half."""
-    held = [name for name in HELD_TO_AVX2 if name in os.environ]
-    if any(os.environ[name] != HELD_TO_AVX2[name] for name in held) or len(held) not in (0, len(HELD_TO_AVX2)):
-        wanted = " ".join(f"{name}={value}" for name, value in HELD_TO_AVX2.items())
+    held = [name for name in precision.HELD_TO_AVX2 if name in os.environ]
+    if any(os.environ[name] != precision.HELD_TO_AVX2[name] for name in held) or len(held) not in (
+        0,
+        len(precision.HELD_TO_AVX2),
+    ):
+        wanted = " ".join(f"{name}={value}" for name, value in precision.HELD_TO_AVX2.items())
         sys.exit(f"{', '.join(held)} alone, or with other values, makes figures of no class: set {wanted}, or none")
-    return bool(held) and precision.cpu_class() != "AVX2"
+    return "held on" in precision.worked_as()
 
 
 def typed() -> str:
     """The command of this process, with what the environment holds it to."""
-    held = [f"{name}={value}" for name, value in HELD_TO_AVX2.items()] if held_to_avx2() else []
+    held = [f"{name}={value}" for name, value in precision.HELD_TO_AVX2.items()] if held_to_avx2() else []
     return " ".join([*held, "python", *sys.argv])
 
 
@@ -200,9 +200,9 @@ def of_this_class(name: str) -> str:
 
 
 def _class() -> dict[str, str]:
-    """What the processor works as, and what it is where it is held to less."""
-    own = precision.cpu_class()
-    return {"class": "AVX2", "held on": own} if held_to_avx2() else {"class": own}
+    """What the processor works as, and what it is where it is held to less. Raises SystemExit as held_to_avx2."""
+    held_to_avx2()
+    return precision.worked_as()
 
 
 def _machine() -> dict[str, Any]:

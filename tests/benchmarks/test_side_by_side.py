@@ -17,6 +17,7 @@ import torch
 import unit_step
 
 from trivium.layers.packing import Packing
+from trivium.train import precision, run_folder
 
 
 def test_a_rung_is_the_time_without_over_the_time_with_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +131,7 @@ def test_the_ladder_of_flava_has_a_rung_where_a_trick_can_matter_and_none_change
 def test_a_step_on_another_class_of_processor_has_a_file_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in side_by_side.HELD_TO_AVX2:
+    for name in precision.HELD_TO_AVX2:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("sys.argv", ["benchmarks/a.py"])
     named = []
@@ -139,12 +140,13 @@ def test_a_step_on_another_class_of_processor_has_a_file_of_its_own(
         named.append(side_by_side.of_this_class("step"))
     assert named == ["step", "step_avx512", "step_avx2"]
     monkeypatch.setattr("trivium.train.precision.cpu_class", lambda: "AMX")
-    for name, value in side_by_side.HELD_TO_AVX2.items():
+    for name, value in precision.HELD_TO_AVX2.items():
         monkeypatch.setenv(name, value)
-        if name != list(side_by_side.HELD_TO_AVX2)[-1]:
+        if name != list(precision.HELD_TO_AVX2)[-1]:
             with pytest.raises(SystemExit, match=r"ONEDNN_MAX_CPU_ISA.* alone, or with other values"):
                 side_by_side.held_to_avx2()
     assert side_by_side.of_this_class("step") == "step_avx2"
+    assert run_folder.machine()["held on"] == "AMX"  # in what a run writes too
     found = json.loads(side_by_side.write("step_avx2", {}, folder=tmp_path).read_text())
     assert (found["machine"]["class"], found["machine"]["held on"]) == ("AVX2", "AMX")
     held = "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2"

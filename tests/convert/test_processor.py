@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from transformers.models.beit.image_processing_pil_beit import BeitImageProcesso
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
-from transformers.models.flava.image_processing_pil_flava import FlavaImageProcessorPil
+from transformers.models.flava.image_processing_pil_flava import FlavaImageProcessorPil, FlavaMaskingGenerator
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from trivium.convert import processor
+from trivium.data.masking import block_mask
 from trivium.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, normalize
 from trivium.errors import TriviumError
 
@@ -128,3 +130,16 @@ def test_a_transform_comes_back_from_timms_config(size: int, margin: int, crop: 
     written = {"pretrained_cfg": processor.transform_to_timm(**asdict(transform))}
     fields, said = processor.transform_from_timm(json.loads(json.dumps(written)), size)
     assert said == [] and ImageTransform(**fields) == transform
+
+
+@pytest.mark.parametrize("grid", [4, 8, 14])
+def test_masks_of_the_processor_are_those_that_training_draws(grid: int) -> None:
+    """FLAVA's processor and `block_mask` hide as many patches on average, on a grid of any size."""
+    told = processor.masks_and_codebook_to_hf(grid, 8)
+    names = ("total_mask_patches", "mask_group_min_patches", "mask_group_min_aspect_ratio")
+    generator = FlavaMaskingGenerator(grid, **{name: told[name] for name in names})
+    random.seed(0)
+    rng = np.random.default_rng(0)
+    theirs = [int(generator().sum()) for _ in range(400)]
+    mine = [int(block_mask(rng, grid, grid).sum()) for _ in range(400)]
+    assert np.mean(theirs) == pytest.approx(np.mean(mine), rel=0.05)

@@ -97,5 +97,6 @@ def test_what_cannot_be_is_refused() -> None:
         StreamMixture(streams(1.0) + streams(1.0), seed=0)
     with pytest.raises(TriviumError, match="'stream0': 3 processes cannot share a global batch of 8 evenly"):
         StreamMixture(streams(1.0), seed=0).loader(0, 0, 3, 1)
-    with pytest.raises(TriviumError, match="4 processes cannot share 2 micro-batches"):
+    with pytest.raises(TriviumError, match=r"4 processes cannot share 2 micro-batches .* --train.micro-batch 2$"):
         StreamMixture(streams(1.0, micro_batch=4), seed=0).loader(0, 0, 4, 1)
+    StreamMixture(streams(1.0, micro_batch=2), seed=0).loader(0, 0, 4, 1)  # what it says will do

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trivium.data.files import TEXT_LIMIT, Folder, TextLines, words_within
+from trivium.data.files import TEXT_LIMIT, WORD, Folder, TextLines, words_within
 from trivium.data.parquet import ParquetFiles
 from trivium.data.sources import Concat, open_source
 from trivium.data.tables import Csv, Jsonl
@@ -213,10 +213,21 @@ def test_windows_hold_every_word_once_and_in_order(tmp_path: Path, words: list[s
     (tmp_path / "words.txt").write_text(" ".join(["start", *words]) + "\n", encoding="utf-8")
     source = TextLines(tmp_path / "words.txt", window)
     texts = [source.read(row, row)["text"] for row in range(len(source))]
-    assert " ".join(texts).lstrip("\ufeff").split() == ["start", *words]
-    lengths = [len(text.split()) for text in texts]
+    assert "".join(" ".join(texts).lstrip("\ufeff").split()) == "".join(["start", *words])
+    lengths = [len(WORD.findall(text.encode())) for text in texts]
     assert max(lengths) <= window and max(lengths) - min(lengths) <= 1
-    assert len(texts) == -(-(1 + len(words)) // window)
+    assert len(texts) == -(-sum(lengths) // window)
+
+
+def test_scripts_without_spaces_are_cut_into_windows_too(tmp_path: Path) -> None:
+    japanese, thai = "赤いマグカップが木の机の上にある。" * 3, "แก้วสีแดง" * 4
+    (tmp_path / "words.txt").write_text(f"{japanese}\n{thai}\na don’t-split naïve word 東京 end\n", encoding="utf-8")
+    source = TextLines(tmp_path / "words.txt", 16)
+    texts = [source.read(row, row)["text"] for row in range(len(source))]
+    assert texts[-1] == "a don’t-split naïve word 東京 end"
+    assert [len(text) for text in texts[:-1]] == [12, 13, 13, 13, 12, 12, 12]
+    assert "".join(texts[:-1]) == japanese + thai
+    assert source.long_lines == 2
 
 
 def test_a_window_is_half_of_what_is_read() -> None:
@@ -227,10 +238,10 @@ def test_ten_megabytes_on_one_line(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("word " * 2_000_000)
     source = TextLines(tmp_path / "words.txt", 64)
     assert (len(source), source.long_lines, source.cut_texts()) == (31_250, 1, 0)
-    (tmp_path / "no_spaces.txt").write_text("木" * 3_000_000 + "\nshort\n", encoding="utf-8")
+    (tmp_path / "no_spaces.txt").write_text("é" * 3_000_000 + "\nshort\n", encoding="utf-8")
     source = TextLines(tmp_path / "no_spaces.txt", 64)
     assert (len(source), source.cut_texts()) == (2, 1)
-    assert source.read(0, 0)["text"] == "木" * TEXT_LIMIT
+    assert source.read(0, 0)["text"] == "é" * TEXT_LIMIT
 
 
 def test_a_line_that_is_not_utf8_is_bad_alone(tmp_path: Path) -> None:

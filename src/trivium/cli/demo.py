@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trivium.recipes.flava import FlavaRecipe
     from trivium.recipes.prepared import Prepared
 
-TRAINING_MINUTES = 7.2  # the whole command: 8.1 on two cores with AMX
+TRAINING_MINUTES = 6.8  # it may come to an eighth more where the machine slows down after the steps were timed
 QUICK_MINUTES = 0.75
 MOST_STEPS = 2000  # a trial of 3,000 left the matching head worse than chance on things never seen
 
@@ -26,7 +26,7 @@ def demo(*, quick: bool = False, out: Path | None = None, minutes: float | None 
     Args:
         quick: a first picture wall within two minutes; the model has then seen little.
         out: the run folder to make; by default demo, or demo-2, demo-3 where that stands already.
-        minutes: of training, instead of 7.2, or of the fewer that 2,000 steps take.
+        minutes: of training, instead of 6.8, or of the fewer that 2,000 steps take.
     """
     begun = time.perf_counter()
     from trivium.cli import pretrain as pretrain_verb

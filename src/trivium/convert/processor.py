@@ -77,13 +77,13 @@ def image_processor_to_hf(
 
 
 def masks_and_codebook_to_hf(grid: int, codebook_size: int) -> dict[str, Any]:
-    """What a FlavaImageProcessor has beyond; masks keep BEiT's share of 75 in 196 patches."""
+    """What a FlavaImageProcessor has beyond; masks keep BEiT's shares, 75 of 196 patches and 16 in a block."""
     codebook_square = {"height": codebook_size, "width": codebook_size}
     masked = max(1, round(75 / 196 * grid**2))
     return {
         "input_size_patches": grid,
         "total_mask_patches": masked,
-        "mask_group_min_patches": min(16, masked),
+        "mask_group_min_patches": max(1, round(16 / 196 * grid**2)),
         "mask_group_min_aspect_ratio": 0.3,
         "codebook_size": codebook_square,
         "codebook_crop_size": codebook_square,

@@ -362,10 +362,16 @@ class TextLines(RowSource):
         return sum(len(text.decode("utf-8", "replace").strip()) > TEXT_LIMIT for text in texts)
 
 
+# Thai and Lao, kana and Chinese characters, which stand without spaces, as UTF-8 has them.
+_ALONE = rb"(?:\xe0[\xb8-\xbb]|[\xe3-\xe9][\x80-\xbf]|\xf0[\xa0-\xaf][\x80-\xbf])[\x80-\xbf]"
+WORD = re.compile(_ALONE + rb"|(?:(?!" + _ALONE + rb")\S)+")
+
+
 def _windows(line: bytes, offset: int, begin: int, window: int) -> list[tuple[int, int]]:
     """Bounds in the file of as few runs of at most `window` words as hold a line that stands at `offset`, each as long
-    as the others but for one word: a rest of a word or two would be no sample."""
-    words = [(offset + match.start(), offset + match.end()) for match in re.finditer(rb"\S+", line)]
+    as the others but for one word: a rest of a word or two would be no sample. Of scripts without spaces each character
+    is a word."""
+    words = [(offset + match.start(), offset + match.end()) for match in WORD.finditer(line)]
     if len(words) <= window:
         return [(begin, offset + len(line))] if words else []
     number = -(-len(words) // window)

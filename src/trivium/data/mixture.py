@@ -10,6 +10,7 @@ stream in a cycle can be counted without dealing them, the place of any step is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -37,7 +38,7 @@ def refuse_uneven_shares(whose: str, batch: int, micro_batch: int, world: int) -
     if number % world and not rest:
         raise TriviumError(
             f"{whose}: {world} processes cannot share {number} micro-batches ({batch} rows, {micro_batch} each) evenly:"
-            f" choose a number of processes that divides {number}, or a smaller micro-batch"
+            f" give a smaller one, such as --train.micro-batch {math.gcd(batch // world, micro_batch)}"
         )
 
 

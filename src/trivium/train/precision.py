@@ -8,6 +8,7 @@ in float32. So ``auto`` times a product in both and, where bfloat16 wins on a CP
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -20,6 +21,9 @@ import torch
 from trivium.errors import TriviumError
 
 Precision = Literal["auto", "fp32", "bf16"]
+# With these in the environment a processor of a newer class works as one with AVX2 alone: what oneDNN, torch and MKL
+# obey (the latter on Intel's; on AMD's its products are made with AVX2 anyway). Results then say so.
+HELD_TO_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def measure_matmul(device: torch.device | str, seconds: float = 0.1) -> dict[str, float]:
@@ -124,6 +128,14 @@ def cpu_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     flags = set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
     known = {"amx_tile": "AMX", "avx512f": "AVX512", "avx2": "AVX2"}
     return next((name for flag, name in known.items() if flag in flags), "other")
+
+
+def worked_as() -> dict[str, str]:
+    """The class that the processor works as, and the one that it is ("held on") where the environment holds the
+    libraries of torch to AVX2."""
+    own = cpu_class()
+    held = own != "AVX2" and all(os.environ.get(name) == value for name, value in HELD_TO_AVX2.items())
+    return {"class": "AVX2", "held on": own} if held else {"class": own}
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -213,12 +213,12 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """cpu, its class ("AMX", "AVX512", "AVX2"), cores that this process may use, threads, GPUs."""
+    """cpu, its class ("AMX", "AVX512", "AVX2"; precision.worked_as), cores that this process may use, threads, GPUs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "cpu": precision.cpu_name(),
-        "class": precision.cpu_class(),
+        **precision.worked_as(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "gpus": gpus,
