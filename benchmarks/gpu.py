@@ -315,7 +315,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[], help="which, by pattern or beginning of their names")
     parser.add_argument("--static", action="store_true", help="compile each size anew, instead of for all sizes")
     parser.add_argument("--profile", help="name of a row; nothing else is measured")
-    parser.add_argument("--out", type=Path, help="folder of gpu.json; without it base on a GPU alone is kept")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of gpu.json, or gpu_rows.json; without it base on a GPU alone is kept",
+    )
     arguments = parser.parse_args()
     device = precision.choose_device("auto")
     kind: Kind = "bf16" if device.type == "cuda" else precision.choose("auto", device)
@@ -329,7 +333,7 @@ def main() -> None:
         if arguments.profile or (arguments.out is None and (arguments.size != "base" or device.type != "cuda")):
             return
         side_by_side.write(
-            "gpu",
+            "gpu_rows" if arguments.rows else "gpu",  # a few rows leave the table of all as it is
             report.rows,
             command=" ".join([command, *(["--rows", *arguments.rows] if arguments.rows else [])]),
             folder=arguments.out or side_by_side.RESULTS,

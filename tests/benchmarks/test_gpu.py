@@ -40,7 +40,7 @@ def measured(out: Path, minutes: float, *more: str) -> tuple[dict[str, Any], str
     done = run(program, "--size", "tiny", "--minutes", str(minutes), "--out", str(out), *more)
     assert done.returncode == 0, done.stderr
     assert "recompile_limit" not in done.stderr
-    found = json.loads((out / "gpu.json").read_text())
+    found = json.loads((out / ("gpu_rows.json" if "--rows" in more else "gpu.json")).read_text())
     ceiling = max(found["matmul"].values())
     for name, row in found["results"].items():
         assert "peer_failed" not in row, row
@@ -69,8 +69,8 @@ def test_a_small_run_measures_every_row(tmp_path: Path) -> None:
 
 
 def test_rows_are_chosen_by_pattern_and_by_how_their_names_begin(tmp_path: Path) -> None:
-    found, _ = measured(tmp_path, 8, "--rows", "clip/*/eager", MOST_WANTED)
-    assert list(found["results"]) == [MOST_WANTED, "clip/pairs/as_used/eager"]
+    found, _ = measured(tmp_path, 8, "--rows", "clip/*/eager", "albef/*/eager", MOST_WANTED)
+    assert list(found["results"]) == [MOST_WANTED, "clip/pairs/as_used/eager", "albef/pairs/equal/eager"]
     assert found["not_measured"] == {} == found["ladder"]
     done = run(str(ROOT / "benchmarks" / "gpu.py"), "--size", "tiny", "--rows", "unit")
     assert done.returncode == 2 and MOST_WANTED in done.stderr

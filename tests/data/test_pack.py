@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import webdataset
 from PIL import Image
 
 from tests.data.drawn import drawn_picture
@@ -87,6 +88,19 @@ def test_plain_tarfile_reads_names_that_webdataset_knows(table: Path, tmp_path: 
         record = archive.extractfile("000000004.json")
         assert record is not None
         assert json.load(record) == {"captions": ["größer", "two"]}
+
+
+def test_webdataset_reads_what_is_packed(table: Path, tmp_path: Path) -> None:
+    pack(settings(table), tmp_path / "out")
+    shards = sorted(map(str, (tmp_path / "out").glob("*.tar")))
+    found = list(webdataset.WebDataset(shards, shardshuffle=False))
+    source = open_source("pairs", shards)
+    assert len(found) == len(source) == 9
+    for row, sample in enumerate(found):
+        mine = source.read(row, row)
+        assert mine["image"] == sample.get("png", sample.get("jpg"))
+        told = json.loads(sample["json"])["captions"] if "json" in sample else [sample["txt"].decode()]
+        assert told == (mine["texts"] if "texts" in mine else [mine["text"]])
 
 
 def test_labels_stay(tmp_path: Path) -> None:
