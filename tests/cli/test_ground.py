@@ -86,6 +86,24 @@ def test_a_wall_of_every_word(
     assert np.array_equal(drawn[6], overlay(drawn[0], heat.words_Wnn[4]))
 
 
+@pytest.mark.parametrize("family", ["albef", "flava"])
+def test_a_picture_is_looked_at_at_another_size(
+    family: str, models: dict[str, Path], picture: Path, tmp_path: Path
+) -> None:
+    bundle = trivium.load(models[family])
+    size, patch = bundle.transform.size, bundle.model.config.patch_size
+    words = ("--image", picture, "--text", "a picture", "--out", tmp_path / "maps.png", "--image-size", 2 * size)
+    assert run("ground", models[family], *words) == 0
+    bundle.transform = bundle.transform.at(2 * size)
+    [heat] = bundle.ground(picture, "a picture")
+    assert heat.text_nn.shape == (2 * size // patch, 2 * size // patch)
+    with Image.open(tmp_path / "maps.png") as page:
+        pixels = np.asarray(page.convert("RGB"))
+    top, left = LETTERS + 2 * GAP, GAP + SIDE + GAP
+    expected = overlay(shown(picture, bundle.transform), heat.text_nn)
+    assert np.array_equal(pixels[top : top + SIDE, left : left + SIDE], expected)
+
+
 def test_an_overlay_is_red_where_it_is_hot_and_the_picture_where_it_is_not() -> None:
     grey = np.full((40, 80, 3), 90, np.uint8)
     heat = torch.zeros(4, 4)
@@ -131,6 +149,7 @@ def test_mistakes_are_sentences(
         ((models["albef"], "--image", picture, "--text", " "), "the text to look for is empty"),
         ((models["albef"], "--image", picture, "--text", "?"), 'the text "?" holds nothing that this model reads'),
         ((models["albef"], "--image", picture, "--text", "a", "--block", 3), "there is no block 3 in which words"),
+        ((models["albef"], "--image", picture, "--text", "a", "--image-size", 30), "cannot be cut into patches of 8"),
     ):
         assert run("ground", *words, "--out", out) == 2
         assert says in capsys.readouterr().err

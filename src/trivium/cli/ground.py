@@ -13,6 +13,7 @@ def ground(
     image: Path,
     text: str,
     block: int | None = None,
+    image_size: int | None = None,
     out: Path = Path("ground.png"),
 ) -> None:
     """Write heat maps over a picture, one for each word of a text and one for the whole text, as one image.
@@ -26,6 +27,7 @@ def ground(
         text: what is looked for, such as "a red mug on a table".
         block: whose attention is shown, of the blocks that fuse picture and text, from 0; by default the middle one,
             of ALBEF's six the third, as published. In the last one only the whole text is looked for.
+        image_size: pixels on the side of the picture, where not the model's own: its positions are interpolated.
         out: the image to write, .png or .jpg.
     """
     if not image.is_file():
@@ -36,11 +38,11 @@ def ground(
         raise TriviumError(f"--out {out}: an image is a .png or a .jpg")
     if not out.absolute().parent.is_dir():
         raise TriviumError(f"--out {out}: there is no folder {out.absolute().parent}")
+    from trivium.cli.embed import open_model
     from trivium.explain.heat_maps import heat_wall
-    from trivium.load import load
     from trivium.manifest import file_beside
 
-    page = heat_wall(load(path), [(image, text)], block)
+    page = heat_wall(open_model(path, image_size, "cpu"), [(image, text)], block)
     with file_beside(out) as beside:
         page.save(beside, "PNG" if out.suffix.lower() == ".png" else "JPEG")
     print(f"heat maps: {out}")
