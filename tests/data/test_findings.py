@@ -231,6 +231,15 @@ def test_repeated_lines_of_text(tmp_path: Path) -> None:
     assert len(findings) == 1
 
 
+def test_captions_without_an_end_are_told_apart_by_their_last_token(table: Callable[..., Path]) -> None:
+    """Cut at 4 tokens, [CLS] among them, the first two are equal, and the third is not, though all end alike."""
+    texts = ("amber boat cedar dune amber", "amber boat cedar ember amber", "amber boat dune dune amber")
+    stream = stream_of("pairs", table("train.csv", range(1), [("0.png", text) for text in texts]))
+    seen = survey(stream, VIEWS.decode, TOKENIZER.for_captions(), 4, seed=0, sample=9, threads=1)
+    digests = [sample.captions[0].tokens for sample in seen.samples[1:]]
+    assert digests[0] == digests[1] != digests[2]
+
+
 @pytest.mark.parametrize(("queue", "said"), [(10, None), (11, "at most 10; a whole number of batches of 8 is 8")])
 def test_a_queue_is_at_most_a_quarter_of_the_pairs(table: Callable[..., Path], queue: int, said: str | None) -> None:
     _, findings = conclusion([stream_of("pairs", table("train.csv", range(40)))], queue=queue)

@@ -17,13 +17,8 @@ from trivium.errors import TriviumError
 
 if TYPE_CHECKING:
     from trivium.data.doctor import Diagnosis
-    from trivium.data.tokenizer import Tokenizer
-    from trivium.data.views import Views
-    from trivium.recipes.data import Sources
-    from trivium.recipes.flava import FlavaRecipe
     from trivium.train.protocol import Stream
 
-NAMES = ("pairs", "images", "text")
 EXAMPLES = 3  # of each problem on the terminal; the others stand in the report
 
 
@@ -33,7 +28,7 @@ def doctor(
     size: str | None = None,
     out: Path = Path("data-doctor"),
     sample: int | None = None,
-    queue: int = 65_536,
+    queue: int | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> None:
     """Examine the data of a run and write report.html and report.json: unreadable samples, duplicates, leakage between
@@ -45,44 +40,50 @@ def doctor(
       trivium data doctor --data.pairs products.csv --data.validation held-out.csv
 
     Args:
-        recipe: "flava", or a function of your own: my_run.py:shop.
+        recipe: "flava" (pairs, images, text), "clip" or "albef" (pairs), "dino" or "dvae" (images), or a function of
+            your own: my_run.py:shop.
         size: the recipe's one dial, such as tiny, small or base.
         out: the folder to write into.
         sample: of each stream, how many samples to look at; by default as many as a minute allows for all of them.
-        queue: length of a momentum queue that is meant to be used; by default that of ALBEF.
+        queue: length of a momentum queue that is meant to be used; by default the recipe's, or that of ALBEF.
         overrides: leaves by their dotted path, such as {"data.pairs": ["a.csv"]}.
     """
     if sample is not None and sample < 2:
         raise TriviumError(f"--sample {sample}: to compare samples it takes at least 2")
     if out.exists() and not out.is_dir():
         raise TriviumError(f"{out} is a file: name a folder with --out")
-    from trivium.data.doctor import diagnose
+    from trivium.data.decode import decode
+    from trivium.data.doctor import ALBEF_QUEUE, diagnose
     from trivium.evaluate import data_report
     from trivium.manifest import write_whole
     from trivium.recipes import RECIPES
-    from trivium.recipes.data import make_streams, open_sources
-    from trivium.recipes.flava import FlavaRecipe
+    from trivium.recipes.data import HasInputs
     from trivium.recipes.notices import noticed
     from trivium.train import config
 
-    tree = config.build(config.Config(recipe, {} if size is None else {"size": size}, {}), RECIPES)
-    tree = set_overrides(tree, overrides or {})
-    if not isinstance(tree, FlavaRecipe):
-        raise TriviumError(f"the recipe {recipe} is of another family than FLAVA: the doctor does not know its data")
-    sources = open_sources(tree.data)
-    views, patch, tokenizer = _inputs(tree, sources)
-    train = make_streams(tree.data, sources, views, patch, tokenizer, None, NAMES)
+    tree = None  # "finetune" would have to be told a task
+    if recipe != "finetune":
+        tree = config.build(config.Config(recipe, {} if size is None else {"size": size}, {}), RECIPES)
+        tree = set_overrides(tree, overrides or {})
+    if not isinstance(tree, HasInputs):
+        raise TriviumError(
+            f"the recipe {recipe} reads tables of tasks, and the doctor examines captioned pictures, pictures and"
+            " texts: what is wrong with such tables their readers tell at the start of a run"
+        )
+    inputs = tree.inputs()
     held_out: dict[str, Stream] = {}
-    for stream in make_streams(tree.data, sources, views, patch, tokenizer, None, NAMES, train=False):
+    for stream in inputs.held_out:
         if all(stream.source is not other.source for other in held_out.values()):
             name = "validation" if stream.name == "pairs" else f"validation {stream.name}"
             held_out[name] = replace(stream, name=name)
+    if queue is None:
+        queue = ALBEF_QUEUE if inputs.queue is None else inputs.queue
     found = diagnose(
-        train,
+        inputs.train,
         list(held_out.values()),
-        views.decode,
-        tokenizer,
-        tree.data.max_length,
+        decode,
+        inputs.tokenizer,
+        inputs.max_length,
         seed=tree.train.seed,
         workers=tree.train.workers,
         threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -91,42 +92,14 @@ def doctor(
         sample=sample,
         progress=lambda part: print(part, file=sys.stderr),
     )
-    found.notes += noticed(sources)
+    found.notes += noticed(inputs.sources)
     command = shlex.join(["trivium", *sys.argv[1:]])
     page = out / "report.html"
-    data_report.write(page, found, {each.name: each for each in train} | held_out, views.decode, command)
+    data_report.write(page, found, {each.name: each for each in inputs.train} | held_out, decode, command)
     content = {"schema": 1, "command": command, **found.as_json()}
     write_whole(out / "report.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     _summarise(found, tree.train.workers)
     print(f"report: {page}")
-
-
-def _inputs(recipe: FlavaRecipe, sources: Sources) -> tuple[Views, int, Tokenizer]:
-    """What a run makes of a picture and of a text; the side of a patch."""
-    from trivium.data.views import Views
-    from trivium.load import load, load_image_tokenizer
-    from trivium.models.flava import Flava
-    from trivium.recipes import limits
-    from trivium.recipes.data import make_tokenizer
-    from trivium.train.config import leaves
-
-    limits.check(leaves(recipe))
-    data, model = recipe.data, recipe.model
-    start = None if recipe.init is None else load(recipe.init)
-    image_tokenizer = None if start is None else start.image_tokenizer
-    if start is not None and isinstance(start.model, Flava):
-        model = start.model.config
-    views = Views(model.image_size, crop_scale=data.crop_scale, flip=data.flip)
-    if image_tokenizer is None and data.image_tokenizer != "patches":
-        image_tokenizer = load_image_tokenizer(data.image_tokenizer)
-    if image_tokenizer is not None and data.codes is None:
-        codebook_size = image_tokenizer.input_size(model.image_size, model.patch_size)
-        views = views if codebook_size == views.size else replace(views, codebook_size=codebook_size)
-    if start is not None and start.tokenizer is not None:
-        return views, model.patch_size, start.tokenizer
-    if sources.pairs is None and sources.text is None:  # nothing to learn a vocabulary from, nor anything to read
-        data = replace(data, vocabulary="bert")
-    return views, model.patch_size, make_tokenizer(data, sources, model.vocab_size)
 
 
 def _summarise(found: Diagnosis, workers: int) -> None:

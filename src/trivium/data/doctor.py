@@ -52,7 +52,7 @@ def diagnose(
     train: Sequence[Stream],
     held_out: Sequence[Stream],
     decode: Decode,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     max_length: int,
     *,
     seed: int,
@@ -69,7 +69,7 @@ def diagnose(
     Args:
         train: as the mixture has them; one with captions and pictures is named "pairs".
         held_out: what leakage is checked against; one name for each.
-        decode: of pictures. max_length: tokens of a caption that the model sees.
+        decode: of pictures. tokenizer: None: texts are left alone. max_length: tokens of a caption that the model sees.
         workers: processes of the loader that is timed. threads: that decode for everything else.
         queue: length of a momentum queue.
         bad_rate: share of unreadable samples above which the run stops.

@@ -63,11 +63,12 @@ class Survey:
 
 
 def survey(
-    stream: Stream, decode: Decode, tokenizer: Tokenizer, max_length: int, seed: int, sample: int, threads: int
+    stream: Stream, decode: Decode, tokenizer: Tokenizer | None, max_length: int, seed: int, sample: int, threads: int
 ) -> Survey:
     """Read all rows of a stream, or about `sample` of them: whole batches of the first epoch, evenly spread over it.
 
-    decode: of the pictures. max_length: tokens of a caption that the model sees. threads: that decode.
+    decode: of the pictures. tokenizer: None: texts are left alone. max_length: tokens of a caption that the model sees.
+    threads: that decode.
     """
     rows, batches = rows_of(stream, seed, sample)
     samples: list[Looked] = []
@@ -96,7 +97,13 @@ def rows_of(stream: Stream, seed: int, sample: int) -> tuple[np.ndarray, list[np
 
 
 def sample_that_fits(
-    stream: Stream, decode: Decode, tokenizer: Tokenizer, max_length: int, seed: int, seconds: float, threads: int
+    stream: Stream,
+    decode: Decode,
+    tokenizer: Tokenizer | None,
+    max_length: int,
+    seed: int,
+    seconds: float,
+    threads: int,
 ) -> int:
     """About how many rows can be read in `seconds`, told from a few of them; at least those few."""
     rows, _ = rows_of(stream, seed, TRIED)
@@ -107,7 +114,7 @@ def sample_that_fits(
 
 
 def look(
-    source: Source, rows: np.ndarray, decode: Decode, tokenizer: Tokenizer, max_length: int, threads: int
+    source: Source, rows: np.ndarray, decode: Decode, tokenizer: Tokenizer | None, max_length: int, threads: int
 ) -> Iterator[Looked | BadSample]:
     """Each of the rows, in order, with what is kept of it, or why it cannot be used."""
     known: dict[bytes, Fingerprint] = {}  # of pictures that stand in several rows, by their bytes
@@ -149,13 +156,16 @@ def _read(source: Source, row: int) -> Sample | BadSample:
         return error
 
 
-def _captions(samples: Sequence[Sample], tokenizer: Tokenizer, max_length: int) -> list[tuple[Caption, ...]]:
+def _captions(samples: Sequence[Sample], tokenizer: Tokenizer | None, max_length: int) -> list[tuple[Caption, ...]]:
+    if tokenizer is None:
+        return [()] * len(samples)
     texts = [sample.get("texts") or ([sample["text"]] if "text" in sample else []) for sample in samples]
     encoded = iter(tokenizer.encode([text for each in texts for text in each], TEXT_LIMIT))
 
     def caption(text: str) -> Caption:
         ids = next(encoded)
-        seen = np.array([*ids[: max_length - 1], ids[-1]] if len(ids) > max_length else ids, dtype=np.int64)
+        end = ids[-1:] if ids[-1] == tokenizer.sep_id else []  # captions of ALBEF have none
+        seen = np.array([*ids[: max_length - len(end)], *end] if len(ids) > max_length else ids, dtype=np.int64)
         return Caption(text, hashlib.blake2b(seen.tobytes(), digest_size=16).digest(), len(ids))
 
     return [tuple(caption(text) for text in each) for each in texts]

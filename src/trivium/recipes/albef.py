@@ -11,6 +11,7 @@ import torch
 
 from trivium.bundle import Bundle
 from trivium.data.random_augment import RandomAugment
+from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
@@ -18,7 +19,7 @@ from trivium.methods.albef import FALSE_SHARE, LOSSES, AlbefMethod, Distillation
 from trivium.methods.pixels import Pixels
 from trivium.models.albef import SIZES, Albef, AlbefConfig
 from trivium.recipes import limits
-from trivium.recipes.data import PairData, check_shapes, make_pairs, open_sources
+from trivium.recipes.data import Inputs, PairData, Sources, check_shapes, make_pairs, open_sources
 from trivium.recipes.prepared import PreparedPairs, Recipe
 from trivium.recipes.start import check_words, open_start, vocabulary
 from trivium.recipes.towers import AlbefImageTower, AlbefTextTower
@@ -89,6 +90,19 @@ class AlbefRecipe(Recipe):
             resume_from: the model folder of a checkpoint that was checked; the trainer restores the weights.
         """
         return _prepare(self, name, arguments, resume_from)
+
+    def inputs(self) -> Inputs:
+        """See `HasInputs`."""
+        limits.check(leaves(self))
+        start, config = open_start(self, None, Albef, "ALBEF")
+        _check(config, self)
+        sources = open_sources(self.data)
+        assert sources.pairs is not None, "data without a path is the embedded drawings"
+        text = None if start is not None or self.init_text is None else AlbefTextTower.read(self.init_text)
+        tokenizer = _vocabulary(self, start, text, sources, config)
+        train, held_out = (_streams(self, sources, config, tokenizer, train) for train in (True, False))
+        queue = queue_rows(self.objectives.queue, len(sources.pairs), [])
+        return Inputs(sources, train, held_out, tokenizer, self.data.max_length, queue)
 
 
 def albef(size: str = "tiny") -> AlbefRecipe:
@@ -181,13 +195,8 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     text = None if start is not None or recipe.init_text is None else AlbefTextTower.read(recipe.init_text)
     sources = open_sources(data)
     assert sources.pairs is not None, "data without a path is the embedded drawings"
-    if text is not None and text.tokenizer is not None:
-        tokenizer = text.tokenizer
-    else:
-        tokenizer = vocabulary(recipe, start, sources, config.vocab_size)
+    tokenizer = _vocabulary(recipe, start, text, sources, config)
     notes: list[str] = []
-    if start is None or start.tokenizer is None:
-        tokenizer = tokenizer.for_captions()
     if start is None:
         config = replace(config, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
     elif resume_from is None:
@@ -203,8 +212,8 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     if start is not None:
         model.load_state_dict(start.model.state_dict())
     notes += [tower.start(model) for tower in (image, text) if tower is not None]
-    views, objectives = data.views(config.image_size), recipe.objectives
-    transform = (ImageTransform() if start is None else start.transform).at(views.size)
+    objectives, size = recipe.objectives, data.views(config.image_size).size
+    transform = (ImageTransform() if start is None else start.transform).at(size)
     queue = queue_rows(objectives.queue, len(sources.pairs), notes)
     epoch_steps = math.ceil(len(sources.pairs) / data.batch)
     method = AlbefMethod(
@@ -214,15 +223,29 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
         negatives=objectives.negatives, pool=objectives.pool,
     )  # fmt: skip
     bundle = Bundle("albef", model, tokenizer, transform, max_length=data.max_length, false_pairs=FALSE_SHARE)
+    streams, held_out = (_streams(recipe, sources, config, tokenizer, train) for train in (True, False))
+    return PreparedAlbef.of_streams(recipe, name, arguments, method, bundle, sources, streams, held_out, notes)
+
+
+def _vocabulary(
+    recipe: AlbefRecipe, start: Bundle | None, text: AlbefTextTower | None, sources: Sources, config: AlbefConfig
+) -> Tokenizer:
+    """That of what the run or its text tower starts from, else as the recipe says; read as ALBEF reads captions."""
+    if start is not None and start.tokenizer is not None:
+        return start.tokenizer
+    if text is not None and text.tokenizer is not None:
+        return text.tokenizer.for_captions()
+    return vocabulary(recipe, start, sources, config.vocab_size).for_captions()
+
+
+def _streams(
+    recipe: AlbefRecipe, sources: Sources, config: AlbefConfig, tokenizer: Tokenizer, train: bool
+) -> list[Stream]:
+    data = recipe.data
     changes = RandomAugment(data.random_changes) if data.random_changes else None
-
-    def streams(train: bool) -> list[Stream]:
-        share = data.mask_probability if train else HELD_OUT_MASKED
-        return make_pairs(data, sources, views, config.patch_size, tokenizer, train, share, data.whole_words, changes)
-
-    return PreparedAlbef.of_streams(
-        recipe, name, arguments, method, bundle, sources, streams(True), streams(False), notes
-    )
+    share = data.mask_probability if train else HELD_OUT_MASKED
+    views = data.views(config.image_size)
+    return make_pairs(data, sources, views, config.patch_size, tokenizer, train, share, data.whole_words, changes)
 
 
 def queue_rows(asked: int | None, num_pairs: int, notes: list[str]) -> int:

@@ -15,7 +15,7 @@ from trivium.methods.clip import ClipMethod, Scope
 from trivium.methods.pixels import Pixels
 from trivium.models.clip import SIZES, Clip, ClipConfig
 from trivium.recipes import limits, validation
-from trivium.recipes.data import PairData, check_shapes, make_pairs, open_sources
+from trivium.recipes.data import Inputs, PairData, Sources, check_shapes, make_pairs, open_sources
 from trivium.recipes.prepared import PreparedPairs, Recipe
 from trivium.recipes.start import open_start, vocabulary
 from trivium.train.config import leaves
@@ -55,6 +55,18 @@ class ClipRecipe(Recipe):
                 trainer restores the weights.
         """
         return _prepare(self, name, arguments, resume_from)
+
+    def inputs(self) -> Inputs:
+        """See `HasInputs`."""
+        limits.check(leaves(self))
+        start, config = open_start(self, None, Clip, "CLIP")
+        _check(config, self.data)
+        sources, views = open_sources(self.data), self.data.views(config.image_size)
+        tokenizer = _vocabulary(self, start, sources, config)
+        train, held_out = (
+            make_pairs(self.data, sources, views, config.patch_size, tokenizer, train) for train in (True, False)
+        )
+        return Inputs(sources, train, held_out, tokenizer, self.data.max_length)
 
 
 def clip(size: str = "tiny") -> ClipRecipe:
@@ -108,9 +120,7 @@ def _prepare(recipe: ClipRecipe, name: str, arguments: dict[str, Any], resume_fr
     start, config = open_start(recipe, resume_from, Clip, "CLIP")
     _check(config, data)
     sources = open_sources(data)
-    tokenizer = vocabulary(
-        recipe, start, sources, config.vocab_size, "the path of its tokenizer.json or of its byte pairs"
-    )
+    tokenizer = _vocabulary(recipe, start, sources, config)
     notes = []
     if start is None:
         config = replace(config, vocab_size=tokenizer.vocab_size, end_id=tokenizer.sep_id)
@@ -133,6 +143,11 @@ def _prepare(recipe: ClipRecipe, name: str, arguments: dict[str, Any], resume_fr
     held_out = make_pairs(data, sources, views, config.patch_size, tokenizer, train=False)
     recipe = replace(recipe, model=config)
     return PreparedClip.of_streams(recipe, name, arguments, method, bundle, sources, streams, held_out, notes)
+
+
+def _vocabulary(recipe: ClipRecipe, start: Bundle | None, sources: Sources, config: ClipConfig) -> Tokenizer:
+    files = "the path of its tokenizer.json or of its byte pairs"
+    return vocabulary(recipe, start, sources, config.vocab_size, files)
 
 
 def _fits(recipe: ClipRecipe, start: Bundle, config: ClipConfig, tokenizer: Tokenizer) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from trivium.models.patch_codebook import PatchCodebook
 from trivium.recipes import limits
 from trivium.train import distributed
 from trivium.train.protocol import Source, Stream, hash64
+from trivium.train.run import Train
 
 TEXTS_FOR_VOCABULARY = 200_000
 PICTURES_FOR_CODEBOOK = 4_000
@@ -124,6 +125,28 @@ class Sources:
     validation_pairs: Source | None
     validation_images: Source | None
     validation_text: Source | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, without its model: what the data doctor examines."""
+
+    sources: Sources
+    train: Sequence[Stream]  # one with captions and pictures is named "pairs"
+    held_out: Sequence[Stream] = ()
+    tokenizer: Tokenizer | None = None  # None: no text is read, where there is any
+    max_length: int = 0  # tokens of a text that the model sees
+    queue: int | None = None  # rows of the momentum queue; None: the recipe has none
+
+
+@runtime_checkable
+class HasInputs(Protocol):
+    """A recipe whose data can be examined before a run."""
+
+    train: Train
+
+    def inputs(self) -> Inputs:
+        """Open the data and make the tokenizer as a run does. Raises TriviumError as a run does."""
 
 
 def open_sources(data: PairData) -> Sources:

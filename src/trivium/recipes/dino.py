@@ -23,7 +23,7 @@ from trivium.methods.pixels import Pixels
 from trivium.models.dino import SIZES, Dino, DinoConfig
 from trivium.models.vit import ViT
 from trivium.recipes import limits
-from trivium.recipes.data import absolute
+from trivium.recipes.data import Inputs, Sources, absolute
 from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures, on_drawings
 from trivium.train.config import Config, leaves
 from trivium.train.initial import initialise
@@ -99,6 +99,14 @@ class DinoRecipe(Recipe):
             resume_from: the model folder of a checkpoint that was checked; the trainer restores the weights.
         """
         return _prepare(self, name, arguments, resume_from)
+
+    def inputs(self) -> Inputs:
+        """See `HasInputs`."""
+        limits.check(leaves(self))
+        _, config = _open_start(self, None)
+        _check(self, config)
+        source = self.data.open()
+        return Inputs(Sources(None, source, None, None, None, None), [_crops(self, config, source)])
 
 
 def dino(size: str = "tiny") -> DinoRecipe:
@@ -213,11 +221,7 @@ def _prepare(recipe: DinoRecipe, name: str, arguments: dict[str, Any], resume_fr
         model, Pixels(transform.mean, transform.std), recipe.distillation, recipe.train.steps, asdict(recipe.objectives)
     )
     bundle = Bundle("dino", method.exported(), None, transform)
-    collate = CropCollate(
-        recipe.crops, config.patch_size, recipe.objectives.ibot > 0, cache_bytes=recipe.data.cache_megabytes << 20
-    )
-
-    mixture_of = mixtures(recipe, [Stream("crops", source, collate, recipe.data.batch, recipe.rows_at_once)])
+    mixture_of = mixtures(recipe, [_crops(recipe, config, source)])
     run = Run(
         method,
         mixture_of(recipe.train),
@@ -230,6 +234,13 @@ def _prepare(recipe: DinoRecipe, name: str, arguments: dict[str, Any], resume_fr
     prepared = PreparedDino(recipe, run, bundle, mixture_of, name, arguments, notes)
     prepared.run.evaluate = prepared.measures(recipe)
     return prepared
+
+
+def _crops(recipe: DinoRecipe, config: DinoConfig, source: Source) -> Stream:
+    collate = CropCollate(
+        recipe.crops, config.patch_size, recipe.objectives.ibot > 0, cache_bytes=recipe.data.cache_megabytes << 20
+    )
+    return Stream("crops", source, collate, recipe.data.batch, recipe.rows_at_once)
 
 
 def _optim(recipe: DinoRecipe) -> Optim:

@@ -29,7 +29,7 @@ from trivium.load import load_image_tokenizer, save_image_tokenizer
 from trivium.methods.dvae import Annealing, DVaeMethod
 from trivium.models.dvae import DVae, DVaeConfig, map_pixels
 from trivium.recipes import limits, validation
-from trivium.recipes.data import Sources, absolute
+from trivium.recipes.data import Inputs, Sources, absolute
 from trivium.recipes.dino import Pictures as PlainPictures
 from trivium.recipes.notices import noticed
 from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
@@ -90,6 +90,16 @@ class DVaeRecipe(Recipe):
                 on, the trainer restores the weights that are trained.
         """
         return _prepare(self, name, arguments, resume_from)
+
+    def inputs(self) -> Inputs:
+        """See `HasInputs`."""
+        limits.check(leaves(self))
+        _check(self)
+        start = _open_start(self.init)
+        train, held_out = open_sources(self.data)
+        stream, whole = _reading(self.data, train, (self.model if start is None else start.config).stride)
+        seen = [] if held_out is None else [replace(stream, source=held_out, collate=whole)]
+        return Inputs(Sources(None, train, None, held_out, held_out, None), [stream], seen)
 
 
 def dvae(size: str = "tiny") -> DVaeRecipe:
@@ -168,23 +178,7 @@ def _prepare(recipe: DVaeRecipe, name: str, arguments: dict[str, Any], resume_fr
     if start is not None:
         model.load_state_dict(start.state_dict())
     train, held_out = open_sources(data)
-    size = data.image_size
-    views = Views(
-        size,
-        crop_scale=data.crop_scale,
-        crop_ratio=(1.0, 1.0),
-        flip=data.flip,
-        scaled_decode=data.scaled_decode,
-    )
-    image = ImageInput(views, config.stride)
-    stream = Stream(
-        "images",
-        train,
-        ImageCollate(replace(image, cache_bytes=data.cache_megabytes << 20)),
-        data.batch,
-        data.batch,
-    )
-    whole = ImageCollate(image, train=False)
+    stream, whole = _reading(data, train, config.stride)
     if start is None and recipe.logit_deviation is not None:
         reader = StreamReader(stream, seed)
         batches = [
@@ -217,6 +211,20 @@ def _prepare(recipe: DVaeRecipe, name: str, arguments: dict[str, Any], resume_fr
     )
     of_training = partial(mean_picture, train, whole)
     return PreparedDVae(recipe, run, None, mixture_of, name, arguments, notes, held_out_batches, of_training)
+
+
+def _reading(data: Pictures, train: Source, stride: int) -> tuple[Stream, ImageCollate]:
+    """The stream of training, and how held-out pictures are read: whole."""
+    views = Views(
+        data.image_size,
+        crop_scale=data.crop_scale,
+        crop_ratio=(1.0, 1.0),
+        flip=data.flip,
+        scaled_decode=data.scaled_decode,
+    )
+    image = ImageInput(views, stride)
+    collate = ImageCollate(replace(image, cache_bytes=data.cache_megabytes << 20))
+    return Stream("images", train, collate, data.batch, data.batch), ImageCollate(image, train=False)
 
 
 def _open_start(path: str | None) -> DVae | None:

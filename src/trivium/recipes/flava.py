@@ -17,15 +17,17 @@ from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
 from trivium.evaluate.embedded import Evaluation
-from trivium.load import image_tokenizer_hash
+from trivium.load import image_tokenizer_hash, load_image_tokenizer
 from trivium.methods.flava import LOSSES, FlavaMethod, Scope
 from trivium.methods.pixels import Pixels
 from trivium.models.flava import SIZES, Flava, FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.towers import vit_of
 from trivium.recipes import limits, validation
+from trivium.recipes.bert import Bert
 from trivium.recipes.data import (
     Data,
+    Inputs,
     Sources,
     all_pictures,
     check_shapes,
@@ -114,6 +116,25 @@ class FlavaRecipe(Recipe):
         assert image_tokenizer is not None, "there are pictures"
         return pictures, views, image_tokenizer
 
+    def inputs(self) -> Inputs:
+        """See `HasInputs`. Every stream that has data, whatever the losses weigh; no codebook is learned for it."""
+        limits.check(leaves(self))
+        start, config = open_start(self, None, Flava, "FLAVA")
+        _check(config, self.data)
+        sources, views = open_sources(self.data), self.data.views(config.image_size)
+        image_tokenizer = None if start is None else start.image_tokenizer
+        if image_tokenizer is None and self.data.image_tokenizer != "patches":
+            image_tokenizer = load_image_tokenizer(self.data.image_tokenizer)
+        if image_tokenizer is not None and self.data.codes is None:
+            views = _seen_by(image_tokenizer, views, config)
+        text_start = None if start is not None or self.init_text is None else read_text(self.init_text)
+        tokenizer = _vocabulary(self, start, text_start, sources, config)
+        train, held_out = (
+            make_streams(self.data, sources, views, config.patch_size, tokenizer, None, FED_BY, train)
+            for train in (True, False)
+        )
+        return Inputs(sources, train, held_out, tokenizer, self.data.max_length)
+
 
 def flava(size: str = "tiny") -> FlavaRecipe:
     """FLAVA (Singh et al. 2022). size: "tiny" for a laptop tonight, "small", or "base", the published one."""
@@ -190,10 +211,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     sources = open_sources(data)
     text_start = None if start is not None or recipe.init_text is None else read_text(recipe.init_text)
     image_start = None if start is not None or recipe.init_image is None else ImageTower.read(recipe.init_image)
-    if isinstance(text_start, TextTower) or (text_start is not None and data.vocabulary == "learned"):
-        tokenizer = text_start.vocabulary()
-    else:
-        tokenizer = vocabulary(recipe, start, sources, model_config.vocab_size)
+    tokenizer = _vocabulary(recipe, start, text_start, sources, model_config)
     views, image_tokenizer = _image_side(recipe, sources, start or image_start, model_config)
     codes = None
     if data.codes is not None and image_tokenizer is not None:
@@ -242,6 +260,15 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     return PreparedFlava.of_streams(
         recipe, name, arguments, method, bundle, sources, streams, held_out, notes, data.schedule
     )
+
+
+def _vocabulary(
+    recipe: FlavaRecipe, start: Bundle | None, text: Bert | TextTower | None, sources: Sources, config: FlavaConfig
+) -> Tokenizer:
+    """That of what the run or its text side starts from, else as the recipe says."""
+    if isinstance(text, TextTower) or (text is not None and recipe.data.vocabulary == "learned"):
+        return text.vocabulary()
+    return vocabulary(recipe, start, sources, config.vocab_size)
 
 
 def _fits(
@@ -295,5 +322,9 @@ def _image_side(
         return views, None
     if image_tokenizer is None:
         image_tokenizer = make_image_tokenizer(recipe.data, sources, views, config, recipe.train.seed)
+    return _seen_by(image_tokenizer, views, config), image_tokenizer
+
+
+def _seen_by(image_tokenizer: ImageTokenizer, views: Views, config: FlavaConfig) -> Views:
     codebook_size = image_tokenizer.input_size(views.size, config.patch_size)
-    return views if codebook_size == views.size else replace(views, codebook_size=codebook_size), image_tokenizer
+    return views if codebook_size == views.size else replace(views, codebook_size=codebook_size)
