@@ -14,9 +14,9 @@ from trivium.errors import TriviumError
 from trivium.methods.finetune import OBJECTIVES
 from trivium.models.finetuned import Gives
 from trivium.recipes.chosen import EVALUATIONS, many_passes, with_steps
-from trivium.recipes.finetune import FinetuneRecipe, _guess, finetune
+from trivium.recipes.finetune import FinetuneRecipe, finetune
 from trivium.recipes.retrieval import RetrievalRecipe
-from trivium.recipes.tasks import TASKS
+from trivium.recipes.tasks import TASKS, guess
 from trivium.train.optim import learning_rate, warmup_steps
 from trivium.train.run import Train
 
@@ -87,7 +87,7 @@ def test_guessing_costs_what_the_best_answer_to_everything_costs(gives: Gives) -
         return found
 
     optimizer.step(loss)
-    assert _guess(splits, gives) == pytest.approx(float(loss().detach()) / len(rows), rel=1e-6)
+    assert guess(splits, gives) == pytest.approx(float(loss().detach()) / len(rows), rel=1e-6)
 
 
 def test_fine_tuning_is_watched_as_any_run_is() -> None:

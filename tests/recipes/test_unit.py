@@ -150,6 +150,28 @@ def test_losses_on_held_out_rows_are_those_of_a_step_and_their_chances_of_a_cons
     assert chance == pytest.approx(value, rel=1e-4)
 
 
+def test_a_task_that_is_not_learned_is_told_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three of four sentences, which are all one, are of one class, so guessing that costs 0.5623."""
+    same = tmp_path / "glue" / "SST-2"
+    same.mkdir(parents=True)
+    for split in ("train", "dev"):
+        (same / f"{split}.tsv").write_text("sentence\tlabel\n" + "a film\t1\na film\t1\na film\t1\na film\t0\n" * 2)
+    for root, sentences, steps in ((tmp_path / "glue", 8, 16), (data / "glue", 4, 60)):
+        words = ["--data.glue", root, "--tasks.sst2.batch", sentences, "--optim.lr", 0.003]
+        out = tmp_path / f"in {steps} steps"
+        changes = flags(train__steps=steps, train__monitor_every=4)
+        assert trivium("pretrain", "unit", "--out", out, *words, *changes) == 0
+        lines = [json.loads(line) for line in (out / "monitors.jsonl").read_text().splitlines()]
+        last = [line for line in lines if line["monitor"] == "chance"][-1]
+        said = [line for line in capsys.readouterr().out.splitlines() if "where guessing gives" in line]
+        if steps == 16:
+            assert "(sst2): sst2 is 0." in said[0] and "guessing gives 0.5623" in said[0] and last["crossed"]
+        else:
+            assert last["value"] < 0.8 and not last["crossed"]
+    method = with_flags(unit("tiny"), data).prepare("unit", {}).run.method
+    assert set(method.chance({})) == {"vqav2", "snli_ve", "sst2"}  # boxes have none
+
+
 def test_a_run_is_measured_again_to_the_same_figures(trained: Path, tmp_path: Path) -> None:
     assert trivium("evaluate", trained, "--out", tmp_path) == 0
     mine, theirs = (json.loads((folder / "results.json").read_text())["results"] for folder in (tmp_path, trained))

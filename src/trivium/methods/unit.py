@@ -37,16 +37,23 @@ class UnitMethod(MethodOfPictures):
     Args:
         targets: of each task of labels, what its batches hold.
         parts: weights of the losses of detection.
+        guesses: of tasks of labels, the loss of a model that knows only how often each label occurs.
     """
 
     model: Unit
 
     def __init__(
-        self, model: Unit, pixels: Pixels, targets: Mapping[str, Labels], parts: Mapping[str, float] = PARTS
+        self,
+        model: Unit,
+        pixels: Pixels,
+        targets: Mapping[str, Labels],
+        parts: Mapping[str, float] = PARTS,
+        guesses: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(pixels)
         self.model = model
         self.targets = dict(targets)
+        self.guesses = dict(guesses or {})
         self.weights = {}
         for task in model.config.tasks:
             if task.kind == "labels":
@@ -74,6 +81,9 @@ class UnitMethod(MethodOfPictures):
         if name == "label":
             sums["stat/correct"] = (logits_BK.detach().argmax(-1) == target).sum().double()
         return sums
+
+    def chance(self, counts: Mapping[str, float]) -> dict[str, float]:
+        return self.guesses
 
     def _boxes(self, batch: Batch, task: UnitTask) -> Sums:
         objects = self.objects(batch, task)

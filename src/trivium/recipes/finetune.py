@@ -6,7 +6,6 @@ model folder, with head and labels, is RUN/model.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
 from trivium.data.tokenizer import ANSWER_TOKENS
 from trivium.data.views import Views
 from trivium.errors import TriviumError
-from trivium.evaluate import losses
 from trivium.evaluate import tasks as figures_of
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.tasks import Predictions
@@ -44,7 +42,7 @@ from trivium.recipes.predict import predict, tell_held_out, title_of
 from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
 from trivium.recipes.retrieval import RETRIEVAL, RetrievalRecipe
 from trivium.recipes.start import open_trained
-from trivium.recipes.tasks import TASKS, Head, Task, TaskData
+from trivium.recipes.tasks import TASKS, Head, Task, TaskData, guess
 from trivium.train.config import leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import Optim
@@ -209,7 +207,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     method = made(
         FineTuned(model, head, config, answers_KT), Pixels(transform.mean, transform.std),
         recipe.distillation.in_steps(recipe.data.batch),
-        recipe.train.steps, steps_per_epoch(len(splits.train), recipe.data.batch), _guess(splits, config.gives),
+        recipe.train.steps, steps_per_epoch(len(splits.train), recipe.data.batch), guess(splits, config.gives),
     )  # fmt: skip
 
     named = [split for split in _labelled(splits) if not split.startswith("test")]
@@ -375,22 +373,6 @@ def _bare(head: HeadConfig) -> HeadConfig:
 def _shape(head: HeadConfig) -> BertConfig | None:
     """Of its blocks."""
     return None if head.blocks is None else replace(head.blocks, dropout=0.0)
-
-
-def _guess(splits: Splits, gives: Gives) -> float | None:
-    """The loss of a model that knows only how often each label occurs in training; None of answers that are written."""
-    rows = list(splits.train.good())
-    if gives == "class":
-        return losses.chance(torch.tensor([row.label for row in rows]), len(splits.labels))
-    if gives == "number":
-        value_N = torch.tensor([row.value for row in rows], dtype=torch.float64)
-        return float(value_N.var(correction=0)) / splits.scale**2
-    if gives == "answers":
-        right: Counter[int] = Counter()
-        for row in rows:
-            right.update(row.answers or {})
-        return sum(losses.binary_entropy(degree / len(rows)) for degree in right.values())
-    return None
 
 
 # ----------------------------------------------------------------------------------------------------- measuring

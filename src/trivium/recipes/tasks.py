@@ -14,10 +14,13 @@ here they never are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
+
+import torch
 
 from trivium.data.files import Kind
 from trivium.data.glue import read_glue
@@ -27,6 +30,7 @@ from trivium.data.small_vqa import read_daquar, read_easy_vqa
 from trivium.data.statements import read_assignments, read_nlvr2
 from trivium.data.vqa import read_questions, read_vqa
 from trivium.errors import TriviumError
+from trivium.evaluate import losses
 from trivium.methods.momentum import SoftTargets
 from trivium.models.finetuned import Gives
 from trivium.recipes.data import absolute
@@ -100,6 +104,22 @@ class Task:
     epochs: float | None = None  # as published; None without `steps`: as many as the recipe has, with patience
     dropout: float | None = 0.1  # of the model; None: as its checkpoint says
     num_pictures: int = 1  # of a row, where it has any
+
+
+def guess(splits: Splits, gives: Gives) -> float | None:
+    """The loss of a model that knows only how often each label occurs in training; None of answers that are written."""
+    rows = list(splits.train.good())
+    if gives == "class":
+        return losses.chance(torch.tensor([row.label for row in rows]), len(splits.labels))
+    if gives == "number":
+        value_N = torch.tensor([row.value for row in rows], dtype=torch.float64)
+        return float(value_N.var(correction=0)) / splits.scale**2
+    if gives == "answers":
+        right: Counter[int] = Counter()
+        for row in rows:
+            right.update(row.answers or {})
+        return sum(losses.binary_entropy(degree / len(rows)) for degree in right.values())
+    return None
 
 
 def glue_optim(lr: float, warmup: int) -> Optim:

@@ -275,7 +275,8 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
         notes += taken if resume_from is None else []
     transform = recipe.data.transform
     targets = {task.name: task.target for task in tasks if task.of is not None}
-    method = UnitMethod(model, Pixels(transform.mean, transform.std), targets, recipe.objectives.parts)
+    guesses = {task.name: task.guess for task in tasks if task.of is not None}
+    method = UnitMethod(model, Pixels(transform.mean, transform.std), targets, recipe.objectives.parts, guesses)
     max_length = max((task.given.max_length for task in tasks), default=config.max_length)
     bundle = Bundle(
         "unit", model, tokenizer if config.text_layers else None, transform,

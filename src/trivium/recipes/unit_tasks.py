@@ -29,7 +29,7 @@ from trivium.errors import TriviumError
 from trivium.methods.unit import Labels
 from trivium.models.unit import UnitTask
 from trivium.recipes.data import absolute
-from trivium.recipes.tasks import TASKS, Task, TaskData
+from trivium.recipes.tasks import TASKS, Task, TaskData, guess
 
 TEXTS_FOR_VOCABULARY = 50_000  # of each task
 SCENES = {"coco": "coco", "vg": "vg", "vqav2": "vqa", "snli_ve": "snli-ve"}  # task -> its folder among scenes
@@ -130,6 +130,14 @@ class Opened:
         """What its batches hold, of a task of labels."""
         assert self.of is not None
         return "answers" if self.of.gives == "answers" else "label"
+
+    @property
+    def guess(self) -> float:
+        """The loss of a model that knows only how often each label occurs in training, of a task of labels."""
+        assert isinstance(self.data, Splits) and self.of is not None
+        found = guess(self.data, self.of.gives)
+        assert found is not None, "answers of a UniT are classes"
+        return found
 
     @property
     def labels(self) -> dict[str, list[str]]:
