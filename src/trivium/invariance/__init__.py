@@ -126,7 +126,8 @@ def losses_and_gradients(make: Make, layout: Layout) -> dict[str, Tensor]:
         name if name.startswith("stat/") else f"loss of {name}": value / counts.get(name, torch.ones(())).clamp(min=1)
         for name, value in sums.items()
     }
-    found |= {f"gradient of {n}": p.grad for n, p in method.named_parameters() if p.grad is not None}
+    grads = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+    found |= {f"gradient of {n}": distributed.whole(grad) for n, grad in grads.items()}
     measured = measure(method, [mine], key)
     return found | {f"validation loss of {n}": torch.tensor(value).double() for n, value in measured.items()}
 
