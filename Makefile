@@ -12,9 +12,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 # A torch that $(PYTHON) already has is one that somebody fitted to this machine's driver: it is used as it is, through
-# --system-site-packages. Where there is none, constraints.txt says which one is installed. pip's own settings
+# --system-site-packages. Where there is none, or one too old for us (below 2.11), constraints.txt says which one is installed. pip's own settings
 # (PIP_INDEX_URL and the like) decide whether that is a CPU or a CUDA build.
-HAS_TORCH = import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)
+HAS_TORCH = import re, sys, importlib.metadata as m; found = [d.version for d in m.distributions(name="torch")]; \
+	sys.exit(not found or [int(n) for n in re.findall("[0-9]+", found[0])[:2]] < [2, 11])
 
 .PHONY: demo test test-all lint setup clean
 .DELETE_ON_ERROR:

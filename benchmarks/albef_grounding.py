@@ -6,8 +6,9 @@
 Scenes have exact boxes, so pointing is measured on new scenes of the drawings that it saw: the hottest pixel lies
 inside the box of what is meant. Beside it a point at random (the share of the picture that the box takes), the middle
 of the picture, the same model with random weights, and the choice among the boxes of all objects of the scene. Each
-block whose words attend patches is measured; "itc" is the picture's own tower. A run that is done is not repeated, and
-one that was begun goes on. Writes results/albef_grounding.json and .md.
+block whose words attend patches is measured; "itc" is the picture's own tower. With --fine-tune the run is then
+fine-tuned on the expressions for so many steps (trivium finetune grounding) and measured again. A run that is done is
+not repeated, and one that was begun goes on. Writes results/albef_grounding.json and .md.
 
 The second form writes heat maps of photographs of Flickr8k's dev split with their captions into SHEETS. Those are for
 research and are not part of this repository.
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import side_by_side
-from albef_runs import as_json, per_cent, run, write_beside
+from albef_runs import NO_QUEUE, as_json, per_cent, run, tiny_tuning, write_beside
 from PIL import Image
 
 from trivium import load
@@ -44,6 +45,9 @@ from trivium.train import config
 SIDE = 128  # pixels of a picture, as scenes have: 8 x 8 patches of 16
 FIGURES = ("pointing", "pointing.middle", "pointing.chance", "among_annotated", "among_annotated.chance")
 SHOWN = 8  # pictures on a sheet
+
+Case = tuple[str, Bundle, int | None, str]  # a name, and whose attention: of which block, by which score
+Found = dict[str, dict[str, Result]]
 
 
 def make_data(folder: Path, train: int, val: int) -> tuple[list[Path], Referring]:
@@ -77,17 +81,30 @@ def untrained(bundle: Bundle, recipe: AlbefRecipe) -> Bundle:
     return replace(bundle, model=model.eval())
 
 
-def measure(out: Path, recipe: AlbefRecipe, data: Referring, rows: int) -> dict[str, dict[str, Result]]:
-    """A line for each block of a run, and for random weights at the block that is looked at by default."""
-    bundle = load(out)
-    drawn = untrained(bundle, recipe)
+def each_block(bundle: Bundle) -> list[Case]:
     model = bundle.model
     assert isinstance(model, Albef)
-    found: dict[str, dict[str, Result]] = {}
     blocks = model.config.fusion_layers - 1  # in the last one words are cold
-    cases: list[tuple[str, Bundle, int | None, str]]
-    cases = [(f"itm, block {n}", bundle, n, "match") for n in range(blocks)]
-    cases += [("itc, last block", bundle, None, "cosine"), ("random weights", drawn, None, "match")]
+    cases: list[Case] = [(f"itm, block {n}", bundle, n, "match") for n in range(blocks)]
+    return [*cases, ("itc, last block", bundle, None, "cosine")]
+
+
+def fine_tuned(start: Path, root: Path, steps: int, device: str, threads: int | None) -> Path:
+    """A run on the expressions from there. Its last step counts, so that what is measured chooses none."""
+    values = tiny_tuning(steps) | NO_QUEUE | {
+        "init": start, "data.root": root, "data.image-size": SIDE, "data.rows": 100
+    }  # fmt: skip
+    return run(start.with_name(f"{start.name}-tuned-{steps}"), ["finetune", "grounding"], values, device, threads)
+
+
+def measure(out: Path, tuned: Path | None, recipe: AlbefRecipe, data: Referring, rows: int) -> Found:
+    """A line for each block of a run, for random weights at the block that is looked at by default, and for each block
+    of what was fine-tuned from the run."""
+    bundle = load(out)
+    cases = [*each_block(bundle), ("random weights", untrained(bundle, recipe), None, "match")]
+    if tuned is not None:
+        cases += [(f"fine-tuned: {name}", bundle, block, by) for name, bundle, block, by in each_block(load(tuned))]
+    found: Found = {}
     for name, which, block, by in cases:
         results = grounding.run(which, data, block=block, by=by, rows=rows).results  # type: ignore[arg-type]
         found[name] = {figure: results[f"val.{figure}"] for figure in FIGURES}
@@ -98,11 +115,12 @@ def measure(out: Path, recipe: AlbefRecipe, data: Referring, rows: int) -> dict[
 def command_of(arguments: argparse.Namespace) -> str:
     """What was asked for, without this machine's folders."""
     flags = f"--minutes {arguments.minutes:g} --scenes {arguments.scenes} --rows {arguments.rows}"
+    flags += f" --fine-tune {arguments.fine_tune}" if arguments.fine_tune else ""
     flags += "" if arguments.threads is None else f" --threads {arguments.threads}"
     return f"python benchmarks/albef_grounding.py {flags} --out RUNS"
 
 
-def page(found: dict[str, dict[str, Result]], command: str, minutes: float, steps: int) -> str:
+def page(found: Found, command: str, minutes: float, steps: int) -> str:
     lines = [
         "# Where a tiny ALBEF looks", "", f"`{command}`", "",
         f"Per cent of the expressions on new scenes, with 95 % intervals; one seed. The {minutes:g} minutes of training"
@@ -137,6 +155,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15.0, help="of training")
     parser.add_argument("--scenes", type=int, default=8000, help="of training")
     parser.add_argument("--rows", type=int, default=1500, help="expressions that are measured")
+    parser.add_argument("--fine-tune", type=int, default=0, help="steps of fine-tuning on expressions")
     parser.add_argument("--out", type=Path, help="a new folder for scenes and run")
     parser.add_argument("--sheet", type=Path, help="a folder for heat maps of photographs")
     parser.add_argument("--model", type=Path, help="whose heat maps; a run or a model folder")
@@ -162,7 +181,11 @@ def main() -> None:
     }  # fmt: skip
     trained = run(out / f"run-{minutes:g}", ["pretrain", "albef"], values, arguments.device, arguments.threads)
     recipe = config.build(config.load(trained), RECIPES)
-    found = measure(trained, recipe, data, arguments.rows)
+    tuned = None
+    if arguments.fine_tune:
+        root = out / "scenes" / "refcoco"
+        tuned = fine_tuned(trained, root, arguments.fine_tune, arguments.device, arguments.threads)
+    found = measure(trained, tuned, recipe, data, arguments.rows)
     scene_sheet(load(trained), data, out / "scenes.png")
     print(f"wrote {out / 'scenes.png'}")
     command, steps = command_of(arguments), recipe.train.steps

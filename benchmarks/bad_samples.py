@@ -72,13 +72,8 @@ class Synthetic(RowSource):
         return [self.utf8(row, {4: b" ", 5: b"caf\xe9"}.get(wrong, b"a red mug on a table, number %d" % row))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--workers", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    total = arguments.samples
+def measured(total: int, workers: int) -> dict[str, float | bool]:
+    """Send so many samples through the loader, and compare what comes out with what the order says."""
     wrong = np.full(total, -1)
     chosen = np.random.default_rng(0).permutation(total)[: total // 100]
     wrong[chosen] = np.arange(len(chosen)) % len(WHYS)
@@ -98,7 +93,7 @@ def main() -> None:
 
     tokenizer = Tokenizer.wordpiece(embedded.bert_vocabulary())
     collate = PairCollate(ImageInput(Views(16), patch=8), TextInput(tokenizer, 16))
-    mixture = StreamMixture([Stream("pairs", source, collate, BATCH, BATCH)], 0, workers=arguments.workers)
+    mixture = StreamMixture([Stream("pairs", source, collate, BATCH, BATCH)], 0, workers=workers)
     named: list[int] = []
     misplaced = 0
     started = time.perf_counter()
@@ -110,8 +105,7 @@ def main() -> None:
             misplaced += int((batch.images[0].same_B != torch.tensor(expected)).sum())
             replaced.note(step + 1, [batch])
         logged = len((Path(folder) / "skipped.jsonl").read_text().splitlines())
-    seconds = time.perf_counter() - started
-    result = {
+    return {
         "samples": total,
         "broken": len(chosen),
         "replaced": len(named),
@@ -119,12 +113,21 @@ def main() -> None:
         "count_exact": named == expected_bad and logged == len(named),
         "misplaced": misplaced,
         "fatal_rate": 0.05,
-        "workers": arguments.workers,
-        "seconds": round(seconds, 1),
+        "workers": workers,
+        "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result = measured(arguments.samples, arguments.workers)
     print(result)
-    assert result["count_exact"] and not misplaced
-    if total == 1_000_000:
+    assert result["count_exact"] and not result["misplaced"]
+    if arguments.samples == 1_000_000:
         side_by_side.write("bad_samples", {"a million samples": result})
 
 

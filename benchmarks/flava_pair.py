@@ -148,7 +148,7 @@ class Pair(StepPair):
         return ours, peer_inputs(theirs, self.method, modality)
 
     def ready(self, kind: str) -> None:
-        """The image tokenizer in the precision that autocast gives the peer's."""
+        """The image tokenizer in the precision that autocast gives the peer's (`--data.image-tokenizer-precision`)."""
         if kind == "bf16":
             self.method.image_tokenizer.frozen(torch.bfloat16)
 

@@ -23,15 +23,15 @@ from trivium.train.trainer import train
 EVERY, WARM = 1000, 2000  # steps
 
 
-def soak(steps: int, out: Path) -> dict[str, float | list[int]]:
-    """Train so many steps. Memory in bytes."""
-    recipe = tiny_run.with_train(steps=steps, save_every=EVERY // 2, log_every=100)
+def soak(steps: int, out: Path, every: int = EVERY, warm: int = WARM) -> dict[str, float | list[int]]:
+    """Train so many steps. Memory in bytes, read every `every` steps; growth is counted from step `warm`."""
+    recipe = tiny_run.with_train(steps=steps, save_every=every // 2, log_every=every // 10)
     run = tiny_run.make(recipe, tiny_run.real_mixture(workers=1, sound=True))
     memory: list[int] = []
     files: list[int] = []
 
     def read(step: int) -> None:
-        if (step + 1) % EVERY == 0:  # the save of this step comes after it
+        if (step + 1) % every == 0:  # the save of this step comes after it
             memory.append(side_by_side.status("VmRSS"))
             files.append(len(os.listdir("/proc/self/fd")))
 
@@ -39,11 +39,11 @@ def soak(steps: int, out: Path) -> dict[str, float | list[int]]:
     begun = time.perf_counter()
     if train(run, out).done < steps:
         raise SystemExit("the run was stopped before its last step: nothing is written")
-    warm = WARM // EVERY - 1
+    first = warm // every - 1
     return {
         "steps": steps,
-        "memory_growth": memory[-1] / memory[warm] - 1,
-        "files_more": max(files[warm:]) - files[warm],
+        "memory_growth": memory[-1] / memory[first] - 1,
+        "files_more": max(files[first:]) - files[first],
         "seconds": round(time.perf_counter() - begun, 1),
         "memory": memory,
         "files": files,

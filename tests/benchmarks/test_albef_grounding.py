@@ -25,11 +25,13 @@ def test_random_weights_are_those_that_the_run_began_with(tmp_path: Path) -> Non
 
 
 def test_the_page_says_the_threads_that_were_given_and_what_the_minutes_came_to() -> None:
-    arguments = argparse.Namespace(minutes=25.0, scenes=8000, rows=1500, threads=None, out=Path("/somewhere"))
+    arguments = argparse.Namespace(
+        minutes=25.0, scenes=8000, rows=1500, threads=None, out=Path("/somewhere"), fine_tune=0
+    )
     command = albef_grounding.command_of(arguments)
     assert command == "python benchmarks/albef_grounding.py --minutes 25 --scenes 8000 --rows 1500 --out RUNS"
-    arguments.threads = 1
+    arguments.threads, arguments.fine_tune = 1, 600
     command = albef_grounding.command_of(arguments)
-    assert command.endswith(" --rows 1500 --threads 1 --out RUNS")
+    assert command.endswith(" --rows 1500 --fine-tune 600 --threads 1 --out RUNS")
     page = albef_grounding.page({}, command, 25.0, 1751)
     assert f"`{command}`" in page and "The 25 minutes of training were 1,751 steps." in page

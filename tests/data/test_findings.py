@@ -42,20 +42,20 @@ def save(path: Path, picture: Image.Image, **settings: object) -> None:
     picture.save(path, **settings)  # type: ignore[arg-type]
 
 
-def stream_of(kind: str, path: Path, name: str | None = None, batch: int = 8) -> Stream:
-    image, text = ImageInput(VIEWS, 8), TextInput(TOKENIZER, MAX_LENGTH)
+def stream_of(kind: str, path: Path, name: str | None = None, batch: int = 8, max_length: int = MAX_LENGTH) -> Stream:
+    image, text = ImageInput(VIEWS, 8), TextInput(TOKENIZER, max_length)
     collate = {"pairs": PairCollate(image, text), "images": ImageCollate(image), "text": TextCollate(text)}[kind]
     return Stream(name or kind, open_source(kind, [path]), collate, batch, batch)  # type: ignore[arg-type]
 
 
 def read(stream: Stream, sample: int = 10**9) -> Survey:
-    return survey(stream, VIEWS.decode, TOKENIZER, MAX_LENGTH, seed=0, sample=sample, threads=2)
+    return survey(stream, VIEWS.decode, TOKENIZER, seed=0, sample=sample, threads=2)
 
 
 def conclusion(
     train: Sequence[Stream], held_out: Sequence[Stream] = (), queue: int = 4
 ) -> tuple[Diagnosis, dict[tuple[str, str], Finding]]:
-    found = conclude([read(each) for each in train], [read(each) for each in held_out], MAX_LENGTH, queue=queue)
+    found = conclude([read(each) for each in train], [read(each) for each in held_out], queue=queue)
     json.dumps(found.as_json(), allow_nan=False)
     by_kind = {(finding.stream, finding.kind): finding for finding in found.findings}
     assert len(by_kind) == len(found.findings)
@@ -234,8 +234,8 @@ def test_repeated_lines_of_text(tmp_path: Path) -> None:
 def test_captions_without_an_end_are_told_apart_by_their_last_token(table: Callable[..., Path]) -> None:
     """Cut at 4 tokens, [CLS] among them, the first two are equal, and the third is not, though all end alike."""
     texts = ("amber boat cedar dune amber", "amber boat cedar ember amber", "amber boat dune dune amber")
-    stream = stream_of("pairs", table("train.csv", range(1), [("0.png", text) for text in texts]))
-    seen = survey(stream, VIEWS.decode, TOKENIZER.for_captions(), 4, seed=0, sample=9, threads=1)
+    stream = stream_of("pairs", table("train.csv", range(1), [("0.png", text) for text in texts]), max_length=4)
+    seen = survey(stream, VIEWS.decode, TOKENIZER.for_captions(), seed=0, sample=9, threads=1)
     digests = [sample.captions[0].tokens for sample in seen.samples[1:]]
     assert digests[0] == digests[1] != digests[2]
 
@@ -254,7 +254,7 @@ def test_a_sample_is_whole_batches_of_the_run_and_says_so(table: Callable[..., P
     rows, batches = rows_of(stream, seed=0, sample=20)
     assert [len(batch) for batch in batches] == [8, 8]
     assert sorted(set(np.concatenate(batches).tolist())) == rows.tolist()
-    found = conclude([read(stream, sample=20)], [], MAX_LENGTH, queue=4)
+    found = conclude([read(stream, sample=20)], [], queue=4)
     assert found.findings == []
     assert found.notes[0].startswith(f"pairs: {len(rows)} of 60 samples were read")
     everything, batches = rows_of(stream, seed=0, sample=60)
@@ -271,9 +271,7 @@ def test_a_diagnosis_times_the_loader_and_outlives_data_that_cannot_be_read(
         (tmp_path / "bad" / f"{number}.png").write_bytes(b"nothing")
 
     def examined(*train: Stream) -> Diagnosis:
-        return diagnose(
-            train, [], VIEWS.decode, TOKENIZER, MAX_LENGTH, seed=0, workers=0, threads=1, queue=4, seconds=2.0
-        )
+        return diagnose(train, [], VIEWS.decode, TOKENIZER, seed=0, workers=0, threads=1, queue=4, seconds=2.0)
 
     found = examined(pairs)
     assert found.findings == []

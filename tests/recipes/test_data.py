@@ -160,6 +160,30 @@ def test_the_hash_of_an_image_tokenizer_names_kind_settings_and_weights(dvae: Pa
     assert len(hashes) == 4
 
 
+def test_codes_made_in_a_step_may_be_bfloat16s_and_what_is_kept_stays_exact(
+    dvae: Path, words: list[object], cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bf16 = ("--data.image-tokenizer-precision", "bf16")
+    prepared = prepared_of(*words, *bf16)
+    kept, exact = prepared.bundle.image_tokenizer, load_image_tokenizer(dvae)
+    assert kept is not None and image_tokenizer_hash(kept) == image_tokenizer_hash(exact)
+    method: Any = prepared.run.method
+    assert {parameter.dtype for parameter in method.image_tokenizer.parameters()} == {torch.bfloat16}
+    in_bf16 = load_image_tokenizer(dvae)
+    assert isinstance(in_bf16, DVae)
+    in_bf16.frozen(torch.bfloat16)
+    for batch in (batch for step in prepared.run.mixture.loader(0, 0, 1, 4) for batch in step if batch.images):
+        found = method.codes(batch, torch.arange(len(batch.images[-1].pixels_BCHW)))
+        pixels = batch.images[-1].pixels_BCHW.float() / 255
+        assert torch.equal(found, in_bf16.encode(pixels))
+        assert 0.5 < (found == exact.encode(pixels)).float().mean(), "most are those of float32"
+
+    assert command("pretrain", "flava", *words, *bf16, "--data.codes", cache) == 2
+    assert "made in the step: --data.codes holds them already" in capsys.readouterr().err
+    assert command("pretrain", "flava", *bf16) == 2
+    assert "that of a dVAE's codes made in the step: this run has none" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------- vocabularies
 
 
@@ -233,7 +257,8 @@ def test_no_loss_at_all_is_refused(shop: Path) -> None:
     [
         ({"model__image_size": 65}, "a picture of 65 pixels cannot be cut into patches of 8: choose a multiple"),
         ({"model__num_heads": 5}, "a width of 32 cannot be shared by 5 heads"),
-        ({"data__max_length": 80}, "texts of 80 tokens do not fit a model of 64 positions"),
+        ({"data__max_length": 80}, "texts of 80 tokens do not fit a model of 64 positions: lower --data.max-length"),
+        ({"data__text_length": 80}, "texts of 80 tokens do not fit a model of 64 positions: lower --data.text-length"),
     ],
 )
 def test_shapes_that_do_not_go_together(

@@ -57,6 +57,7 @@ def test_base_is_the_published_run() -> None:
     assert learning_rate(recipe.optim, 9_999, recipe.train.steps) == 1.0
     assert learning_rate(recipe.optim, 999, recipe.train.steps) == pytest.approx(0.1)
     assert recipe.objectives.masked_share == 1.0  # nothing that changes training, unless it is asked for
+    assert (recipe.data.max_length, recipe.data.length_alone) == (77, 512)  # of a caption, of a text alone
     assert recipe.data.batch % recipe.train.micro_batch == 0
 
 
@@ -121,6 +122,26 @@ def test_the_streams_are_those_whose_data_is_there(shop: Path, prepared: Prepare
     pairs_alone = replace(recipe, data=replace(recipe.data, images=(), text=()))
     mixture = pairs_alone.prepare("flava", {}).run.mixture
     assert {mixture.stream_at(step).name for step in range(20)} == {"pairs"}
+
+
+def test_a_text_alone_may_be_longer_than_a_caption(shop: Path) -> None:
+    """Lines are cut into windows that its length holds, and neither it nor a caption is cut by the other's."""
+    lines = shop.parent / "long.txt"
+    lines.write_text(" ".join(f"{colour} {shape}" for colour, shape in THINGS) + "\n")
+    recipe = recipe_on(shop, data__max_length=8)
+    recipe = replace(recipe, data=replace(recipe.data, text=(str(lines),)))
+
+    def widths(recipe: FlavaRecipe) -> dict[str, int]:
+        mixture, found = recipe.prepare("flava", {}).run.mixture, {}
+        for [batch] in mixture.loader(0, 0, 1, 3):
+            if batch.texts:
+                found[batch.stream] = batch.texts[0].mask_BT.sum(1).max().item()
+        return found
+
+    short = widths(recipe)
+    long = widths(replace(recipe, data=replace(recipe.data, text_length=40)))
+    assert short["pairs"] == long["pairs"] <= 8 and short["text"] <= 8
+    assert 2 * short["text"] < long["text"] <= 40
 
 
 def test_the_sigmoid_form_has_a_bias_that_is_trained_and_saved_with_the_method(

@@ -111,9 +111,9 @@ def test_windows_of_a_long_line_are_read_to_their_end(tmp_path: Path, size: str)
     assert " ".join(windows).split() == words
     tokenizer = Tokenizer.wordpiece(embedded.bert_vocabulary())
     lengths = [len(ids) for ids in tokenizer.encode(windows, TEXT_LIMIT)]
-    assert sum(length > data.max_length for length in lengths) < len(windows) / 6
-    assert sum(max(0, length - data.max_length) for length in lengths) < 0.03 * sum(lengths)
-    assert sum(lengths) > 0.6 * data.max_length * len(windows), "and the windows are not much shorter than that"
+    assert sum(length > data.length_alone for length in lengths) < len(windows) / 6
+    assert sum(max(0, length - data.length_alone) for length in lengths) < 0.03 * sum(lengths)
+    assert sum(lengths) > 0.6 * data.length_alone * len(windows), "and the windows are not much shorter than that"
 
 
 def test_flava_says_what_is_cut_once_for_each_source(shop: Path) -> None:
@@ -128,6 +128,7 @@ def test_flava_says_what_is_cut_once_for_each_source(shop: Path) -> None:
     assert pairs.startswith("data.pairs: 36 captions have more than 4 tokens and are cut there; the first: ")
     assert "goods.csv (line 2)" in pairs and validation.startswith("data.validation: 36 captions have more than 4")
     assert text.startswith("data.text: 12 texts have more than 4 tokens") and "goods.csv (line 2)" in text
+    assert len(said(data__max_length=4, data__text_length=12)) == 2, "texts alone are not cut there"
     without = {f"objectives__{loss}": 0 for loss in LOSSES if loss != "mlm"}
     by_words = said(data__max_length=4, **without)
     assert [note.partition(":")[0] for note in by_words] == ["data.text", "data.validation"], "no pair is read"

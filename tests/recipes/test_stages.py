@@ -59,7 +59,7 @@ def staged(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_published_stages() -> None:
     """Singh et al., supplement B.1 (RoBERTa's schedule for words); Bao et al., section 3.1 (BEiT)."""
     text, image = mlm("base"), mim("base")
-    assert (text.train.steps, text.data.batch, text.data.max_length) == (125_000, 2048, 512)
+    assert (text.train.steps, text.data.batch, text.data.length_alone) == (125_000, 2048, 512)
     assert (text.optim.lr, text.optim.betas, text.optim.eps, text.optim.weight_decay) == (5e-4, (0.9, 0.98), 1e-6, 0.01)
     assert (text.optim.warmup, text.optim.schedule, text.optim.clip) == (10_000, "linear", "none")
     assert text.objectives.streams() == ["text"]
@@ -301,11 +301,12 @@ def test_a_stage_has_the_model_and_the_data_of_the_whole_and_its_own_schedule(tm
         "text.max_length": 20,
         "mim.flip": 0.3,
     }
+    values["data.text_length"] = 30  # of the joint stage
     whole = set_leaves(flava_stages("tiny"), values | {"image_by": ["mim"]})
     assert isinstance(whole, Stages)
     text, image, joint = (stage.recipe for stage in whole.plan(tmp_path))
     assert text.model == image.model == joint.model == whole.model != SIZES["tiny"]
-    assert (text.data.max_length, image.data.max_length) == (20, whole.data.max_length)
+    assert (text.data.length_alone, image.data.max_length) == (20, whole.data.max_length)
     assert (text.data.flip, image.data.flip, joint.data.flip) == (0.0, 0.3, 0.0)
     assert {stage.data.pairs for stage in (text, image, joint)} == {("a.csv",)}
     assert text.train == whole.text.train

@@ -83,7 +83,6 @@ def doctor(
         list(held_out.values()),
         decode,
         inputs.tokenizer,
-        inputs.max_length,
         seed=tree.train.seed,
         workers=tree.train.workers,
         threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

@@ -36,7 +36,6 @@ class Diagnosis:
     streams: dict[str, StreamFacts]
     floor: dict[str, float]  # of the contrastive loss: batches, rows, loss, from_captions, from_pictures, chance
     samples_per_second: float | None  # of the mixture
-    max_length: int
     notes: list[str]  # what was measured on a sample alone, or could not be measured
     seconds: float = 0.0
 
@@ -53,7 +52,6 @@ def diagnose(
     held_out: Sequence[Stream],
     decode: Decode,
     tokenizer: Tokenizer | None,
-    max_length: int,
     *,
     seed: int,
     workers: int,
@@ -69,7 +67,7 @@ def diagnose(
     Args:
         train: as the mixture has them; one with captions and pictures is named "pairs".
         held_out: what leakage is checked against; one name for each.
-        decode: of pictures. tokenizer: None: texts are left alone. max_length: tokens of a caption that the model sees.
+        decode: of pictures. tokenizer: None: texts are left alone.
         workers: processes of the loader that is timed. threads: that decode for everything else.
         queue: length of a momentum queue.
         bad_rate: share of unreadable samples above which the run stops.
@@ -92,10 +90,10 @@ def diagnose(
     for number, stream in enumerate(streams):
         progress(f"reading {stream.name}")
         share = max(1.0, begun + seconds - time.perf_counter()) / (len(streams) - number)
-        fits = sample or sample_that_fits(stream, decode, tokenizer, max_length, seed, share, threads)
-        surveys.append(survey(stream, decode, tokenizer, max_length, seed, fits, threads))
+        fits = sample or sample_that_fits(stream, decode, tokenizer, seed, share, threads)
+        surveys.append(survey(stream, decode, tokenizer, seed, fits, threads))
     progress("comparing")
-    found = conclude(surveys[: len(train)], surveys[len(train) :], max_length, seed, queue, bad_rate)
+    found = conclude(surveys[: len(train)], surveys[len(train) :], seed, queue, bad_rate)
     for name, rate in rates.items():
         found.streams[name].samples_per_second = rate
     if len(rates) == len(train):
@@ -110,7 +108,6 @@ def diagnose(
 def conclude(
     train: Sequence[Survey],
     held_out: Sequence[Survey],
-    max_length: int,
     seed: int = 0,
     queue: int = ALBEF_QUEUE,
     bad_rate: float = BAD_RATE,
@@ -129,7 +126,7 @@ def conclude(
             )
         findings += unreadable(each, bad_rate)
         findings += pictures(each, facts[each.stream])
-        findings += captions(each, facts[each.stream], max_length)
+        findings += captions(each, facts[each.stream])
         if number < len(train) and each.stream == "pairs":
             floor, more = loss_floor(each, seed)
             if floor and len(each.batches[0]) < each.batch:
@@ -141,4 +138,4 @@ def conclude(
     for each in held_out:
         findings += leakage(train, each)
     findings.sort(key=lambda finding: not finding.is_problem)
-    return Diagnosis(findings, facts, floor, None, max_length, notes)
+    return Diagnosis(findings, facts, floor, None, notes)

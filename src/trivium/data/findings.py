@@ -63,6 +63,7 @@ class StreamFacts:
     captions_per_picture: float | None = None
     tokens: dict[str, int] = field(default_factory=dict)  # quantiles of the length of a caption
     histogram: dict[int, int] = field(default_factory=dict)  # tokens -> captions
+    max_length: int | None = None  # tokens of a caption that the model sees
     above_max_length: float | None = None  # share of the captions
     often: dict[str, int] = field(default_factory=dict)  # the captions that stand beside most pictures
     samples_per_second: float | None = None
@@ -147,7 +148,7 @@ def near_groups(samples: Iterable[Looked]) -> list[list[Looked]]:
     return [[distinct[row] for row in group] for group in duplicates.groups(pairs, len(distinct))]
 
 
-def captions(seen: Survey, facts: StreamFacts, max_length: int) -> list[Finding]:
+def captions(seen: Survey, facts: StreamFacts) -> list[Finding]:
     """Captions that are cut, and captions like labels. A caption counts once for each picture."""
     beside: defaultdict[bytes, set[int]] = defaultdict(set)  # tokens -> the pictures (or texts) it stands with
     text_of: dict[bytes, str] = {}
@@ -164,6 +165,7 @@ def captions(seen: Survey, facts: StreamFacts, max_length: int) -> list[Finding]
     facts.captions, facts.distinct_captions = len(lengths), len(beside)
     facts.tokens = {f"{100 * q:g} %": int(value) for q, value in zip(QUANTILES, quantiles, strict=True)}
     facts.histogram = dict(sorted(Counter(lengths).items()))
+    facts.max_length = max_length = seen.max_length
     facts.above_max_length = sum(length > max_length for length in lengths) / len(lengths)
     often = sorted(((len(numbers), tokens) for tokens, numbers in beside.items() if len(numbers) > 1), reverse=True)
     facts.often = {text_of[tokens]: number for number, tokens in often[:SHOWN]}
@@ -174,7 +176,8 @@ def captions(seen: Survey, facts: StreamFacts, max_length: int) -> list[Finding]
             f"{_of(count, len(lengths), what)} {'is' if count == 1 else 'are'} longer than {max_length} tokens and cut"
         )
         fitting = int(np.quantile(lengths, 1 - LONG, method="higher"))
-        advice = f"--data.max-length {fitting} keeps 99 % whole (--model.max-length must be as large)"
+        flag = "--data.max-length" if what == "caption" else "--data.text-length"
+        advice = f"{flag} {fitting} keeps 99 % whole (--model.max-length must be as large)"
         findings.append(Finding("long-captions", seen.stream, sentence, advice, count))
     examples = tuple(f"{number:,} x {text_of[tokens][:200]}" for number, tokens in often[:SHOWN])
     if what == "text":

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trivium.data.collate import TextInput
 from trivium.data.decode import DecodeError
 from trivium.data.duplicates import Fingerprint, fingerprint
 from trivium.data.files import TEXT_LIMIT
@@ -60,25 +61,30 @@ class Survey:
     samples: list[Looked]  # by row
     bad: list[str]  # one sentence for each row that no run could use
     batches: list[np.ndarray]  # rows of some global batches of a run; of those of a sample, as many as it holds
+    max_length: int  # tokens of a text that the model sees; 0 where it sees none
 
 
-def survey(
-    stream: Stream, decode: Decode, tokenizer: Tokenizer | None, max_length: int, seed: int, sample: int, threads: int
-) -> Survey:
+def max_length_of(stream: Stream) -> int:
+    """Tokens of a text of this stream that the model sees; 0 where it sees none."""
+    texts = getattr(stream.collate, "texts", None)
+    return texts.max_length if isinstance(texts, TextInput) else 0
+
+
+def survey(stream: Stream, decode: Decode, tokenizer: Tokenizer | None, seed: int, sample: int, threads: int) -> Survey:
     """Read all rows of a stream, or about `sample` of them: whole batches of the first epoch, evenly spread over it.
 
-    decode: of the pictures. tokenizer: None: texts are left alone. max_length: tokens of a caption that the model sees.
-    threads: that decode.
+    decode: of the pictures. tokenizer: None: texts are left alone. threads: that decode.
     """
     rows, batches = rows_of(stream, seed, sample)
     samples: list[Looked] = []
     bad: list[str] = []
+    max_length = max_length_of(stream)
     for outcome in look(stream.source, rows, decode, tokenizer, max_length, threads):
         if isinstance(outcome, BadSample):
             bad.append(str(outcome))
         else:
             samples.append(outcome)
-    return Survey(stream.name, stream.batch, len(stream.source), len(rows), samples, bad, batches)
+    return Survey(stream.name, stream.batch, len(stream.source), len(rows), samples, bad, batches, max_length)
 
 
 def rows_of(stream: Stream, seed: int, sample: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -100,7 +106,6 @@ def sample_that_fits(
     stream: Stream,
     decode: Decode,
     tokenizer: Tokenizer | None,
-    max_length: int,
     seed: int,
     seconds: float,
     threads: int,
@@ -108,7 +113,7 @@ def sample_that_fits(
     """About how many rows can be read in `seconds`, told from a few of them; at least those few."""
     rows, _ = rows_of(stream, seed, TRIED)
     begun = time.perf_counter()
-    for _ in look(stream.source, rows, decode, tokenizer, max_length, threads):
+    for _ in look(stream.source, rows, decode, tokenizer, max_length_of(stream), threads):
         pass
     return max(TRIED, int(seconds * len(rows) / (time.perf_counter() - begun)))
 

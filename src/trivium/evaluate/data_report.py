@@ -59,7 +59,7 @@ def write(path: Path, diagnosis: Diagnosis, streams: Mapping[str, Stream], decod
             groups=cards,
             examples=EXAMPLES,
             charts={
-                name: charts.histogram(f"{name}: {facts.captions:,} texts", facts.histogram, diagnosis.max_length)
+                name: charts.histogram(f"{name}: {facts.captions:,} texts", facts.histogram, facts.max_length or 0)
                 for name, facts in diagnosis.streams.items()
                 if facts.histogram
             },

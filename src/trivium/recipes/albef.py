@@ -102,7 +102,7 @@ class AlbefRecipe(Recipe):
         tokenizer = _vocabulary(self, start, text, sources, config)
         train, held_out = (_streams(self, sources, config, tokenizer, train) for train in (True, False))
         queue = queue_rows(self.objectives.queue, len(sources.pairs), [])
-        return Inputs(sources, train, held_out, tokenizer, self.data.max_length, queue)
+        return Inputs(sources, train, held_out, tokenizer, queue)
 
 
 def albef(size: str = "tiny") -> AlbefRecipe:

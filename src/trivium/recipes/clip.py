@@ -66,7 +66,7 @@ class ClipRecipe(Recipe):
         train, held_out = (
             make_pairs(self.data, sources, views, config.patch_size, tokenizer, train) for train in (True, False)
         )
-        return Inputs(sources, train, held_out, tokenizer, self.data.max_length)
+        return Inputs(sources, train, held_out, tokenizer)
 
 
 def clip(size: str = "tiny") -> ClipRecipe:

@@ -86,7 +86,8 @@ class Data(PairData):
     """The same for three streams. With no path at all: the embedded drawings and texts."""
 
     images: tuple[str, ...] = ()  # pictures alone
-    text: tuple[str, ...] = ()  # text alone: one line a sample, long ones in windows that max_length holds
+    text: tuple[str, ...] = ()  # text alone: one line a sample, long ones in windows that text_length holds
+    text_length: int | None = None  # tokens of a text alone, as max_length those of a caption; None: as many
     schedule: Literal["ratio", "round-robin"] = "ratio"
     pairs_ratio: float = 0.70  # share of the steps (FLAVA supplement A.2)
     images_ratio: float = 0.15
@@ -95,12 +96,18 @@ class Data(PairData):
     mask_probability: float = 0.15  # of a token to be masked in training; held-out text is always measured at 0.15
     whole_words: bool = False  # mask whole words instead of word pieces
     image_tokenizer: str = "patches"  # "patches": k-means on this data; or the path of a codebook's weights
+    image_tokenizer_precision: Literal["fp32", "bf16"] = "fp32"  # of codes made in a step; bf16: faster, some change
     codes: str | None = None  # of the image tokenizer, cached by `trivium data codes`: training then never runs it
     split_pairs: bool = False  # the streams of pictures and of text are those of the pairs, taken apart
 
     @property
     def is_embedded(self) -> bool:
         return not (self.pairs or self.images or self.text)
+
+    @property
+    def length_alone(self) -> int:
+        """Tokens of a text that stands alone."""
+        return self.text_length or self.max_length
 
     def with_absolute_paths(self) -> Self:
         return replace(
@@ -135,7 +142,6 @@ class Inputs:
     train: Sequence[Stream]  # one with captions and pictures is named "pairs"
     held_out: Sequence[Stream] = ()
     tokenizer: Tokenizer | None = None  # None: no text is read, where there is any
-    max_length: int = 0  # tokens of a text that the model sees
     queue: int | None = None  # rows of the momentum queue; None: the recipe has none
 
 
@@ -172,7 +178,7 @@ def open_sources(data: PairData) -> Sources:
     def opened(kind: Literal["pairs", "images", "text"], paths: tuple[str, ...]) -> Source | None:
         if not paths:
             return None
-        window = words_within(data.max_length)
+        window = words_within(data.length_alone if isinstance(data, Data) else data.max_length)
         return open_source(kind, paths, image_column=data.image_column, text_column=data.text_column, window=window)
 
     validation = opened("pairs", data.validation)
@@ -305,11 +311,12 @@ def make_streams(
         image = replace(image, color_jitter=data.color_jitter, cache_bytes=data.cache_megabytes << 20)
         text = replace(text, probability=data.mask_probability)
         pairs, images, texts = sources.pairs, sources.images, sources.text
+    alone = replace(text, max_length=data.length_alone)
     by_length = data.sort_by_length and train
     members = (
         ("pairs", pairs, PairCollate(image, text, data.false_pairs, by_length, train), data.pairs_ratio),
         ("images", images, ImageCollate(image, train), data.images_ratio),
-        ("text", texts, TextCollate(text, by_length, train), data.text_ratio),
+        ("text", texts, TextCollate(alone, by_length, train), data.text_ratio),
     )
     streams = [
         Stream(name, source, collate, data.batch, data.batch, ratio)
@@ -356,8 +363,12 @@ def check_shapes(data: PairData, image_size: int, patch: int, max_length: int) -
     for flag, size in (("--model.image-size", image_size), ("--data.image-size", data.image_size)):
         if size is not None:
             limits.check_patches(size, patch, flag)
-    if data.max_length > max_length:
-        raise TriviumError(
-            f"texts of {data.max_length} tokens do not fit a model of {max_length} positions: lower"
-            " --data.max-length or raise --model.max-length"
-        )
+    for flag, length in (
+        ("--data.max-length", data.max_length),
+        ("--data.text-length", data.length_alone if isinstance(data, Data) else 0),
+    ):
+        if length > max_length:
+            raise TriviumError(
+                f"texts of {length} tokens do not fit a model of {max_length} positions: lower {flag} or raise"
+                " --model.max-length"
+            )

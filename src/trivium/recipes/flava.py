@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from trivium.evaluate.embedded import Evaluation
 from trivium.load import image_tokenizer_hash, load_image_tokenizer
 from trivium.methods.flava import LOSSES, FlavaMethod, Scope
 from trivium.methods.pixels import Pixels
+from trivium.models.dvae import DVae
 from trivium.models.flava import SIZES, Flava, FlavaConfig
 from trivium.models.image_tokenizer import ImageTokenizer
 from trivium.models.towers import vit_of
@@ -133,7 +135,7 @@ class FlavaRecipe(Recipe):
             make_streams(self.data, sources, views, config.patch_size, tokenizer, None, FED_BY, train)
             for train in (True, False)
         )
-        return Inputs(sources, train, held_out, tokenizer, self.data.max_length)
+        return Inputs(sources, train, held_out, tokenizer)
 
 
 def flava(size: str = "tiny") -> FlavaRecipe:
@@ -150,8 +152,9 @@ def flava(size: str = "tiny") -> FlavaRecipe:
             label_frequencies=True,
             init_std=0.13,  # of 0.02, 0.05, 0.09, 0.13 and 0.2 the one that learns fastest at this width
         )
+    # Not stated: AdamW's eps and which parameters are spared from decay; those are PyTorch's and, as everywhere, ours.
     published = Optim(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.1, warmup=10_000, clip="none")
-    data = Data(batch=8192, max_length=77, vocabulary="bert")
+    data = Data(batch=8192, max_length=77, text_length=model.max_length, vocabulary="bert")
     if size == "small":
         return FlavaRecipe(
             model,
@@ -159,7 +162,7 @@ def flava(size: str = "tiny") -> FlavaRecipe:
             optim=replace(published, warmup=0.05, clip="global"),
             train=Train(steps=50_000, micro_batch=128),
         )
-    return FlavaRecipe(model, data=data, optim=published, train=Train(steps=214_000, micro_batch=128))
+    return FlavaRecipe(model, data=data, optim=published, train=Train(steps=214_000, micro_batch=32))
 
 
 @dataclass
@@ -216,7 +219,7 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     codes = None
     if data.codes is not None and image_tokenizer is not None:
         codes = CodeCache(data.codes, views, image_tokenizer_hash(image_tokenizer))
-    notes = []
+    notes: list[str] = []
     if start is None:
         model_config = replace(model_config, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
         if image_tokenizer is not None:
@@ -235,8 +238,8 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     pixels = Pixels(transform.mean, transform.std)
     objectives = recipe.objectives
     method = FlavaMethod(
-        model, image_tokenizer, pixels, weights, objectives.masked_share, objectives.contrastive_form,
-        objectives.contrastive_scope, objectives.num_ranks,
+        model, _in_steps(image_tokenizer, data), pixels, weights, objectives.masked_share,
+        objectives.contrastive_form, objectives.contrastive_scope, objectives.num_ranks,
     )  # fmt: skip
     false_pairs = None if start is None else start.false_pairs
     if recipe.objectives.itm and sources.pairs is not None:
@@ -323,6 +326,16 @@ def _image_side(
     if image_tokenizer is None:
         image_tokenizer = make_image_tokenizer(recipe.data, sources, views, config, recipe.train.seed)
     return _seen_by(image_tokenizer, views, config), image_tokenizer
+
+
+def _in_steps(image_tokenizer: ImageTokenizer | None, data: Data) -> ImageTokenizer | None:
+    """What makes codes in the step. What is kept with the model, and evaluates it, stays in float32."""
+    if data.image_tokenizer_precision == "fp32":
+        return image_tokenizer
+    if not isinstance(image_tokenizer, DVae) or data.codes is not None:
+        reason = "--data.codes holds them already" if data.codes is not None else "this run has none"
+        raise TriviumError(f"--data.image-tokenizer-precision is that of a dVAE's codes made in the step: {reason}")
+    return copy.deepcopy(image_tokenizer).frozen(torch.bfloat16)
 
 
 def _seen_by(image_tokenizer: ImageTokenizer, views: Views, config: FlavaConfig) -> Views:

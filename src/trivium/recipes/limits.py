@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {  # by path; * stands for any name
     "data.batch": SOME,
     "data.image_size": (lambda value: value is None or value >= 1, "a number of pixels of 1 or more"),
     "data.max_length": TOKENS,
+    "data.text_length": TOKENS,
     "data.false_pairs": SHARE,
     "data.mask_probability": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "data.crop_scale": SHARES,

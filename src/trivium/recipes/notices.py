@@ -75,9 +75,7 @@ def cut_captions(
     return [f"{name}: {sentence}" for sentence in sentences]
 
 
-def cut_in_streams(
-    streams: Sequence[Stream], held_out: Sequence[Stream], tokenizer: Tokenizer | None, limit: int
-) -> list[str]:
+def cut_in_streams(streams: Sequence[Stream], held_out: Sequence[Stream], tokenizer: Tokenizer | None) -> list[str]:
     """The same of all texts that a run is trained and measured on. A source that feeds two streams is told of once."""
     sentences: list[str] = []
     seen: set[int] = set()
@@ -86,6 +84,7 @@ def cut_in_streams(
         if stream.name in TEXT_STREAMS and id(stream.source) not in seen:
             assert tokenizer is not None, "texts are read"
             seen.add(id(stream.source))
+            limit = stream.collate.texts.max_length
             sentences += cut_captions(name, stream.source, tokenizer, limit, TEXT_STREAMS[stream.name])
     return sentences
 

@@ -160,7 +160,7 @@ class PreparedPairs(Prepared):
     ) -> Self:
         """streams, held_out: over rows to train on, and over those that are not."""
         batches = validation.of_streams(held_out, recipe.data.batch, recipe.validate, notes)
-        notes += [*noticed(sources), *cut_in_streams(streams, held_out, bundle.tokenizer, bundle.max_length)]
+        notes += [*noticed(sources), *cut_in_streams(streams, held_out, bundle.tokenizer)]
         return cls.of(
             recipe, name, arguments, method, bundle, mixtures(recipe, streams, schedule), notes,
             sources=sources, validation=batches,

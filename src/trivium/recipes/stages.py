@@ -52,6 +52,10 @@ class Stage:
 class TextStage(Stage):
     max_length: int  # tokens of a text
 
+    def of(self, recipe: FlavaRecipe) -> FlavaRecipe:
+        stage = super().of(recipe)
+        return replace(stage, data=replace(stage.data, text_length=None))
+
 
 @dataclass(frozen=True)
 class DinoStage:

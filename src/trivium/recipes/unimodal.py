@@ -25,7 +25,8 @@ def mlm(size: str = "tiny") -> FlavaRecipe:
     recipe = replace(flava(size), objectives=replace(NOTHING, mlm=1.0))
     if size == "tiny":
         return replace(recipe, train=replace(recipe.train, steps=1000, save_every=500))
-    data = replace(recipe.data, batch=2048 if size == "base" else 512, max_length=recipe.model.max_length)
+    whole = recipe.model.max_length
+    data = replace(recipe.data, batch=2048 if size == "base" else 512, max_length=whole, text_length=None)
     optim = Optim(
         lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, schedule="linear", clip="none",
         warmup=10_000 if size == "base" else 0.08,
