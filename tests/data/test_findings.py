@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,33 @@ def test_captions_without_an_end_are_told_apart_by_their_last_token(table: Calla
     seen = survey(stream, VIEWS.decode, TOKENIZER.for_captions(), seed=0, sample=9, threads=1)
     digests = [sample.captions[0].tokens for sample in seen.samples[1:]]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_each_stream_is_cut_at_its_own_length(table: Callable[..., Path], tmp_path: Path) -> None:
+    """Texts alone may be longer; a stream of pictures reads no text of the pairs that it is taken from."""
+    rows = [(f"{number}.png", " ".join(WORDS)) for number in range(8)]
+    pairs, lines = table("train.csv", range(8), rows), tmp_path / "lines.txt"
+    lines.write_text("\n".join(f"{' '.join(WORDS)} {sentence(number)}" for number in range(4)))
+    pictures = replace(stream_of("pairs", pairs, "images"), collate=ImageCollate(ImageInput(VIEWS, 8)))
+    alone = replace(stream_of("pairs", pairs, "text", max_length=6), collate=TextCollate(TextInput(TOKENIZER, 6)))
+    train = [stream_of("pairs", pairs, max_length=8), pictures, alone]
+    found, findings = conclusion(train, [stream_of("text", lines, "validation text", max_length=99)])
+    cut = {stream: finding.advice for (stream, kind), finding in findings.items() if kind == "long-captions"}
+    assert set(cut) == {"pairs", "text"}
+    assert cut["pairs"].startswith("--data.max-length 10 ") and cut["text"].startswith("--data.text-length 10 ")
+    limits = {name: facts.max_length for name, facts in found.streams.items()}
+    assert limits == {"pairs": 8, "images": None, "text": 6, "validation text": 99}
+
+
+def test_a_held_out_text_is_known_however_training_cuts_it(table: Callable[..., Path], tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    texts = [f"{' '.join(WORDS)} {sentence(number)}" for number in range(4)]
+    lines.write_text("\n".join(texts))
+    held_out = table("val.csv", range(2), [("0.png", texts[0]), ("1.png", f"{texts[0]} again")])
+    _, findings = conclusion(
+        [stream_of("text", lines, max_length=99)], [stream_of("pairs", held_out, "validation", max_length=6)]
+    )
+    assert findings["validation", "leakage-captions"].examples == (texts[0],)
 
 
 @pytest.mark.parametrize(("queue", "said"), [(10, None), (11, "at most 10; a whole number of batches of 8 is 8")])

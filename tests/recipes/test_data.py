@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers, trainers
 
 import trivium
-from tests.recipes.shop import checkpoint, data_of, drawing, flags
+from tests.recipes.shop import LOSSES, checkpoint, data_of, drawing, flags
 from tests.recipes.shop import trivium as command
 from trivium.cli.overrides import set_overrides, split_overrides
 from trivium.data.codes import picture_digest
@@ -172,12 +172,16 @@ def test_codes_made_in_a_step_may_be_bfloat16s_and_what_is_kept_stays_exact(
     in_bf16 = load_image_tokenizer(dvae)
     assert isinstance(in_bf16, DVae)
     in_bf16.frozen(torch.bfloat16)
-    for batch in (batch for step in prepared.run.mixture.loader(0, 0, 1, 4) for batch in step if batch.images):
+    pictured = [batch for step in prepared.run.mixture.loader(0, 0, 1, 4) for batch in step if batch.images]
+    assert pictured
+    for batch in pictured:
         found = method.codes(batch, torch.arange(len(batch.images[-1].pixels_BCHW)))
         pixels = batch.images[-1].pixels_BCHW.float() / 255
         assert torch.equal(found, in_bf16.encode(pixels))
         assert 0.5 < (found == exact.encode(pixels)).float().mean(), "most are those of float32"
 
+    without = [word for loss in LOSSES if loss != "mlm" for word in (f"--objectives.{loss.replace('_', '-')}", 0)]
+    assert prepared_of(*words, *bf16, *without).run.method.image_tokenizer is None, "nothing to refuse in words alone"
     assert command("pretrain", "flava", *words, *bf16, "--data.codes", cache) == 2
     assert "made in the step: --data.codes holds them already" in capsys.readouterr().err
     assert command("pretrain", "flava", *bf16) == 2

@@ -307,6 +307,7 @@ def test_a_stage_has_the_model_and_the_data_of_the_whole_and_its_own_schedule(tm
     text, image, joint = (stage.recipe for stage in whole.plan(tmp_path))
     assert text.model == image.model == joint.model == whole.model != SIZES["tiny"]
     assert (text.data.length_alone, image.data.max_length) == (20, whole.data.max_length)
+    assert joint.data.length_alone == 30
     assert (text.data.flip, image.data.flip, joint.data.flip) == (0.0, 0.3, 0.0)
     assert {stage.data.pairs for stage in (text, image, joint)} == {("a.csv",)}
     assert text.train == whole.text.train

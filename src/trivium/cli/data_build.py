@@ -148,7 +148,7 @@ def text(
 
       trivium data build text ccnews/*.jsonl books/*.txt --out text.parquet
 
-      trivium pretrain flava --size base --data.text text.parquet --data.max-length 512 --data.vocabulary bert
+      trivium pretrain flava --size base --data.text text.parquet --data.vocabulary bert
 
     A document that fits into a sequence is never cut; a longer one fills the open sequence and goes on in the next. In
     plain text, a blank line ends a document; in a table, a row is one.
@@ -174,7 +174,7 @@ def text(
     show_skipped(packed.skipped)
     bad = f"; {len(packed.skipped):,} lines or rows could not be used" if packed.skipped else ""
     print(f"{packed.documents:,} documents, {packed.words:,} words, in {packed.rows:,} sequences in {out}{bad}")
-    print(f"use them with --data.text {out} --data.max-length {max_length} --data.vocabulary {vocabulary}")
+    print(f"use them with --data.text {out} --data.text-length {max_length} --data.vocabulary {vocabulary}")
 
 
 def _show_table(found: dict[str, Facts]) -> None:

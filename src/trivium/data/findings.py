@@ -176,7 +176,7 @@ def captions(seen: Survey, facts: StreamFacts) -> list[Finding]:
             f"{_of(count, len(lengths), what)} {'is' if count == 1 else 'are'} longer than {max_length} tokens and cut"
         )
         fitting = int(np.quantile(lengths, 1 - LONG, method="higher"))
-        flag = "--data.max-length" if what == "caption" else "--data.text-length"
+        flag = "--data.text-length" if seen.alone else "--data.max-length"
         advice = f"{flag} {fitting} keeps 99 % whole (--model.max-length must be as large)"
         findings.append(Finding("long-captions", seen.stream, sentence, advice, count))
     examples = tuple(f"{number:,} x {text_of[tokens][:200]}" for number, tokens in often[:SHOWN])
@@ -298,9 +298,9 @@ def leakage(train: Sequence[Survey], held_out: Survey) -> list[Finding]:
     shown("leakage-exact", f"{are} in training too, equal to the pixel", advice, exact)
     advice = "look at them in the report, and take copies out of training"
     shown("leakage-near", f"{have} a near copy in training", advice, [(one, row) for row, one in near.items()])
-    known = {caption.tokens for each in train for sample in each.samples for caption in sample.captions}
-    own = {caption.tokens: caption.text for sample in held_out.samples for caption in sample.captions}
-    again = [text for tokens, text in own.items() if tokens in known]
+    known = {caption.whole for each in train for sample in each.samples for caption in sample.captions}
+    own = {caption.whole: caption.text for sample in held_out.samples for caption in sample.captions}
+    again = [text for whole, text in own.items() if whole in known]
     if again:
         stand = "stands" if len(again) == 1 else "stand"
         sentence = f"{_of(len(again), len(own), 'caption')} of this split {stand} word by word in training"

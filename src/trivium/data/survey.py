@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trivium.data.collate import TextInput
+from trivium.data.collate import TextCollate, TextInput
 from trivium.data.decode import DecodeError
 from trivium.data.duplicates import Fingerprint, fingerprint
 from trivium.data.files import TEXT_LIMIT
@@ -37,6 +37,7 @@ ROWS = 32  # samples of a micro-batch, where the loader is timed
 class Caption(NamedTuple):
     text: str
     tokens: bytes  # digest of the ids that a model of this length sees: equal captions have equal ones
+    whole: bytes  # digest of all ids: equal texts have equal ones, whatever is cut
     length: int  # tokens of the whole text, [CLS] and [SEP] among them
 
 
@@ -62,6 +63,7 @@ class Survey:
     bad: list[str]  # one sentence for each row that no run could use
     batches: list[np.ndarray]  # rows of some global batches of a run; of those of a sample, as many as it holds
     max_length: int  # tokens of a text that the model sees; 0 where it sees none
+    alone: bool  # whether it reads texts without their pictures
 
 
 def max_length_of(stream: Stream) -> int:
@@ -78,13 +80,13 @@ def survey(stream: Stream, decode: Decode, tokenizer: Tokenizer | None, seed: in
     rows, batches = rows_of(stream, seed, sample)
     samples: list[Looked] = []
     bad: list[str] = []
-    max_length = max_length_of(stream)
+    max_length, alone = max_length_of(stream), isinstance(stream.collate, TextCollate)
     for outcome in look(stream.source, rows, decode, tokenizer, max_length, threads):
         if isinstance(outcome, BadSample):
             bad.append(str(outcome))
         else:
             samples.append(outcome)
-    return Survey(stream.name, stream.batch, len(stream.source), len(rows), samples, bad, batches, max_length)
+    return Survey(stream.name, stream.batch, len(stream.source), len(rows), samples, bad, batches, max_length, alone)
 
 
 def rows_of(stream: Stream, seed: int, sample: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -162,7 +164,7 @@ def _read(source: Source, row: int) -> Sample | BadSample:
 
 
 def _captions(samples: Sequence[Sample], tokenizer: Tokenizer | None, max_length: int) -> list[tuple[Caption, ...]]:
-    if tokenizer is None:
+    if tokenizer is None or not max_length:
         return [()] * len(samples)
     texts = [sample.get("texts") or ([sample["text"]] if "text" in sample else []) for sample in samples]
     encoded = iter(tokenizer.encode([text for each in texts for text in each], TEXT_LIMIT))
@@ -171,9 +173,13 @@ def _captions(samples: Sequence[Sample], tokenizer: Tokenizer | None, max_length
         ids = next(encoded)
         end = ids[-1:] if ids[-1] == tokenizer.sep_id else []  # captions of ALBEF have none
         seen = np.array([*ids[: max_length - len(end)], *end] if len(ids) > max_length else ids, dtype=np.int64)
-        return Caption(text, hashlib.blake2b(seen.tobytes(), digest_size=16).digest(), len(ids))
+        return Caption(text, _digest(seen), _digest(np.array(ids, dtype=np.int64)), len(ids))
 
     return [tuple(caption(text) for text in each) for each in texts]
+
+
+def _digest(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def samples_per_second(stream: Stream, seed: int, workers: int, seconds: float) -> float:

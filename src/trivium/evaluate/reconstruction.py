@@ -55,10 +55,10 @@ def reconstruct(bundle: Bundle, pictures: Sequence[np.ndarray], names: Sequence[
         bundle: a FLAVA with its image transform and its image tokenizer, which may be None.
     """
     model: Any = bundle.model
-    tokenizer: Any = bundle.image_tokenizer
-    if tokenizer is None or not hasattr(model, "mim_head") or not len(pictures):
+    if bundle.image_tokenizer is None or not hasattr(model, "mim_head") or not len(pictures):
         return []
     device = next(model.parameters()).device
+    tokenizer: Any = bundle.image_tokenizer.to(device)
     grid = bundle.transform.size // model.config.patch_size
     N, side = grid**2, grid * tokenizer.stride
     transform = bundle.transform

@@ -47,7 +47,7 @@ class PairData:
     text_column: str | None = None
     batch: int = 128  # samples of one step, over all processes
     image_size: int | None = None  # side of the pictures in pixels; None: the model's own. Others interpolate positions
-    max_length: int = 64  # tokens of a caption or text, those of its start and its end among them
+    max_length: int = 64  # tokens of a caption, those of its start and its end among them
     sort_by_length: bool = False  # texts inside a batch, so that micro-batches are padded less
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a random crop shows
     flip: float = 0.0  # probability of a mirrored picture
@@ -87,7 +87,7 @@ class Data(PairData):
 
     images: tuple[str, ...] = ()  # pictures alone
     text: tuple[str, ...] = ()  # text alone: one line a sample, long ones in windows that text_length holds
-    text_length: int | None = None  # tokens of a text alone, as max_length those of a caption; None: as many
+    text_length: int | None = None  # tokens of a text alone; None: max_length
     schedule: Literal["ratio", "round-robin"] = "ratio"
     pairs_ratio: float = 0.70  # share of the steps (FLAVA supplement A.2)
     images_ratio: float = 0.15
@@ -96,13 +96,18 @@ class Data(PairData):
     mask_probability: float = 0.15  # of a token to be masked in training; held-out text is always measured at 0.15
     whole_words: bool = False  # mask whole words instead of word pieces
     image_tokenizer: str = "patches"  # "patches": k-means on this data; or the path of a codebook's weights
-    image_tokenizer_precision: Literal["fp32", "bf16"] = "fp32"  # of codes made in a step; bf16: faster, some change
+    image_tokenizer_precision: Literal["fp32", "bf16"] = "fp32"  # of a dVAE; bf16: faster, not all codes exact
     codes: str | None = None  # of the image tokenizer, cached by `trivium data codes`: training then never runs it
     split_pairs: bool = False  # the streams of pictures and of text are those of the pairs, taken apart
 
     @property
     def is_embedded(self) -> bool:
         return not (self.pairs or self.images or self.text)
+
+    @property
+    def has_text_alone(self) -> bool:
+        """Whether a text may stand alone: a held-out caption does, where masked words are measured."""
+        return bool(self.text or self.validation) or self.split_pairs or self.is_embedded
 
     @property
     def length_alone(self) -> int:
@@ -365,7 +370,7 @@ def check_shapes(data: PairData, image_size: int, patch: int, max_length: int) -
             limits.check_patches(size, patch, flag)
     for flag, length in (
         ("--data.max-length", data.max_length),
-        ("--data.text-length", data.length_alone if isinstance(data, Data) else 0),
+        ("--data.text-length", data.length_alone if isinstance(data, Data) and data.has_text_alone else 0),
     ):
         if length > max_length:
             raise TriviumError(

@@ -162,7 +162,7 @@ def flava(size: str = "tiny") -> FlavaRecipe:
             optim=replace(published, warmup=0.05, clip="global"),
             train=Train(steps=50_000, micro_batch=128),
         )
-    return FlavaRecipe(model, data=data, optim=published, train=Train(steps=214_000, micro_batch=32))
+    return FlavaRecipe(model, data=data, optim=published, train=Train(steps=214_000, micro_batch=128))
 
 
 @dataclass
@@ -329,8 +329,8 @@ def _image_side(
 
 
 def _in_steps(image_tokenizer: ImageTokenizer | None, data: Data) -> ImageTokenizer | None:
-    """What makes codes in the step. What is kept with the model, and evaluates it, stays in float32."""
-    if data.image_tokenizer_precision == "fp32":
+    """What makes the codes of batches, those of validation too. What is kept with the model stays in float32."""
+    if data.image_tokenizer_precision == "fp32" or image_tokenizer is None:
         return image_tokenizer
     if not isinstance(image_tokenizer, DVae) or data.codes is not None:
         reason = "--data.codes holds them already" if data.codes is not None else "this run has none"

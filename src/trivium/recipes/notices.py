@@ -76,15 +76,17 @@ def cut_captions(
 
 
 def cut_in_streams(streams: Sequence[Stream], held_out: Sequence[Stream], tokenizer: Tokenizer | None) -> list[str]:
-    """The same of all texts that a run is trained and measured on. A source that feeds two streams is told of once."""
+    """The same of all texts that a run is trained and measured on. What two streams cut alike is told of once."""
     sentences: list[str] = []
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     named = [(f"data.{stream.name}", stream) for stream in streams]
     for name, stream in [*named, *(("data.validation", stream) for stream in held_out)]:
-        if stream.name in TEXT_STREAMS and id(stream.source) not in seen:
+        if stream.name not in TEXT_STREAMS:
+            continue
+        limit = stream.collate.texts.max_length
+        if (id(stream.source), limit) not in seen:
             assert tokenizer is not None, "texts are read"
-            seen.add(id(stream.source))
-            limit = stream.collate.texts.max_length
+            seen.add((id(stream.source), limit))
             sentences += cut_captions(name, stream.source, tokenizer, limit, TEXT_STREAMS[stream.name])
     return sentences
 
