@@ -69,6 +69,24 @@ def test_seconds_of_runs_are_those_that_their_folders_tell(tmp_path: Path) -> No
     assert unit_table.seconds_of_runs([0, 1, 2], tmp_path) == {"single-vg-seed0": 61.5}
 
 
+def test_a_process_that_makes_one_seed_leaves_the_table_to_whoever_is_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {name: {"value": 0.5, "low": 0.4, "high": 0.6} for name, *_ in unit_table.TASKS.values()}
+    monkeypatch.setattr(unit_table.side_by_side, "RESULTS", tmp_path)
+    monkeypatch.setattr(unit_table, "write_scenes", lambda *arguments: None)
+    words = ["unit_table.py", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    for seed, done in ((0, False), (1, True)):
+        for cell in unit_table.cells(list(unit_table.SETTINGS), list(unit_table.TASKS), [seed], tmp_path / "out"):
+            cell.folder.mkdir(parents=True)
+            (cell.folder / "results.json").write_text(json.dumps({"results": figures}))
+        monkeypatch.setattr("sys.argv", [*words, "--seeds", str(seed)])
+        assert unit_table.main() == 0
+        assert (tmp_path / "unit_table.md").exists() == done
+        assert ("still to run: single-vg-seed1" in capsys.readouterr().err) != done
+    assert "| 50.0, 50.0 (40.6*) |" in (tmp_path / "unit_table.md").read_text()
+
+
 def test_what_is_done_stays_what_was_stopped_goes_on_and_another_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
