@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from trivium.data.files import Kind, RowSource
+from trivium.data.files import Kind
+from trivium.data.read_rows import ReadRows
 from trivium.data.records import Record, records
 from trivium.data.tables import IMAGE_COLUMNS, TEXT_COLUMNS, find_column
 from trivium.errors import BadSample, TriviumError
@@ -53,26 +54,8 @@ class Row:
         return "" if self.image is None else os.path.relpath(self.image, os.path.dirname(self.file))
 
 
-class LabelledRows(RowSource):
+class LabelledRows(ReadRows[Row]):
     """Rows of a task as a Source."""
-
-    def __init__(self, rows: Sequence[Row | BadSample], kind: Kind) -> None:
-        self.rows = list(rows)
-        self.kind = kind
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def row(self, number: int) -> Row:
-        """Raises BadSample."""
-        row = self.rows[number]
-        if isinstance(row, BadSample):
-            raise row
-        return row
-
-    def where(self, row: int) -> tuple[str, str]:
-        found = self.rows[row]
-        return found.file, found.where
 
     def picture(self, row: int) -> bytes:
         image = self.row(row).image

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from trivium.data.files import RowSource
+from trivium.data.read_rows import ReadRows
 from trivium.data.records import Record, json_elements, json_object
 from trivium.data.unpickling import read_pickle
 from trivium.errors import BadSample, TriviumError
@@ -70,27 +70,11 @@ class Referring:
         return [each for each in self.splits[split] if isinstance(each, BadSample)]
 
 
-class ExpressionRows(RowSource):
+class ExpressionRows(ReadRows[Expression]):
     """Expressions with their pictures as a Source: rows of one picture share its number."""
 
-    kind = "pairs"
-
     def __init__(self, rows: Sequence[Expression | BadSample]) -> None:
-        self.rows = list(rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def row(self, number: int) -> Expression:
-        """Raises BadSample."""
-        row = self.rows[number]
-        if isinstance(row, BadSample):
-            raise row
-        return row
-
-    def where(self, row: int) -> tuple[str, str]:
-        found = self.rows[row]
-        return found.file, found.where
+        super().__init__(rows, "pairs")
 
     def picture(self, row: int) -> bytes:
         return self.picture_file(row, self.row(row).image)
