@@ -43,7 +43,7 @@ def test_a_batch_that_python_2_wrote(tmp_path: Path) -> None:
 
 class Asks:
     def __init__(self, function: Any, *arguments: Any) -> None:
-        self.reduced = (function, arguments)
+        self.reduced: tuple[Any, ...] = (function, arguments)
 
     def __reduce__(self) -> Any:
         return self.reduced
@@ -61,6 +61,41 @@ def test_inside_an_array_of_objects_as_well(tmp_path: Path) -> None:
     path = write(tmp_path / "a", np.array([Asks(eval, "1")], dtype=object), 4)
     with pytest.raises(TriviumError, match=r"it asks for builtins.eval"):
         read_pickle(path)
+
+
+MADE, MAPPED = (np.zeros(1).__reduce_ex__(protocol)[0] for protocol in (4, 5))  # numpy's functions for either
+
+
+def with_state(state: tuple[Any, ...]) -> Asks:
+    asks = Asks(MADE, np.ndarray, (0,), b"b")
+    asks.reduced += (state,)
+    return asks
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (Asks(np.ndarray, (1,), np.dtype("u1"), b"A"), "a is damaged .*not callable"),
+        (np.zeros(1, [("a", "i8")]), "it asks for an array of V8"),
+        (with_state((1, (3,), np.dtype("O"), False, [1])), "an array of 3 objects has 1"),
+        (Asks(MAPPED, np.zeros(1, "u1"), np.dtype("u1"), (1,), "C"), "an array looks at the memory of another"),
+        (Asks(MAPPED, b"A" * 8, np.dtype("O"), (1,), "C"), "a is damaged .*OBJECT"),
+        (with_state((1, (1,), np.dtype("O"), False, b"A")), "a is damaged .*list"),
+    ],
+    ids=["a call of ndarray", "fields", "too few objects", "another's memory", "pointers", "more pointers"],
+)
+def test_no_array_reaches_beyond_its_own_values(value: Any, why: str, tmp_path: Path) -> None:
+    """Reading such a one would read, or release, memory that is not its own."""
+    with pytest.raises(TriviumError, match=why):
+        read_pickle(write(tmp_path / "a", value, 4))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_an_array_travels_on_to_other_processes(protocol: int, tmp_path: Path) -> None:
+    found = read_pickle(write(tmp_path / "a", np.arange(6, dtype=">i2").reshape(2, 3, order="F"), protocol))
+    again = pickle.loads(pickle.dumps(found, protocol))
+    assert type(again) is np.ndarray
+    np.testing.assert_array_equal(again, [[0, 2, 4], [1, 3, 5]])
 
 
 @pytest.mark.parametrize(
