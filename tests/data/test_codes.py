@@ -12,6 +12,7 @@ import torch
 from drawn import DrawnSource, drawn_picture, tokenizer
 from torch import Tensor
 
+from trivium.data import codes
 from trivium.data.codes import CodeCache, build, picture_digest
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextInput
 from trivium.data.mixture import StreamMixture
@@ -169,6 +170,20 @@ def test_a_cache_travels_to_other_processes(cache_path: Path) -> None:
     other = pickle.loads(pickle.dumps(cache))
     digest = picture_digest(drawn_picture(3))
     assert np.array_equal(cache.lookup(digest, 2, "x"), other.lookup(digest, 2, "x"))
+
+
+def test_a_digest_may_end_in_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of one picture in 256 does."""
+    monkeypatch.setattr(codes, "picture_digest", lambda data: picture_digest(data)[:30] + b"\0\0")
+    build(DrawnSource(5), VIEWS, encode, HASH, tmp_path / "c.safetensors", crops=1)
+    cache = CodeCache(tmp_path / "c.safetensors", VIEWS, HASH)
+    assert len(cache) == 5
+    for row in range(5):
+        digest = codes.picture_digest(drawn_picture(row))
+        pixels_CHW = VIEWS.for_codebook(VIEWS.decode(drawn_picture(row)), VIEWS.numbered(digest, 1, 20, 24))
+        assert np.array_equal(cache.lookup(digest, 1, "x"), encode(torch.from_numpy(pixels_CHW)[None])[0].numpy())
+    with pytest.raises(BadSample, match="does not hold this picture"):
+        cache.lookup(digest[:30] + b"\0\1", 1, "x")
 
 
 def test_streams_with_and_without_a_cache_share_masks(cache_path: Path) -> None:

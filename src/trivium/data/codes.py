@@ -72,7 +72,8 @@ class CodeCache:
         sample (its caption may have been bad when the cache was built), many of them end the run.
         """
         row = int(np.searchsorted(self._digests, np.bytes_(digest)))
-        if row == len(self) or self._digests[row] != np.bytes_(digest):
+        # As bytes: a single text that numpy takes out of an array has lost the zeros at its end.
+        if row == len(self) or self._digests[row : row + 1].tobytes() != digest:
             raise BadSample(name, "", f"the code cache {self.path} does not hold this picture: build it again")
         return self._codes[row : row + 1, number : number + 1].astype(np.int64).reshape(-1)
 
