@@ -341,3 +341,14 @@ def test_a_table_serves_for_any_subset(tmp_path: Path) -> None:
     built = pmd.build("redcaps", [file], tmp_path / "pmd")
     [pair] = pq.read_table(built.folder / "pairs.parquet").to_pylist()
     assert (pair["url"], pair["caption"], pair["names"]) == (url(1), "a reddish plant", ["bp1"])
+
+
+@pytest.mark.parametrize("name", pmd.HELD_OUT_IN)
+def test_nothing_is_held_out_of_a_table_and_that_is_said(tmp_path: Path, name: str) -> None:
+    file = write_lines(tmp_path / "a.CSV", ["url,caption", f"{url(1)},a reddish plant"])
+    splits = pmd_files.karpathy(tmp_path / "dataset_coco.json", "coco", {1: "val"})
+    with pytest.raises(TriviumError, match=r"a.CSV does not say which pictures .* --held-out keeps none"):
+        pmd.build(name, [file], tmp_path / "pmd", held_out=[splits])
+    assert not (tmp_path / "pmd").exists()
+    assert pmd.build(name, [file], tmp_path / "pmd").facts.pairs == 1
+    assert pmd.build("sbu", [file], tmp_path / "pmd", held_out=[splits]).facts.pairs == 1  # has none of their pictures

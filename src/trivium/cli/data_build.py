@@ -53,7 +53,8 @@ def pmd(
         files: its annotation files, or tables with the columns url and caption.
         out: the folder to write into; each subset gets a folder inside it.
         pictures: folders of pictures, or what img2dataset wrote.
-        held_out: Karpathy's dataset_coco.json and dataset_flickr30k.json: pictures of their val and test stay out.
+        held_out: Karpathy's dataset_coco.json and dataset_flickr30k.json: pictures of their val and test stay out
+            of the owners' files; a table does not say which these are, and is refused.
         shortest_side: pixels; larger pictures are made that small, others stay byte for byte; 0 keeps every size.
         quality: of the JPEGs that are written anew, 1 to 95.
         samples_per_shard: at most.

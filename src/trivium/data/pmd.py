@@ -154,16 +154,22 @@ def build(
     Args:
         pictures: folders, tar shards and Parquet files, also those that img2dataset wrote. Without any, the build ends
             with the table of what is to be downloaded.
-        held_out: Karpathy's dataset_coco.json, dataset_flickr30k.json: pictures of their val and test are left out.
+        held_out: Karpathy's dataset_coco.json, dataset_flickr30k.json: pictures of their val and test are left out of
+            the owners' files.
         shortest_side, quality, samples_per_shard, workers, progress: of the shards (data/pack.py).
 
     Raises:
-        TriviumError: an unknown subset, a file that cannot be read, no pair or no picture that can be used, shards of
-            other pairs or pictures in the folder.
+        TriviumError: an unknown subset, a file that cannot be read, pictures to be held out of a table, no pair or no
+            picture that can be used, shards of other pairs or pictures in the folder.
     """
     subset = find_subset(name)
     if not files:
         raise TriviumError(f"no annotation file is given for {name}: name {subset.files}")
+    if held_out and name in HELD_OUT_IN and (tables := _tables(files)):  # else they would be trained on unsaid
+        raise TriviumError(
+            f"{tables[0]} does not say which pictures of COCO or Flickr30k it shows, so --held-out keeps none out of "
+            f"it: give {subset.files}, or a table without them and no --held-out"
+        )
     folder = out / name
     facts = _read_facts(folder / "subset.json")
     given = {"format": FORMAT, "annotations": _digests(files), "held_out": _digests(held_out)}
@@ -218,10 +224,13 @@ def download_command(name: str, folder: Path) -> str:
 # ----------------------------------------------------------------------------------------------- annotations
 
 
+def _tables(files: Sequence[str]) -> list[str]:
+    return [file for file in files if file.lower().endswith(TABLE_SUFFIXES)]
+
+
 def _entries(reader: Reader, files: Sequence[str], held_out: Sequence[str]) -> Iterator[Entry]:
     kept_out = held_out_pictures(held_out)
-    tables = [file for file in files if file.lower().endswith(TABLE_SUFFIXES)]
-    tables = [] if reader in (wikipedia, yfcc) else tables
+    tables = [] if reader in (wikipedia, yfcc) else _tables(files)
     official = [file for file in files if file not in tables]
     if official:
         yield from reader(official, kept_out)
