@@ -380,6 +380,17 @@ def test_a_long_field_is_cut_and_counted_and_the_global_limit_is_left_alone(tmp_
     assert csv.field_size_limit() == limit
 
 
+@pytest.mark.parametrize("end", ["\r\r\n", "\r\n", "\n"])
+def test_a_row_ends_where_the_scan_found_its_end(tmp_path: Path, end: str) -> None:
+    """The first of these is what Python writes on Windows to a file that was opened without newline=""."""
+    for suffix, mark, two_lines in ((".csv", ",", f'"two{end}lines"'), (".tsv", "\t", '"one line"')):
+        lines = [f"n{mark}text", f"1{mark}mug", f"2{mark}{two_lines}", "", f"3{mark}lamp"]
+        (tmp_path / f"a{suffix}").write_bytes("".join(line + end for line in lines).encode())
+        source = open_source("text", [tmp_path / f"a{suffix}"])
+        texts = [source.read(row, row)["text"] for row in range(len(source))]
+        assert texts == ["mug", two_lines.strip('"') if suffix == ".csv" else two_lines, "lamp"]
+
+
 cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=12)
 
 

@@ -241,7 +241,8 @@ class Csv(TextTable):
     def _parse(self, row: int, text: str) -> Mapping[str, Any]:
         with long_fields():
             try:
-                [cells] = csv.reader(io.StringIO(text, newline=""), strict=True, **self.dialect)
+                # In one piece: the scan found where the row ends, and Windows may have written \r\r\n there.
+                [cells] = csv.reader([text], strict=True, **self.dialect)
             except csv.Error as error:
                 raise self.bad(row, f"it is no CSV row ({error}): a quote inside a quoted field is doubled") from None
         if len(cells) != len(self.columns):
