@@ -175,6 +175,22 @@ def test_what_a_pattern_matches_is_taken_as_if_it_were_named(tmp_path: Path) -> 
             open_source("text", [tmp_path / "texts" / path])
 
 
+def test_a_list_that_windows_wrote(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("mug")
+    for content in (b"# of two lines\r\na.txt\r\n", b"a.txt\r\n"):
+        (tmp_path / "all.list").write_bytes(b"\xef\xbb\xbf" + content)
+        assert open_source("text", [tmp_path / "all.list"]).read(0, 0)["text"] == "mug"
+
+
+@pytest.mark.parametrize("line", ["*", "mor?.list", "more.list", "all.list"])
+def test_a_list_names_no_list_and_least_of_all_itself(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.txt").write_text("mug")
+    (tmp_path / "all.list").write_text("a.txt")
+    (tmp_path / "more.list").write_text(line)
+    with pytest.raises(TriviumError, match=r"more.list lists a list \(.*\.list\): name the files themselves"):
+        open_source("text", [tmp_path / "more.list"])
+
+
 def test_pictures_that_vanish_or_are_empty(pictures: Path) -> None:
     source = open_source("images", [pictures])
     (pictures / "a" / "1.png").unlink()

@@ -117,11 +117,14 @@ def open_source(
     return sources[0] if len(sources) == 1 else Concat(sources)
 
 
-def _expand(kind: Kind, paths: Sequence[str | Path]) -> Iterator[str]:
-    """The files and folders that paths, patterns and lists stand for; for text, a folder stands for its .txt files."""
+def _expand(kind: Kind, paths: Sequence[str | Path], listed: str = "") -> Iterator[str]:
+    """The files and folders that paths, patterns and lists stand for; for text, a folder stands for its .txt files.
+
+    listed: the list that names them.
+    """
     for path in map(str, paths):
         if not os.path.exists(path) and RANGE.search(path):
-            yield from _expand(kind, list(_numbered(path)))
+            yield from _expand(kind, list(_numbered(path)), listed)
         elif is_remote(path):
             yield path
         elif not os.path.exists(path):
@@ -131,9 +134,11 @@ def _expand(kind: Kind, paths: Sequence[str | Path]) -> Iterator[str]:
                 raise TriviumError(f"{path} {what}: check the path (seen from {os.getcwd()})")
             if gone := next((file for file in found if not os.path.exists(file)), None):
                 raise TriviumError(f"{gone} is a link to nothing: remove it, or name the files that you mean")
-            yield from _expand(kind, found)
+            yield from _expand(kind, found, listed)
         elif path.lower().endswith(".list") and os.path.isfile(path):
-            yield from _expand(kind, _listed(path))
+            if listed:  # perhaps itself, by a pattern
+                raise TriviumError(f"{listed} lists a list ({path}): name the files themselves, as in *.tar")
+            yield from _expand(kind, _listed(path), path)
         elif kind == "text" and os.path.isdir(path):
             texts = sorted(file for file in walk(path) if file.lower().endswith(".txt"))
             if not texts:
@@ -161,14 +166,12 @@ def _numbered(pattern: str) -> Iterator[str]:
 def _listed(path: str) -> list[str]:
     """The lines of a list of paths and addresses. Paths are relative to its folder; lines with # say nothing."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise TriviumError(f"{path} cannot be read: {error}") from None
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise TriviumError(f"{path} lists nothing: write one path or address on each line")
-    if nested := next((name for name in names if name.lower().endswith(".list")), None):
-        raise TriviumError(f"{path} lists another list ({nested}): name the files themselves")
     return [name if is_remote(name) else os.path.join(os.path.dirname(path), name) for name in names]
 
 
