@@ -72,6 +72,26 @@ def test_a_folder_is_on_the_disk_before_it_is_seen_and_its_name_after(
     assert target.stat().st_ino in synced[False]
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_leads_to_the_folder_that_is_written(tmp_path: Path, exists: bool) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "out").symlink_to(disk / "model")
+    if exists:
+        (disk / "model").mkdir()
+    with written_beside(tmp_path / "out") as folder:
+        assert folder.parent == disk
+        (folder / "a.json").write_text("whole")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "out" / "a.json").read_text() == "whole"
+    assert os.listdir(disk) == ["model"]
+    with (
+        pytest.raises(TriviumError, match="disk/model exists already and is not empty"),
+        written_beside(tmp_path / "out"),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_failure_leaves_the_old_file_and_is_raised_as_it_is(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "a.bin"

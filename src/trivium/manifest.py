@@ -166,11 +166,14 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def written_beside(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place, synced, when the block ends well.
+    """An empty folder beside `folder` that takes its place, synced, when the block ends well. A link stays: the folder
+    that it leads to is taken for it.
 
     Raises:
         TriviumError: `folder` holds something already, or cannot be written; nothing half-written stays.
     """
+    if folder.is_symlink():  # no folder can be renamed to its name, and it may lead to another disk
+        folder = Path(os.path.realpath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TriviumError(f"{folder} exists already and is not empty: name a new folder, or remove it first")
     beside = folder.with_name(f".tmp-{folder.name}")
