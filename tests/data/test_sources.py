@@ -273,6 +273,17 @@ def test_a_line_that_is_not_utf8_is_bad_alone(tmp_path: Path) -> None:
         open_source("pairs", [file])
 
 
+def test_of_many_text_files_few_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trivium.data.files.OPEN_FILES", 3)
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(f"line {number}")
+    source = open_source("text", [tmp_path])
+    for row in [*range(8), *range(8)]:
+        assert source.read(row, row)["text"] == f"line {row}"
+    handles = [os.path.realpath(handle) for handle in Path("/proc/self/fd").iterdir()]
+    assert len([path for path in handles if path.startswith(str(tmp_path))]) == 3
+
+
 # ----------------------------------------------------------------------------------------------- text tables
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import re
 import stat
+import weakref
 from abc import ABC, abstractmethod
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +35,7 @@ TEXT_LIMIT = 65_536  # characters of one text that are read; `cut_texts` counts 
 PICTURE_LIMIT = 256 * 2**20  # bytes of one encoded picture
 WINDOW = 64  # words of a long line that make one sample, where nothing says how much of it a model reads
 BLOCK = 1024  # rows to a block where nothing in the files suggests another number
+OPEN_FILES = 128  # that a process keeps: more than an ``Order`` mixes, and of the system's 1,024 a small part
 
 
 class RowSource(ABC):
@@ -143,17 +146,28 @@ class RowSource(ABC):
 
 
 class RandomFile:
-    """Ranges of a file's bytes: opened at first use, by each process for itself; safe to share between threads."""
+    """Ranges of a file's bytes: opened at first use, by each process for itself; safe to share between threads.
+
+    A corpus may have more files than a process may have open: the OPEN_FILES that were opened last stay open, and
+    another one is opened anew when it is read again.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._descriptor: int | None = None
+        self._handle: _Handle | None = None
 
     def read(self, start: int, stop: int) -> bytes:
-        """Shorter than asked where the file ends early."""
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        return os.pread(self._descriptor, stop - start, start)
+        """Shorter than asked where the file ends early. Raises OSError."""
+        handle = self._handle or self._open()  # held until it is read: another thread may let go of it meanwhile
+        return os.pread(handle.descriptor, stop - start, start)
+
+    def _open(self) -> _Handle:
+        while len(_opened) >= OPEN_FILES:
+            if (oldest := _opened.popleft()()) is not None:
+                oldest._handle = None
+        self._handle = handle = _Handle(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        _opened.append(weakref.ref(self))
+        return handle
 
     def facts(self) -> tuple[int, str]:
         """Size in bytes, and what changes when the file does. Raises OSError."""
@@ -165,11 +179,20 @@ class RandomFile:
         return open(self.path, "rb")
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_descriptor": None}
+        return {"path": self.path, "_handle": None}
+
+
+class _Handle:
+    """An open file, closed when nobody holds it any more."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        os.close(self.descriptor)
+
+
+_opened: deque[weakref.ref[RandomFile]] = deque()  # in this order
 
 
 def open_file(path: str) -> RandomFile | RemoteFile:
