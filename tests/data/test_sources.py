@@ -467,6 +467,28 @@ def test_jsonl(tmp_path: Path, pictures: Path) -> None:
         open_source("pairs", [file])
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "a mug"),
+        ("a.csv", "caption\na mug\n"),
+        ("a.jsonl", '{"caption": "a mug"}'),
+        ("a.json", '[{"caption": "a mug"}]'),
+    ],
+)
+def test_a_text_that_the_disk_does_not_give_may_be_readable_another_time(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    source = pickle.loads(pickle.dumps(open_source("text", [file])))  # as a worker has it, which opens the file anew
+    file.rename(tmp_path / "elsewhere")
+    with pytest.raises(UnreadableNow, match=rf"{name} \(.*\): it cannot be read: "):
+        source.read(0, 0)
+    (tmp_path / "elsewhere").rename(file)
+    assert source.read(0, 0)["text"] == "a mug"
+
+
 def test_half_a_character_is_a_bad_row(tmp_path: Path) -> None:
     """JSON can spell it, no tokenizer can read it."""
     file = tmp_path / "s.jsonl"

@@ -136,6 +136,13 @@ class RowSource(ABC):
             raise self.bad(row, f"its picture{named} has zero bytes")
         return data
 
+    def bytes_of(self, row: int, file: RandomFile, start: int, stop: int) -> bytes:
+        """A range of the file that a row stands in. Raises BadSample in the name of the row."""
+        try:
+            return file.read(start, stop)
+        except OSError as error:
+            raise UnreadableNow(*self.where(row), f"it cannot be read: {error}") from None
+
     def utf8(self, row: int, data: bytes) -> str:
         """Text of a row. Raises BadSample where it is not UTF-8."""
         try:
@@ -373,7 +380,7 @@ class TextLines(RowSource):
         raise AssertionError("text has no pictures")
 
     def captions(self, row: int) -> list[str]:
-        return [self.utf8(row, self._file.read(int(self._starts[row]), int(self._stops[row])))]
+        return [self.utf8(row, self._line(row))]
 
     def lengths(self) -> Sequence[int] | None:
         """In bytes, which are at least as many as characters."""
@@ -381,8 +388,11 @@ class TextLines(RowSource):
 
     def cut_texts(self) -> int:
         long = np.flatnonzero(self._stops - self._starts > TEXT_LIMIT)
-        texts = (self._file.read(int(self._starts[row]), int(self._stops[row])) for row in long)
+        texts = (self._line(row) for row in long.tolist())
         return sum(len(text.decode("utf-8", "replace").strip()) > TEXT_LIMIT for text in texts)
+
+    def _line(self, row: int) -> bytes:
+        return self.bytes_of(row, self._file, int(self._starts[row]), int(self._stops[row]))
 
 
 # Thai and Lao, kana and Chinese characters, which stand without spaces, as UTF-8 has them.

@@ -171,7 +171,8 @@ class TextTable(Table):
     def cell(self, row: int, column: str) -> Any:
         last_row, record = self._last
         if last_row != row:
-            record = self._parse(row, self.utf8(row, self._file.read(int(self._starts[row]), int(self._stops[row]))))
+            data = self.bytes_of(row, self._file, int(self._starts[row]), int(self._stops[row]))
+            record = self._parse(row, self.utf8(row, data))
             self._last = (row, record)
         if column not in record:
             raise self.bad(row, f'it has no "{column}"')
