@@ -577,8 +577,27 @@ def test_a_damaged_row_group_is_bad_alone(tmp_path: Path) -> None:
     assert f"{file} (row group 1): it cannot be read" in bad(source, 2)
 
 
+def test_a_damaged_row_group_has_no_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_parquet(tmp_path, rows=4)
+    facts = pq.ParquetFile(file).metadata.row_group(1).column(1)
+    data = bytearray(file.read_bytes())
+    start = min(offset for offset in (facts.dictionary_page_offset, facts.data_page_offset) if offset)
+    data[start : start + 40] = b"\xff" * 40
+    file.write_bytes(data)
+    assert lengths(open_source("text", [file])) == [6, 6, 0, 0]
+
+    def broken(*_: object, **__: object) -> pa.Table:
+        raise OSError(errno.EIO, "Input/output error")
+
+    source = open_source("text", [file])
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", broken)
+    with pytest.raises(UnreadableNow, match=r"a\.parquet \(row group 0\): it cannot be read"):
+        source.lengths()
+
+
+@pytest.mark.parametrize("method", ["__init__", "read_row_group"])
 def test_a_row_group_that_the_disk_does_not_give_may_be_readable_another_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     source = open_source("pairs", [write_parquet(tmp_path, rows=4)])
 
@@ -586,7 +605,7 @@ def test_a_row_group_that_the_disk_does_not_give_may_be_readable_another_time(
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr(pq.ParquetFile, "read_row_group", broken)
+        patched.setattr(pq.ParquetFile, method, broken)
         with pytest.raises(UnreadableNow, match=r"a\.parquet \(row group 1\): it cannot be read"):
             source.read(2, 2)
     assert source.read(2, 2)["text"] == "text 2"

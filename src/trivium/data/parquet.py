@@ -96,13 +96,20 @@ class ParquetFiles(Table):
         return self._column(group, column)[row - int(self._starts[group])].as_py()
 
     def lengths(self) -> Sequence[int] | None:
-        """In characters; of several captions the longest."""
+        """In characters; of several captions the longest; 0 in a row group that is damaged. Raises UnreadableNow."""
         if self.kind == "images":
             return None
         if self._lengths is None:
-            columns = (self._column(group, self.text_column or "") for group in range(len(self._groups)))
-            self._lengths = np.concatenate([_text_lengths(column) for column in columns])
+            self._lengths = np.concatenate([self._lengths_in(group) for group in range(len(self._groups))])
         return self._lengths  # type: ignore[return-value]  # an array serves as the sequence
+
+    def _lengths_in(self, group: int) -> np.ndarray:
+        try:
+            return _text_lengths(self._column(group, self.text_column or ""))
+        except BadSample as error:
+            if isinstance(error, UnreadableNow):  # another process may read it, and would sort its batches otherwise
+                raise
+            return np.zeros(self._starts[group + 1] - self._starts[group], np.int64)
 
     def _group(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -114,7 +121,7 @@ class ParquetFiles(Table):
             return self._cache[group, column]
         file, number = self._groups[group]
         try:
-            values = self._open(file).read_row_group(number, columns=[column])[column]
+            values = pq.ParquetFile(self.paths[file]).read_row_group(number, columns=[column])[column]
         except (pa.ArrowException, OSError) as error:
             # A number is of the system's own error; Arrow says without one that the bytes are damaged.
             is_damaged = getattr(error, "errno", None) is None
