@@ -172,6 +172,17 @@ def test_pictures_under_names_that_are_not_read_are_counted(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_that_are_not_utf8_cost_nothing(tmp_path: Path, format: int) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    shard = write_shard(tmp_path / f"{odd}.tar", [(f"{odd}.png", picture()), (f"{odd}.txt", b"a cup")], format)
+    for _ in range(2):  # the second time by the index that the first has written
+        pair = TarShards([shard], "pairs").read(0, 0)
+        alone = TarShards([shard], "text").read(0, 0)
+        assert (pair["image"], pair["text"], alone["text"]) == (picture(), "a cup", "a cup")
+        assert pair["name"] == alone["name"] == rf"{tmp_path}/caf\udce9.tar (caf\udce9)"
+
+
 def test_a_shard_cut_short_keeps_what_came_before(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "cut.tar", [*GOOD[:2], ("001.png", picture()), ("001.txt", b"x" * 5000)])
     data = shard.read_bytes()

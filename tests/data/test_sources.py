@@ -489,6 +489,27 @@ def test_a_text_that_the_disk_does_not_give_may_be_readable_another_time(
     assert source.read(0, 0)["text"] == "a mug"
 
 
+def test_files_whose_path_is_not_utf8_are_read_all_the_same(tmp_path: Path, pictures: Path) -> None:
+    odd = pictures.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    shown = rf"{tmp_path}/caf\udce9"
+    (odd / "a.txt").write_text("a cup of tea")
+    sample = open_source("text", [odd / "a.txt"]).read(0, 0)
+    assert (sample["text"], sample["name"]) == ("a cup of tea", f"{shown}/a.txt (line 1)")
+    (odd / "a.csv").write_text("image,caption\nc.webp,a mug\ngone.png,nothing\n")
+    (odd / "a.jsonl").write_text('{"image": "c.webp", "caption": "a mug"}')
+    (odd / "a.json").write_text('[{"image": "c.webp", "caption": "a mug"}]')
+    sources = [open_source("pairs", [odd / name]) for name in ("a.csv", "a.jsonl", "a.json")]
+    samples = [source.read(0, 0) for source in sources]
+    assert [sample["image"] for sample in samples] == [PICTURE + b"c.webp"] * 3
+    assert len({sample["same_image"] for sample in samples}) == 1
+    names = ["a.csv (line 2)", "a.jsonl (line 1)", "a.json (entry 0)"]
+    assert [sample["name"] for sample in samples] == [f"{shown}/{name}" for name in names]
+    assert bad(sources[0], 1) == f"{shown}/a.csv (line 3): its picture {shown}/gone.png does not exist"
+    shutil.copy(write_parquet(tmp_path), odd)
+    with pytest.raises(TriviumError, match=r"a\.parquet: the path of a Parquet file must be UTF-8: rename it"):
+        open_source("pairs", [odd / "a.parquet"])
+
+
 def test_half_a_character_is_a_bad_row(tmp_path: Path) -> None:
     """JSON can spell it, no tokenizer can read it."""
     file = tmp_path / "s.jsonl"

@@ -82,7 +82,7 @@ class RowSource(ABC):
         sample: Sample = {}
         if self.kind != "text":
             sample["image"] = self.picture(image_row)
-            sample["same_image"] = hash64(self.identity(image_row)) >> 1  # 63 bits: it must fit into an int64
+            sample["same_image"] = self._number(image_row)
             label = self.label(image_row)
             if label is not None:
                 sample["label"] = label
@@ -92,11 +92,14 @@ class RowSource(ABC):
                 sample["text"] = texts[0]
             else:
                 sample["texts"] = texts
-            sample["same_text"] = hash64(self.identity(text_row)) >> 1
+            sample["same_text"] = self._number(text_row)
         sample["name"] = self._name(text_row if self.kind == "text" else image_row)
         if image_row != text_row and self.kind == "pairs":
             sample["name"] += f" with the text of {self._name(text_row)}"
         return sample
+
+    def _number(self, row: int) -> int:
+        return hash64(readable(self.identity(row))) >> 1  # 63 bits: it must fit into an int64
 
     def _texts(self, row: int) -> list[str]:
         texts = [text[:TEXT_LIMIT].strip() for text in self.captions(row)]
@@ -374,7 +377,7 @@ class TextLines(RowSource):
     def where(self, row: int) -> tuple[str, str]:
         first = int(np.searchsorted(self._lines, self._lines[row]))
         more = first != row or (row + 1 < len(self) and self._lines[row + 1] == self._lines[row])
-        return self._file.path, f"line {self._lines[row]}" + (f", window {row - first + 1}" if more else "")
+        return readable(self._file.path), f"line {self._lines[row]}" + (f", window {row - first + 1}" if more else "")
 
     def picture(self, row: int) -> bytes:
         raise AssertionError("text has no pictures")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
+from trivium.data.files import readable
 from trivium.data.tables import TextTable, json_object
 from trivium.errors import TriviumError
 
@@ -23,7 +24,7 @@ class Json(TextTable):
     """A JSON list of objects. Messages count its entries from 0, as a list does."""
 
     def where(self, row: int) -> tuple[str, str]:
-        return self._file.path, f"entry {row}"
+        return readable(self._file.path), f"entry {row}"
 
     def _scan(self, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
         file.seek(0, 2)

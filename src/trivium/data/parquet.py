@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trivium.data.files import Kind
+from trivium.data.files import Kind, readable
 from trivium.data.order import WINDOW
 from trivium.data.tables import IMAGE_COLUMNS, TEXT_COLUMNS, Table, find_column
 from trivium.errors import BadSample, TriviumError, UnreadableNow
@@ -147,6 +147,10 @@ class ParquetFiles(Table):
     def _open(self, file: int) -> pq.ParquetFile:
         try:
             return pq.ParquetFile(self.paths[file])
+        except UnicodeEncodeError:  # Arrow has no other paths
+            raise TriviumError(
+                f"{readable(self.paths[file])}: the path of a Parquet file must be UTF-8: rename it"
+            ) from None
         except (pa.ArrowException, OSError) as error:
             raise TriviumError(f"{self.paths[file]} is no readable Parquet file: {error}") from None
 

@@ -31,7 +31,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trivium.data.decode import DecodeError, picture_size
-from trivium.data.files import INDEX_SUFFIX, PICTURE_LIMIT, PICTURE_SUFFIXES, Kind, RandomFile, RowSource, open_file
+from trivium.data.files import (
+    INDEX_SUFFIX,
+    PICTURE_LIMIT,
+    PICTURE_SUFFIXES,
+    Kind,
+    RandomFile,
+    RowSource,
+    open_file,
+    readable,
+)
 from trivium.data.remote import RemoteFile, beside, is_remote, without_query
 from trivium.data.tables import TEXT_COLUMNS
 from trivium.errors import BadSample, TriviumError
@@ -119,7 +128,7 @@ def _cached(shard: str) -> Path:
 
 
 def _identity(shard: str) -> str:
-    return without_query(shard) if is_remote(shard) else os.path.abspath(shard)
+    return without_query(shard) if is_remote(shard) else readable(os.path.abspath(shard))
 
 
 def _with_metadata(index: pa.Table, **changes: str) -> pa.Table:
@@ -132,7 +141,7 @@ def _read_sidecar(path: Path | pa.BufferReader) -> pa.Table | None:
     try:
         with pq.ParquetFile(path) as file:  # twice as fast as pq.read_table, and there may be thousands
             index = file.read(use_threads=False)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, UnicodeEncodeError):  # the last where the path is not UTF-8
         return None
     metadata = index.schema.metadata or {}
     stamp = metadata.get(b"stamp", b"").split()
@@ -150,7 +159,7 @@ def _write_sidecar(path: Path, index: pa.Table) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_beside(path) as beside:
             pq.write_table(index, beside)
-    except OSError:
+    except (OSError, UnicodeEncodeError):
         return False
     return True
 
@@ -186,7 +195,8 @@ def _build_index(shard: str, file: BinaryIO) -> pa.Table:
 
 
 def _members(shard: str, file: BinaryIO, left_out: Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and length of each ordinary member. What is left out is counted, by its reason."""
+    """Name as `readable` makes it, offset and length of each ordinary member. What is left out is counted, by its
+    reason."""
     headers = _Headers(file)
     try:
         archive = tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:")  # noqa: SIM115  (the file is the caller's)
@@ -216,7 +226,7 @@ def _members(shard: str, file: BinaryIO, left_out: Counter[str]) -> Iterator[tup
         elif member.name.startswith("/") or ".." in member.name.split("/"):
             left_out["a name that leads out of the folder"] += 1
         else:
-            yield member.name, member.offset_data, member.size
+            yield readable(member.name), member.offset_data, member.size
     # tarfile ends at a broken header as it does at the closing block of zeros, so look which it was.
     file.seek(archive.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -330,7 +340,7 @@ class TarShards(RowSource):
         return None if self.kind == "images" else self._lengths  # type: ignore[return-value]  # an array serves
 
     def where(self, row: int) -> tuple[str, str]:
-        return without_query(self.paths[self._shard(row)]), self._fact(row, "key")
+        return readable(without_query(self.paths[self._shard(row)])), self._fact(row, "key")
 
     def picture(self, row: int) -> bytes:
         data = self._part(row, "image")

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trivium.data.files import TEXT_LIMIT, Kind, RandomFile, RowSource
+from trivium.data.files import TEXT_LIMIT, Kind, RandomFile, RowSource, readable
 from trivium.errors import BadSample, TriviumError
 
 IMAGE_COLUMNS = ("image", "file", "filepath", "path", "url")  # taken, in any case, where no column is named
@@ -135,7 +135,7 @@ class TextTable(Table):
         root: str | Path | None = None,
     ) -> None:
         self.kind = kind
-        self.root = root
+        self.root = os.path.dirname(path) if root is None else root  # not of `where`, which is for people
         self.columns: list[str] = []
         self._file = RandomFile(str(path))
         self._last: tuple[int, Mapping[str, Any]] = (-1, {})
@@ -166,7 +166,7 @@ class TextTable(Table):
         return len(self._starts)
 
     def where(self, row: int) -> tuple[str, str]:
-        return self._file.path, f"line {self._lines[row]}"
+        return readable(self._file.path), f"line {self._lines[row]}"
 
     def cell(self, row: int, column: str) -> Any:
         last_row, record = self._last
