@@ -19,7 +19,7 @@ from runs import assert_same_state, metrics_of, state_of, stopped_at
 from tiny_run import Recipe, TinyMixture, TinySource, make, real_mixture, with_train
 from torch.utils.data import DataLoader
 
-from trivium.data.mixture import StreamMixture
+from trivium.data.mixture import StreamMixture, refuse_uneven_shares
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, write_manifest
 from trivium.train import budget, checkpoint, precision, trainer
@@ -300,6 +300,22 @@ def test_micro_batch_auto_goes_down_until_it_fits() -> None:
 
     with pytest.raises(TriviumError, match="single sample"):
         budget.largest_micro_batch(never, 4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "sizes"), [(60, 4, [15, 5, 1]), (36, 2, [18, 9, 3, 1]), (100, 4, [25, 5, 1])]
+)
+def test_micro_batch_auto_tries_only_what_the_processes_can_share(batch: int, processes: int, sizes: list[int]) -> None:
+    tried = []
+
+    def attempt(rows: int) -> None:
+        tried.append(rows)
+        refuse_uneven_shares("this run", batch, rows, processes)
+        if rows > 1:
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    assert budget.largest_micro_batch(attempt, batch, processes) == 1
+    assert tried == sizes
 
 
 def test_every_stream_is_tried_for_memory() -> None:

@@ -47,11 +47,13 @@ def largest_micro_batch(try_one: Callable[[int], None], batch: int, processes: i
     """What ``--train.micro-batch auto`` means: a process's share of the batch, then about half as many rows, until
     `try_one` has room on all of them.
 
-    Only divisors of the batch are tried. try_one: takes a step with so many rows at once, see ``trainer.try_streams``.
+    Only divisors of the batch are tried, of those the ones whose micro-batches the processes can share.
+    try_one: takes a step with so many rows at once, see ``trainer.try_streams``.
     """
 
     def at_most(limit: int) -> int:
-        return next(rows for rows in range(limit, 0, -1) if batch % rows == 0)
+        shared = (rows for rows in range(limit, 0, -1) if batch % rows == 0 and batch // rows % processes == 0)
+        return next(shared, 1)  # a batch that they cannot share at all is refused by the mixture, in its own words
 
     rows = at_most(max(1, batch // processes))
     while True:
