@@ -28,7 +28,7 @@ from trivium.data.mixture import StreamMixture
 from trivium.errors import TriviumError
 from trivium.manifest import checkpoints_in, newest_checkpoint
 from trivium.train import budget, checkpoint, distributed, mishaps, optim, trainer
-from trivium.train.protocol import Stream
+from trivium.train.protocol import Batch, Stream
 from trivium.train.run import Run
 from trivium.train.trainer import train
 
@@ -215,6 +215,30 @@ def test_what_is_not_finite_on_one_process_changes_nothing_on_any(tmp_path: Path
 
     on_two_processes(three)
     assert len((tmp_path / "stopped" / "not_finite.jsonl").read_text().splitlines()) == 3 * 8
+
+
+def test_the_first_process_logs_the_bad_samples_of_all(tmp_path: Path) -> None:
+    """The second has no run folder, as on a machine without the first one's disk."""
+
+    def action(rank: int) -> None:
+        distributed.start()
+        folder = tmp_path / f"machine-{rank}"
+        if rank == 0:
+            folder.mkdir()
+        replaced = mishaps.Replaced(folder / "skipped.jsonl", window=100, rate=0.03)
+        rows = torch.arange(4)
+        for step in range(3):
+            bad = (f"{step}-{rank}.png: cut",) if rank in (0, 1)[:step] else ()
+            replaced.note(step, [Batch("pairs", rows, rows, bad=bad)])
+        assert replaced.counts == {"seen": 24, "bad": 3}
+        with pytest.raises(TriviumError, match=r"4 of the last 32 samples were bad .*, the last of them 3-1\.png: cut"):
+            replaced.note(3, [Batch("pairs", rows, rows, bad=("3-1.png: cut",) * rank)])
+
+    on_two_processes(action)
+    lines = map(json.loads, (tmp_path / "machine-0" / "skipped.jsonl").read_text().splitlines())
+    assert [(line["step"], line["sample"]) for line in lines] == [
+        (1, "1-0.png: cut"), (2, "2-0.png: cut"), (2, "2-1.png: cut"), (3, "3-1.png: cut")
+    ]  # fmt: skip
 
 
 class OneSided(TinyMixture):

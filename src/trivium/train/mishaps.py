@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -99,15 +100,17 @@ class Replaced:
         return {"seen": self.seen, "bad": self.bad}
 
     def note(self, done: int, batches: Sequence[Batch]) -> None:
+        """What was replaced in the batches of a step. All processes call it."""
         sentences = [(batch.stream, sentence) for batch in batches for sentence in batch.bad]
-        if sentences:
-            lines = [json.dumps({"step": done, "stream": stream, "sample": text}) + "\n" for stream, text in sentences]
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
         counts = {"bad": torch.tensor(len(sentences)), "seen": torch.tensor(sum(map(len, batches)))}
         everywhere = distributed.sum_over_processes(counts)
         self.bad += int(everywhere["bad"])
         self.seen += int(everywhere["seen"])
+        if everywhere["bad"]:
+            # The first process writes for all: others may stand on machines that do not see the run folder.
+            sentences = list(itertools.chain.from_iterable(distributed.everywhere(sentences)))
+            if distributed.rank() == 0:
+                self._write(done, sentences)
         if self.bad > self.rate * self.window:
             last = f", the last of them {sentences[-1][1]}" if sentences else ""
             raise TriviumError(
@@ -116,6 +119,11 @@ class Replaced:
             )
         if self.seen >= self.window:
             self.seen = self.bad = 0
+
+    def _write(self, done: int, sentences: Sequence[tuple[str, str]]) -> None:
+        lines = [json.dumps({"step": done, "stream": stream, "sample": text}) + "\n" for stream, text in sentences]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
 
 def not_finite(path: Path, mixture: Mixture, steps: Sequence[int]) -> str:
