@@ -135,7 +135,7 @@ def test_assignment_is_the_judgement_of_the_pictures_that_were_drawn() -> None:
     sums, counts, _ = backward(method.train(), [batch], KEY)
     mine = gradients(method.model)
     method.zero_grad(set_to_none=True)
-    pixels, ids, mask, _ = method._inputs(batch)
+    pixels, ids, mask = method._inputs(batch)[:3]
     assert pixels is not None and ids is not None
     with torch.no_grad():
         left, right, label = method._drawn(batch, method.model.backbone.encode_image(pixels).projected, KEY)  # type: ignore[operator]

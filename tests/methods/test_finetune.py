@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.flava_batches import TINY as TINY_FLAVA
 from tests.flava_batches import assert_close, gradients, random_flava, split
 from trivium.convert.bert import config_to_hf, to_hf
+from trivium.invariance import unit
 from trivium.invariance.finetune import TINY, fine_tuned, random_bert, text_batch
 from trivium.methods.finetune import FineTuning
 from trivium.methods.momentum import SoftTargets
@@ -126,6 +127,38 @@ def test_pixels_are_normalised_on_the_way() -> None:
     batch = Batch("a task", row_B, row_B, (Images(pixels_BCHW, row_B),), (), {"label": torch.tensor([0, 1])})
     expected = method.model((pixels_BCHW.double() / 255 - 0.5) / 0.25, None)
     torch.testing.assert_close(method.outputs(batch), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["apart", "padded"])  # as on a processor, and as on a GPU
+@pytest.mark.parametrize("reads", ["image", "concatenated"])
+def test_padded_pictures_say_of_a_unit_what_each_says_alone(
+    reads: Reads, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One picture, or a text and two, of which the second ones are padded to another size than the first ones."""
+    monkeypatch.setattr("trivium.models.unit.goes_apart", lambda device: way == "apart")
+    batch = unit.make_batch("vqav2", 4)
+    if reads == "image":
+        batch = replace(batch, texts=())
+    else:
+        more = unit.make_batch("vqav2", 4, seed=1).images[0]
+        assert more.sizes_B2 is not None
+        sizes_B2 = more.sizes_B2.minimum(torch.tensor([36, 32]))
+        batch = replace(batch, images=(*batch.images, Images(more.pixels_BCHW[:, :, :36, :32], more.same_B, sizes_B2)))
+    model = unit.random_unit()
+    method = fine_tuned(model, reads, "class", 2, unit.TINY.width * (len(batch.images) + len(batch.texts)))
+    together = method.outputs(batch)
+    for row in range(len(batch)):
+        vectors = []
+        for images in batch.images:
+            assert images.sizes_B2 is not None
+            height, width = images.sizes_B2[row].tolist()
+            alone = images.pixels_BCHW[row : row + 1, :, :height, :width].double()
+            vectors.append(model.encode_image((alone / 255 - 0.5) / 0.25).pooled)
+        for text in batch.texts:
+            vectors.append(model.encode_text(text.ids_BT[row : row + 1], text.mask_BT[row : row + 1]).pooled)
+        expected = method.model.head(torch.cat(vectors, dim=1))
+        torch.testing.assert_close(together[row : row + 1], expected, rtol=0, atol=1e-10)
+    assert float((together - together.roll(1, 0)).abs().max()) > 1e-6  # they do not say the same
 
 
 def test_answers_are_in_the_unit_of_the_task() -> None:

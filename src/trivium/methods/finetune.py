@@ -3,7 +3,7 @@
 With momentum distillation a slow copy of both says what half of the target is (ALBEF, section 3.4). It follows after
 the update.
 
-B rows, K outputs.
+B rows, P pictures (B, or 2 B: all the first ones, then all the second), K outputs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from trivium.methods.flava import Pixels
 from trivium.methods.momentum import SoftTargets, Teacher
@@ -98,17 +99,30 @@ class FineTuning(Method):
         return self._outputs(self.model, self._inputs(batch))
 
     def _inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        pixels_PCHW = ids_BT = mask_BT = segments_BT = None
+        """As the model takes them."""
+        pixels_PCHW = ids_BT = mask_BT = segments_BT = sizes_P2 = None
         if batch.images:
-            pixels_PCHW = torch.cat([self._to(images.pixels_BCHW) for images in batch.images])
-            pixels_PCHW = (pixels_PCHW - self.mean) / self.std
+            pixels_PCHW, sizes_P2 = self._pictures(batch)
         if batch.texts:
             text = batch.texts[0]
             ids_BT = self._to(text.ids_BT)
             # Attention without a mask is the faster one.
             mask_BT = None if bool(text.mask_BT.all()) else self._to(text.mask_BT)
             segments_BT = None if text.segments_BT is None else self._to(text.segments_BT)
-        return pixels_PCHW, ids_BT, mask_BT, segments_BT
+        return pixels_PCHW, ids_BT, mask_BT, segments_BT, sizes_P2
+
+    def _pictures(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Normalised; and (height, width) of each where some are padded, on CPU, where the model looks at them."""
+        height, width = (max(images.pixels_BCHW.shape[side] for images in batch.images) for side in (2, 3))
+        pixels, sizes = [], []
+        for images in batch.images:  # the first pictures of a batch may be padded to another size than the second ones
+            own_height, own_width = images.pixels_BCHW.shape[2:]
+            pixels.append(F.pad(self._to(images.pixels_BCHW), (0, width - own_width, 0, height - own_height)))
+            whole_B2 = torch.tensor([own_height, own_width]).expand(len(batch), 2)
+            sizes.append(whole_B2 if images.sizes_B2 is None else images.sizes_B2)
+        sizes_P2 = torch.cat(sizes)
+        is_padded = bool((sizes_P2 != torch.tensor([height, width])).any())
+        return (torch.cat(pixels) - self.mean) / self.std, sizes_P2 if is_padded else None
 
     @staticmethod
     def _outputs(model: FineTuned, inputs: tuple[Tensor | None, ...]) -> Tensor:

@@ -43,7 +43,7 @@ class TextAssignment(FineTuning):
     def separate(self, batch: Batch, rows: Rows, states: Any, counts: Sums, key: Key) -> Sums:
         model, head = self.model.backbone, self.model.head
         assert isinstance(model, Albef) and isinstance(head, TwoPictures)
-        pixels_BCHW, ids_BT, mask_BT, _ = self._inputs(batch)
+        pixels_BCHW, ids_BT, mask_BT = self._inputs(batch)[:3]
         assert pixels_BCHW is not None and ids_BT is not None
         image, text = model.encode_image(pixels_BCHW), model.encode_text(ids_BT, mask_BT, pads=False)
         with torch.no_grad():

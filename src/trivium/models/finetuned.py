@@ -32,6 +32,7 @@ from trivium.models.albef_heads import AnswerDecoder, TwoPictures
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.encoded import Encoded, EncodesImage, EncodesText, Fuses
 from trivium.models.flava import Flava
+from trivium.models.unit import Unit
 
 Reads = Literal["text", "image", "fused", "concatenated", "states", "two_pictures"]
 Gives = Literal["class", "number", "answers", "text"]
@@ -100,9 +101,13 @@ class FineTuned(nn.Module):
         ids_BT: Tensor | None,
         mask_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
+        sizes_P2: Tensor | None = None,
     ) -> Tensor:
         """Logits or numbers [B, K]; of a writer the log-likelihood of each answer of the list, -inf of those that it
-        does not read. Pixels are normalised."""
+        does not read. Pixels are normalised.
+
+        sizes_P2: (height, width) of each picture, of a UniT, which reads no padding; None: nothing is padded.
+        """
         if isinstance(self.head, AnswerDecoder):
             assert self.answers_KT is not None, "a writer ranks a list of answers"
             fused, config = self.fused(pixels_PCHW, ids_BT, mask_BT), self.config
@@ -112,7 +117,7 @@ class FineTuned(nn.Module):
             tokens_PND = self.backbone.encode_image(pixels_PCHW).tokens
             text = self.backbone.encode_text(ids_BT, mask_BT, pads=False)
             return self.head.judge(self.backbone.fusion, text, tokens_PND)
-        return self.head(read(self.backbone, self.config.reads, pixels_PCHW, ids_BT, mask_BT, segments_BT))
+        return self.head(read(self.backbone, self.config.reads, pixels_PCHW, ids_BT, mask_BT, segments_BT, sizes_P2))
 
     def fused(self, pixels_BCHW: Tensor | None, ids_BT: Tensor | None, mask_BT: Tensor | None) -> Encoded:
         """What a writer reads."""
@@ -145,8 +150,11 @@ def read(
     ids_BT: Tensor | None,
     mask_BT: Tensor | None,
     segments_BT: Tensor | None,
+    sizes_P2: Tensor | None = None,
 ) -> Tensor:
-    """The vector of each sample, [B, D]. Of the last blocks no more is computed than is read."""
+    """The vector of each sample, [B, D]. Of the last blocks no more is computed than is read. sizes_P2: see
+    `FineTuned.forward`."""
+    assert sizes_P2 is None or isinstance(model, Unit), "only UniT reads padded pictures as they are alone"
     class_alone = 1 if reads != "fused" else None  # of families whose class token stands first
     images: list[Encoded] = []
     text = None
@@ -155,6 +163,8 @@ def read(
         image = (
             model.encode_image(pixels_PCHW, rows=class_alone)
             if isinstance(model, Flava)
+            else model.encode_image(pixels_PCHW, sizes_P2)
+            if isinstance(model, Unit)
             else model.encode_image(pixels_PCHW)
         )
         images = [image] if ids_BT is None else image.split(len(ids_BT))
