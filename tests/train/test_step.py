@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.flava_batches import STREAMS, TINY, assert_close, flava_method, gradients, make_batch, random_flava, split
+from trivium.errors import TriviumError
 from trivium.methods.flava import FlavaMethod
+from trivium.train import optim
+from trivium.train.optim import Optim
 from trivium.train.protocol import Batch, Key, Method, Rows, uniform64
 from trivium.train.step import backward, measure, step
 
@@ -117,6 +120,27 @@ def test_cached_gradients_with_dropout_equal_one_graph_over_all_micro_batches() 
     torch.stack(list(expected.values())).sum().backward()
     assert_close(losses, {name: value.detach() for name, value in expected.items()}, 1e-9)
     assert_close(grads, gradients(method.model), 1e-9)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_stream_whose_losses_are_all_frozen_is_named(parts: int) -> None:
+    method = flava_method(random_flava())
+    optimizer = optim.build(method, Optim(freeze=("image.*", "mim_head.*")))
+    with pytest.raises(TriviumError, match="a step of stream images trains nothing"):
+        step(method, split(make_batch("images", ROWS), parts), Key(0, "images", 0), optimizer)
+    assert step(method, split(make_batch("text", ROWS), parts), Key(0, "text", 1), optimizer).accepted
+
+
+def test_under_frozen_towers_the_logit_scale_trains_alone_in_any_micro_batches() -> None:
+    method = flava_method(random_flava(), **OPTIONS["contrastive alone"])
+    optim.build(method, Optim(freeze=("image*", "text*", "multimodal*", "*head*")))
+    batch = make_batch("pairs", ROWS, false_rows=(1, 6))
+    losses, grads = losses_and_gradients(method, [batch])
+    assert set(grads) == {"logit_scale"}
+    for parts in (2, 8):
+        found = losses_and_gradients(method, split(batch, parts))
+        assert_close(found[0], losses, 1e-9)
+        assert_close(found[1], grads, 1e-9)
 
 
 # What one step changes, and what a skipped one doesn't.

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trivium.errors import TriviumError
 from trivium.train import distributed
 from trivium.train.protocol import Batch, Key, Method, Rows, Sums
 
@@ -53,7 +54,7 @@ def backward(
             rows, states = method.embed(batch)
             everyone = distributed.gather(rows)
             sums = method.couple(rows, everyone) | method.separate(batch, rows, states, counts, key)
-        _total(method, sums, counts).backward()
+        _backward(_total(method, sums, counts))
         return _detached(sums), counts, _frozen(everyone)
 
     rows_of, leaves, everyone, sums = _couple_cached(method, batches, key, autocast, counts)
@@ -67,7 +68,7 @@ def backward(
             grad = leaves.rows[name].grad
             if grad is not None:
                 total = total + (rows_BD * grad[rows_of[index]]).sum()
-        total.backward()
+        _backward(total)
         for name, value in _detached(separate).items():
             sums[name] = sums.get(name, 0) + value
     return sums, counts, _frozen(everyone)
@@ -94,7 +95,7 @@ def _couple_cached(
         everyone = distributed.gather(leaves)
         sums = method.couple(leaves, everyone)
     if sums:
-        _total(method, sums, counts).backward()
+        _backward(_total(method, sums, counts))
     return rows_of, leaves, everyone, _detached(sums)
 
 
@@ -115,12 +116,20 @@ def step(
 
     Args:
         clip: "none"; "global": scale all gradients to a joint norm of at most `clip_norm`; "per_tensor": each.
+
+    Raises:
+        TriviumError: no parameter has a gradient, since all that the losses of this stream depend on is frozen.
     """
     method.train()
     method.schedule(key.step)
     optimizer.zero_grad(set_to_none=True)
     sums, counts, everyone = backward(method, batches, key, autocast)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if all(parameter.grad is None for parameter in parameters):
+        raise TriviumError(
+            f"a step of stream {key.stream} trains nothing, since all that its losses depend on is frozen: narrow"
+            " --optim.freeze or a group's freeze_until, or leave the stream out by weights of 0 for its losses"
+        )
     distributed.sum_gradients(parameters)
 
     whole_grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -195,6 +204,13 @@ def _total(method: Method, sums: Sums, counts: Sums) -> Tensor:
     if not terms:  # a micro-batch whose only loss is a coupled one, taken care of in the first pass
         return torch.zeros(())
     return torch.stack([term.float() if term.dtype != torch.float64 else term for term in terms]).sum()
+
+
+def _backward(total: Tensor) -> None:
+    """Where all of it is frozen there is no graph: of a part of a step that is no mistake, of a whole one `step` says
+    it."""
+    if total.requires_grad:
+        total.backward()
 
 
 def _frozen(rows: Rows) -> Rows:
