@@ -236,6 +236,7 @@ def test_text_assignment_prepares_for_two_pictures(
     for more, says in (
         (("--data.image-size", 30), "a picture of 30 pixels cannot be cut into patches of 8"),
         (("--data.batch", 192, "--train.micro-batch", 96), "micro-batches of 96 pairs cut pools of 64 in two"),
+        (("--data.batch", 12, "--train.micro-batch", 2), "in a micro-batch of 2 no text has two other pictures"),
     ):
         more = (*words[:4], "--optim.warmup", 0, *more)
         assert run("finetune", "text_assignment", "--init", albef, "--out", tmp_path / "no", *more) == 2

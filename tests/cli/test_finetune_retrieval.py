@@ -210,6 +210,7 @@ def test_other_families_train_what_they_have_on_tables_of_ones_own(
         ("retrieval_flickr30k", ["--data", "ROOT", "--select-on", "dev.accuracy"], "use one of dev.recall_reranked"),
         ("retrieval_flickr30k", ["--data", "ROOT", "--data.image-size", "30"], "--data.image-size 32"),
         ("retrieval_flickr30k", ["--data", "ROOT", "--objectives.pool", "4"], "cut pools of 4 in two"),
+        ("retrieval_flickr30k", ["--data", "ROOT", "--train.micro-batch", "1"], "one pair holds no false one for ITM"),
         ("retrieval_flickr30k", ["--data", "ROOT", "--objectives.contrastive", "0", "--objectives.itm", "0"],
          "every loss has weight 0"),
         ("retrieval_flickr30k", ["--data", "ROOT", "--distillation.alpha", "1.5"], "--distillation.alpha 1.5"),
@@ -226,6 +227,13 @@ def test_mistakes_are_one_sentence_and_nothing_is_half_written(
     told = capsys.readouterr()
     assert code == 2 and sentence in told.err.strip().splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_matches_nothing_needs_no_false_pair_in_a_micro_batch(
+    models: dict[str, Path], flickr: Path, tmp_path: Path
+) -> None:
+    found = tune("retrieval_flickr30k", models["clip"], tmp_path / "run", "--data", flickr, "--train.micro-batch", 1)
+    assert "Flickr30K retrieval.dev.tr_r1" in found
 
 
 def test_entries_that_cannot_be_used_are_named_and_too_many_stop_the_run(

@@ -160,6 +160,7 @@ def test_chance_is_what_a_model_without_knowledge_reaches(prepared: PreparedAlbe
     ("changes", "sentence"),
     [
         ({"objectives__pool": 3}, "micro-batches of 8 pairs cut pools of 3 in two"),
+        ({"train__micro_batch": 1}, "a micro-batch of one pair holds no false one for ITM"),
         ({"objectives__pool": 1}, "--objectives.pool 1: this must be a whole number of 2 or more"),
         ({"objectives__itc": 0, "objectives__itm": 0, "objectives__mlm": 0}, "nothing would be trained"),
         ({"data__max_length": 65}, "texts of 65 tokens do not fit a model of 64 positions"),
@@ -172,6 +173,11 @@ def test_what_does_not_go_together_is_one_sentence(shop: Path, changes: dict, se
     with pytest.raises(TriviumError) as raised:
         recipe_on(shop, **changes).prepare("albef", {})
     assert sentence in str(raised.value)
+
+
+def test_without_itm_a_micro_batch_may_hold_one_pair(shop: Path) -> None:
+    recipe = recipe_on(shop, train__micro_batch=1, objectives__itm=0, objectives__pool=3)
+    assert recipe.prepare("albef", {"size": "tiny"}).with_train(steps=7).run.train.micro_batch == 1
 
 
 @pytest.fixture(scope="module")

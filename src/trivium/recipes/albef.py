@@ -175,7 +175,7 @@ class PreparedAlbef(PreparedPairs):
         method = changed.run.method
         assert isinstance(method, AlbefMethod)
         method.num_steps = changed.recipe.train.steps
-        check_pools(changed.recipe.rows_at_once, changed.recipe.objectives.pool)
+        check_pools(changed.recipe)
         return changed
 
 
@@ -265,11 +265,20 @@ def _check(config: AlbefConfig, recipe: AlbefRecipe) -> None:
     """Raises TriviumError where shapes do not go together."""
     check_shapes(recipe.data, config.image_size, config.patch_size, config.max_length)
     limits.check_heads(config.width, config.num_heads)
-    check_pools(recipe.rows_at_once, recipe.objectives.pool)
+    check_pools(recipe)
 
 
-def check_pools(rows: int, pool: int) -> None:
-    """Raises TriviumError where a micro-batch would cut a pool in two: negatives would come from fewer pairs there."""
+def check_pools(recipe: Any) -> None:
+    """Raises TriviumError where ITM would have no negatives, in a micro-batch of one pair, or where a micro-batch would
+    cut a pool in two: they would come from fewer pairs there. recipe: of pretraining, retrieval or grounding."""
+    rows, pool = recipe.rows_at_once, recipe.objectives.pool
+    if not recipe.objectives.itm:
+        return
+    if rows < 2:
+        raise TriviumError(
+            "a micro-batch of one pair holds no false one for ITM: choose --train.micro-batch, and --data.batch, as 2"
+            " or more, or --objectives.itm 0"
+        )
     if rows > pool and rows % pool:
         raise TriviumError(
             f"micro-batches of {rows} pairs cut pools of {pool} in two: choose --train.micro-batch as a multiple of"

@@ -240,9 +240,17 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
 
 
 def _check_pools(recipe: FinetuneRecipe) -> None:
-    """Raises TriviumError where a micro-batch would cut a pool in two: pictures would come from fewer rows there."""
+    """Raises TriviumError where no text would have two other pictures in its micro-batch, or where one would cut a pool
+    in two: pictures would come from fewer rows there."""
     rows = recipe.rows_at_once
-    if recipe.task == "text_assignment" and rows > POOL and rows % POOL:
+    if recipe.task != "text_assignment":
+        return
+    if rows < 3:
+        raise TriviumError(
+            f"in a micro-batch of {rows} no text has two other pictures to be assigned among: choose"
+            " --train.micro-batch, and --data.batch, as 3 or more"
+        )
+    if rows > POOL and rows % POOL:
         raise TriviumError(
             f"micro-batches of {rows} pairs cut pools of {POOL} in two: choose --train.micro-batch as a multiple of"
             f" {POOL}, or at most {POOL}"

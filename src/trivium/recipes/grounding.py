@@ -155,7 +155,7 @@ def _prepare(
         raise TriviumError(f"{settings.root}: {data.name} has no usable expression of its split train to learn from")
     train = ExpressionRows(data.good("train"))
     recipe = with_steps(recipe, len(train))
-    pools_fit(recipe)
+    pools_fit(recipe, start.model)
     notes = [*data.notes, *many_passes(recipe, len(train))]
     if bad := data.bad("train"):
         notes.append(f"train: {len(bad):,} expressions cannot be used; the first: {bad[0]}")

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from torch import nn
+
 from trivium.bundle import Bundle
 from trivium.data import leakage
 from trivium.data.collate import ImageInput, PairCollate, TextInput
@@ -150,7 +152,8 @@ class PreparedMatching(Prepared):
         changed = super().with_train(**changes)
         if isinstance(changed.run.method, AlbefMethod):
             changed.run.method.num_steps = changed.recipe.train.steps
-        pools_fit(changed.recipe)
+        assert changed.bundle is not None
+        pools_fit(changed.recipe, changed.bundle.model)
         return changed
 
     def settle(self, out: Path) -> str | None:
@@ -238,7 +241,7 @@ def _prepare(
     title, sources = _open(data, arguments["task"])
     train = sources.pop("train")
     recipe = with_steps(recipe, len(train))
-    pools_fit(recipe)
+    pools_fit(recipe, model)
     notes = [*noticed(Sources(train, None, None, sources["dev"], None, None)), *many_passes(recipe, len(train))]
     if resume_from is None and start.head is not None:
         notes.append("left out is the head that the model has: retrieval has no use for it")
@@ -288,7 +291,7 @@ def put_together(
     return method, bundle, Stream("pairs", train, collate, data.batch, recipe.rows_at_once)
 
 
-def _trains_matching(recipe: Any, model: Albef | Flava | Clip) -> bool:
+def _trains_matching(recipe: Any, model: nn.Module) -> bool:
     return isinstance(model, Matches) and recipe.objectives.itm > 0
 
 
@@ -335,10 +338,10 @@ def _select(recipe: RetrievalRecipe, model: Albef | Flava | Clip) -> str:
     return select
 
 
-def pools_fit(recipe: Any) -> None:
-    """Raises TriviumError where a micro-batch would cut a pool of ITM in two. recipe: of retrieval or grounding."""
-    if recipe.objectives.itm:
-        check_pools(recipe.rows_at_once, recipe.objectives.pool)
+def pools_fit(recipe: Any, model: nn.Module) -> None:
+    """As `check_pools`, of a model that matches. recipe: of retrieval or grounding."""
+    if _trains_matching(recipe, model):
+        check_pools(recipe)
 
 
 def _open(data: RetrievalData, task: str) -> tuple[str, dict[str, Source]]:
