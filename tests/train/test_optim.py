@@ -11,6 +11,12 @@ from tiny_run import Tiny, TinyMixture
 from torch import nn
 
 from trivium.errors import TriviumError
+from trivium.invariance import unit
+from trivium.models.albef import Albef, AlbefConfig
+from trivium.models.albef_heads import TwoPictures, decoder_config
+from trivium.models.clip import Clip, ClipConfig
+from trivium.models.dino import Dino, DinoConfig
+from trivium.models.unit import Unit
 from trivium.train import optim
 from trivium.train.optim import Group, Optim
 from trivium.train.protocol import Key
@@ -109,6 +115,42 @@ def test_layer_decay_counts_from_the_top_of_each_tower() -> None:
     assert [rate[f"text_encoder.blocks.{n}.1.weight"] for n in range(2)] == [0.25, 0.5]
     assert rate["image_encoder.class_token"] == rate["image_encoder.patch_embedding.weight"] == 0.5**4
     assert rate["text_encoder.position_embedding"] == 0.5**3
+
+
+def blocks_above(model: nn.Module) -> dict[str, int]:
+    """How often the decay is taken into each parameter's rate."""
+    groups = groups_of(model, optim.build(model, Optim(lr=1.0, layer_decay=0.5)))
+    return {name: round(-math.log2(group["lr"])) for name, group in groups.items()}
+
+
+def test_layer_decay_spares_heads_though_their_layers_are_numbered() -> None:
+    of_heads: dict[str, int] = {}
+    for model in (Dino(DinoConfig.of_size("tiny")), Unit(unit.TINY)):
+        found = blocks_above(model)
+        of_heads |= {name: above for name, above in found.items() if name.startswith(("head.", "heads."))}
+        assert max(found.values()) > 1
+    assert {"head.mlp.0.weight", "heads.vg.boxes.2.bias", "heads.qnli.norm.weight"} <= of_heads.keys()
+    albef = AlbefConfig.of_size("tiny")
+    tuned = nn.ModuleDict({"backbone": Albef(albef), "head": TwoPictures(decoder_config(albef), 8, 2)})
+    found = blocks_above(tuned)
+    of_heads |= {name: above for name, above in found.items() if name.startswith("head.")}
+    assert "head.seconds.0.attention.qkv.weight" in of_heads and set(of_heads.values()) == {0}
+    assert [found[f"backbone.fusion.blocks.{n}.mlp_in.weight"] for n in range(3)] == [3, 2, 1]
+    assert found["backbone.text.embeddings.norm.weight"] == 4 and found["backbone.image.positions"] == 7
+
+
+def test_layer_decay_is_strongest_on_what_a_first_block_reads() -> None:
+    clip = blocks_above(Clip(ClipConfig.of_size("tiny")))  # of 6 and 4 blocks
+    inputs = ("patches.projection.weight", "class_token", "positions", "pre_norm.weight", "pre_norm.bias")
+    assert {clip[f"image.{name}"] for name in inputs} == {7}
+    assert clip["text.embeddings.word.weight"] == 5
+    tops = ("image.norm.weight", "text.norm.weight", "image_projection.weight", "logit_scale")
+    assert {clip[name] for name in tops} == {0}
+    found = blocks_above(Unit(unit.TINY))  # of 4 stages, and 1 and 2 blocks
+    assert [found[f"image.backbone.stages.{n}.0.convolutions.0.conv.weight"] for n in range(4)] == [4, 3, 2, 1]
+    assert found["image.backbone.stem.conv.weight"] == found["image.backbone.stem.norm.weight"] == 5
+    assert found["image.task_tokens.of.vg.weight"] == 2  # the blocks read them, and not the stages
+    assert found["text_task_tokens.of.qnli.weight"] == found["text.embeddings.position.weight"] == 3
 
 
 def test_freezing_and_groups_by_pattern() -> None:

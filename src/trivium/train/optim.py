@@ -148,30 +148,38 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 _BLOCK = re.compile(r"^(?P<stack>.*?)\.(?P<number>\d+)\.")  # "model.text_encoder.blocks" and "3"
-_INPUT = re.compile(r"(^|\.)(\w*embed\w*|patch\w*|position\w*|class_token|cls_token|mask_token)(\.|$)")
+_HEAD = re.compile(r"(^|\.)(\w+_)?heads?(\.|$)")
+# What the first block reads is made of these: a ResNet's begins with its stem, CLIP's blocks with a norm of their own.
+_INPUT = re.compile(
+    r"(^|\.)(\w*embed\w*|patch\w*|position\w*|(\w+_)?(class|cls|mask|task)_tokens?|pre_norm|stem)(\.|$)"
+)
 
 
 def _depths(names: list[str]) -> dict[str, int]:
-    """Number of blocks of each stack: {"model.text_encoder.blocks": 12}."""
+    """Number of blocks of each stack that is no part of a head: {"model.text_encoder.blocks": 12}."""
     depths: dict[str, int] = {}
     for match in filter(None, map(_BLOCK.match, names)):
-        depths[match["stack"]] = max(depths.get(match["stack"], 0), int(match["number"]) + 1)
+        if not _HEAD.search(match["stack"]):
+            depths[match["stack"]] = max(depths.get(match["stack"], 0), int(match["number"]) + 1)
     return depths
 
 
 def _blocks_above(name: str, depths: dict[str, int]) -> int:
     """How far below the top of its tower a parameter stands: 0 for heads and final norms, 1 for the last block,
-    depth + 1 for the embeddings. Their tower is the stack of blocks whose path has most in common with theirs."""
-    if match := _BLOCK.match(name):
+    depth + 1 for what the first block reads. Its tower is the stack of blocks whose path has most in common with its
+    own, and of several the nearest."""
+    match = _BLOCK.match(name)
+    if match and match["stack"] in depths:
         return depths[match["stack"]] - int(match["number"])
-    if not depths or not _INPUT.search(name):
+    if not depths or _HEAD.search(name) or not _INPUT.search(name):
         return 0
-    _, depth = max((_parts_in_common(name, stack), depth) for stack, depth in depths.items())
-    return depth + 1
+    stack = max(depths, key=lambda stack: (_parts_in_common(name, stack), -stack.count("."), depths[stack]))
+    return depths[stack] + 1
 
 
 def _parts_in_common(left: str, right: str) -> int:
-    pairs = zip(left.split("."), right.split("."), strict=False)
+    """How many words two paths begin with alike: "text_tokens" has one in common with "text.blocks"."""
+    pairs = zip(re.split(r"[._]", left), re.split(r"[._]", right), strict=False)
     return next((number for number, (one, other) in enumerate(pairs) if one != other), 0)
 
 
