@@ -18,7 +18,8 @@ ROOMS = {  # what a room may import beside itself and EVERYWHERE
     "layers": "", "models": "layers", "objectives": "", "methods": "models objectives layers train.protocol",
     "data": "train.protocol", "train": "", "convert": "models", "bundle": "models data.tokenizer data.transforms",
     "hub": "", "load": "bundle hub models convert data.tokenizer data.transforms",
-    "evaluate": "bundle load models.encoded models.grounding models.image_tokenizer data train.protocol",
+    "evaluate": "bundle load models.encoded models.grounding models.image_tokenizer objectives.contrastive data"
+                " train.protocol",
     "explain": "bundle data",
     "recipes": "methods models data train evaluate bundle load hub",
 }  # fmt: skip

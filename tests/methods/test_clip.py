@@ -83,6 +83,18 @@ def test_chance_is_equal_scores_for_the_columns_that_a_row_has(scope: str, colum
     assert loss_of(method) == pytest.approx(math.log(columns))
 
 
+@pytest.mark.parametrize(("scope", "columns"), [("global", 6), ("local", 3)])
+def test_chance_of_the_sigmoid_form_is_its_own(scope: str, columns: int) -> None:
+    """Equal scores, and the bias that fits them best: every column is the answer with a probability of 1 / columns."""
+    method = clip_method(random_clip(), scope=scope, num_ranks=2, contrastive_form="sigmoid")
+    with torch.no_grad():
+        method.model.image_projection.weight.zero_()
+        method.logit_bias.fill_(-math.log(columns - 1))  # type: ignore[union-attr]
+    counts = {name: float(value) for name, value in method.counts(make_batch(6)).items()}
+    assert loss_of(method) == pytest.approx(method.chance(counts)["contrastive"])
+    assert method.chance(counts)["contrastive"] > math.log(columns)
+
+
 def test_validation_takes_all_micro_batches_together() -> None:
     method, batch = clip_method(random_clip()), make_batch(6)
     assert measure(method, [split(batch, 3)], KEY)["contrastive"] == pytest.approx(loss_of(method), rel=1e-12)

@@ -199,6 +199,8 @@ def test_chance_is_that_of_the_pairs_in_the_masked_pass() -> None:
     assert found["itm"] == pytest.approx(float(F.binary_cross_entropy(torch.tensor(0.75), torch.tensor(0.75))))
     assert found["contrastive"] == pytest.approx(math.log(8))
     assert method.chance({"mim": 5.0}) == {}
+    sigmoid = flava_method(random_flava(), contrastive_form="sigmoid").chance(counts)["contrastive"]
+    assert sigmoid == pytest.approx(-math.log(1 / 8) - 7 * math.log(7 / 8))
 
 
 def test_the_contrastive_loss_of_a_scope_is_that_of_clip_s_method_and_leaves_the_others_alone() -> None:

@@ -288,8 +288,8 @@ def _table(out: Path, tree: Stages) -> int:
 
 def _unlearned(out: Path, found: Table, tree: Stages) -> list[str]:
     """A sentence where columns end near the contrastive loss of a blind guess: what is compared with them says that."""
-    from trivium.evaluate.losses import contrastive_chance
     from trivium.evaluate.report import read_curves
+    from trivium.objectives.contrastive import contrastive_chance
 
     blind = contrastive_chance(tree.data.batch, tree.objectives.contrastive_form == "sigmoid")
     columns = []

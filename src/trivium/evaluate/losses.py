@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trivium.objectives.contrastive import contrastive_chance
+
 
 def entropy(labels: Tensor) -> float:
     """Entropy in nats of the frequencies of int64 labels of any shape; 0 for no labels."""
@@ -54,11 +56,6 @@ def chances(
         "itm": binary_entropy(false_share),
         "contrastive": contrastive_chance(contrastive_batch, sigmoid),
     }
-
-
-def contrastive_chance(columns: float, sigmoid: bool) -> float:
-    """Of a model that gives every column the same score. See `chances`."""
-    return columns * binary_entropy(1 / columns) if sigmoid else math.log(columns)
 
 
 def labels_of(batches: Iterable[Any], codes_of: Callable[[Any], Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ B rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import log
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from trivium.methods.pixels import MethodOfPictures, Pixels
 from trivium.models.clip import MAX_LOGIT_SCALE, Clip
-from trivium.objectives.contrastive import START_LOGIT_BIAS, Scope, contrastive
+from trivium.objectives.contrastive import START_LOGIT_BIAS, Scope, contrastive, contrastive_chance
 from trivium.train.protocol import Batch, Key, Rows, Sums
 
 
@@ -98,4 +97,4 @@ class ClipMethod(MethodOfPictures):
     def chance(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Equal scores for all columns that a row has."""
         columns = counts["all/contrastive"] / (self.num_ranks if self.scope == "local" else 1)
-        return {"contrastive": log(max(1.0, columns))}
+        return {"contrastive": contrastive_chance(max(1.0, columns), self.logit_bias is not None)}

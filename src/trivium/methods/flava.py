@@ -26,7 +26,7 @@ from trivium.methods.positions import needed, places
 from trivium.models.encoded import Encoded
 from trivium.models.flava import MAX_LOGIT_SCALE, Flava
 from trivium.models.image_tokenizer import ImageTokenizer
-from trivium.objectives.contrastive import START_LOGIT_BIAS, Scope, contrastive
+from trivium.objectives.contrastive import START_LOGIT_BIAS, Scope, contrastive, contrastive_chance
 from trivium.objectives.masked import masked_prediction
 from trivium.objectives.matching import matching
 from trivium.train.protocol import Batch, Key, Rows, Sums
@@ -248,7 +248,7 @@ class FlavaMethod(MethodOfPictures):
         true = counts["itm/true"] / counts["itm"]
         entropy = -sum(share * log(share) for share in (true, 1 - true) if share > 0)
         columns = counts["all/contrastive"] / (self.num_ranks if self.contrastive_scope == "local" else 1)
-        return {"itm": entropy, "contrastive": log(max(1.0, columns))}
+        return {"itm": entropy, "contrastive": contrastive_chance(max(1.0, columns), self.logit_bias is not None)}
 
     # Small things of the passes above. Indices are made on CPU, where reading them costs no wait for a device.
 

@@ -19,6 +19,7 @@ B rows of this process, G rows of the global batch, D width, T columns of a tile
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 from typing import Any, Literal
 
 import torch
@@ -91,6 +92,13 @@ def contrastive(
             image_to_text_B, _ = _Losses.apply(image_BD, text_GD, *common, same_image_B, same_text_G, False)
             text_to_image_B, _ = _Losses.apply(text_BD, image_GD, *common, same_text_B, same_image_G, False)
     return (0.5 * (image_to_text_B + text_to_image_B) * kept_B).sum()
+
+
+def contrastive_chance(columns: float, sigmoid: bool) -> float:
+    """The loss of a row, in nats, where the best that can be said of each of its columns is the same: ln(columns). The
+    sigmoid form asks of every column by itself whether it is the answer, as one of them is: their number times the
+    entropy of such a label."""
+    return log(columns) + ((columns - 1) * log(columns / (columns - 1)) if sigmoid and columns > 1 else 0.0)
 
 
 @dataclass(frozen=True)
