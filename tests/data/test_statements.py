@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.drawn import drawn_picture
 from tests.data.test_vqa import lines, write
+from trivium.data.labelled import Columns
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
 from trivium.data.statements import read_assignments, read_nlvr2
@@ -71,8 +72,8 @@ def test_official_rows_name_their_pictures(tmp_path: Path) -> None:
 def test_texts_are_assigned_once_and_for_all(tmp_path: Path) -> None:
     table = tmp_path / "pairs.jsonl"
     lines(table, *({"image": f"{n}.png", "caption": f"text {n}"} for n in range(300)))
-    splits = read_assignments([str(table)], [str(table)], 0.1)
-    again = read_assignments([str(table)], [str(table)], 0.1)
+    splits = read_assignments([str(table)], [str(table)], [], Columns(), 0.1)
+    again = read_assignments([str(table)], [str(table)], [], Columns(), 0.1)
     dev = list(splits.held_out["dev"].good())
     assert dev == list(again.held_out["dev"].good())
     for number, row in enumerate(dev):
@@ -81,14 +82,14 @@ def test_texts_are_assigned_once_and_for_all(tmp_path: Path) -> None:
         assert [row.image == own, row.second_image == own] == [row.label == 0, row.label == 1]
     assert all(70 < count < 130 for count in Counter(row.label for row in dev).values())
     assert all(row.second_image is None for row in splits.train.good())
-    held = read_assignments([str(table)], [], 0.2)
+    held = read_assignments([str(table)], [], [], Columns(), 0.2)
     assert 30 < len(held.held_out["dev"]) < 90 and "pairs are held out" in held.notes[0]
     assert {row.image for row in held.train.good()}.isdisjoint(
         image for row in held.held_out["dev"].good() for image in (row.image, row.second_image)
     )
     lines(table, {"image": "0.png", "caption": "text"})
     with pytest.raises(TriviumError, match="too few to assign a text among"):
-        read_assignments([str(table)], [str(table)], 0.1)
+        read_assignments([str(table)], [str(table)], [], Columns(), 0.1)
 
 
 def test_texts_are_assigned_alike_wherever_their_table_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,14 +100,33 @@ def test_texts_are_assigned_alike_wherever_their_table_lies(tmp_path: Path, monk
         monkeypatch.chdir(tmp_path / folder)
         for table in ("p.jsonl", str(tmp_path / folder / "p.jsonl")):
             for dev in ([table], []):
-                rows = read_assignments([table], dev, 0.2).held_out["dev"].good()
+                rows = read_assignments([table], dev, [], Columns(), 0.2).held_out["dev"].good()
                 dealt.append([(row.where, Path(str(row.second_image)).name, row.label) for row in rows])
     assert dealt == dealt[:2] * 4 and len(dealt[0]) == 200 > len(dealt[1]) > 0
 
 
-def test_one_answer_to_a_question(tmp_path: Path) -> None:
-    from trivium.data.labelled import Columns
+def test_texts_are_assigned_by_the_columns_that_are_named_and_in_the_test_split_too(tmp_path: Path) -> None:
+    train, test = str(tmp_path / "pairs.jsonl"), str(tmp_path / "test.jsonl")
+    for path, count in ((train, 40), (test, 7)):
+        rows = [{"image": "thumb.png", "Photo": f"{n}.png", "Legend": f"text {n}"} for n in range(count)]
+        lines(Path(path), *rows)
+    columns = Columns(image="Photo", text="other,Legend")
+    splits = read_assignments([train], [train], [test], columns, 0.1)
+    assert list(splits.held_out) == ["dev", "test"] and len(splits.held_out["test"]) == 7
+    row = splits.train.row(1)
+    assert (row.text, row.image) == ("text 1", f"{tmp_path}/1.png")
+    for row in splits.held_out["test"].good():
+        number = str(row.text).removeprefix("text ")
+        assert (f"{tmp_path}/{number}.png" in (row.image, row.second_image)) == (row.label != 2)
+    for named, lacks in ((Columns(), r'"caption\|captions\|text\|title"'), (Columns(text="words"), '"words')):
+        with pytest.raises(TriviumError, match=rf"no pair can be used.*\(line 1\).*no {lacks}.*--data\.text-column"):
+            read_assignments([train], [], [], named, 0.1)
+    lines(tmp_path / "test.jsonl", {"Photo": "0.png", "Legend": "text"})
+    with pytest.raises(TriviumError, match=r"1 held-out pictures \(test\) are too few"):
+        read_assignments([train], [train], [test], columns, 0.1)
 
+
+def test_one_answer_to_a_question(tmp_path: Path) -> None:
     lines(
         tmp_path / "train.jsonl", *({"image": "a.png", "question": "what?", "answer": a} for a in ("no", "two", "no"))
     )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from trivium.data.labelled import LabelledRows, Row, Splits
+from trivium.data.labelled import Columns, LabelledRows, Row, Splits
 from trivium.data.records import Record, json_elements, json_lines, records
 from trivium.data.tables import IMAGE_COLUMNS, TEXT_COLUMNS
 from trivium.errors import BadSample, TriviumError
@@ -91,16 +91,17 @@ def _judged(record: Record, key: str, left: str, right: str) -> Row:
     return Row(record.file, record.entry, key, sentence, image=left, second_image=right, label=TRUTH.index(label))
 
 
-def read_assignments(train: Sequence[str], dev: Sequence[str], held_out_share: float) -> Splits:
+def read_assignments(
+    train: Sequence[str], dev: Sequence[str], test: Sequence[str], columns: Columns, held_out_share: float
+) -> Splits:
     """Pairs of one's own tables (CSV, JSONL, ALBEF's JSON and so on), of a caption in several the first.
 
-    A training row has its own picture alone: others are drawn as it is trained, and its label counts nothing. A
-    held-out row has two, drawn evenly among the held-out rows, and its label, once and for all. Raises TriviumError.
+    A training row has its own picture alone: others are drawn as it is trained, and its label counts nothing. A row of
+    dev or test has two, drawn evenly among those of its split, and its label, once and for all. Raises TriviumError.
     """
     if not train:
         raise TriviumError("no table of pairs is given: name one with --data.train (CSV, TSV, JSONL, JSON or Parquet)")
-    rows = [each for file in train for each in _pairs(file)]
-    held = [each for file in dev for each in _pairs(file)]
+    rows, held, tested = (_pairs(files, columns) for files in (train, dev, test))
     notes = []
     if not dev:
         apart = [isinstance(each, Row) and hash64("held out", each.picture_name) % 10_000 < held_out_share * 10_000
@@ -108,38 +109,61 @@ def read_assignments(train: Sequence[str], dev: Sequence[str], held_out_share: f
         held = [each for each, is_held in zip(rows, apart, strict=True) if is_held]
         rows = [each for each, is_held in zip(rows, apart, strict=True) if not is_held]
         notes.append(f"no --data.dev is given: {len(held):,} of {len(held) + len(rows):,} pairs are held out")
-    pictures = sorted({each.image for each in held if isinstance(each, Row) and each.image})
-    if len(pictures) < 3:
-        raise TriviumError(f"{len(pictures)} held-out pictures are too few to assign a text among: give three at least")
     labelled = [
         replace(each, label=number % len(ASSIGNED)) if isinstance(each, Row) else each
         for number, each in enumerate(rows)
     ]
-    place_of = {picture: place for place, picture in enumerate(pictures)}
-    assigned = [_assigned(each, pictures, place_of) if isinstance(each, Row) else each for each in held]
+    splits = {"dev": held} | ({"test": tested} if test else {})
     return Splits(
         LabelledRows(labelled, "pairs"),
-        {"dev": LabelledRows(assigned, "pairs")},
+        {name: _all_assigned(name, found) for name, found in splits.items()},
         ASSIGNED,
         notes=notes,
     )
 
 
-def _pairs(file: str) -> Iterator[Row | BadSample]:
-    for record in records(file):
-        if isinstance(record, BadSample):
-            yield record
-            continue
+def _pairs(files: Sequence[str], columns: Columns) -> list[Row | BadSample]:
+    """Raises TriviumError where none of them can be used."""
+    found: list[Row | BadSample] = []
+    for record in (each for file in files for each in records(file)):
         try:
-            caption = record.value(*TEXT_COLUMNS)
-            if isinstance(caption, list) and caption:
-                caption = caption[0]
-            if not isinstance(caption, str) or not caption.strip():
-                raise record.bad("its caption holds no text")
-            image = os.path.join(os.path.dirname(file), record.text(*IMAGE_COLUMNS))
-            yield Row(file, record.entry, f"{file}:{record.entry}", caption.strip(), image=image)
+            found.append(record if isinstance(record, BadSample) else _pair(record, columns))
         except BadSample as bad:
-            yield bad
+            found.append(bad)
+    if found and not any(isinstance(each, Row) for each in found):
+        raise TriviumError(
+            f"{', '.join(files)}: no pair can be used; the first: {found[0]}; columns of other names are named with"
+            " --data.image-column and --data.text-column"
+        )
+    return found
+
+
+def _pair(record: Record, columns: Columns) -> Row:
+    """Raises BadSample."""
+    caption = record.value(*_names(columns.text, TEXT_COLUMNS))
+    if isinstance(caption, list) and caption:
+        caption = caption[0]
+    if not isinstance(caption, str) or not caption.strip():
+        raise record.bad("its caption holds no text")
+    image = os.path.join(os.path.dirname(record.file), record.text(*_names(columns.image, IMAGE_COLUMNS)))
+    return Row(record.file, record.entry, f"{record.file}:{record.entry}", caption.strip(), image=image)
+
+
+def _names(named: str | None, usual: tuple[str, ...]) -> tuple[str, ...]:
+    """Under which a cell is looked for: as in `find_column`, "a,b" is the first that there is."""
+    return usual if named is None else tuple(dict.fromkeys((named.lower(), *named.lower().split(","))))
+
+
+def _all_assigned(split: str, rows: Sequence[Row | BadSample]) -> LabelledRows:
+    """Raises TriviumError where they have too few pictures."""
+    pictures = sorted({each.image for each in rows if isinstance(each, Row) and each.image})
+    if len(pictures) < 3:
+        raise TriviumError(
+            f"{len(pictures)} held-out pictures ({split}) are too few to assign a text among: give three at least"
+        )
+    place_of = {picture: place for place, picture in enumerate(pictures)}
+    assigned = [_assigned(each, pictures, place_of) if isinstance(each, Row) else each for each in rows]
+    return LabelledRows(assigned, "pairs")
 
 
 def _assigned(row: Row, pictures: Sequence[str], place_of: Mapping[str, int]) -> Row:

@@ -235,7 +235,8 @@ def _nlvr2(data: TaskData) -> Splits:
 
 
 def _assignments(data: TaskData) -> Splits:
-    return read_assignments(data.train, data.dev, data.held_out)
+    columns = Columns(data.image_column, data.text_column)
+    return read_assignments(data.train, data.dev, data.test, columns, data.held_out)
 
 
 def _questions(data: TaskData) -> Splits:
