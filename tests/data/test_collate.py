@@ -16,7 +16,7 @@ from trivium.data.masking import mask_tokens
 from trivium.data.order import Draws
 from trivium.data.random_augment import RandomAugment
 from trivium.data.tokenizer import Tokenizer
-from trivium.data.transforms import crop_and_resize
+from trivium.data.transforms import color_jitter, crop_and_resize
 from trivium.data.views import View, Views
 from trivium.errors import BadSample, TriviumError
 from trivium.train.protocol import Batch, Sample
@@ -45,6 +45,20 @@ def same(first: Batch, second: Batch) -> bool:
         for batch in (first, second)
     ]
     return all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+
+
+def test_both_views_of_a_picture_change_colour_alike() -> None:
+    views = replace(VIEWS, codebook_size=8)
+    plain, changed = (
+        batch_of(PairCollate(ImageInput(views, patch=4, color_jitter=strength), TextInput(TOKENIZER, 32)), [4, 8])
+        for strength in (0.0, 0.4)
+    )
+    for before, after in zip(plain.images, changed.images, strict=True):
+        for place, (left, right) in enumerate(zip(before.pixels_BCHW, after.pixels_BCHW, strict=True)):
+            rng = Draws(0, "pairs", place).generator("color")
+            expected_HWC = color_jitter(rng, left.permute(1, 2, 0).numpy(), 0.4).astype(int)
+            assert np.abs(expected_HWC - right.permute(1, 2, 0).numpy()).max() <= 1
+            assert not torch.equal(left, right)
 
 
 def test_a_pair_batch() -> None:

@@ -174,6 +174,9 @@ def test_jitter_changes_colour_only_and_keeps_grey_grey() -> None:
     assert np.array_equal(changed, color_jitter(np.random.default_rng(0), image, 0.5))
     flat = color_jitter(np.random.default_rng(3), np.full((4, 4, 3), 90, np.uint8), 0.5).astype(int)
     assert np.ptp(flat) <= 1
+    warm = np.full((4, 4, 3), (120, 100, 80), np.uint8)  # brighter, darker or paler, but of no other hue
+    red, green, blue = color_jitter(np.random.default_rng(3), warm, 0.5)[0, 0].astype(int)
+    assert red > green > blue and abs((red - green) - (green - blue)) <= 2
 
 
 def test_normalize_against_the_formula() -> None:

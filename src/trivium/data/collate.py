@@ -53,7 +53,7 @@ class ImageInput:
     views: Views
     patch: int  # pixels on a side
     codes: CodeCache | None = None  # then the crops are the cache's own
-    color_jitter: float = 0.0  # strength of random changes of colour, in training alone (see transforms.py)
+    color_jitter: float = 0.0  # strength of random changes of colour, in training alone; cached codes do not follow
     changes: RandomAugment | None = None  # of shape and light, in training alone; then codes would not fit
     cache_bytes: int = 0  # memory of each worker for decoded pictures; changes the speed alone
     masked: bool = True  # False: no block mask, for a family that predicts no patches
@@ -96,13 +96,17 @@ class ImageInput:
         grid = self.views.size // self.patch
         mask_N = block_mask(draws.generator("patches"), grid, grid) if self.masked else None
         pixels_CHW = self.views.for_model(picture_HWC, view)
-        if train and self.color_jitter:
-            pixels_HWC = color_jitter(draws.generator("color"), pixels_CHW.transpose(1, 2, 0), self.color_jitter)
-            pixels_CHW = np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
+        if train and self.color_jitter:  # of both views by one draw: a code is asked for in the colours that are seen
+            pixels_CHW = self._jittered(pixels_CHW, draws)
+            codebook_CHW = None if codebook_CHW is None else self._jittered(codebook_CHW, draws)
         if train and self.changes is not None:
             pixels_HWC = self.changes(draws.generator("changes"), pixels_CHW.transpose(1, 2, 0))
             pixels_CHW = np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
         return PreparedImage(pixels_CHW, codebook_CHW, mask_N, codes_N, sample["same_image"])
+
+    def _jittered(self, pixels_CHW: np.ndarray, draws: Draws) -> np.ndarray:
+        pixels_HWC = color_jitter(draws.generator("color"), pixels_CHW.transpose(1, 2, 0), self.color_jitter)
+        return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
 
     def batch(self, prepared: Sequence[PreparedImage]) -> tuple[tuple[Images, ...], dict[str, Tensor]]:
         """The images of a Batch and its targets ``image_mask`` (bool [B, N]) and, from a cache, ``codes`` (int64)."""

@@ -139,10 +139,9 @@ def recolored(image_HWC: np.ndarray, change: Recoloring) -> np.ndarray:
 
 
 def color_jitter(rng: np.random.Generator, image_HWC: np.ndarray, strength: float) -> np.ndarray:
-    """Brightness, contrast and saturation times 1 ± `strength`, hue turned by up to `strength` / 2 of a half circle."""
+    """Brightness, contrast and saturation times 1 ± `strength`, as BEiT's pictures; the hue stays."""
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, size=3).clip(min=0)
-    hue = rng.uniform(-strength, strength) * math.pi / 2
-    return recolored(image_HWC, Recoloring(brightness, contrast, saturation, hue))
+    return recolored(image_HWC, Recoloring(brightness, contrast, saturation))
 
 
 def blurred(image_HWC: np.ndarray, radius: float) -> np.ndarray:

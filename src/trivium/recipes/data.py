@@ -52,7 +52,7 @@ class PairData:
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a random crop shows
     flip: float = 0.0  # probability of a mirrored picture
     scaled_decode: bool = False  # decode large JPEGs at a fraction of their size: faster, not quite the same pixels
-    color_jitter: float = 0.0  # strength of random changes of brightness, contrast, saturation and hue
+    color_jitter: float = 0.0  # strength of random changes of brightness, contrast and saturation
     vocabulary: str = (
         "learned"  # "learned" from this text, "bert", the path of a tokenizer.json or of CLIP's byte pairs
     )

@@ -36,7 +36,12 @@ def mlm(size: str = "tiny") -> FlavaRecipe:
 
 def mim(size: str = "tiny") -> FlavaRecipe:
     """FLAVA's image encoder by masked patches, as BEiT (Bao et al., section 3.1: 800 epochs of ImageNet-1k in batches
-    of 2,048). size: as of flava."""
+    of 2,048). size: as of flava.
+
+    Otherwise than there the encoder is FLAVA's, without drop path (0.1), LayerScale and relative positions; and codes
+    are those of patches unless --data.image-tokenizer names a dVAE. Codes of a cache (--data.codes) are of pictures
+    in their own colours: leave these alone then, with --data.color-jitter 0.
+    """
     recipe = replace(flava(size), objectives=replace(NOTHING, mim=1.0))
     if size == "tiny":
         return replace(recipe, train=replace(recipe.train, steps=1000, save_every=500))
