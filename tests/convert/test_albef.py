@@ -373,6 +373,33 @@ def test_a_model_for_retrieval_is_written_as_mscoco_is(tmp_path: Path) -> None:
     assert again.head is None and torch.equal(again.model.temperature, theirs["temp"][None])
 
 
+@pytest.mark.parametrize(
+    ("kind", "layout", "lacking"),
+    [
+        ("pretrained", "albef", ""),
+        ("pretrained", "albef-retrieval", "mlm_head"),
+        ("pretrained", "albef-grounding", "mlm_head"),
+        ("ve", "albef", "image_projection, itm_head, mlm_head, temperature, text_projection"),
+        ("nlvr", "albef", "image_projection, itm_head, mlm_head, temperature, text_projection"),
+        ("assignment", "albef", "itm_head, mlm_head"),
+    ],
+)
+def test_parts_without_a_place_are_left_out_aloud_and_no_others(
+    kind: str, layout: str, lacking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"model": official(kind)}, tmp_path / "model.pth")
+    assert run("convert", tmp_path / "model.pth", "--to", layout, "--out", tmp_path / "back") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "no place here" in line]
+    assert (
+        said
+        == [f"left out: {layout} has no place here for {lacking}; whoever reads it back draws them at random"][
+            : bool(lacking)
+        ]
+    )
+    drawn = [sentence for sentence in read_foreign(tmp_path / "back").said if "drawn at random" in sentence]
+    assert bool(drawn) == bool(lacking) and lacking in "".join(drawn)
+
+
 @pytest.mark.parametrize(("kind", "length"), [("pretrained", 5), ("retrieval", 5), ("vqa", POSITIONS)])
 def test_captions_are_cut_where_the_public_evaluation_cuts_them(
     kind: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

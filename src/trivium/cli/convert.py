@@ -142,6 +142,8 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
     if adapter.write_head is not None and bundle.head is not None and bundle.head_config is not None:
         whole = adapter.write_head(model, bundle.head, bundle.head_config, bundle.labels or ())
     state, config = whole or write(model, image_tokenizer)
+    if adapter.lacks is not None and (lacking := adapter.lacks(model, bundle.head_config if whole else None)):
+        print(f"left out: {to} has no place here for {', '.join(lacking)}; whoever reads it back draws them at random")
     with written_beside(out) as folder:
         apart = {name: tensor.clone() for name, tensor in state.items()}  # some stand there under two names
         if to == "open-clip":

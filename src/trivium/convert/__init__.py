@@ -57,6 +57,8 @@ class Adapter:
     tower_of: tuple[str, ...] = ()  # other families, of whose models it can hold the tower without the head
     # A fine-tuned model with its head, and the names of its labels; what comes back is None where it has no place.
     write_head: Callable[[Any, nn.Module, HeadConfig, Sequence[str]], tuple[State, dict[str, Any]] | None] | None = None
+    # Parts of a model that it has no place for, written alone (None) or with such a head; None: it has one for all.
+    lacks: Callable[[Any, HeadConfig | None], list[str]] | None = None
 
 
 def _flava(config: FlavaConfig, state: State, image_tokenizer: DVae | None, said: list[str]) -> Foreign:
@@ -249,6 +251,12 @@ def _write_albef_head(
     return albef.state_as(layout, model, ordered), {"num_attention_heads": model.config.num_heads}
 
 
+def _albef_lacks(model: Albef, head: HeadConfig | None) -> list[str]:
+    layout = albef.PRETRAINED if head is None else albef.layout_for(head)
+    assert layout is not None, "a head that was written has its layout"
+    return albef.without_place(layout, model)
+
+
 def _unit(config: UnitConfig, state: State, beside: Mapping[str, Any], said: list[str]) -> Foreign:
     if "dilated" not in beside:
         said = [*said, "no tensor shows whether the last stage is dilated (DC5): it is taken to be, as in all released"
@@ -280,9 +288,18 @@ def _write_detr(model: Unit, image_tokenizer: DVae | None) -> tuple[State, dict[
 _OPEN_CLIP = ("open_clip_config.json", "config.json")  # the second is Hugging Face's
 
 ADAPTERS = {
-    "albef": Adapter("albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef, write_head=_write_albef_head),
-    "albef-retrieval": Adapter("albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef_retrieval),
-    "albef-grounding": Adapter("albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef_grounding),
+    "albef": Adapter(
+        "albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef,
+        write_head=_write_albef_head, lacks=_albef_lacks,
+    ),
+    "albef-retrieval": Adapter(
+        "albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef_retrieval,
+        lacks=lambda model, _: albef.without_place(albef.RETRIEVAL, model),
+    ),
+    "albef-grounding": Adapter(
+        "albef", r"visual_encoder\.blocks\..*", _read_albef, _write_albef_grounding,
+        lacks=lambda model, _: albef.without_place(albef.GROUNDING, model),
+    ),
     "torchmultimodal-flava": Adapter(
         "flava",
         r"(model\.)?(image|text|mm)_encoder\.(encoder|embeddings)\..*",
@@ -322,7 +339,7 @@ ADAPTERS = {
     "mmf-unit": Adapter("unit", r"(unit_base_model|detr_model)\.query_embeds\..*", _read_mmf, _write_mmf),
     "detr": Adapter("unit", r"backbone\.0\.body\.conv1\.weight", _read_detr, _write_detr),
     "dalle": Adapter("image_tokenizer", r"(encoder\.)?blocks\.group_1\.block_1\..*", _read_dalle, None),
-}
+}  # fmt: skip
 FORMATS = ("trivium", *(name for name, adapter in ADAPTERS.items() if adapter.write))
 
 

@@ -167,6 +167,12 @@ def state_as(layout: Layout, model: Albef, head: Mapping[str, Tensor] | None = N
     return to_official({n: t for n, t in state.items() if n in named}, model.config, layout)
 
 
+def without_place(layout: Layout, model: Albef) -> list[str]:
+    """Parts of a model that `state_as` leaves out."""
+    named = {place.ours for place in places(model.config, layout)}
+    return sorted({name.partition(".")[0] for name in model.state_dict() if name not in named})
+
+
 def head_config(config: AlbefConfig, layout: Layout, state: Mapping[str, Tensor]) -> HeadConfig | None:
     """Of the head of a fine-tuned file, as its own task has it (recipes/tasks.py); of a writer the list of its answers
     lies elsewhere. None of a file without one. Raises TriviumError for labels whose names nobody knows."""
