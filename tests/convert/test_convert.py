@@ -16,7 +16,7 @@ from transformers.models.flava.image_processing_pil_flava import FlavaImageProce
 import trivium
 from tests.convert import peers
 from trivium.cli.convert import convert
-from trivium.convert import dalle
+from trivium.convert import dalle, read_foreign
 from trivium.errors import TriviumError
 from trivium.load import load, load_image_tokenizer, save_image_tokenizer
 from trivium.manifest import verify_manifest
@@ -196,6 +196,18 @@ def test_pads_that_are_seen_in_one_layout_alone_are_said(
     if said:
         seen = "sees the pads" if sees_them_there else "is kept from the pads"
         assert f"{layout} has no place for pads_visible; its multimodal encoder {seen}" in said[0]
+
+
+def test_pads_that_torchmultimodal_sees_are_said_or_seen_as_its_config_asks(folder: Path, tmp_path: Path) -> None:
+    convert(folder, to="torchmultimodal-flava", out=tmp_path / "tmm")
+    hidden = read_foreign(tmp_path / "tmm")
+    assert "sees the pads of a text, and this one is kept from them" in " ".join(hidden.said)
+    settings = tmp_path / "tmm" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pads_visible": True}))
+    seen = read_foreign(tmp_path / "tmm")
+    assert isinstance(hidden.model, Flava) and isinstance(seen.model, Flava)
+    assert seen.model.config == replace(hidden.model.config, pads_visible=True) != hidden.model.config
+    assert "pads" not in " ".join(seen.said)
 
 
 def test_what_has_no_place_in_a_layout_is_left_out_aloud(

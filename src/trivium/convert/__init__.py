@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,12 @@ def _read_torchmultimodal(state: State, config: Mapping[str, Any]) -> Foreign:
     codebook = dalle.codebook_of(state)
     ours, tensors = torchmultimodal.from_torchmultimodal(state, config.get("image_num_attention_heads"))
     said = [f"torchmultimodal's masked heads normalise with eps 1e-05, here with {ours.eps:g}"]
+    if config.get("pads_visible"):
+        ours = replace(ours, pads_visible=True)
+    else:
+        said.append("torchmultimodal's multimodal encoder sees the pads of a text, and this one is kept from them, so"
+                    ' texts with pads are fused otherwise here; it sees them where a config.json with {"pads_visible":'
+                    " true} lies beside the weights")  # fmt: skip
     return _flava(ours, tensors, dalle.from_dalle(codebook) if codebook else None, said)
 
 

@@ -1,7 +1,8 @@
 """FLAVA's weights in the layout of torchmultimodal (`flava_model_for_pretraining`), in and out.
 
 Its names follow from Hugging Face's by renaming. Easy to get wrong: with dropout the second linear map of a block moves
-from ``feedforward.model.2`` to ``.3``; the masked heads normalise with eps 1e-5 there, and with the model's own here.
+from ``feedforward.model.2`` to ``.3``; the masked heads normalise with eps 1e-5 there, and with the model's own here;
+its multimodal encoder attends the pads of a text, which here is FlavaConfig's `pads_visible`.
 """
 
 from __future__ import annotations
