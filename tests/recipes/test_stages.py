@@ -17,7 +17,8 @@ from trivium.bundle import Bundle
 from trivium.cli.stages import run_stages
 from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
-from trivium.load import image_tokenizer_hash, load_image_tokenizer
+from trivium.load import image_tokenizer_hash, load_image_tokenizer, save_image_tokenizer
+from trivium.models.dvae import DVae, DVaeConfig
 from trivium.models.flava import SIZES
 from trivium.models.towers import image_from_vit
 from trivium.models.vit import ViT, ViTConfig
@@ -154,6 +155,23 @@ def small(shop: Path) -> dict[str, object]:
         "model.text_layers": 1, "model.multimodal_layers": 1, "model.image_size": 32, "model.patch_size": 8,
         "model.num_codes": 16, "train.workers": 0, "validate": 0,
     }  # fmt: skip
+
+
+def test_an_image_tokenizer_that_is_named_goes_before_that_of_the_tower_and_a_vocabulary_does_not(
+    staged: Path, shop: Path, tmp_path: Path
+) -> None:
+    named = DVae(DVaeConfig(width=8, num_codes=20))
+    save_image_tokenizer(named, tmp_path / "dvae")
+    starts = {"init_image": str(staged / "mim"), "init_text": str(staged / "text")}
+    options = {"data.image_tokenizer": str(tmp_path / "dvae"), "data.vocabulary": "bert"}
+    prepared = set_leaves(flava("tiny"), small(shop) | starts | options).prepare("flava", {})
+    assert prepared.bundle is not None and prepared.bundle.image_tokenizer is not None
+    assert image_tokenizer_hash(prepared.bundle.image_tokenizer) == image_tokenizer_hash(named)
+    assert prepared.recipe.model.num_codes == 20
+    assert prepared.recipe.model.vocab_size == len(weights(staged / "text", 4)["text.embeddings.word.weight"])
+    said = " ".join(prepared.notes)
+    assert "left out, since it speaks of the codes of another tokenizer" in said
+    assert f"{staged / 'text'} brings its own vocabulary, so --data.vocabulary is not used" in said
 
 
 def test_mistakes_of_a_start_are_told(staged: Path, shop: Path, tmp_path: Path) -> None:

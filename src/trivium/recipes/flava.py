@@ -255,6 +255,8 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
         start_at_frequencies(method, streams, tokenizer.special_ids, seed)
     if text_start is not None:
         notes.append(text_start.start(model))
+    if isinstance(text_start, TextTower) and data.vocabulary != "learned":
+        notes.append(f"{recipe.init_text} brings its own vocabulary, so --data.vocabulary is not used")
     if image_start is not None:
         notes += image_start.start(model, image_tokenizer)
 
@@ -317,9 +319,13 @@ def _check_sorting(recipe: FlavaRecipe) -> None:
 def _image_side(
     recipe: FlavaRecipe, sources: Sources, start: Bundle | ImageTower | None, config: FlavaConfig
 ) -> tuple[Views, ImageTokenizer | None]:
-    """All that decides the codes of a picture. A run on text alone needs no image tokenizer."""
+    """All that decides the codes of a picture. A run on text alone needs no image tokenizer.
+
+    start: a whole model keeps its own; of a tower it is taken, with its head, where the recipe names no other.
+    """
     views = recipe.data.views(config.image_size)
-    image_tokenizer = None if start is None else start.image_tokenizer
+    another = isinstance(start, ImageTower) and recipe.data.image_tokenizer != "patches"
+    image_tokenizer = None if start is None or another else start.image_tokenizer
     looks = recipe.objectives.streams() != ["text"]
     if image_tokenizer is None and not (looks and (sources.pairs or sources.images or sources.validation_pairs)):
         return views, None
