@@ -25,6 +25,9 @@ from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.evaluate import results
 from trivium.invariance import albef, clip, flava
+from trivium.recipes.retrieval import RETRIEVAL
+from trivium.train.config import set_leaves
+from trivium.train.optim import build
 
 WORDS = [*BERT_SPECIALS, "a", "picture", "of", "number", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 QUICK = {
@@ -70,6 +73,24 @@ def flickr(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, entries in (("train", train), ("val", held), ("test", held[:3])):
         (root / f"flickr30k_{split}.json").write_text(json.dumps(entries))
     return root
+
+
+@pytest.mark.parametrize(("family", "decays"), [("albef", {"model.temperature": 0.02}), ("flava", {}), ("clip", {})])
+def test_the_temperature_alone_of_all_vectors_is_decayed_as_published(
+    models: dict[str, Path], flickr: Path, family: str, decays: dict[str, float]
+) -> None:
+    values = {name.replace("-", "_"): value for name, value in QUICK.items()}
+    values |= {"init": str(models[family]), "data.root": str(flickr)}
+    task = "retrieval_flickr30k"
+    prepared_run = set_leaves(RETRIEVAL[task], values).prepare("finetune", {"task": task}).run
+    names = {parameter: name for name, parameter in prepared_run.method.named_parameters()}
+    found = {
+        names[parameter]: group["full_decay"]
+        for group in build(prepared_run.method, prepared_run.optim).param_groups
+        for parameter in group["params"]
+        if parameter.ndim < 2 and group["full_decay"]
+    }
+    assert found == decays
 
 
 def tune(task: str, init: Path, out: Path, *words: object, **changes: object) -> dict[str, float]:

@@ -28,7 +28,7 @@ from trivium.recipes import validation
 from trivium.recipes.albef import AlbefRecipe, PreparedAlbef, albef
 from trivium.train.config import leaves, set_leaves
 from trivium.train.initial import initialise
-from trivium.train.optim import learning_rate
+from trivium.train.optim import build, learning_rate
 
 # Fits every test here: a step takes a few hundredths of a second.
 TINY = {
@@ -107,6 +107,16 @@ def test_post_norm_blocks_begin_smaller_than_the_rest_where_asked(shop: Path, pr
     for name, tensor in prepared.run.method.state_dict().items():
         in_blocks = "text.encoder." in name or "fusion." in name
         torch.testing.assert_close(tensor, (0.5 if in_blocks and tensor.ndim > 1 else 1) * whole[name], msg=name)
+
+
+def test_the_temperature_is_decayed_where_the_published_recipe_is(shop: Path, prepared: PreparedAlbef) -> None:
+    words = words_of(shop, train__micro_batch=8, optim__weight_decay=0.03)
+    small = set_overrides(albef("small"), split_overrides(words)).prepare("albef", {"size": "small"})
+    for run, decay in ((small.run, 0.03), (prepared.run, 0.0)):
+        temperature = run.method.get_parameter("model.temperature")
+        groups = build(run.method, run.optim).param_groups
+        assert [g["full_decay"] for g in groups if any(each is temperature for each in g["params"])] == [decay]
+    assert not small.recipe.optim.groups and "optim.groups.0.pattern" not in small.run.config.values
 
 
 def test_captions_that_are_cut_are_told_before_the_first_step(shop: Path) -> None:

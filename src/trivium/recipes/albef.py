@@ -25,8 +25,8 @@ from trivium.recipes.start import check_words, open_start, vocabulary
 from trivium.recipes.towers import AlbefImageTower, AlbefTextTower
 from trivium.train.config import leaves
 from trivium.train.initial import initialise
-from trivium.train.optim import Optim
-from trivium.train.protocol import Stream
+from trivium.train.optim import Group, Optim
+from trivium.train.protocol import Method, Stream
 from trivium.train.run import Train
 
 PUBLISHED_QUEUE = 65_536
@@ -224,7 +224,17 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
     )  # fmt: skip
     bundle = Bundle("albef", model, tokenizer, transform, max_length=data.max_length, false_pairs=FALSE_SHARE)
     streams, held_out = (_streams(recipe, sources, config, tokenizer, train) for train in (True, False))
-    return PreparedAlbef.of_streams(recipe, name, arguments, method, bundle, sources, streams, held_out, notes)
+    return PreparedAlbef.of_streams(
+        recipe, name, arguments, method, bundle, sources, streams, held_out, notes, optim=optim_of(recipe.optim, method)
+    )
+
+
+def optim_of(optim: Optim, method: Method) -> Optim:
+    """As a run has it: an ALBEF's temperature is decayed as matrices are, where no pattern of no_decay spares it. As
+    published: there it has no dimension, and those of one dimension alone are spared."""
+    if not isinstance(method, AlbefMethod):
+        return optim
+    return replace(optim, groups=(Group("temperature", weight_decay=optim.weight_decay), *optim.groups))
 
 
 def _vocabulary(

@@ -24,6 +24,7 @@ from trivium.methods.momentum import SoftTargets
 from trivium.models.albef import Albef
 from trivium.models.flava import Flava
 from trivium.recipes import limits
+from trivium.recipes.albef import optim_of
 from trivium.recipes.chosen import many_passes, with_steps
 from trivium.recipes.data import absolute
 from trivium.recipes.prepared import Losses, Recipe, mixtures
@@ -167,7 +168,8 @@ def _prepare(
         notes += [f"{split}: {sentence}" for sentence in cut("expressions", start.tokenizer, bundle.max_length, texts)]
     return PreparedGrounding.of(
         recipe, name, arguments, method, bundle, mixtures(recipe, [stream]), notes,
-        select=f"figures.{_select(recipe, data)}", measures_start=True, expressions=data,
+        optim=optim_of(recipe.optim, method), select=f"figures.{_select(recipe, data)}", measures_start=True,
+        expressions=data,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from trivium.recipes.validation import Validation
 from trivium.train import distributed
 from trivium.train.checkpoint import Export
 from trivium.train.config import Config, leaves
+from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Stream
 from trivium.train.run import Run, Train
 
@@ -82,18 +83,19 @@ class Prepared(ABC):
         mixture_of: Callable[[Train], StreamMixture],
         notes: list[str],
         *,
+        optim: Optim | None = None,
         export: Export | None = None,
         select: str | None = None,
         measures_start: bool = False,
         **parts: Any,
     ) -> Self:
-        """A recipe whose parts are made. export: None: `bundle.save`. select, measures_start: see `Run`. parts: this
-        class's own."""
+        """A recipe whose parts are made. optim: None: the recipe's. export: None: `bundle.save`. select,
+        measures_start: see `Run`. parts: this class's own."""
         model: Any = bundle.model
         run = Run(
             method,
             mixture_of(recipe.train),
-            recipe.optim,
+            optim or recipe.optim,
             recipe.train,
             export=export or bundle.save,
             config=Config(name, arguments, leaves(recipe)),
@@ -157,13 +159,14 @@ class PreparedPairs(Prepared):
         held_out: Sequence[Stream],
         notes: list[str],
         schedule: Schedule = "ratio",
+        optim: Optim | None = None,
     ) -> Self:
-        """streams, held_out: over rows to train on, and over those that are not."""
+        """streams, held_out: over rows to train on, and over those that are not. optim: None: the recipe's."""
         batches = validation.of_streams(held_out, recipe.data.batch, recipe.validate, notes)
         notes += [*noticed(sources), *cut_in_streams(streams, held_out, bundle.tokenizer)]
         return cls.of(
             recipe, name, arguments, method, bundle, mixtures(recipe, streams, schedule), notes,
-            sources=sources, validation=batches,
+            optim=optim, sources=sources, validation=batches,
         )  # fmt: skip
 
     @abstractmethod

@@ -41,7 +41,7 @@ from trivium.models.clip import Clip
 from trivium.models.encoded import Matches
 from trivium.models.flava import Flava
 from trivium.recipes import limits
-from trivium.recipes.albef import check_pools, queue_rows
+from trivium.recipes.albef import check_pools, optim_of, queue_rows
 from trivium.recipes.chosen import keep_best, many_passes, steps_per_epoch, with_steps
 from trivium.recipes.data import Sources, absolute
 from trivium.recipes.notices import cut_captions, noticed
@@ -251,7 +251,8 @@ def _prepare(
         notes += cut_captions(split, source, start.tokenizer, bundle.max_length)
     return PreparedRetrieval.of(
         recipe, name, arguments, method, bundle, mixtures(recipe, [stream]), notes,
-        select=f"figures.{_select(recipe, model)}", measures_start=True, title=title, train=train, held=sources,
+        optim=optim_of(recipe.optim, method), select=f"figures.{_select(recipe, model)}", measures_start=True,
+        title=title, train=train, held=sources,
     )  # fmt: skip
 
 
