@@ -248,9 +248,9 @@ def table(cell: Callable[[str, int], Cell], seeds: list[int], command: str) -> N
         "",
         f"Tiny ALBEF, {any_cell.steps:,} updates of pretraining, {any_cell.tuning_steps:,} of each fine-tuning, seeds"
         f" {', '.join(map(str, seeds))}; per cent, with 95 % intervals over the pictures of each test, of NLVR2 over"
-        " the statements, and in round brackets the paper's figures, at 4M pairs and on its own data. The last row is"
-        " to the one above it, which has the paper's at 14M too, as 4M pairs are to 14M there; it is fine-tuned on what"
-        " the others are. At this size no row has a queue: the contrastive loss and its soft labels are over the"
+        " the pairs of them, and in round brackets the paper's figures, at 4M pairs and on its own data. The last row"
+        " is to the one above it, which has the paper's at 14M too, as 4M pairs are to 14M there; it is fine-tuned on"
+        " what the others are. At this size no row has a queue: the contrastive loss and its soft labels are over the"
         " batch.",
         "",
         "TR and IR, texts of a picture and pictures of a text, are the mean of R@1, 5 and 10 on Flickr8k's dev"

@@ -226,9 +226,10 @@ def statements(out: Path, count: int, tuned: Any) -> dict[str, Result]:
         "statement alone": tuned("nlvr2-blind", "nlvr2", {**nlvr2, "data.blank-pictures": "true"}),
     }
     found = {name: results.read(each / "results.json")["NLVR2.dev.accuracy"] for name, each in runs.items()}
-    labels = [json.loads(line)["label"] for line in (folder / "nlvr2" / "data" / "dev.json").read_text().splitlines()]
-    [(commonest, _)] = Counter(labels).most_common(1)
-    found[f"always {commonest}"] = mean_of(np.array([float(label == commonest) for label in labels]))
+    judged = [json.loads(line) for line in (folder / "nlvr2" / "data" / "dev.json").read_text().splitlines()]
+    [(commonest, _)] = Counter(each["label"] for each in judged).most_common(1)
+    right = np.array([float(each["label"] == commonest) for each in judged])
+    found[f"always {commonest}"] = mean_of(right, groups=[each["identifier"].rpartition("-")[0] for each in judged])
     mine, other = (units(each, ["NLVR2.dev.accuracy"]) for each in list(runs.values())[:2])
     found["what text assignment adds"] = difference([mine], [other])
     assignment = results.read(assigned / "results.json")["text assignment.dev.accuracy"]
@@ -236,7 +237,7 @@ def statements(out: Path, count: int, tuned: Any) -> dict[str, Result]:
 
 
 def page(found: dict[str, dict[str, Result]], command: str) -> str:
-    said = "Accuracy in per cent, with 95 % intervals over the pictures or, where there are two, over the statements;"
+    said = "Accuracy in per cent, with 95 % intervals over the pictures or, where there are two, over the pairs;"
     said += " one seed, of DAQUAR five runs, each of which held out another tenth of the photographs. At this size"
     said += " pretraining has no queue."
     lines = ["# Tiny ALBEF, asked", "", f"`{command}`", "", said, ""]

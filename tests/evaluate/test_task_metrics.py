@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, roc_auc_score
 
-from trivium.evaluate import metrics
+from trivium.data.labelled import Row
+from trivium.evaluate import metrics, tasks
+from trivium.evaluate.results import mean_of
 from trivium.evaluate.vqa import accuracy as vqa_accuracy
 
 LABELS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30)
@@ -90,6 +92,23 @@ def test_an_interval_holds_the_value_and_narrows_with_more_samples() -> None:
         assert found.n == num
         widths.append(found.high - found.low)
     assert widths[1] < widths[0] / 5
+
+
+def test_statements_on_one_pair_of_pictures_are_drawn_together() -> None:
+    """Four to a pair, all right or all wrong, and two pairs that share their left picture."""
+    rows = [
+        Row("dev.json", f"line {n}", str(n), "it is so", image=f"{n // 8}-left.png", second_image=f"{n // 4}-right.png",
+            label=n // 4 % 2)
+        for n in range(400)
+    ]  # fmt: skip
+    always_true = np.ones(400, dtype=np.int64)
+    said = tasks.Predictions(rows, always_true, np.ones(400), np.ones(400), ("False", "True"), [])
+    found = tasks.result("accuracy", said)
+    alone = mean_of(np.array([row.label == 1 for row in rows]))
+    assert found.value == alone.value == 0.5
+    assert found.outcomes is not None and found.outcomes.groups is not None and len(set(found.outcomes.groups)) == 100
+    assert None not in (found.low, found.high, alone.low, alone.high)
+    assert found.high - found.low == pytest.approx(2 * (alone.high - alone.low), rel=0.2)  # type: ignore[operator]
 
 
 # ------------------------------------------------------------------------------------------------ VQA accuracy

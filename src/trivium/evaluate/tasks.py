@@ -55,9 +55,9 @@ def figure(metric: str, found: Predictions) -> float:
 def result(metric: str, found: Predictions) -> Result:
     """One metric with its interval."""
     units = [f"{row.file}, {row.where}" for row in found.rows]
-    # What is asked or said of one picture stands and falls together.
-    pictures = [row.image for row in found.rows if row.image is not None and row.second_image is None]
-    groups = pictures if len(pictures) == len(units) else None
+    # What is asked or said of one picture, or of one pair of them, stands and falls together.
+    shown = [(row.image, row.second_image) for row in found.rows if row.image is not None]
+    groups = [" and ".join(filter(None, each)) for each in shown] if len(shown) == len(units) else None
     if found.rows[0].answers is not None:
         return mean_of(_vqa(found), units, groups)
     return measured(metric, *_columns(metric, found), units, groups)
