@@ -63,6 +63,19 @@ def test_true_pairs_above_false_ones_and_a_broken_one_is_told(tmp_path: Path) ->
     assert found["itm.auroc"].value == pytest.approx(expected)
 
 
+def test_rows_that_name_one_picture_are_matched_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, bundle = table(tmp_path, CAPTIONS), make_bundle(0)
+    once = measure(bundle, ("matching",), pairs_held_out=open_source("pairs", [path]))
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(f"{number}.png,number {number}\n" for number in range(len(CAPTIONS)))
+    several = open_source("pairs", [path])
+    assert measure(bundle, ("matching",), pairs_held_out=several) == once, "interval and number too"
+    outcomes = once["itm.auroc"].outcomes
+    assert outcomes is not None and len(outcomes.units) == 5
+    monkeypatch.setattr(ablation_figures, "MOST_PAIRS", 3)
+    assert measure(bundle, ("matching",), pairs_held_out=several)["itm.auroc"].n == 6, "two pairs of each picture"
+
+
 def test_pairs_that_all_say_the_same_are_not_matched_and_that_is_told(tmp_path: Path) -> None:
     said: list[str] = []
     source = open_source("pairs", [table(tmp_path, ["a thing"] * 4)])

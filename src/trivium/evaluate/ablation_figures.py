@@ -31,11 +31,11 @@ from trivium.evaluate.datasets.pictures import held_out
 from trivium.evaluate.embedded import PROBE_READING, Drawings, Evaluation
 from trivium.evaluate.linear_probe import Probe, Solver
 from trivium.evaluate.results import Results, mean_of
-from trivium.train.protocol import Source
+from trivium.train.protocol import Sample, Source
 
 FOLDS = 5  # of the concepts: a probe is fitted on the others
 GLUE_TASKS = {"sst2": "accuracy", "cola": "matthews", "rte": "accuracy"}
-MOST_PAIRS = 2_000  # held-out ones that are matched with a false text too
+MOST_PAIRS = 2_000  # held-out ones, each of another picture, that are matched with a false text too
 MOST_SENTENCES = 5_000  # of a task of GLUE to train a probe on, evenly spread
 
 
@@ -156,14 +156,21 @@ def _probed(rows_ND: Tensor, labels_N: Tensor, queries_QD: Tensor, device: torch
 
 def _match_pairs(found: Evaluation, bundle: Bundle, source: Source, false_share: float) -> bool:
     """Each held-out picture with its first caption, and with the caption of the next that shows something else. Whether
-    there is any."""
-    pixels, samples = [], []
-    for row in range(min(MOST_PAIRS, len(source))):
+    there is any. As in retrieval, rows that name one picture are one picture: the unit that is drawn again."""
+    pixels: list[Tensor] = []
+    samples: list[Sample] = []
+    known: set[int] = set()  # pictures
+    for row in range(len(source)):
+        if len(samples) == MOST_PAIRS:
+            break
         try:
             sample = source.read(row, row)
+            if sample["same_image"] in known:
+                continue
             pixels.append(bundle.transform(sample["image"]))
         except (BadSample, DecodeError):  # retrieval has told of it
             continue
+        known.add(sample["same_image"])
         samples.append(sample)
     own = [(sample.get("texts") or [sample["text"]])[0] for sample in samples]
     kept, others = [], []
