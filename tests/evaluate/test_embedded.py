@@ -354,6 +354,23 @@ def test_rows_that_name_one_picture_are_one_picture_with_several_captions(
     assert len([sentence for sentence in less.not_applicable if "cannot be read" in sentence]) == 3, "each of its rows"
 
 
+def test_rows_that_come_twice_count_once_and_that_is_said(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    table = tmp_path / "photos.csv"
+    table.write_text("image,caption\n" + "".join(f"photos/{n}.png,row {n}\n" for n in range(4)))
+    for n in range(4):
+        Image.new("RGB", (40, 40), (50 * n, 255 - 50 * n, 90)).save(tmp_path / "photos" / f"{n}.png")
+        (tmp_path / "photos" / f"{n}.txt").write_text(f"the picture {n}\nnumber {n}\n")
+    for paths, n, first in (
+        ([tmp_path, tmp_path / "photos"], 8, f"{tmp_path}/photos/0.png"),
+        ([table, f"{tmp_path}/./photos.csv"], 4, f"{tmp_path}/./photos.csv (line 2)"),
+    ):
+        once, twice = (pairs.run(bundle, open_source("pairs", some)) for some in (paths[:1], paths))
+        assert once.results["retrieval.pairs.text_to_image_r1"].n == n and once.not_applicable == []
+        assert (twice.results, twice.chance) == (once.results, once.chance)
+        assert twice.not_applicable == [f"rows that come again (4, the first: {first})"]
+
+
 def test_page_shows_captioned_pictures_of_ones_own() -> None:
     ranks = torch.tensor([1, 3, 40])
     found = summary(ranks, "retrieval.pairs.text_to_image")

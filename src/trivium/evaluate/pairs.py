@@ -1,8 +1,9 @@
 """Retrieval on captioned pictures of one's own, several captions to a picture.
 
 Text to image: each caption against all pictures. Image to text: each picture against all captions; the best placed of
-its own counts. Ties count against us. Rows that name one picture (`same_image`) are one picture with several captions.
-Captions of a picture are drawn together for the interval of a figure.
+its own counts. Ties count against us. Rows that name one picture (`same_image`) are one picture with several captions,
+and a row that comes twice, since one path holds another, counts once. Captions of a picture are drawn together for the
+interval of a figure.
 
 A model that matches pictures with texts is measured twice, by cosine alone and re-ranked (see reranking.py).
 
@@ -11,6 +12,7 @@ I pictures, T captions, D width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +124,8 @@ def run(
     picture_of_caption: list[int] = []
     caption_names: list[str] = []
     bad: list[str] = []
+    repeated: list[str] = []
+    told: set[str] = set()  # names of the rows that were read, from the root
     known: dict[int, str] = {}  # pictures: what is wrong with each, if anything
     end = len(source)
 
@@ -134,6 +138,10 @@ def run(
                 bad.append(str(error))
                 continue
             name, picture = sample.get("name", f"row {row}"), sample["same_image"]
+            if (whole_name := os.path.abspath(name)) in told:
+                repeated.append(name)
+                continue
+            told.add(whole_name)
             pixels_CHW = None
             if picture not in known:
                 if len(known) >= limit:
@@ -169,5 +177,7 @@ def run(
     found = measure(bundle, shown, image_to_text, text_to_image, shortlist)
     if end < len(source):
         found.not_applicable.append(f"pairs beyond the first {end:,} of {len(source):,}")
+    if repeated:
+        found.not_applicable.append(f"rows that come again ({len(repeated):,}, the first: {repeated[0]})")
     found.not_applicable += [f"a pair that cannot be read: {sentence}" for sentence in bad]
     return found
