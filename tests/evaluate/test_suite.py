@@ -391,11 +391,10 @@ def test_figures_of_fine_tuning_are_read_under_their_title(bundle: Bundle, tmp_p
     }  # fmt: skip
     run = suite.run(SUITES["flava35"], bundle, None, tmp_path, fine_tuned=[TunedRun(Path(), tuned)])
     values = run.values()
-    assert values == {
-        ("SST-2 (fine-tune)", 0): 90, ("MNLI (fine-tune)", 0): 70, ("HatefulMemes (fine-tune)", 0): 60,
-    }  # fmt: skip
+    assert values == {("SST-2 (fine-tune)", 0): 90, ("MNLI (fine-tune)", 0): 70}
     memes = next(each for each in run.tasks if each.task.name == "HatefulMemes")
     assert memes.state == "read" and "side by side" in memes.notes[0]
+    assert memes.figure(memes.task.figures[0]) == Result(0.6)
     assert "ours is dev_seen.auroc, since dev_unseen, on which" in memes.notes[1]
     tuned |= {"Hateful Memes (concatenated).dev_unseen.auroc": Result(0.5)}
     run = suite.run([memes.task], bundle, None, tmp_path, fine_tuned=[TunedRun(Path(), tuned)])
@@ -409,17 +408,22 @@ def test_a_capped_retrieval_is_evenly_spread() -> None:
     assert [text for (text,) in some.captions] == ["caption 0", "caption 2", "caption 5", "caption 7"]
 
 
-def test_vqa_is_shown_on_dev_where_the_answers_of_the_papers_split_are_not_public(
+def test_vqa_is_shown_on_dev_where_the_answers_of_the_papers_split_are_not_public_and_compared_with_nothing(
     bundle: Bundle, tmp_path: Path
 ) -> None:
     tuned = {"VQAv2": Result(0.6), "VQAv2.dev.accuracy": Result(0.6)}
     for name in ("flava35", "albef", "unit"):
         run = suite.run(SUITES[name], bundle, None, tmp_path, fine_tuned=[TunedRun(Path(), tuned)])
         [vqa] = [each for each in run.tasks if each.task.name == "VQAv2"]
-        assert run.values()[vqa.task.key, 0] == 60
+        assert vqa.figure(vqa.task.figures[0]) == Result(0.6)
         assert any("ours is dev.accuracy, since" in note for note in vqa.notes)
-        beside = suite_report.with_published(run, suite_report.columns([vqa.task]))
+        published = suite_report.columns([vqa.task])
+        beside = suite_report.with_published(run, published)
         assert all(result.published is None for result in beside.values()), "another split"
+        assert run.values() == {} and not vqa.is_comparable, "no average is made with it"
+        assert suite_report.OURS not in suite_report.chart(run, published)["columns"]
+        page = suite_report.render(SuiteReport(name, run, {}), published)
+        assert "60.00" in page and "Multimodal: " not in page
         line = next(csv.DictReader(io.StringIO(suite_report.as_csv(SuiteRun([vqa]), []))))
         metric = "VQA accuracy, test-dev" if name == "albef" else "VQA accuracy"  # which has two of this metric
         assert line["metric"] == f"{metric} (ours: dev.accuracy)" and line["this model"] == "60.000"

@@ -233,8 +233,7 @@ def _print(run: SuiteRun) -> None:
             ours = each.figure(figure)
             cell = None if published is None else published.cells.get((each.task.key, place))
             shown = f"{100 * ours.value:.2f}" if ours is not None else "–"
-            is_other = figure in each.parts or each.on_another_split(figure) is not None
-            beside = cell.shown if cell is not None and cell.is_comparable and not is_other else "–"
+            beside = cell.shown if cell is not None and cell.is_comparable and not each.is_other(figure) else "–"
             table.add_row(*map(Text, (run.title(each.task), each.metric(figure), shown, beside, each.state)))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table)

@@ -79,9 +79,9 @@ def with_published(run: SuiteRun, published: Sequence[Column]) -> dict[str, Resu
     own = papers_own(published)
     for each in run.tasks:
         for place, figure in enumerate(each.task.figures):
-            name = each.own_name(figure)  # a figure of another split has none
+            name = None if each.is_other(figure) else each.own_name(figure)
             cell = None if own is None else own.cells.get((each.task.key, place))
-            if name is not None and figure not in each.parts and cell is not None and cell.is_comparable:
+            if name is not None and cell is not None and cell.is_comparable:
                 name = each.written(name)
                 found[name] = replace(found[name], published=cell.value / 100)
     return found

@@ -46,6 +46,11 @@ class TaskRun:
             return None
         return self.results.get(self._name(figure.instead))
 
+    def is_other(self, figure: Figure) -> bool:
+        """Whether ours is not the published figure, but one of another split or of `parts`: shown, and compared with
+        nothing."""
+        return figure in self.parts or self.on_another_split(figure) is not None
+
     def own_name(self, figure: Figure) -> str | None:
         """Under which name of the results ours stands, on the published split; None: it is not there."""
         names = [self._name(result) for result in ([figure.first] if figure.first else []) + [figure.result]]
@@ -71,7 +76,7 @@ class TaskRun:
     @property
     def is_comparable(self) -> bool:
         """Whether any of its figures may stand beside a published one."""
-        return any(self.figure(figure) is not None and figure not in self.parts for figure in self.task.figures)
+        return any(self.figure(figure) is not None and not self.is_other(figure) for figure in self.task.figures)
 
     def written(self, name: str) -> str:
         """The name of one of its results in files: as `trivium finetune` writes it where vectors are side by side."""
@@ -97,12 +102,12 @@ class SuiteRun:
         return task.key if sum(run.task.name == task.name for run in self.tasks) > 1 else task.name
 
     def values(self) -> dict[Place, float]:
-        """Our own figures in per cent, as published ones are; without those of `parts`."""
+        """Our own figures in per cent, as published ones are; without those of another split or of `parts`."""
         found = {}
         for run in self.tasks:
             for place, figure in enumerate(run.task.figures):
                 result = run.figure(figure)
-                if result is not None and figure not in run.parts:
+                if result is not None and not run.is_other(figure):
                     found[run.task.key, place] = 100 * result.value
         return found
 
