@@ -118,6 +118,26 @@ def test_features_are_those_of_the_model_and_are_kept_by_pieces(
     assert again.digests == found.digests and np.array_equal(again.colours_NC, found.colours_NC)
 
 
+def test_of_training_pictures_the_reading_of_the_probe_alone_is_held(
+    bundle: Bundle, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[list[str]] = []
+
+    def recording(*parts):  # type: ignore[no-untyped-def]
+        held.extend(sorted(part.features.readings) for part in parts)
+        return []
+
+    monkeypatch.setattr("trivium.evaluate.classification.leakage", recording)
+    data, encoder = data_of("CIFAR10", root), ModelEncoder(bundle)
+    for _ in ("made", "read again"):
+        held.clear()
+        measured = classification(data, encoder, tmp_path, bundle)
+        assert held == [["pooled"], ["pooled", "projected"]]
+    assert "zero_shot.accuracy" in measured.results
+    kept = features(encoder, data.train.pictures, tmp_path)
+    assert kept.readings.keys() == {"pooled", "projected"}, "all are on the disk"
+
+
 def test_another_model_or_another_file_is_another_key(bundle: Bundle, tmp_path: Path) -> None:
     miniatures.dtd(tmp_path)
     torch.manual_seed(4)

@@ -10,7 +10,7 @@ N samples, K classes, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,14 +56,14 @@ def classification(
         TriviumError: no picture of a split can be read.
     """
     found = Measured(notes=[f"{data.splits}: {_sizes(data)}", *data.notes])
-    train = Part.of("training", data.train, encoder, store, say)
+    train = Part.of("training", data.train, encoder, store, say, (READING,))
     test = Part.of("test", data.test, encoder, store, say)
     parts = [train, test]
     if data.validation is None:
         held_N = held_out(train.labels_N)
         fitted, checked, whole = train[~held_N], train[held_N], train
     else:
-        validation = Part.of("validation", data.validation, encoder, store, say)
+        validation = Part.of("validation", data.validation, encoder, store, say, (READING,))
         parts.append(validation)
         fitted, checked, whole = train, validation, train + validation
     for part in parts:
@@ -105,9 +105,13 @@ class Part:
         self.name, self.labels_N, self.units, self.features = name, labels_N, units, found
 
     @classmethod
-    def of(cls, name: str, split: Split, encoder: Encoder, store: Path, say: Callable[[str], None]) -> Part:
+    def of(
+        cls, name: str, split: Split, encoder: Encoder, store: Path, say: Callable[[str], None],
+        wanted: Collection[str] | None = None,
+    ) -> Part:  # fmt: skip
+        """wanted: as `features` takes it."""
         say(f"the {name} split")
-        found = features(encoder, split.pictures, store, say)
+        found = features(encoder, split.pictures, store, say, wanted)
         return cls(
             name, split.labels_N[found.rows_N], [split.pictures.name(row) for row in found.rows_N.tolist()], found
         )

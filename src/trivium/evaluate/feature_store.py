@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -133,11 +133,18 @@ class Features:
 
 
 def features(
-    encoder: Encoder, pictures: Pictures, folder: Path, say: Callable[[str], None] = lambda _: None
+    encoder: Encoder,
+    pictures: Pictures,
+    folder: Path,
+    say: Callable[[str], None] = lambda _: None,
+    wanted: Collection[str] | None = None,
 ) -> Features:
     """The features of all pictures, read from `folder` as far as they are there, and written to it piece by piece.
 
     Where it cannot be written, that is said once, and the features are returned all the same.
+
+    Args:
+        wanted: readings to return, where the others would fill the memory for nobody; None: all. All are written.
 
     Raises:
         TriviumError: none of the pictures can be read.
@@ -162,7 +169,8 @@ def features(
                         f"{file} cannot be written ({why}), so a later call makes the features anew: free space, or set"
                         " XDG_CACHE_HOME"
                     )
-        pieces.append(piece)
+        readings = {name: found for name, found in piece.readings.items() if wanted is None or name in wanted}
+        pieces.append(replace(piece, readings=readings))
     bad = [sentence for piece in pieces for sentence in piece.bad]
     kept = [piece for piece in pieces if len(piece)]
     if not kept:
