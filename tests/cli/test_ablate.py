@@ -109,6 +109,22 @@ def test_a_run_that_was_evaluated_otherwise_is_measured_again_and_not_trained(
     assert "updates" in json.loads((run / "results.json").read_text())["results"]
 
 
+def test_where_glue_is_given_later_finished_runs_are_measured_again_and_not_trained(
+    ablated: Path, glue: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ablated / "mlm-seed0"
+    again = ("ablate", "--out", ablated, "--columns", "mlm", "--seeds", 0)
+    (run / "results.json").unlink()
+    assert trivium(*again) == 0
+    assert "glue.sst2" not in json.loads((run / "results.json").read_text())["results"]
+    weights = digests(checkpoint(run, 4))
+    capsys.readouterr()
+    assert trivium(*again, *glue) == 0
+    assert "resuming after step 4 of 4" in capsys.readouterr().out
+    assert {"glue.sst2", "glue.cola", "glue.rte"} <= json.loads((run / "results.json").read_text())["results"].keys()
+    assert digests(checkpoint(run, 4)) == weights
+
+
 def test_a_run_that_another_process_has_taken_is_left_to_it(ablated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     with held_elsewhere(ablated / "locks" / "mlm-seed1"):

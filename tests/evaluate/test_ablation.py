@@ -79,6 +79,19 @@ def test_a_figure_that_only_some_seeds_have_is_left_out_and_that_is_said() -> No
     assert not any("left out" in sentence for sentence in table([first, second]).missing)
 
 
+def test_what_a_column_was_not_asked_for_is_named_and_counts_nowhere_as_zero() -> None:
+    asked, other = run("contrastive", 0, 0.4), run("joint", 0, 0.6)
+    results = {name: result for name, result in other.results.items() if not name.startswith("glue.")}
+    found = table([asked, replace(other, results=results)])
+    said = [sentence for sentence in found.missing if "left out" in sentence]
+    assert len(said) == 3 and found.shared["language"] == ["names.group", "names.subgroup"]
+    assert said[0] == "SST-2, linear probe is left out of FLAVA joint, no start, since none of its seeds have it"
+    assert found.averages["joint", "macro, every dash 0"].value == pytest.approx(0.6)
+    # Masked words and matching it cannot do: 2 of 3 and 4 of 5 figures.
+    zeros = [0.4 * 2 / 3, 0.4, 0.4 * 4 / 5]
+    assert found.averages["contrastive", "macro, every dash 0"].value == pytest.approx(np.mean(zeros))
+
+
 def test_a_domain_is_averaged_over_what_all_its_columns_have_and_a_missing_one_counts_zero() -> None:
     found = made(mim=0.2, contrastive=0.4, joint=0.6)
     assert "masked_words" not in found.shared["language"] and "itm.auroc" not in found.shared["multimodal"]

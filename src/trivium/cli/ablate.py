@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,7 +58,8 @@ def ablate(
         seeds: by default 0 1 2, with --quick 0.
         quick: one seed and few steps, for a first look.
         table: train nothing; make the table of what is finished.
-        root: a folder with GLUE in its official layout (SST-2, CoLA, RTE), for a linear probe on each.
+        root: a folder with GLUE in its official layout (SST-2, CoLA, RTE), for a linear probe on each. Runs that were
+            finished without it are measured again.
         device: cpu, cuda, or auto for the fastest there is.
 
     Returns:
@@ -175,17 +176,24 @@ def _claimed(out: Path, name: str, wait: bool = False) -> AbstractContextManager
 # ----------------------------------------------------------------------------------------------------- runs
 
 
-def _done(out: Path, run: str) -> bool:
-    """Whether it was measured for the table: `trivium evaluate RUN` writes other figures in their place."""
+def _done(out: Path, run: str, also: Collection[str] = ()) -> bool:
+    """Whether it was measured for the table: `trivium evaluate RUN` writes other figures in their place. also: figures
+    that it must have, since --data.root may be given later."""
     from trivium.evaluate import results
 
     path = out / run / "results.json"
-    return path.is_file() and "updates" in results.read(path)
+    return path.is_file() and {"updates", *also} <= results.read(path).keys()
 
 
 def _work(runs: Sequence[AblationRun], out: Path, settings: Config, root: Path | None) -> int:
     """Take run after run that nobody else has taken; the exit code of the one that was stopped, or 0."""
-    while left := [run for run in runs if not _done(out, run.name)]:
+    from trivium.evaluate.ablation_figures import GLUE_TASKS
+
+    def done(run: AblationRun) -> bool:
+        asked = root is not None and run.column is not None and "language" in run.column.abilities
+        return _done(out, run.name, [f"glue.{task}" for task in GLUE_TASKS] if asked else ())
+
+    while left := [run for run in runs if not done(run)]:
         taken, others = False, 0
         for run in left:
             if not all(_done(out, needed) for needed in run.needs):
@@ -193,7 +201,7 @@ def _work(runs: Sequence[AblationRun], out: Path, settings: Config, root: Path |
             with _claimed(out, run.name) as mine:
                 if not mine:
                     others += 1
-                elif not _done(out, run.name):
+                elif not done(run):
                     number = len(runs) - len(left) + 1
                     print(f"{run.name} ({number} of {len(runs)})", file=sys.stderr)
                     if code := _run(run, out, settings, root):

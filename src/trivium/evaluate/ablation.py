@@ -7,7 +7,8 @@ difference between two columns is a paired one, and what is hard for both cancel
 
 What a column cannot do is a dash. The average of a domain is taken over the figures that every column able in that
 domain has, so that columns are compared on equal terms; a domain that a column cannot do at all counts 0 in the macro
-average, as in the paper. Beside it stands the macro average in which every dash counts 0.
+average, as in the paper. Beside it stands the macro average in which every dash counts 0. A figure that a column could
+have and was not asked for, GLUE say, is named as missing and enters no average.
 
 R replicates, S seeds, N units.
 """
@@ -83,6 +84,13 @@ class Figure:
     title: str
     domain: str
     paper: tuple[str, str] | None = None  # task and metric in published.csv
+
+    @property
+    def ability(self) -> str:
+        """Of the columns that can have it."""
+        if self.domain == "multimodal":
+            return "matching" if self.name == "itm.auroc" else "retrieval"
+        return "masked words" if self.name == "masked_words" else self.domain
 
 
 FIGURES = (
@@ -264,11 +272,10 @@ class _Maker:
         orderings = [o for claim in CLAIMS if (o := self.ordering(claim)) is not None]
         missing = [f"no run of {column.title} is finished" for name, column in COLUMNS.items() if name not in present]
         missing += [
-            f"{figure.title} is left out of {column.title}, since only some of its seeds have it"
+            f"{figure.title} is left out of {column.title}, since {self._how_many(column, figure)} of its seeds have it"
             for column in self.columns
             for figure in self.figures
-            if not self.has(column.name, figure.name)
-            and any(figure.name in self.runs[column.name, seed].results for seed in self.seeds(column.name))
+            if self.lacks(column, figure)
         ]
         return Table(
             self.columns, self.figures, list(self.runs.values()), cells, averages, self.shared, orderings, missing
@@ -281,6 +288,14 @@ class _Maker:
 
     def has(self, column: str, figure: str) -> bool:
         return all(figure in self.runs[column, seed].results for seed in self.seeds(column))
+
+    def lacks(self, column: Column, figure: Figure) -> bool:
+        """Whether its dash is of what was not measured, not of what it cannot do."""
+        return figure.ability in column.abilities and not self.has(column.name, figure.name)
+
+    def _how_many(self, column: Column, figure: Figure) -> str:
+        some = any(figure.name in self.runs[column.name, seed].results for seed in self.seeds(column.name))
+        return "only some" if some else "none"
 
     def _of(self, domain: str) -> list[Figure]:
         return [figure for figure in self.figures if figure.domain == domain]
@@ -336,7 +351,8 @@ class _Maker:
         if row == "macro, every dash 0":
             means = []
             for domain in DOMAINS:
-                if names := [figure.name for figure in self._of(domain)]:
+                names = [f.name for f in self._of(domain) if not any(self.lacks(c, f) for c in self.columns)]
+                if names:
                     means.append(_mean([self.one(column, name, seeds) or ZERO for name in names]))
             return _mean(means)
         return _mean([self.one(column, name, seeds) for name in self.shared[row]])
