@@ -203,13 +203,27 @@ def test_seeds_that_never_began_leave_nothing_in_the_way(
     bert: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "runs"
-    words = ["finetune", "text_classification", "--init", bert, "--out", out, "--seeds", 2, *flags()]
-    assert run(*words, "--data", tmp_path / "none.csv") == 2
+    words, seeds = ["finetune", "text_classification", "--init", bert, "--out", out, *flags()], ["--seeds", 2]
+    assert run(*words, *seeds, "--data", tmp_path / "none.csv") == 2
     assert "none.csv" in capsys.readouterr().err
-    assert run(*words, "--data", reviews) == 0
+    assert run(*words, *seeds, "--data", reviews) == 0
     assert "text classification.median" in figures(out)
-    assert run(*words, "--data", reviews) == 2
-    assert "holds runs of several seeds already" in capsys.readouterr().err
+    for again in (seeds, []):  # one run alone would replace the median just the same
+        assert run(*words, *again, "--data", reviews) == 2
+        assert "holds runs of several seeds already" in capsys.readouterr().err
+
+
+def test_seeds_are_not_begun_around_a_run_that_stands_there(
+    bert: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    finetune("text_classification", bert, out, "--data", reviews)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert {"results.json", "outcomes.parquet"} <= before.keys()
+    words = ["--init", bert, "--out", out, "--data", reviews, *flags()]
+    assert run("finetune", "text_classification", *words, "--seeds", 2) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
 def test_a_test_split_without_its_pictures_costs_itself_alone(

@@ -55,7 +55,7 @@ def finetune(
     """
     from trivium.cli import pretrain
     from trivium.train import config as configuration
-    from trivium.train import distributed
+    from trivium.train import distributed, run_folder
 
     distributed.start()
     changes = dict(overrides or {})
@@ -77,17 +77,18 @@ def finetune(
         if settings.recipe != "finetune" or settings.arguments.get("task") != task:
             raise TriviumError(f"{config} is no config of the task {task}")
     out = out or Path("runs") / f"{task}-{pretrain.now():%Y%m%d-%H%M%S}"
+    if (out / SEEDS).is_file():
+        raise TriviumError(
+            f"{out} holds runs of several seeds already: continue them with --resume, or name another --out"
+        )
     if seeds == 1:
         return pretrain.begin(settings, changes, out, time.perf_counter())
     if distributed.world() > 1:
         raise TriviumError(
             "several seeds are run by one process: leave out --seeds under torchrun, and give --train.seed"
         )
+    run_folder.refuse_a_run(out)  # whose results.json the median would replace
     first = int(str(_one(changes.pop("train.seed", settings.values.get("train.seed", 0)))))
-    if (out / SEEDS).is_file():
-        raise TriviumError(
-            f"{out} holds runs of several seeds already: continue them with --resume, or name another --out"
-        )
     write_whole(out / SEEDS, json.dumps(list(range(first, first + seeds))) + "\n")
     try:
         return _all_seeds(out, settings, changes)
