@@ -165,8 +165,16 @@ def test_mistakes_are_sentences(
     torch.testing.assert_close(whole, shares)  # pixels as floats are the same pixels
     assert run("ground", models["albef"], "--image", picture, "--text", "a", "--out", tmp_path / "maps.gif") == 2
     assert "an image is a .png or a .jpg" in capsys.readouterr().err
-    assert run("ground", models["albef"], "--image", picture, "--text", "a", "--out", tmp_path / "x" / "maps.png") == 2
-    assert "there is no folder" in capsys.readouterr().err
+    before = picture.read_bytes()
+    (tmp_path / "folder.png").mkdir()
+    for place, says in (
+        (tmp_path / "x" / "maps.png", "there is no folder"),
+        (tmp_path / "folder.png", "is a folder: name the file to write"),
+        (tmp_path / "folder.png" / ".." / picture.name, "is the picture itself, which would be lost"),
+    ):
+        assert run("ground", models["albef"], "--image", picture, "--text", "a", "--out", place) == 2
+        assert says in capsys.readouterr().err
+    assert picture.read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------- fine-tuning

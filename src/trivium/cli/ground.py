@@ -36,12 +36,13 @@ def ground(
         raise TriviumError("the text to look for is empty")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise TriviumError(f"--out {out}: an image is a .png or a .jpg")
-    if not out.absolute().parent.is_dir():
-        raise TriviumError(f"--out {out}: there is no folder {out.absolute().parent}")
-    from trivium.cli.embed import open_model
+    if out.resolve() == image.resolve():
+        raise TriviumError(f"--out {out} is the picture itself, which would be lost: name another")
+    from trivium.cli.embed import check_can_write, open_model
     from trivium.explain.heat_maps import heat_wall
     from trivium.manifest import file_beside
 
+    check_can_write(out)
     page = heat_wall(open_model(path, image_size, "cpu"), [(image, text)], block)
     with file_beside(out) as beside:
         page.save(beside, "PNG" if out.suffix.lower() == ".png" else "JPEG")
