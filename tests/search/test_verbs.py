@@ -19,12 +19,14 @@ from PIL import Image
 
 from tests.dino_batches import random_dino
 from trivium.cli import main
+from trivium.cli.search import show
 from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.load import Bundle, load
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.unit import Unit, UnitConfig, UnitTask
 from trivium.search import embedding
+from trivium.search.page import Hit
 from trivium.search.table import Table, fingerprint
 
 
@@ -224,6 +226,14 @@ def test_a_page_shows_any_query_and_file_name_as_text(model: Path, pictures: Pat
     assert query not in page
     assert html.escape(query) in page
     assert "<b>&" not in page
+
+
+def test_a_terminal_shows_a_file_name_letter_by_letter(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["mug [final].jpg", "x[/y].png", ":cat:.png"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show([Hit(rank, name, 0.5) for rank, name in enumerate(names, start=1)])
+    said = capsys.readouterr().out
+    assert [name for name in names if name in said] == names
 
 
 def test_thumbnails_are_at_most_256_pixels(tmp_path: Path) -> None:

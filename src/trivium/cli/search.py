@@ -133,10 +133,11 @@ def show(hits: list[Hit]) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     judged = any(hit.match is not None for hit in hits)
     shown = Table("rank", "cosine", *(["match"] if judged else []), "file", box=None)
     for hit in hits:
         probability = ["" if hit.match is None else f"{hit.match:.3f}"] if judged else []
-        shown.add_row(str(hit.rank), f"{hit.score:.3f}", *probability, hit.file)
+        shown.add_row(str(hit.rank), f"{hit.score:.3f}", *probability, Text(hit.file))  # no markup
     Console().print(shown)
