@@ -500,6 +500,8 @@ def test_a_warm_up_that_takes_the_whole_of_a_budget_is_refused(
         ("text_classification", ["--data", "REVIEWS", "--optim.warmup", "50"], "a warm-up of 50 steps leaves nothing"),
         ("text_classification", ["--data", "REVIEWS", "--data.label-column", "kind"], 'no column "kind"'),
         ("text_classification", ["--data", "REVIEWS", "--head.size", "3"], "the recipe has no option head.size"),
+        ("text_classification", ["--data", "REVIEWS", "--seeds", 2, "--train.seed", "abc"], "takes a whole number"),
+        ("text_classification", ["--data", "REVIEWS", "--seeds", 2, "--train.seed", 1, 2], "takes a whole number"),
     ],
 )
 def test_mistakes_are_one_sentence(

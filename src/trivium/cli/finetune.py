@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from trivium.cli.overrides import set_overrides
 from trivium.errors import TriviumError
 from trivium.manifest import write_whole
 
@@ -54,6 +55,7 @@ def finetune(
         The exit code: 0, or 130 after Ctrl-C.
     """
     from trivium.cli import pretrain
+    from trivium.recipes import RECIPES
     from trivium.train import config as configuration
     from trivium.train import distributed, run_folder
 
@@ -88,7 +90,10 @@ def finetune(
             "several seeds are run by one process: leave out --seeds under torchrun, and give --train.seed"
         )
     run_folder.refuse_a_run(out)  # whose results.json the median would replace
-    first = int(str(_one(changes.pop("train.seed", settings.values.get("train.seed", 0)))))
+    tree = configuration.build(settings, RECIPES)
+    if "train.seed" in changes:
+        tree = set_overrides(tree, {"train.seed": changes.pop("train.seed")})
+    first = tree.train.seed
     write_whole(out / SEEDS, json.dumps(list(range(first, first + seeds))) + "\n")
     try:
         return _all_seeds(out, settings, changes)
@@ -126,10 +131,6 @@ def _named(data: Sequence[str]) -> dict[str, Sequence[str]]:
     if len(data) > 1:
         raise TriviumError(f"--data names the folder {folders[0]} and more: give one folder, or tables")
     return {"data.root": [data[0]]}
-
-
-def _one(value: Any) -> Any:
-    return value[0] if isinstance(value, list | tuple) else value
 
 
 def _summarise(out: Path, folders: Sequence[Path]) -> int:
