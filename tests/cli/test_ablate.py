@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.other_process import held_elsewhere
 from tests.recipes.shop import THINGS, TINY, checkpoint, data_of, digests, trivium
 from trivium.evaluate import results
 from trivium.evaluate.results import Result
+from trivium.train import trainer
+from trivium.train.run import Run
 
 STAGES = ("text", "dino", "mim")
 
@@ -123,6 +129,25 @@ def test_where_glue_is_given_later_finished_runs_are_measured_again_and_not_trai
     assert "resuming after step 4 of 4" in capsys.readouterr().out
     assert {"glue.sst2", "glue.cola", "glue.rte"} <= json.loads((run / "results.json").read_text())["results"].keys()
     assert digests(checkpoint(run, 4)) == weights
+
+
+def test_a_signal_stops_the_work_with_the_exit_code_of_a_run(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, plain = tmp_path / "out", trainer.one_step
+    signals = {1: signal.SIGTERM, 3: signal.SIGINT}
+
+    def one_step(recipe: Run, optimizer: torch.optim.Optimizer, step: int, *rest: Any) -> Any:
+        if step in signals:
+            os.kill(os.getpid(), signals[step])
+        return plain(recipe, optimizer, step, *rest)
+
+    monkeypatch.setattr(trainer, "one_step", one_step)
+    for code, step in ((0, 2), (130, 4)):
+        given = ["--out", out, "--steps", 6, "--columns", "mlm", "--seeds", 0, *words(shop)]
+        assert trivium("ablate", *given) == code
+        assert checkpoint(out / "mlm-seed0", step).is_dir()
+        assert not (out / "mlm-seed0" / "results.json").exists() and not (out / "report.html").exists()
 
 
 def test_a_run_that_another_process_has_taken_is_left_to_it(ablated: Path, capsys: pytest.CaptureFixture[str]) -> None:

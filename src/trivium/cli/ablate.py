@@ -88,8 +88,7 @@ def ablate(
         for sentence in ablation.measured_on(tree.data, glue=root is not None):
             print(sentence, file=sys.stderr)
         _begin(out, settings, tree)
-        code = _work(runs, out, settings, root)
-        if code:
+        if (code := _work(runs, out, settings, root)) is not None:
             return code
     return _table(out, tree)
 
@@ -185,8 +184,8 @@ def _done(out: Path, run: str, also: Collection[str] = ()) -> bool:
     return path.is_file() and {"updates", *also} <= results.read(path).keys()
 
 
-def _work(runs: Sequence[AblationRun], out: Path, settings: Config, root: Path | None) -> int:
-    """Take run after run that nobody else has taken; the exit code of the one that was stopped, or 0."""
+def _work(runs: Sequence[AblationRun], out: Path, settings: Config, root: Path | None) -> int | None:
+    """Take run after run that nobody else has taken; the exit code of the one that was stopped, None where none was."""
     from trivium.evaluate.ablation_figures import GLUE_TASKS
 
     def done(run: AblationRun) -> bool:
@@ -204,20 +203,21 @@ def _work(runs: Sequence[AblationRun], out: Path, settings: Config, root: Path |
                 elif not done(run):
                     number = len(runs) - len(left) + 1
                     print(f"{run.name} ({number} of {len(runs)})", file=sys.stderr)
-                    if code := _run(run, out, settings, root):
+                    if (code := _run(run, out, settings, root)) is not None:
                         return code
                     taken = True
                     break
         if not taken:
             if others == len(left):
                 print("the runs that are left are being done by others", file=sys.stderr)
-                return 0
+                return None
             time.sleep(1)
-    return 0
+    return None
 
 
-def _run(run: AblationRun, out: Path, settings: Config, root: Path | None) -> int:
-    """Train one and measure it. Its results.json is written last."""
+def _run(run: AblationRun, out: Path, settings: Config, root: Path | None) -> int | None:
+    """Train one and measure it. Its results.json is written last. The exit code where it was stopped, which is 0 of a
+    saved SIGTERM; None where it is done."""
     from trivium import __version__
     from trivium.cli.pretrain import say, tell_of_warmup
     from trivium.evaluate import ablation_figures, results
@@ -240,7 +240,7 @@ def _run(run: AblationRun, out: Path, settings: Config, root: Path | None) -> in
     resume = newest or (folder / "config.json").is_file()
     outcome = trainer.train(prepared.run, folder, resume=resume)
     if outcome.signal is not None:
-        return outcome.exit_code or 130
+        return outcome.exit_code
     found = {"updates": Result(updates)}
     measuring = time.perf_counter()
     if run.column is not None:
@@ -260,7 +260,7 @@ def _run(run: AblationRun, out: Path, settings: Config, root: Path | None) -> in
         machine=run_folder.machine(),
         seconds={"train": outcome.seconds, "evaluate": ended - measuring, "total": ended - begun},
     )
-    return 0
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- table
