@@ -168,6 +168,9 @@ def test_a_run_that_another_process_has_taken_is_left_to_it(ablated: Path, capsy
         (["--train.minutes", 5], "--train.minutes is not for the ablation"),
         (["--seeds", -1], "--seeds -1: a seed is 0 or more"),
         (["--data.root", "nowhere"], "--data.root nowhere: there is no such folder"),
+        (["--table", "--columns", "mlm"], "leave out --columns"),
+        (["--table", "--seeds", 0], "leave out --seeds"),
+        (["--table", "--data.root", "."], "leave out --data.root"),
     ],
 )
 def test_mistakes_are_told(ablated: Path, given: list, says: str, capsys: pytest.CaptureFixture[str]) -> None:

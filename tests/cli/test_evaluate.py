@@ -141,6 +141,8 @@ def test_mistakes_are_sentences_and_write_nothing(
         ([shop, *goods], "shop"),
         ([model, "--pairs", tmp_path / "none.csv"], "none.csv does not exist"),
         ([model, *goods, "--text-column", "title"], 'has no column "title"'),
+        ([model, "--text-column", "title"], "--text-column is of the tables of --pairs"),
+        ([model, "--suite", "own", "--image-column", "file"], "--image-column is of the tables of --pairs"),
         ([model, "--pairs", tmp_path / "bad.csv"], f"{tmp_path}/bad.csv (line 2): its picture {tmp_path}/none.png"),
         ([model, *goods, "--device", "gpu"], "device gpu cannot be used here"),
         ([model, *goods, "--image-size", "30"], "cannot be cut into patches of 8: choose a multiple"),

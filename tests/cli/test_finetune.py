@@ -500,6 +500,7 @@ def test_a_warm_up_that_takes_the_whole_of_a_budget_is_refused(
         ("text_classification", ["--data", "REVIEWS", "--optim.warmup", "50"], "a warm-up of 50 steps leaves nothing"),
         ("text_classification", ["--data", "REVIEWS", "--data.label-column", "kind"], 'no column "kind"'),
         ("text_classification", ["--data", "REVIEWS", "--head.size", "3"], "the recipe has no option head.size"),
+        ("text_classification", ["--data", "REVIEWS", "--data.train", "a.csv"], "--data names what --data.train names"),
         ("text_classification", ["--data", "REVIEWS", "--seeds", 2, "--train.seed", "abc"], "takes a whole number"),
         ("text_classification", ["--data", "REVIEWS", "--seeds", 2, "--train.seed", 1, 2], "takes a whole number"),
     ],
@@ -514,6 +515,20 @@ def test_mistakes_are_one_sentence(
     told = capsys.readouterr().err.strip().splitlines()
     assert sentence in told[-1]
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_that_goes_on_is_named_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    for words, says in (
+        (["--init", "bert"], "leave out --init"),
+        (["--data", "a.csv"], "leave out --data"),
+        (["--out", out], f"leave out --out, and name its folder alone, as in trivium finetune {out} --resume"),
+        (["--config", "config.json"], "leave out --config"),
+        (["--seeds", 2], "leave out --seeds"),
+        ([], "--resume needs the run folder, and sst2 is none: trivium finetune RUN --resume"),
+    ):
+        assert run("finetune", "sst2", *words, "--resume") == 2
+        assert says in capsys.readouterr().err
 
 
 def test_help_lists_the_fields_of_the_task(capsys: pytest.CaptureFixture[str]) -> None:

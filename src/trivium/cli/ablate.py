@@ -57,7 +57,7 @@ def ablate(
         columns: mim, mlm, contrastive_local, contrastive, mm, mm_init, joint, flava, flava_mim, clip; by default all.
         seeds: by default 0 1 2, with --quick 0.
         quick: one seed and few steps, for a first look.
-        table: train nothing; make the table of what is finished.
+        table: train nothing; make the table of all that is finished.
         root: a folder with GLUE in its official layout (SST-2, CoLA, RTE), for a linear probe on each. Runs that were
             finished without it are measured again.
         device: cpu, cuda, or auto for the fastest there is.
@@ -70,6 +70,9 @@ def ablate(
     from trivium.recipes import ablation, limits
     from trivium.train.config import leaves
 
+    for flag, asked in (("--columns", columns), ("--seeds", seeds), ("--data.root", root)):
+        if table and asked:
+            raise TriviumError(f"--table shows every run that is finished, as it was measured: leave out {flag}")
     given = dict(overrides or {})
     settings, tree = _settled(out, size, steps, tower_steps, quick, device, given)
     chosen = list(dict.fromkeys(columns or COLUMNS))

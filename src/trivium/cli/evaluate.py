@@ -61,6 +61,9 @@ def evaluate(
     begun = time.perf_counter()
     if not is_id(path) and not path.exists():
         raise TriviumError(f"{path}: there is no such file or folder; give a run, a model folder or a checkpoint")
+    for flag, column in (("--image-column", image_column), ("--text-column", text_column)):
+        if column is not None and not pairs:
+            raise TriviumError(f"{flag} is of the tables of --pairs: name those, or leave it out")
     is_run = (path / "checkpoints").is_dir()
     if suite is not None or task:
         from trivium.cli.evaluate_suite import evaluate_suite

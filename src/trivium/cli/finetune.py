@@ -62,13 +62,24 @@ def finetune(
     distributed.start()
     changes = dict(overrides or {})
     if resume:
+        of_a_start = {"init": init, "data": data, "out": out, "config": config, "seeds": seeds != 1}
+        if given := [name for name, value in of_a_start.items() if value]:
+            raise TriviumError(
+                f"--resume goes on with a run as it was begun: leave out --{given[0]}, and name its folder alone, as in"
+                f" trivium finetune {out or 'RUN'} --resume"
+            )
         if (Path(task) / SEEDS).is_file():
             return _all_seeds(Path(task), None, changes)
+        if not (Path(task) / "config.json").is_file():
+            raise TriviumError(f"--resume needs the run folder, and {task} is none: trivium finetune RUN --resume")
         return pretrain.resume_run(task, None, changes, time.perf_counter())
     if init is not None:
         changes["init"] = init
     if data:
-        changes |= _named(data)
+        named = _named(data)
+        if twice := named.keys() & changes.keys():
+            raise TriviumError(f"--data names what --{min(twice)} names too: give one of them")
+        changes |= named
     if "train.steps" in changes:
         changes.setdefault("epochs", "null")
     if seeds < 1:
