@@ -62,6 +62,15 @@ class PairData:
     def is_embedded(self) -> bool:
         return not self.pairs
 
+    @property
+    def length_alone(self) -> int:
+        """Tokens of a text that stands alone."""
+        return self.max_length
+
+    def lengths(self) -> dict[str, int]:
+        """Tokens of the texts that the model is given, by the flag that says it."""
+        return {"--data.max-length": self.max_length}
+
     def views(self, model_size: int) -> Views:
         """Which part of a picture is seen, and at which size: the model's, unless the data says another."""
         return Views(
@@ -105,14 +114,13 @@ class Data(PairData):
         return not (self.pairs or self.images or self.text)
 
     @property
-    def has_text_alone(self) -> bool:
-        """Whether a text may stand alone: a held-out caption does, where masked words are measured."""
-        return bool(self.text or self.validation) or self.split_pairs or self.is_embedded
-
-    @property
     def length_alone(self) -> int:
-        """Tokens of a text that stands alone."""
         return self.text_length or self.max_length
+
+    def lengths(self) -> dict[str, int]:
+        # A held-out caption stands alone too, where masked words are measured.
+        alone = self.text or self.validation or self.split_pairs or self.is_embedded
+        return super().lengths() | ({"--data.text-length": self.length_alone} if alone else {})
 
     def with_absolute_paths(self) -> Self:
         return replace(
@@ -183,7 +191,7 @@ def open_sources(data: PairData) -> Sources:
     def opened(kind: Literal["pairs", "images", "text"], paths: tuple[str, ...]) -> Source | None:
         if not paths:
             return None
-        window = words_within(data.length_alone if isinstance(data, Data) else data.max_length)
+        window = words_within(data.length_alone)
         return open_source(kind, paths, image_column=data.image_column, text_column=data.text_column, window=window)
 
     validation = opened("pairs", data.validation)
@@ -368,10 +376,7 @@ def check_shapes(data: PairData, image_size: int, patch: int, max_length: int) -
     for flag, size in (("--model.image-size", image_size), ("--data.image-size", data.image_size)):
         if size is not None:
             limits.check_patches(size, patch, flag)
-    for flag, length in (
-        ("--data.max-length", data.max_length),
-        ("--data.text-length", data.length_alone if isinstance(data, Data) and data.has_text_alone else 0),
-    ):
+    for flag, length in data.lengths().items():
         if length > max_length:
             raise TriviumError(
                 f"texts of {length} tokens do not fit a model of {max_length} positions: lower {flag} or raise"
