@@ -35,11 +35,13 @@ FLOORS = {"new-scenes": 0.45, "held-out-both": 0.30}  # mAP at IoU 0.5 over the 
 GOALS = {"new-scenes": 0.60, "held-out-both": 0.45}
 ABOVE_MAJORITY = 0.05  # of each task of words, at the lower end of its interval
 LONGEST = 45 * 60  # seconds of training, of both runs together
-RATIOS = {"vg": 0.54, "vqav2": 0.09, "snli_ve": 0.09, "sst2": 0.08, "easy_vqa": 0.05, "daquar": 0.15}
-# Of the second run. Whether a statement holds is told by neither side alone: with batches of 32 it stays at chance, and
-# with batches of 96 too until the things that it speaks of are found.
-THEN = {"vg": 0.30, "vqav2": 0.10, "snli_ve": 0.42, "sst2": 0.06, "easy_vqa": 0.04, "daquar": 0.08}
-LARGE, THEN_RATE = {"vqav2": 96, "snli_ve": 96}, 4e-4
+# Of the first run, in which statements are there for the sake of their words alone: whether one holds is told by
+# neither side alone, so that with batches of 32 it stays at chance, and with batches of 96 too until the things that it
+# speaks of are found. After 1,300 updates of nothing but noise it stayed there for good.
+RATIOS = {"vg": 0.65, "vqav2": 0.09, "snli_ve": 0.01, "sst2": 0.08, "easy_vqa": 0.05, "daquar": 0.12}
+# Of the second, whose three statements on a picture share what its encoder makes of it.
+THEN = {"vg": 0.30, "vqav2": 0.08, "snli_ve": 0.46, "sst2": 0.05, "easy_vqa": 0.04, "daquar": 0.07}
+LARGE, TOGETHER, THEN_RATE = {"vqav2": 96, "snli_ve": 96}, {"vqav2": 3, "snli_ve": 3}, 4e-4
 
 
 def write(out: Path, count: int, measured: int) -> None:
@@ -63,7 +65,9 @@ def recipe(out: Path, data: Path, easy_vqa: Path, **train: Any) -> UnitRecipe:
 def second(first: UnitRecipe, run: Path, steps: int) -> UnitRecipe:
     """What goes on from there."""
     tasks = {
-        name: replace(task, ratio=THEN.get(name, 0.0), batch=LARGE.get(name, task.batch))
+        name: replace(
+            task, ratio=THEN.get(name, 0.0), batch=LARGE.get(name, task.batch), of_one_picture=TOGETHER.get(name, 1)
+        )
         for name, task in first.tasks.items()
     }
     optim, train = replace(first.optim, lr=THEN_RATE), replace(first.train, steps=steps, minutes=None)
@@ -133,9 +137,9 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="the folder that holds glue and daquar")
     parser.add_argument("--easy-vqa", type=Path, required=True, help="the package: pip download --no-deps easy-vqa")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=33.0, help="of the first run")
+    parser.add_argument("--minutes", type=float, default=28.0, help="of the first run")
     parser.add_argument("--steps", type=int, help="in place of --minutes")
-    parser.add_argument("--then", type=int, default=1100, help="steps of the second run")
+    parser.add_argument("--then", type=int, default=2200, help="steps of the second run")
     parser.add_argument("--scenes", type=int, default=12_000, help="to train on")
     parser.add_argument("--measured", type=int, default=1000, help="scenes of each held-out split")
     parser.add_argument("--device", default="auto")

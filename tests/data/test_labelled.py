@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from trivium.data.labelled import Columns, LabelledRows, Row, Splits, read_tables
+from trivium.data.order import Order
 from trivium.data.sources import open_source
 from trivium.errors import BadSample, TriviumError
 
@@ -215,3 +217,22 @@ def test_splits_that_cannot_be_used_are_refused(splits: Splits, sentence: str) -
 def test_a_cap_takes_rows_evenly_from_the_whole() -> None:
     assert [row.key for row in some(*range(10)).capped(4).good()] == ["0", "2", "5", "7"]
     assert len(some(1, 2).capped(None)) == len(some(1, 2).capped(5)) == 2
+
+
+def test_rows_of_one_picture_stand_together_and_every_row_is_still_read_once() -> None:
+    names = ["a", "b", "a", None, "c", "a", "b", None]
+    rows: list[Row | BadSample] = [
+        Row("t.csv", str(n), str(n), text="x", label=0, image=None if name is None else f"/pictures/{name}.png")
+        for n, name in enumerate(names)
+    ]
+    rows.append(BadSample("t.csv", "8", "it cannot be read"))
+    together = LabelledRows(rows, "pairs").by_picture(2)
+    found = [[together.rows[n].where for n in block] for block in together.blocks()]
+    assert found == [["0", "2"], ["5"], ["1", "6"], ["3"], ["4"], ["7"], ["8"]]
+    order = Order(len(together), together.blocks(), seed=3, stream="s", window=1)
+    epochs = order.rows(np.arange(2 * len(rows))).reshape(2, -1)
+    assert all(sorted(epoch) == list(range(len(rows))) for epoch in epochs.tolist())
+    assert epochs[0].tolist() != epochs[1].tolist()
+    for epoch in epochs.tolist():
+        places = {together.rows[row].where: place for place, row in enumerate(epoch)}
+        assert abs(places["0"] - places["2"]) == 1 and abs(places["1"] - places["6"]) == 1

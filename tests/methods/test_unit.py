@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from trivium.errors import TriviumError
 from trivium.invariance import split
 from trivium.invariance.unit import TINY, make_batch, random_unit, unit_method
-from trivium.methods.unit import PARTS, UnitMethod
+from trivium.methods.unit import PARTS, UnitMethod, different
 from trivium.objectives.detection import counts, match
 from trivium.train import optim
 from trivium.train.protocol import Batch, Images, Key
@@ -57,6 +57,37 @@ def test_pictures_of_different_sizes_in_one_batch_give_what_each_gives_alone(
     assert whole == pytest.approx(parts, rel=1e-10)
     for name, gradient in of_whole.items():
         torch.testing.assert_close(of_parts[name], gradient, rtol=0, atol=1e-9 * max(1.0, float(gradient.abs().max())))
+
+
+def test_a_picture_that_several_rows_are_about_is_encoded_once_to_the_same_losses_and_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    method, batch = unit_method(random_unit()), make_batch("vqav2", 6)
+    of_B = torch.tensor([2, 0, 0, 1, 2, 2])
+    images = batch.images[0]
+    assert images.sizes_B2 is not None
+    pixels_BCHW, sizes_B2 = images.pixels_BCHW[of_B], images.sizes_B2[of_B]
+    alike = replace(batch, images=(Images(pixels_BCHW, of_B, sizes_B2),))
+    apart = replace(batch, images=(Images(pixels_BCHW, torch.arange(6), sizes_B2),))
+    expected, of_expected = losses_and_gradients(method, [apart])
+    seen: list[int] = []
+    encode = method.model.encode_image
+    monkeypatch.setattr(method.model, "encode_image", lambda x, *rest: seen.append(len(x)) or encode(x, *rest))
+    found, of_found = losses_and_gradients(method, [alike])
+    assert seen == [3]
+    assert found == pytest.approx(expected, rel=1e-12) and of_found.keys() == of_expected.keys()
+    for name, gradient in of_expected.items():
+        torch.testing.assert_close(of_found[name], gradient, rtol=0, atol=1e-11 * max(1.0, float(gradient.abs().max())))
+
+
+def test_pictures_with_one_number_are_one_only_where_they_look_the_same() -> None:
+    """A number is that of a picture, of which two rows may show two crops."""
+    pixels_BCHW = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
+    pixels_BCHW[3, 0, 0, 0] = 1
+    sizes_B2 = torch.full((5, 2), 4)
+    sizes_B2[4] = torch.tensor([4, 3])  # the same but for where its padding begins
+    first_U, of_B = different(Images(pixels_BCHW, torch.tensor([7, 5, 7, 7, 5]), sizes_B2))
+    assert first_U.tolist() == [0, 1, 3, 4] and of_B.tolist() == [0, 1, 0, 2, 3]
 
 
 def test_sizes_of_pictures_stay_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,21 @@ def with_flags(recipe: UnitRecipe, data: Path) -> UnitRecipe:
     values |= {"data.augmentation.shorts": [48], "data.augmentation.before_crop": [64]}
     values |= {"data.scenes": str(data / "scenes"), "data.glue": str(data / "glue")}
     return set_leaves(recipe, values)
+
+
+def test_questions_on_one_picture_stand_together_where_that_is_asked_for(data: Path) -> None:
+    recipe = with_flags(unit("tiny"), data)
+    batches = {}
+    for most in (1, 3):
+        made = set_leaves(recipe, {"tasks.vqav2.of_one_picture": most, "tasks.vqav2.batch": 6})
+        mixture = made.prepare("unit", {}).run.mixture
+        step = next(step for step in range(100) if mixture.stream_at(step).name == "vqav2")
+        (batch,) = next(iter(mixture.loader(step, 0, 1, step + 1)))
+        batches[most] = batch
+    numbers = batches[3].images[0].same_B.tolist()
+    runs = [len(list(run)) for _, run in groupby(numbers)]
+    assert max(runs) == 3 and len(runs) <= 4  # two pictures, or parts of those around them
+    assert len(set(batches[1].images[0].same_B.tolist())) > len(set(numbers))
 
 
 def test_the_verb_detect_takes_a_run(trained: Path, data: Path, tmp_path: Path) -> None:

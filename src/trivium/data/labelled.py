@@ -20,7 +20,7 @@ from trivium.data.read_rows import ReadRows
 from trivium.data.records import Record, records
 from trivium.data.tables import IMAGE_COLUMNS, TEXT_COLUMNS, find_column
 from trivium.errors import BadSample, TriviumError
-from trivium.train.protocol import Sample, hash64
+from trivium.train.protocol import Blocks, Sample, hash64
 
 LABEL_COLUMNS = ("label", "class", "category", "target", "score")
 TEXTS = (*TEXT_COLUMNS, "sentence", "sentence1", "question", "premise")
@@ -56,6 +56,11 @@ class Row:
 
 class LabelledRows(ReadRows[Row]):
     """Rows of a task as a Source."""
+
+    _blocks: Blocks | None = None  # of rows that belong together
+
+    def blocks(self) -> Sequence[range]:
+        return super().blocks() if self._blocks is None else self._blocks
 
     def picture(self, row: int) -> bytes:
         image = self.row(row).image
@@ -104,6 +109,18 @@ class LabelledRows(ReadRows[Row]):
         if limit is None or limit >= len(self):
             return self
         return self.with_rows([self.rows[n] for n in np.arange(limit) * len(self) // limit])
+
+    def by_picture(self, most: int) -> LabelledRows:
+        """The same rows, those of one picture behind each other, at most `most` of them in a block."""
+        rows_of: dict[str, list[Row | BadSample]] = {}
+        for number, row in enumerate(self.rows):
+            alone = isinstance(row, BadSample) or row.image is None
+            rows_of.setdefault(f"\n{number}" if alone else self.identity(number), []).append(row)
+        sizes = [min(most, len(rows) - first) for rows in rows_of.values() for first in range(0, len(rows), most)]
+        together = [row for rows in rows_of.values() for row in rows]
+        found = self.with_rows(together)
+        found._blocks = Blocks(np.append(0, np.cumsum(sizes)))
+        return found
 
     def with_rows(self, rows: Sequence[Row | BadSample]) -> LabelledRows:
         """Other rows of the same kind, whose pictures are where those of these are."""

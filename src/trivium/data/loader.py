@@ -61,7 +61,8 @@ class StreamReader:
         self.stream = stream
         self.collate: StreamCollate = stream.collate
         self.seed = seed
-        self.order = Order(len(stream.source), stream.source.blocks(), seed, stream.name, window)
+        mixed = window if stream.window is None else stream.window
+        self.order = Order(len(stream.source), stream.source.blocks(), seed, stream.name, mixed)
         self.lengths: np.ndarray | None = None
         if self.collate.sort_by_length:
             lengths = stream.source.lengths()

@@ -8,7 +8,7 @@ Parameters that only other tasks use get no gradient in a step, so the optimizer
 the public code the tokens of all tasks are one table, whose other rows keep moving by their fading moments; here each
 is a parameter of its own.
 
-B rows of a micro-batch, L decoder layers, K classes, M objects.
+B rows of a micro-batch, U different pictures in it, L decoder layers, K classes, M objects.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trivium.models.encoded import Encoded
 from trivium.models.unit import Unit, UnitTask
 from trivium.objectives import detection, tasks
 from trivium.objectives.detection import Objects
-from trivium.train.protocol import Batch, Key, Rows, Sums
+from trivium.train.protocol import Batch, Images, Key, Rows, Sums
 
 Labels = Literal["label", "answers"]  # one right class, or answers that are more or less right
 OBJECTIVES = {"label": tasks.right_class, "answers": tasks.soft_answers}
@@ -107,9 +107,15 @@ class UnitMethod(MethodOfPictures):
         return Objects(targets["box_row"], targets["box_class"], targets["box"], attributes)
 
     def image(self, batch: Batch) -> Encoded:
-        """The pictures, encoded for the batch's task. Their sizes stay on CPU, where the model looks at them."""
+        """The pictures, encoded for the batch's task, one that several rows are about once for all of them. Their sizes
+        stay on CPU, where the model looks at them."""
         images = batch.images[0]
-        return self.model.encode_image(self.pixels(images.pixels_BCHW), images.sizes_B2, batch.stream)
+        first_U, of_B = different(images)
+        if len(first_U) == len(of_B):
+            return self.model.encode_image(self.pixels(images.pixels_BCHW), images.sizes_B2, batch.stream)
+        sizes_U2 = None if images.sizes_B2 is None else images.sizes_B2[first_U]
+        encoded = self.model.encode_image(self.pixels(images.pixels_BCHW[first_U]), sizes_U2, batch.stream)
+        return encoded.taken(self._to(of_B))
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, K] of a task of labels."""
@@ -127,3 +133,17 @@ class UnitMethod(MethodOfPictures):
         """Probabilities of the classes of a task of labels, or how right each answer is, [B, K]."""
         logits_BK = self.logits(batch).float()
         return logits_BK.softmax(-1) if self.targets[batch.stream] == "label" else logits_BK.sigmoid()
+
+
+def different(images: Images) -> tuple[Tensor, Tensor]:
+    """Where each of the U pictures that differ stands first, int64 [U], and which of them each row has, int64 [B].
+
+    Their numbers alone do not tell: rows with the same number may show other parts of one picture.
+    """
+    place_of: dict[int, int] = {}
+    first_B = torch.tensor([place_of.setdefault(number, row) for row, number in enumerate(images.same_B.tolist())])
+    shown = [images.pixels_BCHW] if images.sizes_B2 is None else [images.pixels_BCHW, images.sizes_B2]
+    for row, first in enumerate(first_B.tolist()):
+        if first != row and not all(torch.equal(each[row], each[first]) for each in shown):
+            first_B[row] = row
+    return torch.unique(first_B, return_inverse=True)

@@ -75,7 +75,9 @@ RULES: dict[str, Rule] = {  # by path; * stands for any name
     **dict.fromkeys(("model.place_scale", "model.backbone_eps", "model.num_task_tokens"), NOT_NEGATIVE),
     **dict.fromkeys(("model.decoder_layers", "model.attribute_width"), SOME),
     **dict.fromkeys(("model.backbone_widths", "model.backbone_blocks"), EACH),
-    **dict.fromkeys([f"tasks.*.{name}" for name in ("batch", "rows", "num_queries", "min_questions")], SOME),
+    **dict.fromkeys(
+        [f"tasks.*.{name}" for name in ("batch", "rows", "of_one_picture", "num_queries", "min_questions")], SOME
+    ),
     "tasks.*.ratio": (lambda value: 0 <= value < math.inf, "0 or more"),
     "tasks.*.max_length": TOKENS,
     **dict.fromkeys(("data.short", "data.longest", "data.num_scenes", "measure"), SOME),

@@ -291,8 +291,8 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
     def mixture_of(train: Train) -> StreamMixture:
         with_train = replace(recipe, train=train)
         streams = [
-            Stream(t.name, t.data.train, collates[t.name], t.given.batch, with_train.rows_at_once(t.given.batch),
-                   t.given.ratio)
+            Stream(t.name, t.train, collates[t.name], t.given.batch, with_train.rows_at_once(t.given.batch),
+                   t.given.ratio, window=1 if t.is_by_picture else None)
             for t in tasks
         ]  # fmt: skip
         return StreamMixture(streams, train.seed, "ratio", train.workers)

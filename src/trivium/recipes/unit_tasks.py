@@ -12,6 +12,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ from trivium.methods.unit import Labels
 from trivium.models.unit import UnitTask
 from trivium.recipes.data import absolute
 from trivium.recipes.tasks import TASKS, Task, TaskData, guess
+from trivium.train.protocol import Source
 
 TEXTS_FOR_VOCABULARY = 50_000  # of each task
 SCENES = {"coco": "coco", "vg": "vg", "vqav2": "vqa", "snli_ve": "snli-ve"}  # task -> its folder among scenes
@@ -48,6 +50,7 @@ class JointTask:
     ratio: float = 0.1  # share of the steps, relative to those of the others
     batch: int = 64  # rows of one step, over all processes
     rows: int | None = None  # training rows that are used, evenly spread; None: all
+    of_one_picture: int = 1  # rows that stand together in training where one picture has as many: it is encoded once
     num_queries: int = 25
     text: Literal["class", "all"] = "class"  # which of the text's tokens the decoder reads
     max_length: int = 128  # tokens of its texts
@@ -110,6 +113,18 @@ class Opened:
     @property
     def kind(self) -> str:
         return self.given.task or self.name
+
+    @property
+    def is_by_picture(self) -> bool:
+        """Whether rows of one picture stand together in training."""
+        return self.given.of_one_picture > 1 and self.of is not None and self.of.reads == "pairs"
+
+    @cached_property
+    def train(self) -> Source:
+        """The training rows, in the order that is mixed."""
+        if isinstance(self.data, Splits) and self.is_by_picture:
+            return self.data.train.by_picture(self.given.of_one_picture)
+        return self.data.train
 
     @property
     def for_model(self) -> UnitTask:

@@ -225,6 +225,7 @@ class Stream:
     batch: int  # rows of the global batch
     micro_batch: int  # rows of one forward; divides batch
     ratio: float = 1.0  # share of the steps
+    window: int | None = None  # blocks of the source that are mixed with each other; None: as the mixture has it
 
 
 class Mixture(Protocol):
