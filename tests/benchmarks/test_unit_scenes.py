@@ -19,10 +19,12 @@ def test_the_second_run_goes_on_from_the_first_with_other_shares_batches_and_rat
     changed = {name for name in before | after if before.get(name) != after.get(name)}
     tasks = {f"tasks.{name}.ratio" for name in unit_scenes.THEN}
     tasks |= {f"tasks.{name}.batch" for name in unit_scenes.LARGE}
+    tasks |= {f"tasks.{name}.of_one_picture" for name in unit_scenes.TOGETHER}
     assert changed == tasks | {"init", "optim.lr", "train.minutes", "train.steps"}
     for recipe in (first, second):
         assert sum(task.ratio for task in recipe.tasks.values()) == pytest.approx(1)
     assert second.init == "out/run" and second.tasks["snli_ve"].batch == 96 == 3 * first.tasks["snli_ve"].batch
+    assert second.tasks["snli_ve"].of_one_picture == 3  # a scene has one statement of each label
 
 
 def test_a_run_that_is_done_is_not_begun_again_and_another_is_refused(tmp_path: Path) -> None:
