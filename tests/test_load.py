@@ -246,6 +246,15 @@ def test_the_share_of_false_pairs_travels_and_older_folders_go_without(saved: Pa
     assert load(tmp_path / "new").false_pairs is None
 
 
+def test_whether_fusion_was_trained_travels_and_where_no_folder_says_it_is_not_known(
+    saved: Path, tmp_path: Path
+) -> None:
+    assert load(saved).fusion_trained is None
+    for known in (True, False):
+        replace(load(saved), fusion_trained=known).save(tmp_path / f"{known}")
+        assert load(tmp_path / f"{known}").fusion_trained is known
+
+
 def test_a_run_takes_its_newest_sound_checkpoint_and_says_so(saved: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step, max_length in ((100, 5), (200, 6), (300, 7)):

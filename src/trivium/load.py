@@ -189,6 +189,7 @@ def open_own(folder: Path) -> Bundle:
         labels_of=labels if isinstance(labels, dict) else None,
         max_length=int(config.get("max_length", getattr(model_config, "max_length", Bundle.max_length))),
         false_pairs=config.get("false_pairs"),  # folders of older versions do not say it
+        fusion_trained=config.get("fusion_trained"),  # likewise
         head=None if head is None else head.eval(),
         head_config=head_config,
         tuned_for=tuple(config.get("tuned_for", ())),

@@ -21,7 +21,8 @@ from tests.data.test_vqa import lines, vqa
 from tests.flava_batches import TINY as TINY_FLAVA
 from tests.flava_batches import random_flava
 from tests.parity.test_unit_plain import TINY as TINY_UNIT
-from tests.recipes.shop import checkpoint, digests, lines_of
+from tests.recipes.shop import checkpoint, data_of, digests, lines_of
+from tests.recipes.shop import flags as of_the_shop
 from tests.recipes.shop import trivium as run
 from trivium.bundle import Bundle
 from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
@@ -362,6 +363,42 @@ def test_pictures_are_learned_and_a_broken_one_is_counted(
     texts = {} if task == "image_classification" else {"texts": ["a film"] * 2}
     answers = bundle.answer(pictures=[tmp_path / "0.png", tmp_path / "1.png"], **texts)
     assert answers.argmax(1).tolist() == [1, 0]
+
+
+def test_of_a_flava_that_was_trained_by_contrast_alone_the_head_reads_both_vectors_side_by_side(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it was drawn, the encoder that reads both tells nothing. Whatever trains it, here or later, is remembered."""
+    alone = {"objectives__mmm_image": 0, "objectives__mmm_text": 0, "objectives__itm": 0}
+    data, task = pictures(tmp_path), "classification of a picture and a text"
+
+    def pretrained(name: str, *words: object, **changes: object) -> Path:
+        words = ("--out", tmp_path / name, *data_of(shop), *of_the_shop(train__steps=3, **changes), *words)
+        assert run("pretrain", "flava", *words) == 0
+        return tmp_path / name
+
+    def read(init: Path, name: str, *words: object) -> tuple[str, str]:
+        """What the head reads, and what is said of it."""
+        capsys.readouterr()
+        words = ("--data", data, "--data.dev", data, "--train.bad-rate", 1, *words)
+        found = finetune("image_text_classification", init, tmp_path / name, *words, train__steps=3)
+        head = json.loads((tmp_path / name / "model" / "config.json").read_text())["head"]
+        assert (f"{task} (concatenated)" in found) == (head["reads"] == "concatenated") == (task not in found)
+        told = capsys.readouterr()
+        return head["reads"], told.out + told.err
+
+    contrastive = pretrained("contrastive", **alone)
+    why = "no loss has trained what this model reads pictures and texts together with"
+    reads, told = read(contrastive, "tuned")
+    assert reads == "concatenated" and why in told and "reads the pooled picture and the pooled text side by" in told
+    assert read(tmp_path / "tuned", "again")[0] == "concatenated", "nothing has trained it since"
+    reads, told = read(contrastive, "chosen", "--head.fusion", "fused")
+    assert reads == "fused" and why not in told
+    assert read(tmp_path / "chosen", "later")[0] == "fused", "the head has trained it"
+    longer = pretrained("longer", "--init", contrastive, **alone)
+    assert trivium.load(longer).fusion_trained is False
+    joint = pretrained("joint", "--init", longer, **alone | {"objectives__mmm_text": 1})
+    assert read(joint, "fused")[0] == "fused"
 
 
 def test_a_unit_is_fine_tuned_on_texts_and_on_pictures_with_texts(reviews: str, tmp_path: Path) -> None:

@@ -238,11 +238,12 @@ def test_a_model_reads_no_more_of_a_text_after_the_trip_than_before(
     bundle = load(folder)
     places = bundle.max_length
     assert places == bundle.model.config.max_length, "Hugging Face's file says 1e30, which is no limit"
-    bundle.max_length, bundle.false_pairs = 7, 0.2
+    bundle.max_length, bundle.false_pairs, bundle.fusion_trained = 7, 0.2, False
     bundle.save(tmp_path / "ours")
     convert(tmp_path / "ours", to="hf-flava", out=tmp_path / "hf")
     said = capsys.readouterr().out
     assert "left out: hf-flava has no place for false_pairs; the share of false ones" in said and "(0.2)" in said
+    assert "left out: hf-flava has no place for fusion_trained; that no loss has reached" in said
     back = load(tmp_path / "hf")
     assert (back.max_length, back.model.config.max_length) == (7, places)
     words = " ".join(TEXTS * 4)

@@ -51,6 +51,7 @@ class Bundle:
     labels: list[str] | None = None
     max_length: int = 512  # tokens of a text, with [CLS] and [SEP]; longer ones are cut
     false_pairs: float | None = None  # share of them when matching was trained; None: not known
+    fusion_trained: bool | None = None  # whether any loss reached the encoder that reads both; None: not known
     head: nn.Module | None = None  # of a fine-tuned model
     head_config: HeadConfig | None = None
     labels_of: dict[str, list[str]] | None = None  # of a model of several tasks; attributes as "TASK.attributes"

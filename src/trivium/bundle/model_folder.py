@@ -36,6 +36,8 @@ def write(
         "false_pairs": bundle.false_pairs,
         "image_tokenizer": image_tokenizer_entry(bundle.image_tokenizer),
     }
+    if bundle.fusion_trained is not None:
+        config["fusion_trained"] = bundle.fusion_trained
     if bundle.tuned_for:
         config["tuned_for"] = list(bundle.tuned_for)
     if bundle.head is not None and bundle.head_config is not None:

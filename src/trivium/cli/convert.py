@@ -138,6 +138,11 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
             f"left out: {to} has no place for false_pairs; the share of false ones among the training pairs"
             f" ({bundle.false_pairs:g}) is needed for the exact accuracy of matching"
         )
+    if bundle.fusion_trained is False:
+        print(
+            f"left out: {to} has no place for fusion_trained; that no loss has reached what reads pictures and texts"
+            " together is not known to a fine-tuning from there, which needs --head.fusion concatenated"
+        )
     whole = None
     if adapter.write_head is not None and bundle.head is not None and bundle.head_config is not None:
         whole = adapter.write_head(model, bundle.head, bundle.head_config, bundle.labels or ())

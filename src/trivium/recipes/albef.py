@@ -222,7 +222,11 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
         seed=seed, weights={loss: getattr(objectives, loss) for loss in LOSSES}, duplicates=objectives.duplicates,
         negatives=objectives.negatives, pool=objectives.pool,
     )  # fmt: skip
-    bundle = Bundle("albef", model, tokenizer, transform, max_length=data.max_length, false_pairs=FALSE_SHARE)
+    fusion_trained = bool(objectives.itm or objectives.mlm) or (False if start is None else start.fusion_trained)
+    bundle = Bundle(
+        "albef", model, tokenizer, transform, max_length=data.max_length, false_pairs=FALSE_SHARE,
+        fusion_trained=fusion_trained,
+    )  # fmt: skip
     streams, held_out = (_streams(recipe, sources, config, tokenizer, train) for train in (True, False))
     return PreparedAlbef.of_streams(
         recipe, name, arguments, method, bundle, sources, streams, held_out, notes, optim=optim_of(recipe.optim, method)

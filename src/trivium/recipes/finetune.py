@@ -50,6 +50,7 @@ from trivium.train.protocol import Method, Stream
 from trivium.train.run import Train
 
 EPOCHS = 10.0  # of a task without published updates
+THROUGH_FUSION: tuple[Reads, ...] = ("fused", "states", "two_pictures")
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,11 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     head = config.build()
     initialise(head, recipe.train.seed)
     notes, goes_on = list(splits.notes), False
+    if reads == "concatenated" and recipe.head.fusion == "auto" and isinstance(model, Fuses):
+        notes.append(
+            "no loss has trained what this model reads pictures and texts together with, so the head reads both vectors"
+            " side by side; --head.fusion fused is the head on the fused class token all the same"
+        )
     if isinstance(head, AnswerDecoder | TwoPictures) and isinstance(model, Albef):
         head.start(model)
     if resume_from is None and start.head is not None:
@@ -223,6 +229,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     bundle = replace(
         start, model=model, transform=transform, labels=list(splits.labels) or None, max_length=max_length,
         head=head, head_config=config, image_tokenizer=None, tuned_for=(), labels_of=None,
+        fusion_trained=True if reads in THROUGH_FUSION else start.fusion_trained,
     )  # fmt: skip
 
     def export(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -320,6 +327,8 @@ def _reads(task: Task, head: Head, start: Bundle) -> Reads:
         raise TriviumError(
             f"{task.title} prepares ALBEF for two pictures, and {family} is fine-tuned for them as it is"
         )
+    if head.fusion == "auto" and start.fusion_trained is False:
+        return "concatenated"
     return "fused" if head.fusion != "concatenated" and isinstance(model, Fuses) else "concatenated"
 
 

@@ -50,7 +50,8 @@ from trivium.train.run import Train
 
 HEADS = ("*_head.decoder.weight",)
 PUBLISHED_ZEROS = ("image.class_token", "image.mask_token", "image.positions", "multimodal.class_token")
-FED_BY = {"pairs": ("mmm_image", "mmm_text", "itm", "contrastive"), "images": ("mim",), "text": ("mlm",)}
+OF_BOTH = ("mmm_image", "mmm_text", "itm")  # losses that reach the multimodal encoder
+FED_BY = {"pairs": (*OF_BOTH, "contrastive"), "images": ("mim",), "text": ("mlm",)}
 
 
 @dataclass(frozen=True)
@@ -244,9 +245,13 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     false_pairs = None if start is None else start.false_pairs
     if recipe.objectives.itm and sources.pairs is not None:
         false_pairs = data.false_pairs
+    fusion_trained = False if start is None else start.fusion_trained
+    if sources.pairs is not None and any(weights[loss] for loss in OF_BOTH):
+        fusion_trained = True
     bundle = Bundle(
-        "flava", model, tokenizer, transform, image_tokenizer, max_length=data.max_length, false_pairs=false_pairs
-    )
+        "flava", model, tokenizer, transform, image_tokenizer, max_length=data.max_length, false_pairs=false_pairs,
+        fusion_trained=fusion_trained,
+    )  # fmt: skip
 
     patch = model_config.patch_size
     streams = make_streams(data, sources, views, patch, tokenizer, codes, stream_names)

@@ -281,9 +281,10 @@ def put_together(
     method = _method(model, Pixels(transform.mean, transform.std), recipe, len(train), notes)
     bundle = replace(
         start, model=model, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
-        image_tokenizer=None, false_pairs=FALSE_SHARE if _trains_matching(recipe, model) else start.false_pairs,
-        tuned_for=(),
+        image_tokenizer=None, tuned_for=(),
     )  # fmt: skip
+    if _trains_matching(recipe, model):
+        bundle = replace(bundle, false_pairs=FALSE_SHARE, fusion_trained=True)
     views = Views(transform.size, transform.filter, crop_scale=crop_scale, flip=data.flip)
     changes = RandomAugment(data.random_changes) if data.random_changes else None
     image = ImageInput(views, patch, changes=changes, cache_bytes=data.cache_megabytes << 20, masked=False)
