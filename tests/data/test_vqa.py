@@ -95,6 +95,30 @@ def test_vqa_answers_must_be_frequent_and_a_question_without_them_is_bad(tmp_pat
         read_vqa(str(tmp_path / "train2014"))
 
 
+def test_the_questions_on_pictures_of_val2017_are_a_split_where_coco_says_which_these_are(tmp_path: Path) -> None:
+    root = Path(vqa(tmp_path))
+    listed = root / "annotations" / "instances_val2017.json"
+    file, annotated = (root / f"v2_{name}.json" for name in ("OpenEnded_mscoco_val2014_questions",
+                                                             "mscoco_val2014_annotations"))  # fmt: skip
+    questions = json.loads(file.read_text())["questions"]
+    write(file, {"questions": [*questions, {"image_id": 28, "question": "another?", "question_id": 5}]})
+    annotations = json.loads(annotated.read_text())["annotations"]
+    write(annotated, {"annotations": [*annotations, annotations[0] | {"question_id": 5}]})
+    splits = read_vqa(str(root), min_questions=1)
+    assert list(splits.held_out) == ["dev", "test_dev"] and not splits.notes
+    official = [{"id": n} for n in range(28, 28 + 5000)]
+    write(listed, {"images": [*official, "no record"]})
+    splits = read_vqa(str(root), min_questions=1)
+    assert list(splits.held_out) == ["dev", "test_dev", "val2017"]
+    [row] = splits.held_out["val2017"].good()
+    assert (row.key, row.image) == ("5", f"{tmp_path}/val2014/COCO_val2014_{28:012d}.jpg") and row.is_labelled
+    assert len(splits.held_out["dev"]) == 2, "the split of all keeps them"
+    write(listed, {"images": official[:40]})
+    splits = read_vqa(str(root), min_questions=1)
+    assert "val2017" not in splits.held_out, "a part of it is not what the paper was measured on"
+    assert splits.notes == [f"{listed} names 40 pictures, COCO's own 5,000: val2017 is left out"]
+
+
 def test_vqa_annotations_that_are_no_records_cost_their_questions_alone(tmp_path: Path) -> None:
     root = Path(vqa(tmp_path))
     path = root / "v2_mscoco_train2014_annotations.json"

@@ -4,6 +4,9 @@ below one folder:
     v2_OpenEnded_mscoco_{train2014,val2014,test2015,test-dev2015}_questions.json
     v2_mscoco_{train2014,val2014}_annotations.json
     train2014/COCO_train2014_000000000009.jpg   val2014/   test2015/
+    annotations/instances_val2017.json          COCO's own, where it is there: val2017 is 5,000 of the pictures of
+                                                val2014, and the questions on them, which UniT is measured by, are a
+                                                split beside that of all ("dev")
 
 or in ALBEF's, whose pictures lie below the same folder (those of Visual Genome below vg/, where there is one):
 
@@ -22,6 +25,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -32,10 +36,12 @@ from trivium.errors import BadSample, TriviumError
 
 MIN_QUESTIONS = 9  # with an answer, for it to be a class
 SPLITS = {"dev": "val2014", "test": "test2015", "test_dev": "test-dev2015"}
+NUM_VAL2017 = 5000  # pictures
 
 
 def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
-    """Train and, as "dev", val; test and test-dev; each where its questions are there. Raises TriviumError."""
+    """Train and, as "dev", val; test and test-dev; each where its questions are there; of val the part on the pictures
+    of val2017, where a file says which these are. Raises TriviumError."""
     trains = os.path.isfile(_questions(root, "train2014"))
     of_albef = [name for name, files in ALBEF_SPLITS.items() for f in files if os.path.isfile(os.path.join(root, f))]
     if "train" in of_albef or (of_albef and not trains):
@@ -58,11 +64,26 @@ def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
                 counts[normalized(str(answer or ""))] += 1
     labels = _common(root, counts, min_questions, trains)
     number_of = {answer: number for number, answer in enumerate(labels)}
-    return Splits(
-        _read(root, "train2014", number_of) if trains else LabelledRows([], "pairs"),
-        {name: _read(root, split, number_of) for name, split in held_out.items()},
-        labels,
-    )
+    read = {name: _read(root, split, number_of) for name, split in held_out.items()}
+    notes: list[str] = []
+    listed = os.path.join(root, "annotations", "instances_val2017.json")
+    if "dev" in read and os.path.isfile(listed):
+        pictures = _val2017(root, listed)
+        if len(pictures) == NUM_VAL2017:
+            read["val2017"] = read["dev"].with_rows([row for row in read["dev"].good() if row.image in pictures])
+        else:  # scenes, or a part of it: another figure than the published one
+            notes.append(f"{listed} names {len(pictures):,} pictures, COCO's own {NUM_VAL2017:,}: val2017 is left out")
+    train = _read(root, "train2014", number_of) if trains else LabelledRows([], "pairs")
+    return Splits(train, read, labels, notes=notes)
+
+
+def _val2017(root: str, listed: str) -> set[str]:
+    """The pictures that COCO's file lists, as val2014 calls them."""
+    pictures = set()
+    for number, fields in enumerate(json_object(listed).items("images")):
+        with suppress(BadSample):
+            pictures.add(_picture(root, "val2014", Record(listed, f"entry {number}", fields).integer("id")))
+    return pictures
 
 
 def _common(root: str, counts: Counter[str], min_questions: int, trains: bool) -> tuple[str, ...]:

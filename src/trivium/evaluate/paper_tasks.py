@@ -220,9 +220,9 @@ UNIT = (
         "vg", "val (disjoint from COCO val2017)",
         "visual_genome/{annotations/instances_val_split_by_coco_2017.json, images/ or VG_100K/ and VG_100K_2/}",
     ),
-    _shared("VQAv2", "multimodal",
-            Figure("VQA accuracy", "val2017.accuracy", splits=("val2017 images",), instead="dev.accuracy"), *VQA,
-            "vqav2"),
+    _shared("VQAv2", "multimodal",  # val2017: the questions of val2014 on those of its pictures that are COCO's val2017
+            Figure("VQA accuracy", "val2017.accuracy", splits=("val2017 images",), instead="dev.accuracy"),
+            f"{VQA[0]}, annotations/instances_val2017.json of COCO", VQA[1], "vqav2"),
     _shared("SNLI-VE", "multimodal", Figure("accuracy", "dev.accuracy", splits=_DEV), *ENTAILMENT, "snli_ve"),
     *(
         _shared(name, "language", Figure(metric, result, splits=_DEV), f"glue_data/{name}/*.tsv", GLUE_OWNERS, verb)
