@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from trivium.data.decode import decode
 from trivium.data.duplicates import close_across
 from trivium.data.glue import read_glue
 from trivium.data.labelled import LabelledRows, Row
-from trivium.data.sources import open_source
+from trivium.data.sources import Concat, open_source
 from trivium.errors import BadSample
 from trivium.train.protocol import Source
 
@@ -124,12 +125,32 @@ def test_pictures_that_are_equal_or_nearly_so_whatever_their_file(
     assert opened.count(third) == 1, "training is gone through once for both"
     monkeypatch.setattr(leakage, "PICTURES", 5)
     [files] = leakage.of_pictures(train, {"dev": dev})
-    assert "2 of 7 rows of dev show a file, which is all that was looked for among more than 5 pictures," in files
-    other = shown(tmp_path, "other", ["4.png", "5.png"])
+    all_ = "which is all that was looked for among more than 5 pictures"
+    assert f"4 of 7 rows of dev show a picture that stands, equal to the byte, {all_}, in training" in files
+    assert files.endswith("dev.csv (line 3) and train.csv (line 4)"), "a copy under another name"
+    other = shown(tmp_path, "other", ["4.png", "5.png", "gone.jpg"])
     [none] = leakage.of_pictures(train, {"other": other})
-    assert none.startswith(
-        "leakage: no row of other shows a file that stands in training, which is all that was looked"
-    )
+    assert none == f"leakage: no row of other shows a picture that stands, equal to the byte, in training, {all_}"
+
+
+def test_of_many_pictures_the_bytes_are_compared_and_whole_only_where_size_and_end_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leakage, "PICTURES", 0)
+    contents = {"one": b"a" + bytes(9000), "same": b"a" + bytes(9000), "head": b"b" + bytes(9000),
+                "size": bytes(9000), "end": b"a" + bytes(8999) + b"c", "empty": b"", "none": b""}  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / f"{name}.jpg").write_bytes(content)
+    read: list[str] = []
+    digest = leakage._digest
+    monkeypatch.setattr(leakage, "_digest", lambda path: (read.append(Path(path).stem), digest(path))[1])
+    train = shown(tmp_path, "train", ["one.jpg", "empty.jpg", "gone.jpg"])
+    told = {}
+    for name in contents:
+        [told[name]] = leakage.of_pictures(train, {name: shown(tmp_path, name, [f"{name}.jpg"])})
+    found = [name for name, sentence in told.items() if sentence.startswith("leakage: 1 of 1 rows")]
+    assert found == ["one", "same", "empty", "none"]
+    assert not {"size", "end"} & set(read) and "head" in read
 
 
 def test_captioned_pictures_that_stand_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,8 +168,25 @@ def test_captioned_pictures_that_stand_on_both_sides(tmp_path: Path, monkeypatch
     assert "2 of 4 rows of dev show a picture that stands, equal to the pixel, in training" in told
     assert "dev.jsonl" in told and "train.jsonl" in told
     assert leakage.of_pairs(train, {"new": source("new", ["2.png", "3.png"])}) == []
-    monkeypatch.setattr(leakage, "PICTURES", 6)
-    assert "pictures of dev were not looked for in training" in leakage.of_pairs(train, {"dev": dev})[0]
+    monkeypatch.setattr(leakage, "PICTURES", 2)
+    monkeypatch.setattr(leakage, "decode", lambda data: pytest.fail("it is opened"))
+    [told] = leakage.of_pairs(train, {"dev": dev})
+    assert "2 of 4 rows of dev show a picture that stands, equal to the byte, which is all that was looked for" in told
+    assert "dev.jsonl (line 2)" in told and told.endswith("train.jsonl (line 2)")
+    both = Concat([source("folder", ["2.png"]), packed(tmp_path, "copy.png")])
+    [told] = leakage.of_pairs(packed(tmp_path, "1.png"), {"dev": both})
+    assert "1 of 2 rows of dev show a picture" in told, "in shards by the checksum"
+
+
+def packed(folder: Path, file: str) -> Source:
+    """A shard with one picture."""
+    path = folder / f"of-{file}.tar"
+    with tarfile.open(path, "w") as shard:
+        for name, content in (("0.png", (folder / file).read_bytes()), ("0.txt", b"so it is")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    return open_source("pairs", [path])
 
 
 @pytest.mark.data

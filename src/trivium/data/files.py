@@ -62,6 +62,10 @@ class RowSource(ABC):
         """What the number of a row is made from: equal only where the picture is the same."""
         return "\n".join((os.path.abspath(self.where(row)[0]), self.where(row)[1]))
 
+    def picture_path(self, row: int) -> str | None:
+        """The file that holds its picture and nothing else; None where it stands inside another. Raises BadSample."""
+        return None
+
     def label(self, row: int) -> int | None:
         """The class of the picture, where it has one."""
         return None
@@ -249,6 +253,9 @@ class Folder(RowSource):
 
     def picture(self, row: int) -> bytes:
         return self.picture_file(row, self._picture_file(row))
+
+    def picture_path(self, row: int) -> str:
+        return self._picture_file(row)
 
     def captions(self, row: int) -> list[str]:
         path = self._caption_file(row)

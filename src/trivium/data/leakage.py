@@ -3,16 +3,21 @@
 Texts are equal where their letters and digits are, whatever case, blanks and marks; near where two hashes of their runs
 of four characters ("SimHash", Charikar 2002, 64 bits) differ in at most TEXT_DISTANCE bits: a share d of other runs
 changes about 64 acos(1 - d) / pi bits, so 8 are a word of a long sentence, and unrelated texts are 32 apart.
-Pictures are equal by their pixels, or near, as `duplicates` has it.
+Pictures are equal by their pixels, or near, as `duplicates` has it. Of more than PICTURES it is too long to open each:
+then their files are compared, byte for byte, which opens only those of a size that both sides have; a picture in a
+table or a shard by the checksum that it is known by there.
 
 N rows, P pictures, C numbers of their colours, R runs of W characters.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,13 +25,16 @@ import numpy as np
 
 from trivium.data import duplicates
 from trivium.data.decode import DecodeError, decode
+from trivium.data.files import RowSource
 from trivium.data.labelled import LabelledRows, Row
+from trivium.data.sources import Concat
 from trivium.errors import BadSample
 from trivium.train.protocol import Source, mix64
 
 TEXT_DISTANCE = 8  # bits
 RUN = 4  # characters
 PICTURES = 20_000  # distinct ones, beyond which files alone are compared: to open each takes longer than it is worth
+END = 4096  # bytes of a file that are read before all of it is
 
 
 def of_texts(train: LabelledRows, held_out: Mapping[str, LabelledRows]) -> list[str]:
@@ -47,18 +55,10 @@ def of_pictures(train: LabelledRows, held_out: Mapping[str, LabelledRows]) -> li
 
 
 def of_pairs(train: Source, held_out: Mapping[str, Source]) -> list[str]:
-    """Likewise of captioned pictures, of whatever source: of each held-out split by its name. Training is gone through
-    once for all of them."""
-    looked = {name: rows for name, rows in held_out.items() if len(train) + len(rows) <= PICTURES}
-    shown = _Shown.by_source(train) if looked else None
-    found = []
-    for name, rows in held_out.items():
-        if name in looked and shown is not None:
-            found += _of_shown(shown, _Shown.by_source(rows), name)
-        else:
-            few = f"being more than {PICTURES:,} together"
-            found.append(f"leakage: pictures of {name} were not looked for in training, {few}")
-    return found
+    """Likewise of captioned pictures in files, tables or shards: of each held-out split by its name. Training is gone
+    through once for all of them."""
+    shown = _Shown.by_source(train)
+    return [sentence for name, rows in held_out.items() for sentence in _of_shown(shown, _Shown.by_source(rows), name)]
 
 
 def _of_written(train: _Written, held_out: _Written, name: str) -> list[str]:
@@ -82,9 +82,9 @@ def _of_shown(train: _Shown, held_out: _Shown, name: str) -> list[str]:
 
     if len(first) + len(set(held_out.pictures)) > PICTURES:
         few = f"which is all that was looked for among more than {PICTURES:,} pictures"
-        met = of_training({picture: picture for picture in first})
-        told = _told(name, held_out.names, (met, f"show a file, {few},"))
-        return told or [f"leakage: no row of {name} shows a file that stands in training, {few}"]
+        met = of_training({picture: picture for picture in first} | _equal_files(train, held_out))
+        told = _told(name, held_out.names, (met, f"show a picture that stands, equal to the byte, {few},"))
+        return told or [f"leakage: no row of {name} shows a picture that stands, equal to the byte, in training, {few}"]
     seen, others = train.prints, held_out.prints
     by_pixels = dict(zip(reversed(seen.pixels), reversed(seen.pictures), strict=True))
     equal = {
@@ -104,6 +104,39 @@ def _of_shown(train: _Shown, held_out: _Shown, name: str) -> list[str]:
         name, held_out.names, (of_training(equal), "show a picture that stands, equal to the pixel,"),
         (of_training(near), f"show a near copy ({how})"),
     )  # fmt: skip
+
+
+def _equal_files(train: _Shown, held_out: _Shown) -> dict[str, str]:
+    """Of pictures of `held_out` that are files, one of `train` whose file has the same bytes. Files are read where they
+    agree in size, and to their beginning where they agree at their end too, which of other photographs none does."""
+    ours, theirs = dict(train.files), dict(held_out.files)
+    for fact in (_size, _end, _digest):
+        fact_of = {path: fact(path) for path in {*ours.values(), *theirs.values()}}
+        both = {fact_of[path] for path in ours.values()} & {fact_of[path] for path in theirs.values()} - {None}
+        ours, theirs = (
+            {picture: path for picture, path in files.items() if fact_of[path] in both} for files in (ours, theirs)
+        )
+    first = {fact_of[path]: picture for picture, path in reversed(ours.items())}
+    return {picture: first[fact_of[path]] for picture, path in theirs.items()}
+
+
+def _size(path: str) -> int | None:
+    with suppress(OSError, ValueError):
+        return os.stat(path).st_size
+    return None  # so it is in no one's way: whoever reads the rows says that it cannot be read
+
+
+def _end(path: str) -> bytes | None:
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(-min(END, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        return hashlib.sha256(file.read()).digest()
+    return None
+
+
+def _digest(path: str) -> bytes | None:
+    with suppress(OSError), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+    return None
 
 
 def simhashes(texts: Sequence[str]) -> np.ndarray:
@@ -145,12 +178,13 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Shown:
-    """The rows of a split that can be used: which picture each shows ("": none), its name in messages, and how the
-    picture of one is read (raises BadSample)."""
+    """The rows of a split that can be used: which picture each shows ("": none), its name in messages, how the picture
+    of one is read (raises BadSample), and the paths of pictures that are a file each."""
 
     pictures: list[str]
     names: list[str]
     read: Callable[[int], bytes]
+    files: dict[str, str]
 
     @cached_property
     def prints(self) -> _Prints:
@@ -164,20 +198,36 @@ class _Shown:
             [row.image or "" for _, row in good],
             [_named(row) for _, row in good],
             lambda place: rows.picture(numbers[place]),
+            {row.image: row.image for _, row in good if row.image},
         )
 
     @classmethod
     def by_source(cls, source: Source) -> _Shown:
-        numbers, pictures, names = [], [], []
-        for number in range(len(source)):
-            try:
-                sample = source.read(number, number)
-            except BadSample:
-                continue  # counted where the rows are read
-            numbers.append(number)
-            pictures.append(str(sample.get("same_image", number)))
-            names.append(sample.get("name", f"row {number}"))
-        return cls(pictures, names, lambda place: source.read(numbers[place], numbers[place])["image"])
+        """No picture is read for it."""
+        places: list[tuple[RowSource, int]] = []
+        pictures: list[str] = []
+        names: list[str] = []
+        files: dict[str, str] = {}
+        for part in source.sources if isinstance(source, Concat) else [source]:
+            assert isinstance(part, RowSource), "captioned pictures of one's own stand in files"
+            for row in range(len(part)):
+                try:
+                    path = part.picture_path(row)
+                    picture = part.identity(row) if path is None else path
+                except BadSample:
+                    continue  # counted where the rows are read
+                if path is not None:
+                    files[picture] = path
+                file, where = part.where(row)
+                places.append((part, row))
+                pictures.append(picture)
+                names.append(f"{file} ({where})" if where else file)
+
+        def read(place: int) -> bytes:
+            part, row = places[place]
+            return part.picture(row)
+
+        return cls(pictures, names, read, files)
 
 
 @dataclass(frozen=True)

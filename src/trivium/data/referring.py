@@ -79,6 +79,9 @@ class ExpressionRows(ReadRows[Expression]):
     def picture(self, row: int) -> bytes:
         return self.picture_file(row, self.row(row).image)
 
+    def picture_path(self, row: int) -> str:
+        return self.row(row).image
+
     def captions(self, row: int) -> list[str]:
         return [self.row(row).text]
 

@@ -73,7 +73,7 @@ class Table(RowSource):
             raise self.bad(row, "its picture has zero bytes")
         if data is not None:
             return data
-        path = self._picture_path(row, cell)
+        path = self._path_in(row, cell)
         if path is None:
             raise self.bad(row, f'its column "{self.image_column}" names no picture')
         return self.picture_file(row, path)
@@ -94,7 +94,11 @@ class Table(RowSource):
         cell = self.cell(row, self.image_column)
         if data := _embedded(cell):
             return f"{zlib.crc32(data)} {len(data)}"
-        return self._picture_path(row, cell) or super().identity(row)
+        return self._path_in(row, cell) or super().identity(row)
+
+    def picture_path(self, row: int) -> str | None:
+        cell = None if self.image_column is None else self.cell(row, self.image_column)
+        return self._path_in(row, cell) if _embedded(cell) is None else None
 
     def refuse_web_addresses(self) -> None:
         """Raises TriviumError where the first row names its picture by address: every other row would fail, too."""
@@ -106,7 +110,7 @@ class Table(RowSource):
             file = self.where(0)[0]
             raise TriviumError(f"{file} names pictures by web address ({cell}): download them and name the files")
 
-    def _picture_path(self, row: int, cell: object) -> str | None:
+    def _path_in(self, row: int, cell: object) -> str | None:
         path = cell.get("path") if isinstance(cell, dict) else cell
         if not isinstance(path, str) or not path.strip():
             return None
