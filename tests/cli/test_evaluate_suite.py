@@ -188,6 +188,17 @@ def test_a_run_that_began_from_another_model_is_told(
     assert "<td>RTE<small>its run of trivium finetune, which does not say</small></td><td>–</td>" in page
 
 
+def test_what_a_run_shares_between_held_out_rows_and_training_stands_beside_its_figures(
+    trained: Path, tmp_path: Path
+) -> None:
+    leak = "leakage: 2 of 872 rows of dev stand, in the same letters, in training"
+    sst2, out = tuned(tmp_path / "sst2", {"SST-2": 0.9}, trained), tmp_path / "out"
+    content = json.loads((sst2 / "results.json").read_text())
+    (sst2 / "results.json").write_text(json.dumps(content | {"notes": [leak]}))
+    assert trivium("evaluate", trained, "--task", "SST-2", "--fine-tuned", sst2, "--out", out) == 0
+    assert f"<small>{leak}</small>" in html.unescape((out / "report.html").read_text(encoding="utf-8"))
+
+
 def test_a_run_that_began_from_another_run_of_the_same_model(trained: Path, tmp_path: Path) -> None:
     first = tuned(tmp_path / "first", {"MNLI": 0.8}, trained, rows=400)
     (first / "passport.json").write_text("{}")

@@ -27,7 +27,7 @@ from tests.recipes.shop import trivium as run
 from trivium.bundle import Bundle
 from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
 from trivium.data.transforms import ImageTransform
-from trivium.evaluate.results import read
+from trivium.evaluate.results import read, read_notes
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.flava import Flava
 from trivium.models.unit import Unit
@@ -164,7 +164,8 @@ def test_patience_ends_a_run_and_resuming_does_not_begin_it_again(
 
 def test_several_seeds_have_a_folder_each_and_a_median(bert: Path, reviews: str, tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    found = finetune("text_classification", bert, out, "--data", reviews, "--seeds", 3, "--train.seed", 5)
+    words = ("--data", reviews, "--data.test", reviews, "--seeds", 3, "--train.seed", 5)
+    found = finetune("text_classification", bert, out, *words)
     each = [figures(out / f"seed-{seed}")["text classification"] for seed in (5, 6, 7)]
     assert found["text classification.median"] == sorted(each)[1]
     assert (found["text classification.lowest"], found["text classification.highest"]) == (min(each), max(each))
@@ -172,6 +173,8 @@ def test_several_seeds_have_a_folder_each_and_a_median(bert: Path, reviews: str,
     median = read(out / "results.json")["text classification.median"]
     assert median.low is not None
     assert median in whole, "with the interval of the run in the middle"
+    [notes] = {tuple(read_notes(path)) for path in out.glob("**/results.json")}
+    assert notes[0].startswith("leakage: 80 of 96 rows of test stand"), "the median is of the same rows"
     heads = [(out / f"seed-{seed}" / "model" / "head.safetensors").read_bytes() for seed in (5, 6, 7)]
     assert len(set(heads)) == 3
     shutil.rmtree(out / "seed-7")  # as if it had not been begun
@@ -250,6 +253,8 @@ def test_what_training_and_held_out_rows_share_is_said(
     assert "leakage" not in told.err, "neither start nor resume waits for it"
     assert "texts that training and held-out rows have in common" in told.err
     assert "leakage: 96 of 96" in (tmp_path / "texts" / "report.html").read_text(encoding="utf-8")
+    [note] = read_notes(tmp_path / "texts" / "results.json")
+    assert note.startswith("leakage: 96 of 96 rows of dev"), "for whoever reads the figures without the page"
     data = pictures(tmp_path)
     words = ("--data", data, "--data.dev", data, "--train.bad-rate", 1)
     finetune("image_text_classification", flava, tmp_path / "pictures", *words)

@@ -156,8 +156,8 @@ def read_fine_tuned(folders: Sequence[Path]) -> list[TunedRun]:
                 f"--fine-tuned {folder} holds no results.json: name a run of trivium finetune that is done"
             )
         for run in runs:
-            read = results.read(run / "results.json")
-            found.setdefault(run.resolve(), TunedRun(run, read, _inits(run), _rows(run)))
+            read, notes = results.read(run / "results.json"), results.read_notes(run / "results.json")
+            found.setdefault(run.resolve(), TunedRun(run, read, _inits(run), _rows(run), tuple(notes)))
     return list(found.values())
 
 

@@ -168,9 +168,10 @@ def _summarise(out: Path, folders: Sequence[Path]) -> int:
             summary[f"{name}.highest"] = Result(runs[-1].value)
     command = " ".join(["trivium", *sys.argv[1:]])
     total = sum(each["seconds.total"].value for each in found)
+    notes = dict.fromkeys(note for folder in folders for note in results.read_notes(folder / "results.json"))
     results.write(
         out / "results.json", summary, command=command, version=__version__, machine=run_folder.machine(),
-        seconds={"total": total},
+        seconds={"total": total}, notes=list(notes),
     )  # fmt: skip
     for name, result in summary.items():
         if name.endswith(".median"):

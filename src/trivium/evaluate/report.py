@@ -192,7 +192,8 @@ def render(report: Report) -> str:
 
 def headline(evaluation: Evaluation) -> list[str]:
     """What the model can do, in a few sentences with numbers."""
-    results, sentences = evaluation.results, list(evaluation.headline)
+    results = evaluation.results
+    sentences = [*(f"{sentence}." for sentence in evaluation.leakage), *evaluation.headline]
     name = "retrieval.style.text_to_image_r10"
     if name in results:
         value, chance = results[name].value, evaluation.chance[name]

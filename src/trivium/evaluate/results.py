@@ -1,6 +1,6 @@
 """results.json: every figure of an evaluation under one name, with its interval and the number it rests on.
 
-    {schema, command, version, machine, seconds, results: {name: {value, low, high, n, published?}}}
+    {schema, command, version, machine, seconds, results: {name: {value, low, high, n, published?}}, notes?}
 
 Intervals are percentile bootstraps (Efron 1979) of 95 %: the units (queries, pictures) are drawn again with
 replacement, always with the same seed, so a report made twice is the same report. Units of one group, such as the
@@ -139,16 +139,18 @@ def write(
     version: str,
     machine: Mapping[str, Any],
     seconds: Mapping[str, float],
+    notes: Sequence[str] = (),
 ) -> None:
     """Write results.json, and outcomes.parquet beside it, each whole or not at all.
 
-    `seconds` ("train", "total", ...) stands at the top and, as `seconds.train` and so on, among the results.
+    `seconds` ("train", "total", ...) stands at the top and, as `seconds.train` and so on, among the results. notes:
+    what whoever reads the figures elsewhere is to know of them, a sentence each.
 
     Raises:
         TriviumError: the folder cannot be written to.
     """
     timed = {f"seconds.{name}": Result(value) for name, value in seconds.items()}
-    content = {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "command": command,
         "version": version,
@@ -156,6 +158,8 @@ def write(
         "seconds": dict(seconds),
         "results": {name: result.as_json() for name, result in {**timed, **results}.items()},
     }
+    if notes:
+        content["notes"] = list(notes)
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     kept = {name: result.outcomes for name, result in results.items() if result.outcomes is not None}
     outcomes.write(path.with_name(outcomes.NAME), kept)
@@ -181,3 +185,8 @@ def read(path: Path) -> Results:
         if isinstance(error, TriviumError):
             raise
         raise TriviumError(f"{path}: not a results.json of ours ({error!r}); evaluate again") from None
+
+
+def read_notes(path: Path) -> list[str]:
+    """What is to be known of the figures of a results.json that `read` takes."""
+    return [str(note) for note in json.loads(path.read_text(encoding="utf-8")).get("notes", [])]

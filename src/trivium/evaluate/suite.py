@@ -276,7 +276,7 @@ def _fine_tuned(task: PaperTask, runs: Sequence[TunedRun], path: str | None) -> 
         if task.domain == "multimodal":
             how = "picture and text vector side by side" if is_side_by_side else "the model's own states"
             found.notes.append(f"fine-tuned: the head reads {how}")
-        found.notes += filter(None, [run.doubt(path)])
+        found.notes += [*filter(None, [run.doubt(path)]), *run.notes]
         found.notes += _on_other_splits(found)
         return found
     notes = [_how_to(task, path, "DIR")] if task.verb else []

@@ -25,6 +25,7 @@ class TunedRun:
         str, ...
     ] = ()  # the model that it began from, and where that is a run, what that began from; (): unsaid
     rows: int | None = None  # training rows that it was given at most; None: all
+    notes: tuple[str, ...] = ()  # what it says of its figures: which held-out rows training has too
 
     @property
     def seconds(self) -> float:

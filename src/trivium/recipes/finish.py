@@ -80,6 +80,7 @@ def write(
         version=__version__,
         machine=machine,
         seconds=seconds,
+        notes=found.leakage,
     )
     page = out / "report.html"
     report.write(

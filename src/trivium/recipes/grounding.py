@@ -111,7 +111,7 @@ class PreparedGrounding(PreparedMatching):
         found.not_applicable += measured.notes
         say("pictures that training and held-out rows have in common")
         rows = {split: ExpressionRows(self.expressions.good(split)) for split in self.expressions.splits}
-        found.headline += [f"{sentence}." for sentence in leakage.of_pairs(rows.pop("train"), rows)]
+        found.leakage = leakage.of_pairs(rows.pop("train"), rows)
         for name, result in measured.results.items():
             if name in measured.chance:
                 split, _, figure = name.partition(".")
