@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, top_k_accuracy_score
 from torch.nn.functional import normalize
 
 from trivium.evaluate import knn, losses, matching, retrieval, zero_shot
@@ -160,6 +161,23 @@ def test_the_right_class_among_the_nearest_with_ties_against_it() -> None:
     broken = torch.full((1, 3), torch.nan)
     assert zero_shot.among_nearest(broken, torch.eye(3), torch.tensor([1]), 2).tolist() == [False]
     assert zero_shot.among_nearest(images, torch.eye(3), torch.tensor([0, 0, 1]), 2).tolist() == [True, False, True]
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_the_share_among_the_nearest_is_scikit_learns_with_ties_against_it(data: st.DataObject) -> None:
+    """Ties, constant pictures, zeros, classes that no picture has. Of equal scores scikit-learn takes the later class
+    first; a little less for the right one puts it behind all that it is equal to."""
+    classes, num, count = (data.draw(st.integers(low, high)) for low, high in ((3, 8), (1, 12), (1, 5)))
+    scores = st.lists(st.sampled_from([-2, -1, 0, 0, 1, 3]), min_size=classes, max_size=classes)
+    images_BK = torch.tensor(data.draw(st.lists(scores, min_size=num, max_size=num)), dtype=torch.float32)
+    labels_B = torch.tensor(data.draw(st.lists(st.integers(0, classes - 1), min_size=num, max_size=num)))
+    right_B = zero_shot.among_nearest(images_BK, torch.eye(classes), labels_B, count)
+    behind_BK = images_BK - 0.5 * torch.eye(classes)[labels_B]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of as many places as classes
+        theirs = top_k_accuracy_score(labels_B.numpy(), behind_BK.numpy(), k=count, labels=np.arange(classes))
+    assert float(right_B.double().mean()) == pytest.approx(theirs, abs=1e-12)
 
 
 def test_log_odds_take_off_the_prior_of_training() -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from sklearn.metrics import balanced_accuracy_score
 
 from tests.cli.test_evaluate import Addresses
 from tests.data.test_vqa import vqa
@@ -180,6 +184,19 @@ def test_accuracy_and_mean_per_class() -> None:
     low, high = found["knn.mean_per_class"].low, found["knn.mean_per_class"].high
     assert low is not None and high is not None and low < 0.75 < high <= 1.0
     assert accuracies("knn", np.full(4, 7), part([0, 1, 2, 3]))["knn.mean_per_class"].value == 0
+
+
+@given(st.integers(1, 6).flatmap(lambda k: st.lists(st.tuples(st.integers(0, k), st.integers(0, k)), min_size=1)))
+@settings(deadline=None, max_examples=40)
+def test_accuracy_by_class_is_scikit_learns_balanced_accuracy(rows: list[tuple[int, int]]) -> None:
+    """Classes that no test picture has, constant answers, answers that are no class of the test among them."""
+    answers, truths = np.array(rows).T
+    found = accuracies("knn", answers, part(truths.tolist()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of answers that are no class of the test
+        assert found["knn.mean_per_class"].value == pytest.approx(balanced_accuracy_score(truths, answers), abs=1e-12)
+        constant = accuracies("knn", np.full_like(truths, truths[0]), part(truths.tolist()))
+    assert constant["knn.mean_per_class"].value == pytest.approx(1 / len(set(truths.tolist())), abs=1e-12)
 
 
 def test_a_picture_that_cannot_be_read_is_counted_and_a_class_without_training_named(
