@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import html
 import io
 import json
 import os
@@ -197,6 +198,23 @@ def test_accuracy_by_class_is_scikit_learns_balanced_accuracy(rows: list[tuple[i
         assert found["knn.mean_per_class"].value == pytest.approx(balanced_accuracy_score(truths, answers), abs=1e-12)
         constant = accuracies("knn", np.full_like(truths, truths[0]), part(truths.tolist()))
     assert constant["knn.mean_per_class"].value == pytest.approx(1 / len(set(truths.tolist())), abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("Country211", "AD, AE"), ("ImageNet", "n01440764, n01443537")])
+def test_without_words_for_the_classes_there_is_no_zero_shot_and_a_sentence_says_so(
+    bundle: Bundle, tmp_path: Path, name: str, classes: str
+) -> None:
+    """The official layouts of codes: countries, and ImageNet without its devkit."""
+    miniatures.BUILDERS[name](tmp_path)
+    [found] = suite.run([TASKS[name]], bundle, tmp_path, tmp_path / "cache").tasks
+    assert f"{name}.knn.accuracy" in found.results and not any("zero_shot" in each for each in found.results)
+    [why] = [note for note in found.notes if "zero-shot" in note]
+    assert why.startswith(f"no zero-shot: the files have no words for the classes, which they call {classes} and so on")
+    page = suite_report.render(SuiteReport(name, SuiteRun([found]), {}), suite_report.columns([found.task]))
+    assert why in html.unescape(page)
+    (tmp_path / name.lower() / "classnames.txt").write_text("red\nblue\nmug\n")
+    [found] = suite.run([TASKS[name]], bundle, tmp_path, tmp_path / "cache").tasks
+    assert f"{name}.zero_shot.accuracy" in found.results and why not in found.notes
 
 
 def test_a_picture_that_cannot_be_read_is_counted_and_a_class_without_training_named(

@@ -22,6 +22,7 @@ from trivium.bundle import Bundle
 from trivium.data import duplicates
 from trivium.evaluate import features as encoding
 from trivium.evaluate import knn, linear_probe, zero_shot
+from trivium.evaluate.datasets.copies import CLASS_NAMES
 from trivium.evaluate.datasets.pictures import DataSet, Split, held_out
 from trivium.evaluate.feature_store import Encoder, Features, features
 from trivium.evaluate.results import Result, Results, bootstrap, mean_of
@@ -94,7 +95,10 @@ def classification(
             of = "of the copy or the user's" if data.templates else "short ones of our own, not CLIP's"
             found.notes.append(f"zero-shot: {len(templates)} templates, {of}")
         else:
-            found.notes.append("no zero-shot: the files have no words for the classes; put classnames.txt beside them")
+            found.notes.append(
+                f"no zero-shot: the files have no words for the classes, which they call {', '.join(data.classes[:2])}"
+                f" and so on: put {CLASS_NAMES}, a line a class in that order, into the folder of the data"
+            )
     return found
 
 
