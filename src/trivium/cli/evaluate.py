@@ -23,6 +23,7 @@ def evaluate(
     suite: Annotated[str | None, arg(metavar="flava35|albef|unit|vision|language|multimodal|own")] = None,
     task: Annotated[tuple[str, ...], arg(metavar="TASK ...")] = (),
     root: Annotated[Path | None, arg(name="data.root", metavar="DIR")] = None,
+    fine_tune: bool = False,
     fine_tuned: Annotated[tuple[Path, ...], arg(metavar="RUN ...")] = (),
     rows: Annotated[int | None, arg(metavar="N")] = None,
     block: Annotated[int | None, arg(metavar="N")] = None,
@@ -46,8 +47,11 @@ def evaluate(
         suite: the tasks of a paper, or of one kind.
         task: tasks by their name in the papers, such as CIFAR10 or "COCO retrieval"; of --suite, or of all suites.
         root: the folder that holds the data sets, each in its official layout or in a copy of it.
+        fine_tune: for each task that takes fine-tuning, whose data is there and for which --fine-tuned names no run,
+            fine-tune the model with the published settings, in a run folder below --out; the same call goes on.
         fine_tuned: runs of trivium finetune, whose results stand for the tasks that take fine-tuning.
-        rows: at most so many pictures of each split of --suite and --task, for a first look.
+        rows: at most so many pictures of each split of --suite and --task, for a first look; with --fine-tune so many
+            training rows.
         block: whose attention RefCOCO+ is measured by, as in trivium ground.
         image_size: pixels on the side of a picture, where not the model's own: its positions are interpolated.
         ranked: of VQAv2, of a model that writes its answers: so many of its list are read to their end, by default as
@@ -73,11 +77,11 @@ def evaluate(
         out = out or (path if is_run else Path()) / f"evaluation-{suite or 'tasks'}"
         return evaluate_suite(
             path, suite, task, root, fine_tuned, rows, block, image_size, out, device, begun,
-            ranked=ranked, first_word_twice=first_word_twice,
+            fine_tune=fine_tune, ranked=ranked, first_word_twice=first_word_twice,
         )  # fmt: skip
     of_suites = {
-        "data.root": root, "fine-tuned": fine_tuned or None, "rows": rows, "block": block, "ranked": ranked,
-        "first-word-twice": first_word_twice or None,
+        "data.root": root, "fine-tune": fine_tune or None, "fine-tuned": fine_tuned or None, "rows": rows,
+        "block": block, "ranked": ranked, "first-word-twice": first_word_twice or None,
     }  # fmt: skip
     given = [name for name, value in of_suites.items() if value is not None]
     if given:

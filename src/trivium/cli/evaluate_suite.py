@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trivium.cli import suite_runs
 from trivium.cli.embed import open_model
 from trivium.cli.finetune import SEEDS
 from trivium.errors import TriviumError
@@ -36,20 +37,24 @@ def evaluate_suite(
     device: str,
     begun: float,
     *,
+    fine_tune: bool = False,
     ranked: int | None = None,
     first_word_twice: bool = False,
 ) -> int:
     """Measure a model on tasks and write the report.
 
     Returns:
-        The exit code: 0; 2 where some data is there and cannot be read, 1 where a task failed by a mistake of ours; the
-        other tasks are measured and reported all the same.
+        The exit code: 0; 2 where some data is there and cannot be read or learned from, 1 where a task failed by a
+        mistake of ours; the other tasks are measured and reported all the same. Of a fine-tuning that a signal stopped
+        its own.
     """
     tasks = tasks_of(name, chosen)
     if rows is not None and rows < 1:
         raise TriviumError(f"--rows {rows}: it must be at least 1")
     if block is not None and not any(task.kind == "grounding" for task in tasks):
         raise TriviumError("--block is of grounding alone: name RefCOCO+ with --task")
+    if fine_tune:
+        suite_runs.check(tasks, root)
     ranking = [task for task in tasks if task.prefix == "VQAv2"]
     ranks_otherwise = ranked is not None or first_word_twice
     if ranks_otherwise and not ranking:
@@ -73,6 +78,20 @@ def evaluate_suite(
     def say(sentence: str) -> None:
         print(sentence, file=sys.stderr)
 
+    failed: dict[PaperTask, Exception] = {}
+    if fine_tune and root is not None:
+        asking = [task for task, tuned_run in zip(tasks, chosen_runs, strict=True) if tuned_run is None]
+        if block is not None:  # of the model as it is
+            asking = [task for task in asking if task.kind != "grounding"]
+        try:
+            folders, failed = suite_runs.fine_tune(
+                asking, bundle, path, root, out, rows=rows, image_size=image_size, device=device, say=say
+            )  # fmt: skip
+        except suite_runs.Stopped as stopped:
+            say("the evaluation is stopped too: the same command goes on from here")
+            return stopped.exit_code
+        tuned += read_fine_tuned(folders)
+        chosen_runs = [tuned_runs.of_task(task, tuned) for task in tasks]
     for tuned_run in dict.fromkeys(filter(None, chosen_runs)):
         if (doubt := tuned_run.doubt(str(path))) is not None:
             say(f"--fine-tuned: {doubt}")
@@ -83,6 +102,9 @@ def evaluate_suite(
     )  # fmt: skip
     run_of_model = _run_of(path)
     for each in run.tasks:
+        if (error := failed.get(each.task)) is not None:
+            why = f"a mistake of ours ({error!r}): please report it" if suite_runs.is_ours(error) else str(error)
+            each.notes.insert(0, f"its fine-tuning came to nothing: {why}")
         if each.task.kind == "fine-tuning" and each.state in ("measured", "kept"):  # by its own head
             if (few := _rows(run_of_model)) is not None:
                 each.rests_on(tuned_runs.PART.format(few))
@@ -92,7 +114,7 @@ def evaluate_suite(
                 each.rests_on("learned beside other tasks, not fine-tuned")
     if not any(each.state in HAS_FIGURES for each in run.tasks):
         _list_absent(run)
-        if not any(each.state in ("unscored", "damaged", "failed") for each in run.tasks):
+        if not failed and not any(each.state in ("unscored", "damaged", "failed") for each in run.tasks):
             where = "no --data.root is given" if root is None else f"below {root} is nothing to measure this model on"
             raise TriviumError(
                 f"there is nothing to measure: {where}, and --fine-tuned names no result for these tasks"
@@ -114,7 +136,9 @@ def evaluate_suite(
     _print(run)
     print(f"report: {page}")
     states = {each.state for each in run.tasks}
-    return 1 if "failed" in states else 2 if "damaged" in states else 0
+    if "failed" in states or any(map(suite_runs.is_ours, failed.values())):
+        return 1
+    return 2 if "damaged" in states or failed else 0
 
 
 def tasks_of(name: str | None, chosen: Sequence[str]) -> list[PaperTask]:

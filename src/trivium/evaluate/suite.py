@@ -286,7 +286,7 @@ def _fine_tuned(task: PaperTask, runs: Sequence[TunedRun], path: str | None) -> 
 def _how_to(task: PaperTask, path: str | None, data: str) -> str:
     out = f"runs/{task.verb}"
     command = shlex.join(["trivium", "finetune", task.verb, "--init", path or "MODEL", "--data", data, "--out", out])
-    return f"fine-tune it with `{command}`, then name the run with `--fine-tuned {out}`"
+    return f"fine-tune it with `{command}`, then name the run with `--fine-tuned {out}`; --fine-tune does both"
 
 
 def _on_other_splits(found: TaskRun) -> list[str]:

@@ -64,9 +64,7 @@ def open_own(asked: PaperTask, bundle: Bundle, root: Path | None) -> OwnTask | P
 
     Raises TriviumError: they are there and cannot be read, or hold other labels than the head.
     """
-    folders, patterns = PLACES[asked.prefix]
-    places = [] if root is None else [root / folder for folder in folders]
-    found = next((place for place in places for pattern in patterns if next(place.glob(pattern), None)), None)
+    found = _place(asked, root)
     name, gives, own = _answered(asked, bundle)
     if name is None:
         return found
@@ -98,6 +96,18 @@ def open_own(asked: PaperTask, bundle: Bundle, root: Path | None) -> OwnTask | P
             )
         bundle = replace(bundle, labels=list(splits.labels))
     return OwnHead(task, bundle, replace(splits, held_out=held_out), own)
+
+
+def without_head(asked: PaperTask, bundle: Bundle, root: Path) -> Path | None:
+    """The folder below `root` with the rows of a task that the model has no head for; None: it has one, or none is
+    there."""
+    return _place(asked, root) if _answered(asked, bundle)[0] is None else None
+
+
+def _place(asked: PaperTask, root: Path | None) -> Path | None:
+    folders, patterns = PLACES[asked.prefix]
+    places = [] if root is None else [root / folder for folder in folders]
+    return next((place for place in places for pattern in patterns if next(place.glob(pattern), None)), None)
 
 
 def _answered(asked: PaperTask, bundle: Bundle) -> tuple[str | None, Gives, UnitTask | None]:
