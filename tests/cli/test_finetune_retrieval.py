@@ -137,6 +137,24 @@ def test_the_official_files_train_albef_and_both_orders_are_measured(
     assert again == pytest.approx({name: found[name] for name in found if not name.startswith("seconds.")}, abs=1e-9)
 
 
+def test_the_suite_fine_tunes_too_and_takes_no_measured_picture_for_a_training_row(
+    models: dict[str, Path], flickr: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    published = RETRIEVAL["retrieval_flickr30k"]
+    short = replace(published, epochs=1.0, data=replace(published.data, batch=4, image_size=32))
+    monkeypatch.setitem(RETRIEVAL, "retrieval_flickr30k", short)
+    out = tmp_path / "out"
+    words = ("--suite", "albef", "--task", "Flickr30K retrieval", "--data.root", flickr, "--out", out, "--fine-tune")
+    assert run("evaluate", models["clip"], *words, "--device", "cpu") == 0
+    [tuned] = (out / "fine-tuned").glob("retrieval_flickr30k-*")
+    assert lines_of(tuned / "metrics.jsonl")[-1]["step"] == 4
+    name = "Flickr30K retrieval.test.tr_r1"
+    assert figures(out)[name] == figures(tuned)[name]
+    assert json.loads((tuned / "config.json").read_text())["values"]["data.rows"] == 5000, "of dev and of test"
+    assert "training rows" not in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(models: dict[str, Path], flickr: Path, tmp_path: Path) -> None:
     words = ("--data", flickr, "--train.save-every", 2, "--train.keep-last", 9, "--distillation.ramp", 2)
     tune("retrieval_flickr30k", models["albef"], tmp_path / "straight", *words)

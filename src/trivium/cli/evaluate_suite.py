@@ -20,8 +20,10 @@ from trivium.evaluate.paper_tasks import SUITES, PaperTask
 from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun
 from trivium.evaluate.tuned_runs import TunedRun
 from trivium.recipes.own_head import open_own
+from trivium.recipes.tasks import TASKS
 from trivium.train import config as configuration
 from trivium.train import run_folder
+from trivium.train.config import Config
 
 
 def evaluate_suite(
@@ -191,20 +193,28 @@ def _unfinished(folder: Path) -> list[Path]:
     return [run for run in inside if not (run / "results.json").is_file()]
 
 
-def _settings(run: Path) -> dict[str, Any]:
+def _config(run: Path) -> Config | None:
     """Of a run of fine-tuning, or of the first of several seeds; of anything else none."""
     for file in [run / "config.json", *sorted(run.glob("seed-*/config.json"))]:
         try:
             config = configuration.load(file)
         except TriviumError:
             continue
-        return config.values if config.recipe == "finetune" else {}
-    return {}
+        return config if config.recipe == "finetune" else None
+    return None
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    config = _config(run)
+    return {} if config is None else config.values
 
 
 def _rows(run: Path) -> int | None:
     """Training rows that a run of fine-tuning was given at most; None: all, or it is none."""
-    rows = _settings(run).get("data.rows")
+    config = _config(run)
+    if config is None or config.arguments.get("task") not in TASKS:  # of the others it caps what is measured
+        return None
+    rows = config.values.get("data.rows")
     return rows if isinstance(rows, int) else None
 
 
