@@ -137,6 +137,33 @@ def test_the_official_files_train_albef_and_both_orders_are_measured(
     assert again == pytest.approx({name: found[name] for name in found if not name.startswith("seconds.")}, abs=1e-9)
 
 
+@pytest.mark.parametrize("family", ["albef", "clip"])
+def test_what_each_query_finds_is_written_and_gives_the_figures(
+    models: dict[str, Path], flickr: Path, tmp_path: Path, family: str
+) -> None:
+    out = tmp_path / "run"
+    found = tune("retrieval_flickr30k", models[family], out, "--data", flickr)
+    orders = {"": "", "reranked_": "_reranked"} if family == "albef" else {"": ""}
+    for split, pictures in (("dev", 4), ("test", 3)):
+        folder = out / "predictions" / split
+        texts, images = (lines_of(folder / f"{way}.jsonl") for way in ("image_to_text", "text_to_image"))
+        assert (len(texts), len(images)) == (pictures, 2 * pictures)
+        assert images[1]["caption"] == "number 0" and images[1]["label"] == texts[0]["row"]
+        for way, lines in (("tr", texts), ("ir", images)):
+            for order, suffix in orders.items():
+                ranks = [line[f"{order}rank"] for line in lines]
+                assert np.mean(np.array(ranks) == 1) == pytest.approx(
+                    found[f"Flickr30K retrieval.{split}.{way}{suffix}_r1"]
+                )
+                for line in lines:
+                    right = line.get("label", f"{line['row']}, caption ")  # a picture's captions begin so
+                    place = next(n for n, each in enumerate(line[f"{order}found"]) if each.startswith(right))
+                    assert place < line[f"{order}rank"], "others of the same score count before it"
+                    assert place == line[f"{order}rank"] - 1 or family == "albef"
+                    assert len(line[f"{order}found"]) == (2 * pictures if way == "tr" else pictures)
+        assert ("reranked_found" in texts[0]) == (family == "albef")
+
+
 def test_the_suite_fine_tunes_too_and_takes_no_measured_picture_for_a_training_row(
     models: dict[str, Path], flickr: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

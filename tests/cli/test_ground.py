@@ -197,6 +197,13 @@ def test_expressions_train_and_the_best_checkpoint_is_measured(
     best = max(measured, key=lambda each: each["val.accuracy"])
     for figure in ("accuracy", "pointing", "among_annotated"):
         assert found[f"RefCOCO+.val.{figure}"] == best[f"val.{figure}"]
+    lines = lines_of(out / "predictions" / "val.jsonl")
+    for figure in ("accuracy", "pointing", "among_annotated"):
+        assert sum(line[figure] for line in lines) / len(lines) == pytest.approx(found[f"RefCOCO+.val.{figure}"])
+    for line in lines:
+        (x, y), (left, top, width, height) = line["point"], line["label"]
+        assert line["pointing"] == (left <= x < left + width and top <= y < top + height)
+        assert line["box"] is None or len(line["box"]) == 4
     first = rest[0]["losses"]
     assert set(first) == ({"itc", "itm"} if family == "albef" else {"contrastive", "itm"})
     assert run("evaluate", out) == 0

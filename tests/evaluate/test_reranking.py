@@ -60,11 +60,11 @@ def test_ranks_are_those_of_a_loop_over_queries(family: str, shortlist: int, mon
             fused = model.fuse(bundle.encode_image(pictures[picture]), bundle.encode_text(captions[text]))
             return float(model.match(fused)[0, 1])
 
-    def plain(cosine_C: torch.Tensor, logit_of: dict[int, float], right_C: torch.Tensor) -> int:
-        """Position of the first right one: the short list by logit, then all others by cosine."""
+    def plain(cosine_C: torch.Tensor, logit_of: dict[int, float], right_C: torch.Tensor) -> tuple[int, list[int]]:
+        """Position of the first right one, and all in order: the short list by logit, then all others by cosine."""
         rest = [c for c in cosine_C.argsort(descending=True).tolist() if c not in logit_of]
         order = sorted(logit_of, key=lambda c: -logit_of[c]) + rest
-        return 1 + next(place for place, c in enumerate(order) if right_C[c])
+        return 1 + next(place for place, c in enumerate(order) if right_C[c]), order[: max(retrieval.CUTOFFS)]
 
     expected = []
     for i in range(PICTURES):
@@ -72,12 +72,14 @@ def test_ranks_are_those_of_a_loop_over_queries(family: str, shortlist: int, mon
         expected.append(plain(cosine_IT[i], {t: logit(i, t) for t in listed}, right_IT[i]))
         for t in listed:
             assert float(found.logit_IT[i, t]) == pytest.approx(logit(i, t), abs=1e-5)
-    assert found.image_to_text(right_IT).tolist() == expected
+    assert list(zip(found.image_to_text(right_IT).tolist(), found.texts_in_front().tolist(), strict=True)) == expected
     expected = []
     for t in range(len(captions)):
         listed = cosine_IT[:, t].topk(min(shortlist, PICTURES)).indices.tolist()
         expected.append(plain(cosine_IT[:, t], {i: logit(i, t) for i in listed}, right_IT[:, t]))
-    assert found.text_to_image(right_IT).tolist() == expected
+    assert (
+        list(zip(found.text_to_image(right_IT).tolist(), found.pictures_in_front().tolist(), strict=True)) == expected
+    )
 
 
 def test_a_pair_on_both_lists_is_fused_once_and_a_picture_is_read_once() -> None:

@@ -14,10 +14,11 @@ n patches along a side, H height, W width of a picture, K boxes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from trivium.bundle import Bundle
 from trivium.data.referring import SPLITS, Box, Expression, Referring
 from trivium.errors import BadSample, TriviumError, UnreadableNow
 from trivium.evaluate.results import Results, mean_of
+from trivium.manifest import write_whole
 
 HIT = 0.5  # overlap from which on a box is right
 POWER = 0.5  # of the area, that the heat inside a box is divided by
@@ -74,10 +76,15 @@ def scores(heat_HW: np.ndarray, boxes_K4: np.ndarray) -> np.ndarray:
     return inside / (widths * heights) ** POWER
 
 
+def hottest(heat_HW: np.ndarray) -> tuple[float, float]:
+    """The middle of the hottest pixel, x and y."""
+    row, column = np.unravel_index(int(heat_HW.argmax()), heat_HW.shape)
+    return float(column) + 0.5, float(row) + 0.5
+
+
 def points_at(heat_HW: np.ndarray, box: Box) -> bool:
     """Whether the hottest pixel's middle lies inside the box."""
-    row, column = np.unravel_index(int(heat_HW.argmax()), heat_HW.shape)
-    return _inside(column + 0.5, row + 0.5, box)
+    return _inside(*hottest(heat_HW), box)
 
 
 def _inside(x: float, y: float, box: Box) -> bool:
@@ -93,6 +100,7 @@ def run(
     block: int | None = None,
     by: By = "match",
     rows: int | None = None,
+    folder: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Grounded:
     """Every split that is there, under its name.
@@ -102,6 +110,7 @@ def run(
         block: whose attention is looked at; None: the family's own choice.
         by: "match", heat of words for the matching head; "cosine", of the picture's tower for the cosine.
         rows: at most so many expressions of each split, evenly spread.
+        folder: where SPLIT.jsonl is written, what is found for each expression; None: nowhere.
 
     Raises:
         TriviumError: the model cannot ground, or sees only a part of each picture; a split without a usable row.
@@ -120,7 +129,12 @@ def run(
         if rows is not None and rows < len(expressions):
             expressions = [expressions[n] for n in np.arange(rows) * len(expressions) // rows]
         say(f"{data.name}, {split}: {len(expressions):,} expressions")
-        _measure(bundle, data, split, expressions, bad, block, by, found)
+        told = _measure(bundle, data, split, expressions, bad, block, by, found)
+        if folder is not None:
+            try:
+                write_whole(folder / f"{split}.jsonl", "".join(f"{line}\n" for line in told))
+            except TriviumError as error:  # the figures are not lost for it
+                found.notes.append(f"{split}: what is found for each expression is not written: {error}")
     return found
 
 
@@ -140,7 +154,10 @@ def _measure(
     block: int | None,
     by: By,
     found: Grounded,
-) -> None:
+) -> list[str]:
+    """Returns a JSON object for each expression: what is meant, the hottest pixel, the box that is chosen of those that
+    are proposed (null where none is), and what of it is right (1) or wrong (0)."""
+    told: list[str] = []
     units: list[str] = []
     groups: list[str] = []
     columns: dict[str, list[float]] = {}
@@ -153,6 +170,8 @@ def _measure(
             "pointing.middle": float(_inside(width / 2, height / 2, expression.box)),
             "pointing.chance": expression.box[2] * expression.box[3] / (height * width),
         }
+        line: dict[str, Any] = {"row": expression.key, "expression": expression.text, "picture": expression.image}
+        line |= {"label": list(expression.box), "point": list(hottest(heat_HW))}
         annotated_K4 = data.annotated[expression.image_id]
         row["among_annotated"] = float(int(scores(heat_HW, annotated_K4).argmax()) == expression.number)
         row["among_annotated.chance"] = 1 / len(annotated_K4)
@@ -164,6 +183,9 @@ def _measure(
             row["accuracy"] = float(len(proposed_K4) > 0 and overlaps_K[chosen] >= HIT)
             row["accuracy.chance"] = float((overlaps_K >= HIT).mean()) if len(proposed_K4) else 0.0
             row["accuracy.at_best"] = float((overlaps_K >= HIT).any())
+            line["box"] = proposed_K4[chosen].tolist() if len(proposed_K4) else None
+        right = {name: int(row[name]) for name in ("pointing", "among_annotated", "accuracy") if name in row}
+        told.append(json.dumps(line | right, ensure_ascii=False))
         units.append(expression.key)
         groups.append(f"picture {expression.image_id}")
         for name, value in row.items():
@@ -180,6 +202,7 @@ def _measure(
         found.notes.append(f"{split}: {len(bad):,} expressions are left out; the first: {bad[0]}")
     if unproposed:
         found.notes.append(f"{split}: for the pictures of {unproposed:,} expressions no box is proposed: wrong answers")
+    return told
 
 
 def _heats(

@@ -12,9 +12,11 @@ I pictures, T captions, D width.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from trivium.evaluate import features, retrieval
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.reranking import SHORTLIST, rerank
 from trivium.evaluate.results import mean_of
+from trivium.manifest import write_whole
 from trivium.models.encoded import Matches
 from trivium.train.protocol import Source
 
@@ -47,13 +50,19 @@ class Captioned:
 
 
 def measure(
-    bundle: Bundle, shown: Captioned, image_to_text: str, text_to_image: str, shortlist: int = SHORTLIST
+    bundle: Bundle,
+    shown: Captioned,
+    image_to_text: str,
+    text_to_image: str,
+    shortlist: int = SHORTLIST,
+    folder: Path | None = None,
 ) -> Evaluation:
     """Recalls and median ranks both ways, under these names; re-ranked under the same with "_reranked" behind, and a
     sentence where that is told to be worse.
 
     Args:
         shortlist: candidates of each query that are re-ranked; 0: none, as with a model that does not match.
+        folder: where what each query finds is written, in image_to_text.jsonl and text_to_image.jsonl; None: nowhere.
     """
     found = Evaluation()
     name_of = dict(zip(shown.image_labels.tolist(), shown.names, strict=True))
@@ -77,26 +86,67 @@ def measure(
         f"the ends of long captions: {sentence}"
         for sentence in cut("captions", bundle.tokenizer, bundle.max_length, named)
     ]
-    if not shortlist or not isinstance(bundle.model, Matches):
-        return found
-    cosine_IT = retrieval.scores(shown.images_ID, shown.texts_TD)
-    again = rerank(bundle, shown.picture, shown.captions, cosine_IT, shortlist)
-    right_IT = shown.image_labels[:, None] == shown.text_labels
-    for name, wanted, ranks, units in (
-        (image_to_text, "texts", again.image_to_text(right_IT), of_images),
-        (text_to_image, "pictures", again.text_to_image(right_IT), of_texts),
-    ):
-        found.results |= retrieval.summary(ranks, f"{name}_reranked", *units)
-        for cutoff in retrieval.CUTOFFS:
-            found.chance[f"{name}_reranked_r{cutoff}"] = found.chance[f"{name}_r{cutoff}"]
-        gain = mean_of(retrieval.recalls(ranks) - retrieval.recalls(by_cosine[name]), *units)
-        if gain.low is not None and gain.high is not None and gain.high < 0:
-            found.headline.append(
-                f"Re-ranking by matching finds fewer {wanted} than the cosine alone: the mean of R@1, 5 and 10 is"
-                f" {-100 * gain.value:.1f} points lower [{-100 * gain.high:.1f}, {-100 * gain.low:.1f}], so rely on the"
-                " cosine here, or train matching longer."
-            )
+    again = None
+    if shortlist and isinstance(bundle.model, Matches):
+        cosine_IT = retrieval.scores(shown.images_ID, shown.texts_TD)
+        again = rerank(bundle, shown.picture, shown.captions, cosine_IT, shortlist)
+        right_IT = shown.image_labels[:, None] == shown.text_labels
+        reranked = {image_to_text: again.image_to_text(right_IT), text_to_image: again.text_to_image(right_IT)}
+        for name, wanted, units in ((image_to_text, "texts", of_images), (text_to_image, "pictures", of_texts)):
+            ranks = reranked[name]
+            found.results |= retrieval.summary(ranks, f"{name}_reranked", *units)
+            for cutoff in retrieval.CUTOFFS:
+                found.chance[f"{name}_reranked_r{cutoff}"] = found.chance[f"{name}_r{cutoff}"]
+            gain = mean_of(retrieval.recalls(ranks) - retrieval.recalls(by_cosine[name]), *units)
+            if gain.low is not None and gain.high is not None and gain.high < 0:
+                found.headline.append(
+                    f"Re-ranking by matching finds fewer {wanted} than the cosine alone: the mean of R@1, 5 and 10 is"
+                    f" {-100 * gain.value:.1f} points lower [{-100 * gain.high:.1f}, {-100 * gain.low:.1f}], so rely on"
+                    " the cosine here, or train matching longer."
+                )
+    if folder is not None:
+        of_captions = zip(shown.caption_names, shown.captions, pictures, strict=True)
+        captions = [{"row": name, "caption": text, "label": picture} for name, text, picture in of_captions]
+        try:
+            for file, (name, asked, candidates, *_), rows, names in (
+                ("image_to_text", ways[0], [{"row": name} for name in shown.names], shown.caption_names),
+                ("text_to_image", ways[1], captions, shown.names),
+            ):
+                orders = {"": (by_cosine[name], retrieval.front_by_cosine(asked, candidates))}
+                if again is not None:
+                    front = again.texts_in_front() if name == image_to_text else again.pictures_in_front()
+                    orders["reranked_"] = reranked[name], front
+                write_found(folder / f"{file}.jsonl", rows, names, orders)
+        except TriviumError as error:  # the figures are not lost for it
+            found.not_applicable.append(f"what each query finds is not written: {error}")
     return found
+
+
+def write_found(
+    path: Path,
+    rows: Sequence[Mapping[str, str]],
+    names: Sequence[str],
+    orders: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    """One JSON object a line: a query, the rank of its best right answer and the names of what stands in front.
+
+    Args:
+        rows: what is said of each query.
+        names: of the candidates.
+        orders: what the keys "rank" and "found" begin with, for each order of the candidates -> the ranks, [Q], and the
+            numbers of those in front, [Q, FRONT].
+
+    Raises:
+        TriviumError: the folder cannot be written to.
+    """
+    lines = []
+    for query, row in enumerate(rows):
+        line: dict[str, Any] = dict(row)
+        for order, (ranks_Q, front_QF) in orders.items():
+            line[f"{order}rank"] = int(ranks_Q[query])
+            line[f"{order}found"] = [names[number] for number in front_QF[query].tolist()]
+        lines.append(json.dumps(line, ensure_ascii=False))
+    write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 def run(
@@ -107,12 +157,13 @@ def run(
     image_to_text: str = "retrieval.pairs.image_to_text",
     text_to_image: str = "retrieval.pairs.text_to_image",
     shortlist: int = SHORTLIST,
+    folder: Path | None = None,
 ) -> Evaluation:
     """Retrieval both ways over a source.
 
     Args:
         limit: pictures at most: the rows before the first one that names another.
-        image_to_text, text_to_image, shortlist: as `measure` takes them.
+        image_to_text, text_to_image, shortlist, folder: as `measure` takes them.
 
     Raises:
         TriviumError: no row can be read.
@@ -174,7 +225,7 @@ def run(
         images_ID, features.of_texts(bundle, captions), torch.tensor(pictures), torch.tensor(picture_of_caption), names,
         caption_names, captions, lambda number: source.read(rows[number], rows[number])["image"],
     )  # fmt: skip
-    found = measure(bundle, shown, image_to_text, text_to_image, shortlist)
+    found = measure(bundle, shown, image_to_text, text_to_image, shortlist, folder)
     if end < len(source):
         found.not_applicable.append(f"pairs beyond the first {end:,} of {len(source):,}")
     if repeated:

@@ -13,7 +13,7 @@ I pictures, T texts, D width, Q queries, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trivium.bundle import Bundle
-from trivium.evaluate.retrieval import CHUNK, ranks
+from trivium.evaluate.retrieval import CHUNK, front, ranks
 from trivium.models.encoded import Encoded, EncodesText, Matches
 
 # Candidates of a query that are looked at again. In the paper 128 on Flickr30K and 256 on COCO; from 16 on it hardly
@@ -49,6 +49,14 @@ class Reranked:
     def text_to_image(self, right_IT: Tensor) -> Tensor:
         """Rank of the best right picture of each text, int64 [T]."""
         return _ranks(self.cosine_IT.T, self.logit_IT.T, self.pictures_of_text_IT.T, right_IT.T)
+
+    def texts_in_front(self) -> Tensor:
+        """Of each picture, int64 [I, at most FRONT]."""
+        return _front(self.cosine_IT, self.logit_IT, self.texts_of_picture_IT)
+
+    def pictures_in_front(self) -> Tensor:
+        """Of each text, int64 [T, at most FRONT]."""
+        return _front(self.cosine_IT.T, self.logit_IT.T, self.pictures_of_text_IT.T)
 
 
 @torch.inference_mode()
@@ -135,11 +143,18 @@ def _nearest(scores_QC: Tensor, shortlist: int) -> Tensor:
 
 
 def _ranks(cosine_QC: Tensor, logit_QC: Tensor, listed_QC: Tensor, right_QC: Tensor) -> Tensor:
-    parts = []
+    return torch.cat([ranks(scores_QC, right_QC[rows]) for rows, scores_QC in _scores(cosine_QC, logit_QC, listed_QC)])
+
+
+def _front(cosine_QC: Tensor, logit_QC: Tensor, listed_QC: Tensor) -> Tensor:
+    return torch.cat([front(scores_QC) for _, scores_QC in _scores(cosine_QC, logit_QC, listed_QC)])
+
+
+def _scores(cosine_QC: Tensor, logit_QC: Tensor, listed_QC: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """By which the candidates are ordered, a chunk of queries at a time."""
     for first in range(0, len(cosine_QC), CHUNK):
         rows = slice(first, first + CHUNK)
         logits, listed = logit_QC[rows].double(), listed_QC[rows]
         # Cosines lie between -1 and 1: less 2, and the lowest logit, all of them stand behind every logit.
         lowest = torch.where(listed, logits, torch.inf).min(1, keepdim=True).values
-        parts.append(ranks(torch.where(listed, logits, lowest - 2 + cosine_QC[rows]), right_QC[rows]))
-    return torch.cat(parts)
+        yield rows, torch.where(listed, logits, lowest - 2 + cosine_QC[rows])

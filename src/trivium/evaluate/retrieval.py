@@ -18,6 +18,7 @@ from trivium.evaluate.results import Results, mean_of, median_of
 
 CHUNK = 1024  # queries scored at once
 CUTOFFS = (1, 5, 10)
+FRONT = max(CUTOFFS)  # candidates of a query that are written into a file
 
 
 def ranks(scores_QC: Tensor, right_QC: Tensor) -> Tensor:
@@ -52,6 +53,16 @@ def ranks_by_cosine(queries_QD: Tensor, candidates_CD: Tensor, query_labels_Q: T
         right_QC = query_labels_Q[chunk, None] == labels_C[None]
         parts.append(ranks(scores(queries_QD[chunk], candidates_CD), right_QC))
     return torch.cat(parts)
+
+
+def front_by_cosine(queries_QD: Tensor, candidates_CD: Tensor) -> Tensor:
+    """The nearest candidates of each query, the nearest first: int64 [Q, at most FRONT]."""
+    return torch.cat([front(scores(chunk_QD, candidates_CD)) for chunk_QD in queries_QD.split(CHUNK)])
+
+
+def front(scores_QC: Tensor) -> Tensor:
+    """The candidates of the highest scores, the highest first: int64 [Q, at most FRONT]."""
+    return scores_QC.topk(min(FRONT, scores_QC.shape[1]), dim=1).indices
 
 
 def mean_recall(found: Results, *names: str) -> float:

@@ -89,6 +89,11 @@ class PreparedGrounding(PreparedMatching):
     recipe: GroundingRecipe
     bundle: Bundle
     expressions: Referring
+    folder: Path | None = None  # where predictions are written, once the run has chosen its checkpoint
+
+    def settle(self, out: Path) -> str | None:
+        self.folder = out / "predictions"
+        return super().settle(out)
 
     def measures(self, recipe: GroundingRecipe) -> Callable[[Method], dict[str, Any]]:
         """Every figure of the split that a checkpoint is chosen by."""
@@ -104,7 +109,9 @@ class PreparedGrounding(PreparedMatching):
 
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         recipe, title = self.recipe, TITLES[self.expressions.name]
-        measured = grounding.run(self.bundle, self.expressions, block=recipe.block, rows=recipe.data.rows, say=say)
+        measured = grounding.run(
+            self.bundle, self.expressions, block=recipe.block, rows=recipe.data.rows, folder=self.folder, say=say
+        )  # fmt: skip
         found = Evaluation()
         found.results |= {f"{title}.{name}": result for name, result in measured.results.items()}
         found.chance |= {f"{title}.{name}": value for name, value in measured.chance.items()}

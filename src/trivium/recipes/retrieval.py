@@ -169,6 +169,7 @@ class PreparedRetrieval(PreparedMatching):
     title: str
     train: Source
     held: dict[str, Source]  # "dev", and "test" where there is one
+    folder: Path | None = None  # where predictions are written, once the run has chosen its checkpoint
 
     def measures(self, recipe: RetrievalRecipe) -> Callable[[Method], dict[str, Any]]:
         """Every figure of the dev pictures, and the mean recall that a checkpoint is chosen by."""
@@ -186,6 +187,10 @@ class PreparedRetrieval(PreparedMatching):
 
         return measure
 
+    def settle(self, out: Path) -> str | None:
+        self.folder = out / "predictions"
+        return super().settle(out)
+
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         found = Evaluation()
         say("pictures that training and held-out rows have in common")
@@ -193,7 +198,8 @@ class PreparedRetrieval(PreparedMatching):
         for split, source in self.held.items():
             say(f"{self.title}: {split}, {min(len(source), self.recipe.data.rows):,} pictures")
             prefix = f"{self.title}.{split}"
-            measured = _measured(self.bundle, source, self.recipe, prefix)
+            folder = None if self.folder is None else self.folder / split
+            measured = _measured(self.bundle, source, self.recipe, prefix, folder)
             found.results |= measured.results
             found.chance |= measured.chance
             found.not_applicable += [f"{split}: {sentence}" for sentence in measured.not_applicable]
@@ -214,11 +220,13 @@ class PreparedRetrieval(PreparedMatching):
         return found, {}
 
 
-def _measured(bundle: Bundle, source: Source, recipe: RetrievalRecipe, prefix: str) -> Evaluation:
+def _measured(
+    bundle: Bundle, source: Source, recipe: RetrievalRecipe, prefix: str, folder: Path | None = None
+) -> Evaluation:
     """TR finds the texts of a picture, IR the picture of a text."""
     return pairs.run(
         bundle, source, recipe.data.rows, image_to_text=f"{prefix}.tr", text_to_image=f"{prefix}.ir",
-        shortlist=recipe.shortlist,
+        shortlist=recipe.shortlist, folder=folder,
     )  # fmt: skip
 
 
