@@ -963,11 +963,15 @@ def test_where_there_is_nothing_to_compare_with_no_chart_is_drawn() -> None:
     assert "60.00" in page and "Relative difference" not in page and "<script" not in page and "Beside" not in page
 
 
-def test_recalled_numbers_are_grey_and_do_not_enter_the_chart(bundle: Bundle) -> None:
+def test_recalled_numbers_are_grey_and_in_the_csv_questioned_and_do_not_enter_the_chart(bundle: Bundle) -> None:
     run = SuiteRun([TaskRun(task, "missing") for task in SUITES["unit"]])
     published = suite_report.columns([each.task for each in run.tasks])
     recalled = [cell for column in published for cell in column.cells.values() if cell.is_recalled]
     assert recalled
+    lines = csv.DictReader(io.StringIO(suite_report.as_csv(run, published)))
+    shown = [line[column.name] for line in lines for column in published]
+    assert sorted(each for each in shown if each.endswith("?")) == sorted(f"{cell.shown}?" for cell in recalled)
+    assert sum(map(bool, shown)) == sum(len(column.cells) for column in published), "all that the page shows"
     page = suite_report.render(SuiteReport("UniT", run, {}), published)
     assert page.count('class="recalled"') == suite_report.OPEN_TABLES + sum(  # the legend of each
         cell.is_recalled for column in published for cell in column.cells.values()

@@ -101,7 +101,7 @@ def papers_own(published: Sequence[Column]) -> Column | None:
 
 def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
     """One line a figure: ours in per cent with its interval, then every published column, as printed and with the marks
-    of the page. Recalled numbers are left out: a table has no grey."""
+    of the page; behind a recalled number, which is grey there, stands "?"."""
     page = io.StringIO()
     writer = csv.writer(page, lineterminator="\n")
     head = ["domain", "task", "protocol", "metric", "state", OURS, "low", "high", "n", "seconds"]
@@ -116,7 +116,7 @@ def as_csv(run: SuiteRun, published: Sequence[Column]) -> str:
                 each.state,
                 *("" if x is None or not math.isfinite(x) else f"{100 * x:.3f}" for x in numbers),
                 "" if ours is None or ours.n is None else ours.n, f"{each.seconds:.1f}",
-                *("" if cell is None or cell.is_recalled else cell.shown for cell in cells),
+                *("" if cell is None else cell.shown + "?" * cell.is_recalled for cell in cells),
             ])  # fmt: skip
     return page.getvalue()
 
