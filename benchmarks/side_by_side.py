@@ -220,18 +220,25 @@ def _versions() -> dict[str, str]:
 
 
 def beside_what_is_there(
-    name: str, results: dict[str, Any], ladder: dict[str, Any], *, folder: Path = RESULTS, **same: Any
+    name: str,
+    results: dict[str, Any],
+    ladder: dict[str, Any],
+    *,
+    command: str | None = None,
+    folder: Path = RESULTS,
+    **same: Any,
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """New cases, and a new ladder where there is one, among those of a results file that this machine measured alike;
-    and the commands of all. same: what else the file must say."""
-    command, path = typed(), folder / f"{name}.json"
+    and the commands of all. command: as `write` takes it. same: what else the file must say."""
+    command, path = command or typed(), folder / f"{name}.json"
     there = json.loads(path.read_text()) if path.is_file() else {}
     if there | {"machine": _machine(), "versions": _versions()} | same != there:
         return results, ladder, command
-    if results.keys() >= there["results"].keys() and (ladder or not there["ladder"]):
+    old_ladder = there.get("ladder", {})
+    if results.keys() >= there["results"].keys() and (ladder or not old_ladder):
         return results, ladder, command  # nothing of what was there is left
     commands = [each for each in there["command"].split(" && ") if each != command]
-    return there["results"] | results, ladder or there["ladder"], " && ".join([*commands, command])
+    return there["results"] | results, ladder or old_ladder, " && ".join([*commands, command])
 
 
 def write(
