@@ -21,7 +21,7 @@ from trivium.data.decode import DecodeError
 from trivium.data.duplicates import Fingerprint, fingerprint
 from trivium.data.files import TEXT_LIMIT
 from trivium.data.loader import PREFETCH, StreamReader, micro_batches
-from trivium.data.order import Order
+from trivium.data.order import WINDOW, Order
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import BadSample
 from trivium.train.protocol import Sample, Source, Stream
@@ -92,7 +92,7 @@ def survey(stream: Stream, decode: Decode, tokenizer: Tokenizer | None, seed: in
 def rows_of(stream: Stream, seed: int, sample: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """The rows to read, rising, and those of each batch: int64. All rows where `sample` is as many."""
     num_rows = len(stream.source)
-    order = Order(num_rows, stream.source.blocks(), seed, stream.name)
+    order = Order(num_rows, stream.source.blocks(), seed, stream.name, stream.window or WINDOW)
     if sample >= num_rows:
         starts = np.arange(max(1, num_rows // stream.batch))[:MOST_BATCHES] * stream.batch
         batches = [order.rows(start + np.arange(stream.batch)) for start in starts]
