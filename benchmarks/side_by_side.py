@@ -225,12 +225,12 @@ def beside_what_is_there(
     ladder: dict[str, Any],
     *,
     command: str | None = None,
-    folder: Path = RESULTS,
+    folder: Path | None = None,
     **same: Any,
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """New cases, and a new ladder where there is one, among those of a results file that this machine measured alike;
     and the commands of all. command: as `write` takes it. same: what else the file must say."""
-    command, path = command or typed(), folder / f"{name}.json"
+    command, path = command or typed(), (folder or RESULTS) / f"{name}.json"
     there = json.loads(path.read_text()) if path.is_file() else {}
     if there | {"machine": _machine(), "versions": _versions()} | same != there:
         return results, ladder, command
@@ -242,10 +242,11 @@ def beside_what_is_there(
 
 
 def write(
-    name: str, results: dict[str, Any], *, command: str | None = None, folder: Path = RESULTS, **more: Any
+    name: str, results: dict[str, Any], *, command: str | None = None, folder: Path | None = None, **more: Any
 ) -> Path:
     """results/NAME.json with machine, versions and command; `command` where what was typed names this machine's own
-    folders. Whole or not at all: a benchmark that writes as it goes may be cut off at any time."""
+    folders. folder: another than results. Whole or not at all: a benchmark that writes as it goes may be cut off at any
+    time."""
     document = {
         "machine": _machine(),
         "versions": _versions(),
@@ -253,7 +254,7 @@ def write(
         "results": results,
         **more,
     }
-    path = folder / f"{name}.json"
+    path = (folder or RESULTS) / f"{name}.json"
     write_whole(path, json.dumps(document, indent=1) + "\n")
     print(f"wrote {path}", file=sys.stderr)
     return path

@@ -162,6 +162,21 @@ def test_a_model_with_labels_is_asked_too(albef: Path, flava: Path, tmp_path: Pa
                "--out", tmp_path / "no", *words) == 2  # fmt: skip
 
 
+def test_what_is_said_of_written_answers_is_refused_where_none_are_written(
+    albef: Path, flava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = questions(tmp_path)
+    words = ("--data", data / "train.csv", "--out", tmp_path / "no")
+    for task, model, flag, value, says in (
+        ("image_text_classification", albef, "--head.answers", "written", "gives is a class, not an answer"),
+        ("question_answering", flava, "--head.ranked", "7", "--head.ranked is of a head that writes its answers"),
+        ("image_text_classification", albef, "--head.first-word-twice", "true", "--head.first-word-twice is of"),
+    ):
+        assert run("finetune", task, "--init", model, flag, value, *words) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def statements(folder: Path) -> Path:
     """NLVR2 in its official layout: whether both pictures are red."""
     for part, number in (("train", 8), ("dev", 4)):

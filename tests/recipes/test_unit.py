@@ -36,7 +36,7 @@ from trivium.recipes.tasks import TASKS, TaskData
 from trivium.recipes.unit import UnitRecipe, unit
 from trivium.recipes.unit_losses import on_held_out
 from trivium.recipes.unit_tasks import JointTask, made_scenes
-from trivium.train import config, optim
+from trivium.train import config, optim, trainer
 from trivium.train.config import leaves, set_leaves
 
 TINY = {
@@ -267,6 +267,25 @@ def test_questions_on_one_picture_stand_together_where_that_is_asked_for(data: P
     runs = [len(list(run)) for _, run in groupby(numbers)]
     assert max(runs) == 3 and len(runs) <= 4  # two pictures, or parts of those around them
     assert len(set(batches[1].images[0].same_B.tolist())) > len(set(numbers))
+
+
+def test_what_fits_in_memory_is_tried_with_pictures_that_no_two_rows_share(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = set_leaves(with_flags(unit("tiny"), data), {"tasks.vqav2.of_one_picture": 3, "tasks.vqav2.batch": 6})
+    seen: list[list[int]] = []
+    monkeypatch.setattr(
+        trainer, "one_step", lambda *given: seen.extend(i.same_B.tolist() for batch in given[3] for i in batch.images)
+    )
+    trainer.try_streams(made.prepare("unit", {}).run)
+    assert seen and all(len(set(numbers)) == len(numbers) for numbers in seen)
+
+
+def test_of_one_picture_is_of_texts_on_pictures(data: Path) -> None:
+    for task in ("coco", "sst2"):
+        made = set_leaves(with_flags(unit("tiny"), data), {f"tasks.{task}.of_one_picture": 3})
+        with pytest.raises(TriviumError, match=f"--tasks.{task}.of-one-picture is of texts on pictures"):
+            made.prepare("unit", {})
 
 
 def test_the_verb_detect_takes_a_run(trained: Path, data: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@
 
 Beside them what they are without a model: a box at random, a point at random, the middle of the picture. Easy to get
 wrong: the published overlap counts pixels, so that a box from 3 to 5 is 3 pixels wide and two boxes that share a row
-or column of one pixel do not meet; a picture for which nothing is proposed is a wrong answer.
+or column of one pixel do not meet; a picture for which nothing is proposed is a wrong answer. Other than there, a
+proposed box that reaches over its picture's edge is cut at it first.
 
 n patches along a side, H height, W width of a picture, K boxes.
 """

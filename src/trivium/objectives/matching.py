@@ -36,4 +36,6 @@ def hard_negatives(logits_BB: Tensor, allowed_BB: Tensor, uniform_B: Tensor) -> 
     total_B1 = reached_BB[:, -1:]
     drawn_B1 = uniform_B[:, None] * total_B1
     drawn_B1 = torch.minimum(drawn_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))  # rounded up to it
-    return torch.searchsorted(reached_BB, drawn_B1, right=True)[:, 0]
+    # Of logits that are no numbers it would be a column that there is not. With any, the loss is none either, and the
+    # step is skipped as it should be.
+    return torch.searchsorted(reached_BB, drawn_B1, right=True)[:, 0].clamp_(max=len(logits_BB) - 1)

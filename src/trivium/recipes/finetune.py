@@ -165,6 +165,7 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     task = TASKS[recipe.task]
     start = open_trained(recipe.init, resume_from)
     reads = _reads(task, recipe.head, start)
+    _check_writing(task, recipe.head, reads)
     splits = task.open(recipe.data)
     splits = replace(splits, train=splits.train.capped(recipe.data.rows)).checked()
     transform = start.transform.at(recipe.data.image_size or start.transform.size)
@@ -332,6 +333,16 @@ def _reads(task: Task, head: Head, start: Bundle) -> Reads:
     return "fused" if head.fusion != "concatenated" and isinstance(model, Fuses) else "concatenated"
 
 
+def _check_writing(task: Task, head: Head, reads: Reads) -> None:
+    """Raises TriviumError for what is said of written answers where none are written."""
+    if head.answers != "auto" and task.gives != "answers":
+        raise TriviumError(f"{task.title}: what it gives is a {task.gives}, not an answer: leave out --head.answers")
+    given = {"ranked": head.ranked != Head.ranked, "first-word-twice": head.first_word_twice}
+    if reads != "states" and any(given.values()):
+        flag = next(name for name, is_given in given.items() if is_given)
+        raise TriviumError(f"--head.{flag} is of a head that writes its answers, and this one does not: leave it out")
+
+
 def _with_dropout(model: nn.Module, dropout: float | None) -> nn.Module:
     """The same weights in a model that drops as much; as it is where its family has no dropout."""
     config: Any = model.config
@@ -384,7 +395,10 @@ def _take_head(head: nn.Module, config: HeadConfig, splits: Splits, start: Bundl
 
 def _bare(head: HeadConfig) -> HeadConfig:
     """What must agree for the weights to fit."""
-    return replace(head, task="", dropout=0.0, blocks=_shape(head))
+    return replace(
+        head, task="", dropout=0.0, blocks=_shape(head), ranked=HeadConfig.ranked,
+        first_word_twice=HeadConfig.first_word_twice,
+    )  # fmt: skip
 
 
 def _shape(head: HeadConfig) -> BertConfig | None:

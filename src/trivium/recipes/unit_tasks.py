@@ -256,6 +256,10 @@ def opened(tasks: Mapping[str, JointTask]) -> list[Opened]:
     found = []
     for name, given in tasks.items():
         kind = given.task or name
+        if given.of_one_picture > 1 and (kind in LAYOUTS or (kind in TASKS and TASKS[kind].reads != "pairs")):
+            raise TriviumError(
+                f"--tasks.{name}.of-one-picture is of texts on pictures, and {name} has none: leave it out"
+            )
         if kind in LAYOUTS:
             if given.root is None:
                 raise TriviumError(f"the boxes of the task {name} are not named: give --tasks.{name}.root DIR")

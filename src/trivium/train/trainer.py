@@ -249,11 +249,17 @@ def try_streams(run: Run) -> None:
         error = None
         try:
             with distributed.alone():
-                one_step(run, optimizer, step, batches, autocast)
+                one_step(run, optimizer, step, [_all_different(batch) for batch in batches], autocast)
         except OutOfMemory as raised:
             error = raised
         if distributed.any_process(error is not None):
             raise error or OutOfMemory(f"out of memory in a step of stream {stream.name} on another process")
+
+
+def _all_different(batch: Batch) -> Batch:
+    """With no picture that several rows share: such a one may be encoded once, and a later step have none."""
+    images = [replace(each, same_B=torch.arange(len(each.same_B))) for each in batch.images]
+    return replace(batch, images=tuple(images))
 
 
 def _trial(run: Run) -> tuple[Run, torch.optim.Optimizer, Context]:
