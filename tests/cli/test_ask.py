@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +22,7 @@ from tests.flava_batches import random_flava
 from tests.recipes.shop import lines_of
 from tests.recipes.shop import trivium as run
 from trivium.bundle import Bundle
+from trivium.data.small_vqa import OTHER, read_daquar
 from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
@@ -160,6 +165,39 @@ def test_a_model_with_labels_is_asked_too(albef: Path, flava: Path, tmp_path: Pa
             bundle.ask(data / "0.png", "what colour is it?", answers=["red", "green"])
     assert run("finetune", "question_answering", "--init", flava, "--head.answers", "written",
                "--out", tmp_path / "no", *words) == 2  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["auto", "scored"])
+def test_an_albef_writes_answers_of_small_sets_unless_they_are_to_be_scored(
+    way: str, albef: Path, tmp_path: Path
+) -> None:
+    """A held-out question with an answer that training has not is never right, and its answer never given."""
+    shades = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+    pictures = {f"{number}.png": list(shades)[number % 2] for number in range(40)}
+    encoded = []
+    for name in pictures.values():
+        buffer = io.BytesIO()
+        Image.new("RGB", (16, 16), shades[name]).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    pq.write_table(pa.table({"file": list(pictures), "image": encoded}), tmp_path / "train.parquet")
+    asked = [{"file": file, "question": "what colour is it?", "answer": [name]} for file, name in pictures.items()]
+    held = {row.image for row in read_daquar(str(written(tmp_path, asked))).held_out["dev"].good()}
+    odd = {"file": next(iter(held)), "question": "what colour is it?", "answer": ["mauve"]}
+    written(tmp_path, [*asked, odd])
+    found = finetune("daquar", albef, tmp_path / "out", "--data", tmp_path, "--head.answers", way,
+                     optim__lr=0.01, train__steps=60)  # fmt: skip
+    assert found["DAQUAR"] == pytest.approx(len(held) / (len(held) + 1))
+    bundle = trivium.load(tmp_path / "out")  # type: ignore[operator]
+    assert bundle.head_config.gives == {"auto": "text", "scored": "class"}[way]
+    red = next(tmp_path.joinpath(file) for file, name in pictures.items() if name == "red")
+    red.write_bytes(encoded[list(pictures).index(red.name)])
+    assert bundle.ask(red, "what colour is it?", k=1)[0].text == "red"
+    assert (OTHER in bundle.labels) == (way == "scored")
+
+
+def written(folder: Path, asked: list[dict[str, Any]]) -> Path:
+    (folder / "qa.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    return folder
 
 
 def test_what_is_said_of_written_answers_is_refused_where_none_are_written(

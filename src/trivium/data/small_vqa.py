@@ -15,6 +15,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,23 @@ def read_daquar(root: str, held_out: float = 0.2) -> Splits:
     }
     notes = [f"{several:,} questions with several answers are left out"] if several else []
     return Splits(read.pop("train"), dict(read), (*names, OTHER), notes=notes)
+
+
+def as_answers(splits: Splits) -> Splits:
+    """The same questions for a model that writes: what is right is one of a list of answers, where it was a class."""
+    names = tuple(name for name in splits.labels if name != OTHER)
+
+    def written(rows: LabelledRows) -> LabelledRows:
+        return rows.with_rows([_written(row, len(names)) for row in rows.rows])
+
+    held_out = {name: written(rows) for name, rows in splits.held_out.items()}
+    return replace(splits, train=written(splits.train), held_out=held_out, labels=names)
+
+
+def _written(row: Row | BadSample, count: int) -> Row | BadSample:
+    if isinstance(row, BadSample) or row.label is None:
+        return row
+    return replace(row, label=None, answers={row.label: 1.0} if row.label < count else {})
 
 
 def _labelled(row: Row, label: int, answer: str) -> Row:

@@ -18,6 +18,7 @@ from trivium.bundle import Bundle
 from trivium.data import leakage
 from trivium.data.labelled import LabelledRows, Splits, is_labelled
 from trivium.data.random_augment import RandomAugment
+from trivium.data.small_vqa import as_answers
 from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
 from trivium.data.tokenizer import ANSWER_TOKENS
 from trivium.data.views import Views
@@ -164,9 +165,14 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     limits.check(leaves(recipe))
     task = TASKS[recipe.task]
     start = open_trained(recipe.init, resume_from)
+    writes = recipe.head.answers != "scored" and recipe.head.fusion != "concatenated" and isinstance(start.model, Albef)
+    if writes and task.asks:
+        task = replace(task, gives="answers")
     reads = _reads(task, recipe.head, start)
     _check_writing(task, recipe.head, reads)
     splits = task.open(recipe.data)
+    if writes and task.asks:
+        splits = as_answers(splits)
     splits = replace(splits, train=splits.train.capped(recipe.data.rows)).checked()
     transform = start.transform.at(recipe.data.image_size or start.transform.size)
     if task.reads != "text":
@@ -317,7 +323,7 @@ def _reads(task: Task, head: Head, start: Bundle) -> Reads:
         raise TriviumError(
             f"a model of the family {family} does not read a picture and a text together: leave out --head.fusion"
         )
-    if task.gives == "answers" and head.answers == "written" and not isinstance(model, Albef):
+    if (task.gives == "answers" or task.asks) and head.answers == "written" and not isinstance(model, Albef):
         raise TriviumError(f"a model of the family {family} writes no answers: leave out --head.answers")
     if isinstance(model, Albef) and head.fusion != "concatenated":
         if task.gives == "answers" and head.answers != "scored":
@@ -335,7 +341,7 @@ def _reads(task: Task, head: Head, start: Bundle) -> Reads:
 
 def _check_writing(task: Task, head: Head, reads: Reads) -> None:
     """Raises TriviumError for what is said of written answers where none are written."""
-    if head.answers != "auto" and task.gives != "answers":
+    if head.answers != "auto" and task.gives != "answers" and not task.asks:
         raise TriviumError(f"{task.title}: what it gives is a {task.gives}, not an answer: leave out --head.answers")
     given = {"ranked": head.ranked != Head.ranked, "first-word-twice": head.first_word_twice}
     if reads != "states" and any(given.values()):

@@ -104,6 +104,7 @@ class Task:
     epochs: float | None = None  # as published; None without `steps`: as many as the recipe has, with patience
     dropout: float | None = 0.1  # of the model; None: as its checkpoint says
     num_pictures: int = 1  # of a row, where it has any
+    asks: bool = False  # its classes are answers to questions, and an ALBEF writes them
 
 
 def guess(splits: Splits, gives: Gives) -> float | None:
@@ -271,7 +272,7 @@ def _asked(name: str, title: str, read: Callable[[str], Splits], what: str) -> T
     return Task(
         name, title, "pairs", "class", open, ("accuracy",), "accuracy", head=Head(hidden=1536, activation="gelu"),
         optim=Optim(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01, warmup=0.06, schedule="linear", clip="global"),
-        dropout=None,
+        dropout=None, asks=True,
     )  # fmt: skip
 
 
