@@ -113,10 +113,28 @@ def test_the_questions_on_pictures_of_val2017_are_a_split_where_coco_says_which_
     [row] = splits.held_out["val2017"].good()
     assert (row.key, row.image) == ("5", f"{tmp_path}/val2014/COCO_val2014_{28:012d}.jpg") and row.is_labelled
     assert len(splits.held_out["dev"]) == 2, "the split of all keeps them"
+    [note] = splits.notes
+    assert note.startswith("val2017 is a part of dev, by which fine-tuning chooses its checkpoint")
     write(listed, {"images": official[:40]})
     splits = read_vqa(str(root), min_questions=1)
     assert "val2017" not in splits.held_out, "a part of it is not what the paper was measured on"
     assert splits.notes == [f"{listed} names 40 pictures, COCO's own 5,000: val2017 is left out"]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("annotations/instances_val2017.json", "images"),
+        ("v2_OpenEnded_mscoco_val2014_questions.json", "questions"),
+        ("v2_mscoco_train2014_annotations.json", "annotations"),
+    ],
+)
+def test_a_file_without_its_list_is_one_sentence(tmp_path: Path, file: str, name: str) -> None:
+    root = Path(vqa(tmp_path))
+    for content, why in (({"info": {}}, "it has no"), ({name: {"id": 28}}, "its")):
+        write(root / file, content)
+        with pytest.raises(TriviumError, match=rf'{Path(file).name}: {why} "{name}".*: is it the file you mean'):
+            read_vqa(str(root), min_questions=1)
 
 
 def test_vqa_annotations_that_are_no_records_cost_their_questions_alone(tmp_path: Path) -> None:

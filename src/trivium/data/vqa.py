@@ -55,10 +55,9 @@ def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
     counts: Counter[str] = Counter()
     for split in ("train2014", "val2014"):
         if os.path.isfile(_annotations(root, split)):
-            file = _annotations(root, split)
-            for number, fields in enumerate(json_object(file).items("annotations")):
+            for record in _entries(_annotations(root, split), "annotations"):
                 try:
-                    answer = Record(file, f"entry {number}", fields).optional("multiple_choice_answer")
+                    answer = record.optional("multiple_choice_answer")
                 except BadSample:
                     continue  # its question says it
                 counts[normalized(str(answer or ""))] += 1
@@ -71,6 +70,10 @@ def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
         pictures = _val2017(root, listed)
         if len(pictures) == NUM_VAL2017:
             read["val2017"] = read["dev"].with_rows([row for row in read["dev"].good() if row.image in pictures])
+            notes.append(
+                "val2017 is a part of dev, by which fine-tuning chooses its checkpoint where nothing else is said: its"
+                " figure is then of questions that had a part in the choice"
+            )
         else:  # scenes, or a part of it: another figure than the published one
             notes.append(f"{listed} names {len(pictures):,} pictures, COCO's own {NUM_VAL2017:,}: val2017 is left out")
     train = _read(root, "train2014", number_of) if trains else LabelledRows([], "pairs")
@@ -78,12 +81,22 @@ def read_vqa(root: str, min_questions: int = MIN_QUESTIONS) -> Splits:
 
 
 def _val2017(root: str, listed: str) -> set[str]:
-    """The pictures that COCO's file lists, as val2014 calls them."""
+    """The pictures that COCO's file lists, as val2014 calls them. Raises TriviumError."""
     pictures = set()
-    for number, fields in enumerate(json_object(listed).items("images")):
+    for record in _entries(listed, "images"):
         with suppress(BadSample):
-            pictures.add(_picture(root, "val2014", Record(listed, f"entry {number}", fields).integer("id")))
+            pictures.add(_picture(root, "val2014", record.integer("id")))
     return pictures
+
+
+def _entries(file: str, name: str) -> Iterator[Record]:
+    """Of a list in a JSON file. Raises TriviumError where there is none."""
+    try:
+        entries = json_object(file).items(name)
+    except BadSample as bad:
+        raise TriviumError(f"{bad}: is it the file you mean?") from None
+    for number, fields in enumerate(entries):
+        yield Record(file, f"entry {number}", fields)
 
 
 def _common(root: str, counts: Counter[str], min_questions: int, trains: bool) -> tuple[str, ...]:
@@ -110,8 +123,7 @@ def _read(root: str, split: str, number_of: dict[str, int]) -> LabelledRows:
     answers = dict(_answers(_annotations(root, split))) if annotated else {}
     file = _questions(root, split)
     rows: list[Row | BadSample] = []
-    for number, fields in enumerate(json_object(file).items("questions")):
-        record = Record(file, f"entry {number}", fields)
+    for record in _entries(file, "questions"):
         try:
             question = record.integer("question_id")
             if annotated and question not in answers:
@@ -136,8 +148,7 @@ def _read(root: str, split: str, number_of: dict[str, int]) -> LabelledRows:
 
 def _answers(file: str) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Question and its answers; those that are damaged are left out, so that their question says it."""
-    for number, fields in enumerate(json_object(file).items("annotations")):
-        record = Record(file, f"entry {number}", fields)
+    for record in _entries(file, "annotations"):
         try:
             given: list[Any] = record.items("answers")
             texts = tuple(str(each["answer"]) for each in given)
