@@ -17,6 +17,7 @@ from trivium.data.decode import decode
 from trivium.data.duplicates import close_across
 from trivium.data.glue import read_glue
 from trivium.data.labelled import LabelledRows, Row
+from trivium.data.small_vqa import PicturesInMemory
 from trivium.data.sources import Concat, open_source
 from trivium.errors import BadSample
 from trivium.train.protocol import Source
@@ -149,8 +150,23 @@ def test_of_many_pictures_the_bytes_are_compared_and_whole_only_where_size_and_e
     for name in contents:
         [told[name]] = leakage.of_pictures(train, {name: shown(tmp_path, name, [f"{name}.jpg"])})
     found = [name for name, sentence in told.items() if sentence.startswith("leakage: 1 of 1 rows")]
-    assert found == ["one", "same", "empty", "none"]
+    assert found == ["one", "same"], "a file without a byte shows nothing, under its own name too"
     assert not {"size", "end"} & set(read) and "head" in read
+    missing = shown(tmp_path, "missing", ["gone.jpg"])
+    [told["gone"]] = leakage.of_pictures(train, {"missing": missing})
+    assert told["gone"].startswith("leakage: no row of missing") and "files of their own" not in told["gone"]
+
+
+def test_of_many_pictures_those_that_are_no_files_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leakage, "PICTURES", 0)
+    (tmp_path / "0.png").write_bytes(b"a picture")
+    asked = [Row("qa.jsonl", f"line {n}", str(n), "a text", image=f"{n}.png", label=0) for n in range(2)]
+    within = PicturesInMemory(asked, {"0.png": b"a picture", "1.png": b"another"})
+    [told] = leakage.of_pictures(shown(tmp_path, "train", ["0.png"]), {"dev": within})
+    assert told.startswith("leakage: no row of dev shows a picture that stands, equal to the byte, in training")
+    assert told.endswith("(2 of them no files of their own, and known by a checksum or a name alone)")
+    [told] = leakage.of_pictures(within, {"dev": within.with_rows(asked[1:])})
+    assert told.startswith("leakage: 1 of 1 rows of dev") and "(2 of them no files" in told
 
 
 def test_captioned_pictures_that_stand_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

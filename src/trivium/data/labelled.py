@@ -67,6 +67,9 @@ class LabelledRows(ReadRows[Row]):
         assert image is not None
         return self.picture_file(row, image)
 
+    def picture_path(self, row: int) -> str | None:
+        return self.row(row).image
+
     def captions(self, row: int) -> list[str]:
         return [self.row(row).text or ""]
 
@@ -117,8 +120,7 @@ class LabelledRows(ReadRows[Row]):
             alone = isinstance(row, BadSample) or row.image is None
             rows_of.setdefault(f"\n{number}" if alone else self.identity(number), []).append(row)
         sizes = [min(most, len(rows) - first) for rows in rows_of.values() for first in range(0, len(rows), most)]
-        together = [row for rows in rows_of.values() for row in rows]
-        found = self.with_rows(together)
+        found = self.with_rows([row for rows in rows_of.values() for row in rows])
         found._blocks = Blocks(np.append(0, np.cumsum(sizes)))
         return found
 

@@ -4,8 +4,9 @@ Texts are equal where their letters and digits are, whatever case, blanks and ma
 of four characters ("SimHash", Charikar 2002, 64 bits) differ in at most TEXT_DISTANCE bits: a share d of other runs
 changes about 64 acos(1 - d) / pi bits, so 8 are a word of a long sentence, and unrelated texts are 32 apart.
 Pictures are equal by their pixels, or near, as `duplicates` has it. Of more than PICTURES it is too long to open each:
-then their files are compared, byte for byte, which opens only those of a size that both sides have; a picture in a
-table or a shard by the checksum that it is known by there.
+then their files are compared, byte for byte, which opens only those of a size that both sides have. A picture that is
+no file of its own, in a table, a shard, an archive or in memory, is then compared with its like alone, by the checksum
+or the name that it is known by there, and the sentence says how many of these there are.
 
 N rows, P pictures, C numbers of their colours, R runs of W characters.
 """
@@ -82,7 +83,11 @@ def _of_shown(train: _Shown, held_out: _Shown, name: str) -> list[str]:
 
     if len(first) + len(set(held_out.pictures)) > PICTURES:
         few = f"which is all that was looked for among more than {PICTURES:,} pictures"
-        met = of_training({picture: picture for picture in first} | _equal_files(train, held_out))
+        if inside := len({*first, *filter(None, held_out.pictures)} - train.files.keys() - held_out.files.keys()):
+            few += f" ({inside:,} of them no files of their own, and known by a checksum or a name alone)"
+        both = first.keys() & set(held_out.pictures)
+        same = {picture: picture for picture in both if picture not in train.files or _size(train.files[picture])}
+        met = of_training(same | _equal_files(train, held_out))
         told = _told(name, held_out.names, (met, f"show a picture that stands, equal to the byte, {few},"))
         return told or [f"leakage: no row of {name} shows a picture that stands, equal to the byte, in training, {few}"]
     seen, others = train.prints, held_out.prints
@@ -122,8 +127,8 @@ def _equal_files(train: _Shown, held_out: _Shown) -> dict[str, str]:
 
 def _size(path: str) -> int | None:
     with suppress(OSError, ValueError):
-        return os.stat(path).st_size
-    return None  # so it is in no one's way: whoever reads the rows says that it cannot be read
+        return os.stat(path).st_size or None
+    return None  # so it, and what is empty, is in no one's way: whoever reads the rows says that it cannot be read
 
 
 def _end(path: str) -> bytes | None:
@@ -198,12 +203,12 @@ class _Shown:
             [row.image or "" for _, row in good],
             [_named(row) for _, row in good],
             lambda place: rows.picture(numbers[place]),
-            {row.image: row.image for _, row in good if row.image},
+            {row.image: row.image for number, row in good if row.image and rows.picture_path(number)},
         )
 
     @classmethod
     def by_source(cls, source: Source) -> _Shown:
-        """No picture is read for it."""
+        """No picture is read for it but one that stands in a table, which is known by its bytes."""
         places: list[tuple[RowSource, int]] = []
         pictures: list[str] = []
         names: list[str] = []

@@ -44,6 +44,9 @@ class PicturesInMemory(LabelledRows):
             raise self.bad(row, f"its picture {name} does not exist")
         return self.pictures[name]
 
+    def picture_path(self, row: int) -> None:
+        return None
+
     def with_rows(self, rows: Sequence[Row | BadSample]) -> PicturesInMemory:
         return PicturesInMemory(rows, self.pictures)
 
