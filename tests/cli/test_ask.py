@@ -151,6 +151,24 @@ def test_a_writer_goes_on_from_a_writer_and_a_blind_one_knows_the_commonest(
     assert blind["question answering"] == 0.5  # both answers are as common, and all that is seen is grey
 
 
+def test_it_is_told_where_a_head_of_albefs_own_reads_through_what_nothing_has_trained(
+    albef: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contrastive = tmp_path / "contrastive"
+    replace(trivium.load(albef), fusion_trained=False).save(contrastive)  # type: ignore[operator]
+    data, pairs = questions(tmp_path), statements(tmp_path / "nlvr2")
+    asked = ("question_answering", "--data", data / "train.csv", "--data.dev", data / "train.csv")
+    judged = ("nlvr2", "--data", pairs, *NLVR2)
+    why = "no loss has trained what this model reads pictures and texts together with, and this head reads through it"
+    for number, (init, (task, *words), reads, told) in enumerate([
+        (contrastive, asked, "states", True), (contrastive, judged, "two_pictures", True),
+        (contrastive, (*asked, "--head.fusion", "fused"), "states", False), (albef, asked, "states", False),
+    ]):  # fmt: skip
+        finetune(str(task), init, tmp_path / f"{number}", *words, train__steps=3)
+        head = json.loads((tmp_path / f"{number}" / "model" / "config.json").read_text())["head"]
+        assert (head["reads"], why in capsys.readouterr().err) == (reads, told)
+
+
 def test_a_model_with_labels_is_asked_too(albef: Path, flava: Path, tmp_path: Path) -> None:
     data = questions(tmp_path)
     words = ("--data", data / "train.csv", "--data.dev", data / "train.csv")

@@ -137,6 +137,21 @@ def test_the_official_files_train_albef_and_both_orders_are_measured(
     assert again == pytest.approx({name: found[name] for name in found if not name.startswith("seconds.")}, abs=1e-9)
 
 
+def test_a_head_that_nothing_trains_chooses_no_checkpoint(
+    models: dict[str, Path], flickr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init, out = tmp_path / "contrastive", tmp_path / "run"
+    replace(trivium.load(models["flava"]), fusion_trained=False).save(init)
+    found = tune("retrieval_flickr30k", init, out, "--data", flickr, objectives__itm=0)
+    assert not any("reranked" in name for name in found)
+    measured = [line["results"]["figures"] for line in lines_of(out / "metrics.jsonl")[1:] if "results" in line]
+    best = max(measured, key=lambda figures: figures["dev.recall"])
+    assert found["Flickr30K retrieval.dev.ir_r1"] == best["dev.ir_r1"]
+    assert "dev: re-ranking by matching: no loss has trained what" in capsys.readouterr().out
+    again = tune("retrieval_flickr30k", init, tmp_path / "matching", "--data", flickr)
+    assert "Flickr30K retrieval.dev.tr_reranked_r1" in again, "this run trains it"
+
+
 @pytest.mark.parametrize("family", ["albef", "clip"])
 def test_what_each_query_finds_is_written_and_gives_the_figures(
     models: dict[str, Path], flickr: Path, tmp_path: Path, family: str

@@ -147,6 +147,10 @@ def test_both_orders_stand_side_by_side_and_a_model_without_matching_has_one() -
     assert {name.replace("_reranked", "") for name in found} == alone.keys()
     assert (found["tr_reranked_r1"].n, found["ir_reranked_r1"].n) == (PICTURES, len(captions))
     assert all(found[name].value == alone[name].value for name in alone)
+    untrained = pairs.measure(replace(bundle, fusion_trained=False), given, "tr", "ir", shortlist=100)
+    assert untrained.results.keys() == alone.keys(), "nothing has trained what it would re-rank by"
+    [why] = untrained.not_applicable
+    assert why.startswith("re-ranking by matching: no loss has trained what this model reads pictures and texts")
     head = bundle.model.itm_head
     with torch.no_grad():  # a head that knows nothing puts every right answer last: ties count against it
         head.weight.zero_()

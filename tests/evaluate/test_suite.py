@@ -348,6 +348,11 @@ def test_retrieval_is_re_ranked_beside_and_albefs_table_takes_that(bundle: Bundl
     assert found.figure(figure) == reranked
     [of_flava] = [each for each in TASKS["Flickr30K retrieval"].figures if each.metric == "IR R@1"]
     assert found.figure(of_flava) == found.results["Flickr30K retrieval.zero_shot.ir_r1"]
+    [alone] = suite.run([task], replace(bundle, fusion_trained=False), root, tmp_path).tasks
+    assert alone.state == "measured", "what was kept is of a model that re-ranks"
+    by_cosine = alone.figure(figure)
+    assert by_cosine is not None and by_cosine.value == found.results["Flickr30K retrieval.zero_shot.ir_r1"].value
+    assert any("no loss has trained what this model reads" in note for note in alone.notes)
 
 
 # --------------------------------------------------------------------------------------------------- suite

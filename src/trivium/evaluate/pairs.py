@@ -5,7 +5,8 @@ its own counts. Ties count against us. Rows that name one picture (`same_image`)
 and a row that comes twice, since one path holds another, counts once. Captions of a picture are drawn together for the
 interval of a figure.
 
-A model that matches pictures with texts is measured twice, by cosine alone and re-ranked (see reranking.py).
+A model that matches pictures with texts is measured twice, by cosine alone and re-ranked (see reranking.py); one that
+says of itself that no loss has reached what it matches by, by cosine alone.
 
 I pictures, T captions, D width.
 """
@@ -28,7 +29,7 @@ from trivium.data.task_collate import cut
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import features, retrieval
 from trivium.evaluate.embedded import Evaluation
-from trivium.evaluate.reranking import SHORTLIST, rerank
+from trivium.evaluate.reranking import SHORTLIST, judges, rerank
 from trivium.evaluate.results import mean_of
 from trivium.manifest import write_whole
 from trivium.models.encoded import Matches
@@ -61,7 +62,8 @@ def measure(
     sentence where that is told to be worse.
 
     Args:
-        shortlist: candidates of each query that are re-ranked; 0: none, as with a model that does not match.
+        shortlist: candidates of each query that are re-ranked; 0: none, as with a model that does not match, or whose
+            matching nothing has trained.
         folder: where what each query finds is written, in image_to_text.jsonl and text_to_image.jsonl; None: nowhere.
     """
     found = Evaluation()
@@ -87,7 +89,11 @@ def measure(
         for sentence in cut("captions", bundle.tokenizer, bundle.max_length, named)
     ]
     again = None
-    if shortlist and isinstance(bundle.model, Matches):
+    if shortlist and isinstance(bundle.model, Matches) and not judges(bundle):
+        found.not_applicable.append(
+            "re-ranking by matching: no loss has trained what this model reads pictures and texts together with"
+        )
+    elif shortlist and judges(bundle):
         cosine_IT = retrieval.scores(shown.images_ID, shown.texts_TD)
         again = rerank(bundle, shown.picture, shown.captions, cosine_IT, shortlist)
         right_IT = shown.image_labels[:, None] == shown.text_labels

@@ -59,6 +59,11 @@ class Reranked:
         return _front(self.cosine_IT.T, self.logit_IT.T, self.pictures_of_text_IT.T)
 
 
+def judges(bundle: Bundle) -> bool:
+    """Whether a model matches pictures with texts, and nothing says that no loss has reached what it does that with."""
+    return isinstance(bundle.model, Matches) and bundle.fusion_trained is not False
+
+
 @torch.inference_mode()
 def rerank(
     bundle: Bundle, picture: Callable[[int], Any], texts: list[str], cosine_IT: Tensor, shortlist: int = SHORTLIST

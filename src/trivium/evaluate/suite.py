@@ -35,9 +35,10 @@ from trivium.evaluate.datasets.captions import Captioned, find_captions
 from trivium.evaluate.datasets.pictures import DataSet, with_rows
 from trivium.evaluate.feature_store import ModelEncoder, features, identity, stamp_of
 from trivium.evaluate.paper_tasks import PaperTask
+from trivium.evaluate.reranking import judges
 from trivium.evaluate.task_runs import SuiteRun, TaskRun
 from trivium.evaluate.tuned_runs import TunedRun
-from trivium.models.encoded import Detects, EncodesImage, EncodesText, Matches
+from trivium.models.encoded import Detects, EncodesImage, EncodesText
 from trivium.models.grounding import Grounds
 
 # Of the protocols: a change of what they measure is another number.
@@ -155,8 +156,10 @@ def _one(
     if rows is not None and not isinstance(data, Referring):
         data = with_rows(data, rows) if isinstance(data, DataSet) else data.first(rows)
     model = model_hash(bundle) if encoder is None else encoder.hash
-    of_grounding = f"{rows if block is None else (rows, block)}" if isinstance(data, Referring) else ""
-    depends = f"{VERSIONS[task.kind]} {model} {_identity(data)} {of_grounding}"
+    how = f"{rows if block is None else (rows, block)}" if isinstance(data, Referring) else ""
+    if isinstance(data, Captioned) and bundle.fusion_trained is False:  # which the same tensors may not say
+        how = "by cosine alone"
+    depends = f"{VERSIONS[task.kind]} {model} {_identity(data)} {how}"
     folder = cache / "tasks" / f"{_slug(task.name)}-{hashlib.sha256(depends.encode()).hexdigest()[:32]}"
     kept = task_runs.kept(task, folder)
     if kept is not None:
@@ -360,7 +363,7 @@ def zero_shot_retrieval(
         [f"{data.pictures.name(row)}, {n}" for row in rows for n in range(1, len(data.captions[row]) + 1)],
         [text for _, text in captions], lambda number: data.pictures.read(rows[number]),
     )  # fmt: skip
-    if isinstance(encoder.bundle.model, Matches):
+    if judges(encoder.bundle):
         say(f"re-ranking the {shortlist} candidates in front")
     measured = pairs.measure(encoder.bundle, shown, "zero_shot.tr", "zero_shot.ir", shortlist)
     found.results |= measured.results

@@ -42,7 +42,7 @@ from trivium.recipes.grounding import GROUNDING, GroundingRecipe
 from trivium.recipes.predict import predict, tell_held_out, title_of
 from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
 from trivium.recipes.retrieval import RETRIEVAL, RetrievalRecipe
-from trivium.recipes.start import open_trained
+from trivium.recipes.start import open_trained, told_of_fusion
 from trivium.recipes.tasks import TASKS, Head, Task, TaskData, guess
 from trivium.train.config import leaves
 from trivium.train.initial import initialise
@@ -184,11 +184,8 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
     head = config.build()
     initialise(head, recipe.train.seed)
     notes, goes_on = list(splits.notes), False
-    if reads == "concatenated" and recipe.head.fusion == "auto" and isinstance(model, Fuses):
-        notes.append(
-            "no loss has trained what this model reads pictures and texts together with, so the head reads both vectors"
-            " side by side; --head.fusion fused is the head on the fused class token all the same"
-        )
+    if recipe.head.fusion == "auto":
+        notes += told_of_fusion(start, reads)
     if isinstance(head, AnswerDecoder | TwoPictures) and isinstance(model, Albef):
         head.start(model)
     if resume_from is None and start.head is not None:

@@ -30,7 +30,7 @@ from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import pairs, retrieval
 from trivium.evaluate.embedded import Evaluation
-from trivium.evaluate.reranking import SHORTLIST
+from trivium.evaluate.reranking import SHORTLIST, judges
 from trivium.methods.albef import FALSE_SHARE, AlbefMethod, Distillation, Duplicates
 from trivium.methods.clip import ClipMethod
 from trivium.methods.momentum import SoftTargets
@@ -259,7 +259,7 @@ def _prepare(
         notes += cut_captions(split, source, start.tokenizer, bundle.max_length)
     return PreparedRetrieval.of(
         recipe, name, arguments, method, bundle, mixtures(recipe, [stream]), notes,
-        optim=optim_of(recipe.optim, method), select=f"figures.{_select(recipe, model)}", measures_start=True,
+        optim=optim_of(recipe.optim, method), select=f"figures.{_select(recipe, bundle)}", measures_start=True,
         title=title, train=train, held=sources,
     )  # fmt: skip
 
@@ -336,9 +336,9 @@ def _unused(objectives: Objectives, fields: tuple[str, ...]) -> list[str]:
     return [f"objectives.{field} has no effect: this model has no use for it" for field in changed]
 
 
-def _select(recipe: RetrievalRecipe, model: Albef | Flava | Clip) -> str:
+def _select(recipe: RetrievalRecipe, bundle: Bundle) -> str:
     """Raises TriviumError where no such figure is measured."""
-    reranks = recipe.shortlist > 0 and isinstance(model, Matches)
+    reranks = recipe.shortlist > 0 and judges(bundle)
     ways, figures = ("tr", "ir"), [f"r{cutoff}" for cutoff in retrieval.CUTOFFS]
     known = [f"dev.recall{order}" for order in (("_reranked", "") if reranks else ("",))]
     known += [f"dev.{way}{order}_{f}" for order in ("", "_reranked")[: 1 + reranks] for way in ways for f in figures]

@@ -44,7 +44,9 @@ class Head:
     hidden: int | Literal["width", "none"] = "width"  # of the inner layer; "width": as wide as what it reads
     activation: Literal["tanh", "gelu", "relu"] = "tanh"
     dropout: float = 0.1
-    fusion: Literal["auto", "fused", "concatenated"] = "auto"  # of picture and text; auto: fused where that was trained
+    fusion: Literal["auto", "fused", "concatenated"] = (
+        "auto"  # of picture and text; auto: fused where that was trained, or where the head is one of ALBEF's own
+    )
     answers: Literal["auto", "written", "scored"] = "auto"  # of questions; auto: written where the model is an ALBEF
     ranked: int = 128  # written answers of the list that are read to their end: those that begin most likely
     first_word_twice: bool = False  # they are ranked as the public code does, which counts an answer's first word twice
