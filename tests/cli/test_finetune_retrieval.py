@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -195,6 +196,12 @@ def test_the_suite_fine_tunes_too_and_takes_no_measured_picture_for_a_training_r
     assert figures(out)[name] == figures(tuned)[name]
     assert json.loads((tuned / "config.json").read_text())["values"]["data.rows"] == 5000, "of dev and of test"
     assert "training rows" not in (out / "report.html").read_text(encoding="utf-8")
+    assert run("evaluate", models["clip"], *words, "--rows", 2, "--device", "cpu") == 0
+    [few] = [each for each in (out / "fine-tuned").iterdir() if each != tuned]
+    assert json.loads((few / "config.json").read_text())["values"]["data.rows"] == 2
+    assert lines_of(few / "metrics.jsonl")[-1]["step"] == 4, "of what is measured"
+    page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+    assert "learned from all of its training rows: --rows caps what is measured of it alone" in page
 
 
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(models: dict[str, Path], flickr: Path, tmp_path: Path) -> None:

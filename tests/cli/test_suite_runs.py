@@ -107,6 +107,58 @@ def test_another_model_or_other_pictures_begin_a_run_of_their_own(trained: Path,
     assert begun == {(str(trained), None), (str(before), None), (str(before), 64)} and len(inits) == 3
 
 
+def values(run: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((run / "config.json").read_text())["values"]
+    return settings
+
+
+def test_a_first_look_is_ten_times_through_its_rows_whatever_was_published(
+    trained: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("rte", "hateful_memes"):
+        published = replace(TASKS[name], steps=60, optim=replace(TASKS[name].optim, warmup=50))
+        monkeypatch.setitem(TASKS, name, published)
+    out = tmp_path / "out"
+    assert trivium(*asked(trained, root, out, "--rows", 5)) == 0
+    for verb in ("rte", "hateful_memes"):
+        [run] = runs_of(out, verb)
+        settings = values(run)
+        assert (settings["data.rows"], settings["train.steps"], settings["optim.warmup"]) == (5, 20, 0.06)
+
+
+def test_other_annotations_and_other_settings_begin_a_run_of_their_own(
+    trained: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, file = tmp_path / "out", root / "glue" / "RTE" / "train.tsv"
+    assert trivium(*asked(trained, root, out)) == 0
+    (root / "glue" / "RTE" / "notes.txt").write_text("of the owners")
+    file.write_text(file.read_text().replace("was good", "is good"))
+    assert trivium(*asked(trained, root, out)) == 0
+    assert (len(runs_of(out, "rte")), len(runs_of(out, "hateful_memes"))) == (2, 1)
+    monkeypatch.setitem(TASKS, "rte", replace(TASKS["rte"], optim=replace(TASKS["rte"].optim, lr=1e-4)))
+    assert trivium(*asked(trained, root, out)) == 0
+    assert (len(runs_of(out, "rte")), len(runs_of(out, "hateful_memes"))) == (3, 1)
+    [newest] = [run for run in runs_of(out, "rte") if values(run)["optim.lr"] == 1e-4]
+    assert found(out)["RTE"] == found(newest)["RTE"]
+
+
+@pytest.mark.parametrize(
+    ("task", "folder", "file"),
+    [("RTE", "glue", "RTE/train.tsv"), ("HatefulMemes", "hateful_memes", "train.jsonl")],
+)
+def test_a_folder_without_training_rows_is_no_mistake(
+    trained: Path, root: Path, tmp_path: Path, task: str, folder: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / folder / file).unlink()
+    out = tmp_path / "out"
+    assert trivium(*asked(trained, root, out)) == 0
+    said = capsys.readouterr()
+    assert f"{task}: {root / folder} holds no training rows, so it is not fine-tuned" in said.err
+    assert "came to nothing" not in said.out
+    [run] = (out / "fine-tuned").iterdir()
+    assert found(run).keys() <= found(out).keys()
+
+
 def test_a_task_that_cannot_be_learned_leaves_the_others(
     trained: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,7 @@ def evaluate_suite(
         print(sentence, file=sys.stderr)
 
     failed: dict[PaperTask, Exception] = {}
+    asking: list[PaperTask] = []
     if fine_tune and root is not None:
         asking = [task for task, tuned_run in zip(tasks, chosen_runs, strict=True) if tuned_run is None]
         if block is not None:  # of the model as it is
@@ -107,6 +108,8 @@ def evaluate_suite(
         if (error := failed.get(each.task)) is not None:
             why = f"a mistake of ours ({error!r}): please report it" if suite_runs.is_ours(error) else str(error)
             each.notes.insert(0, f"its fine-tuning came to nothing: {why}")
+        if rows is not None and each.state == "read" and each.task in asking and each.task.verb not in TASKS:
+            each.notes.append("learned from all of its training rows: --rows caps what is measured of it alone")
         if each.task.kind == "fine-tuning" and each.state in ("measured", "kept"):  # by its own head
             if (few := _rows(run_of_model)) is not None:
                 each.rests_on(tuned_runs.PART.format(few))

@@ -1,13 +1,15 @@
 """`trivium evaluate --suite S --fine-tune`: a run of `trivium finetune` for each task that takes one.
 
 It is the command that the report tells otherwise, with the published settings. Its folder is named after the task and
-after all that the run depends on: the same call finds there what is done and goes on with what was stopped, and another
-model begins another.
+after all that the run depends on: the model, the settings, and path, size and time of the files that say what the rows
+are. So the same call finds there what is done and goes on with what was stopped, and another model, or an annotation
+file in the place of another, begins another.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +19,19 @@ from trivium.bundle.hashes import model_hash
 from trivium.cli.finetune import finetune
 from trivium.data.referring import find_referring
 from trivium.errors import BadSample, TriviumError
+from trivium.evaluate.feature_store import stamp_of
 from trivium.evaluate.paper_tasks import PaperTask
 from trivium.evaluate.suite import lacks
-from trivium.recipes.own_head import without_head
+from trivium.recipes.finetune import EPOCHS
+from trivium.recipes.finetune import finetune as recipe_of
+from trivium.recipes.own_head import annotation_files, without_head
+from trivium.recipes.tasks import TASKS
 from trivium.train import distributed
+from trivium.train.config import leaves
 
 FOLDER = "fine-tuned"  # in that of the evaluation
 TAKES = ("fine-tuning", "grounding")  # kinds of tasks
+WARMUP = 0.06  # of a first look, whose updates are fewer than many a published warm-up
 
 
 class Stopped(Exception):
@@ -63,7 +71,9 @@ def fine_tune(
 
     Args:
         bundle: the model at `path`.
-        rows, image_size: of the data of every run; None: as published.
+        rows: at most so many training rows, of which EPOCHS take the place of published updates; of retrieval and
+            grounding, where all are learned from, so many are measured. None: as published.
+        image_size: of the pictures of every run; None: as published.
 
     Returns:
         Run folders that are done, and of tasks that have none for an error that error.
@@ -75,14 +85,16 @@ def fine_tune(
     failed: dict[PaperTask, Exception] = {}
     model = model_hash(bundle)
     for task in (task for task in tasks if task.kind in TAKES and lacks(task, bundle) is None):
-        changes = {} if rows is None else {"data.rows": str(rows)}
+        changes = {} if rows is None else _first_look(task.verb, rows)
         if image_size is not None and task.domain == "multimodal":
             changes["data.image_size"] = str(image_size)
         try:
-            data = _data(task, bundle, root)
-            if data is None:
+            there = _data(task, bundle, root, say)
+            if there is None:
                 continue
-            depends = f"{model} {data.resolve()} {changes}"
+            data, files = there
+            settings = json.dumps(leaves(recipe_of(task.verb)) | changes)
+            depends = f"{model} {data.resolve()} {settings}" + "".join(map(stamp_of, files))
             run = out / FOLDER / f"{task.verb}-{hashlib.sha256(depends.encode()).hexdigest()[:8]}"
             code = _train(run, task.verb, path, data, changes, device)
         except Exception as error:
@@ -103,13 +115,36 @@ def is_ours(error: Exception) -> bool:
     return not isinstance(error, TriviumError | BadSample)
 
 
-def _data(task: PaperTask, bundle: Bundle, root: Path) -> Path | None:
-    """The folder that `trivium finetune` takes; None where there is nothing to learn from, or nothing to learn."""
+def _first_look(verb: str, rows: int) -> dict[str, str]:
+    """What is changed of a run's settings."""
+    changes = {"data.rows": str(rows)}
+    if verb in TASKS:
+        changes |= {"optim.warmup": str(WARMUP)} | ({} if TASKS[verb].steps is None else {"epochs": str(EPOCHS)})
+    return changes
+
+
+def _data(
+    task: PaperTask, bundle: Bundle, root: Path, say: Callable[[str], None]
+) -> tuple[Path, Sequence[Path]] | None:
+    """The folder that `trivium finetune` takes, and the files there that say what the rows are; None where there is
+    nothing to learn, or nothing to learn from, which is said where there are rows to measure on."""
     if task.name in bundle.tuned_for:
         return None
     if task.kind == "grounding":
-        return None if find_referring(root, [task.name.lower()]) is None else root
-    return without_head(task, bundle, root)
+        found = find_referring(root, [task.name.lower()])
+        if found is None:
+            return None
+        folder, files, learns = root, found.tables, bool(found.splits.get("train"))
+    else:
+        place = without_head(task, bundle, root)
+        if place is None:
+            return None
+        folder, files = place, annotation_files(task, place)
+        learns = any("train" in file.name for file in files)
+    if not learns:
+        say(f"{task.name}: {folder} holds no training rows, so it is not fine-tuned")
+        return None
+    return folder, files
 
 
 def _train(run: Path, verb: str, init: Path, data: Path, changes: Mapping[str, str], device: str) -> int:

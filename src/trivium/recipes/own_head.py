@@ -49,14 +49,30 @@ from trivium.recipes.unit_tasks import JointTask, Opened
 Predicted = Callable[[LabelledRows], Predictions]
 
 ROWS_AT_ONCE = 32
-# By a task's title: folders below the root of all data, and patterns of which one must match there.
-PLACES = {
-    "VQAv2": (("vqav2", "VQAv2", "vqa", "coco", "."), ("v2_OpenEnded_mscoco_*_questions.json", "vqa_*.json")),
-    "SNLI-VE": (("snli_ve", "SNLI-VE", "snli-ve", "."), ("snli_ve_*.jsonl", "ve_*.json")),
-    "NLVR2": (("nlvr2", "NLVR2", "nlvr", "."), ("data/dev.json", "data/test1.json", "nlvr_*.json")),
-    "Hateful Memes": (("hateful_memes", "hateful-memes"), ("dev*.jsonl", "test*.jsonl")),
-    **{layout.name: (layout.folders, (layout.albef.replace("_test", "_train"),)) for layout in RETRIEVAL},
-} | {files.folder: (("glue_data", "glue", "."), (f"{files.folder}/dev*.tsv",)) for files in GLUE.values()}
+# By a task's title: folders below the root of all data; patterns of which one must match there; and those of all files
+# that say what its rows are, with "train" in the names of those to learn from.
+PLACES: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
+    "VQAv2": (
+        ("vqav2", "VQAv2", "vqa", "coco", "."), ("v2_OpenEnded_mscoco_*_questions.json", "vqa_*.json"),
+        ("v2_*.json", "vqa_*.json", "vg_qa.json", "answer_list.json"),
+    ),
+    "SNLI-VE": (
+        ("snli_ve", "SNLI-VE", "snli-ve", "."), ("snli_ve_*.jsonl", "ve_*.json"), ("snli_ve_*.jsonl", "ve_*.json"),
+    ),
+    "NLVR2": (
+        ("nlvr2", "NLVR2", "nlvr", "."), ("data/dev.json", "data/test1.json", "nlvr_*.json"),
+        ("data/*.json", "nlvr_*.json"),
+    ),
+    "Hateful Memes": (("hateful_memes", "hateful-memes"), ("dev*.jsonl", "test*.jsonl"), ("*.jsonl",)),
+    **{
+        each.name: (each.folders, (each.albef.replace("_test", "_train"),), (each.albef.replace("_test", "_*"),))
+        for each in RETRIEVAL
+    },
+    **{
+        files.folder: (("glue_data", "glue", "."), (f"{files.folder}/dev*.tsv",), (f"{files.folder}/*.tsv",))
+        for files in GLUE.values()
+    },
+}  # fmt: skip
 
 
 def open_own(asked: PaperTask, bundle: Bundle, root: Path | None) -> OwnTask | Path | Missing | None:
@@ -104,8 +120,13 @@ def without_head(asked: PaperTask, bundle: Bundle, root: Path) -> Path | None:
     return _place(asked, root) if _answered(asked, bundle)[0] is None else None
 
 
+def annotation_files(asked: PaperTask, folder: Path) -> list[Path]:
+    """The files in the folder of a task's data that say what its rows are."""
+    return sorted({file for pattern in PLACES[asked.prefix][2] for file in folder.glob(pattern)})
+
+
 def _place(asked: PaperTask, root: Path | None) -> Path | None:
-    folders, patterns = PLACES[asked.prefix]
+    folders, patterns, _ = PLACES[asked.prefix]
     places = [] if root is None else [root / folder for folder in folders]
     return next((place for place in places for pattern in patterns if next(place.glob(pattern), None)), None)
 
