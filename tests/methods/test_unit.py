@@ -177,6 +177,18 @@ def test_a_step_leaves_what_only_other_tasks_use_and_its_moments_alone() -> None
     assert {n for n in changed if ".image." in n} and {n for n in changed if ".text." in n}
 
 
+def test_a_loss_of_weight_0_is_not_computed_and_its_head_not_touched() -> None:
+    model, batch = random_unit(), make_batch("vg", 4)
+    whole, expected = losses_and_gradients(unit_method(model), [batch])
+    method = unit_method(model)
+    method.weights["vg.attributes"] = 0.0
+    found, gradients = losses_and_gradients(method, [batch])
+    assert found == {name: value for name, value in whole.items() if name != "vg.attributes"}
+    own = {name for name in expected if ".attributes." in name}
+    assert own and not any(name in gradients for name in own)
+    assert {n for n in expected if n not in own} == set(gradients)
+
+
 def test_boxes_that_cannot_be_are_refused_by_a_sentence() -> None:
     method, batch = unit_method(random_unit()), make_batch("vg", 4)
     batch.targets["box"][0, 2] = float("nan")

@@ -269,6 +269,10 @@ def test_a_configuration_survives_json() -> None:
         ({"tasks": (replace(SMALL_TASKS[0], reads="both"),)}, "it detects, so it reads the image alone, not 'both'"),
         ({"tasks": (replace(SMALL_TASKS[3], num_attributes=3),)}, "attributes are of detected objects"),
         ({"tasks": (replace(SMALL_TASKS[0], name="a.b"),)}, "hold no dot"),
+        (
+            {"tasks": (replace(SMALL_TASKS[0], name="items"),)},
+            "'items' of a UniT cannot be built: torch keeps this name",
+        ),
         ({"text_layers": 0}, "'vqav2' of a UniT cannot be built: it reads texts, and this model has no text encoder"),
     ],
 )

@@ -68,7 +68,7 @@ class UnitMethod(MethodOfPictures):
             return {task.name: torch.tensor(len(batch))}
         objects = self.objects(batch, task)
         found = detection.counts(objects, len(batch), task.num_queries)
-        return {f"{task.name}.{part}": count for part, count in found.items() if f"{task.name}.{part}" in self.weights}
+        return {f"{task.name}.{part}": count for part, count in found.items() if self._has(task, part)}
 
     def separate(self, batch: Batch, rows: Rows, states: Any, counts: Sums, key: Key) -> Sums:
         task = self.model.task(batch.stream)
@@ -94,11 +94,15 @@ class UnitMethod(MethodOfPictures):
         matches = detection.match(seen.logits_LBQK, seen.boxes_LBQ4, objects)
         box, giou = detection.box_losses(seen.boxes_LBQ4, matches, objects.box_M4)
         sums = {"class": detection.class_loss(seen.logits_LBQK, matches, objects.label_M), "box": box, "giou": giou}
-        if head.attributes is not None:
+        if self._has(task, "attributes"):
             assert objects.attributes_MA is not None, f"the task {task.name} has attributes, and this batch none"
             logits_PK = head.attributes(matches.of(seen.hidden_LBQD), objects.label_M[matches.object_P])
             sums["attributes"] = detection.attribute_loss(logits_PK, objects.attributes_MA[matches.object_P])
-        return {f"{task.name}.{part}": value for part, value in sums.items()}
+        return {f"{task.name}.{part}": value for part, value in sums.items() if self._has(task, part)}
+
+    def _has(self, task: UnitTask, part: str) -> bool:
+        """Whether a loss of detection is computed."""
+        return self.weights.get(f"{task.name}.{part}", 0.0) != 0
 
     def objects(self, batch: Batch, task: UnitTask) -> Objects:
         """What there is to find in the pictures of a batch, on CPU."""

@@ -130,6 +130,8 @@ class UnitConfig:
     def _wrong(self, task: UnitTask) -> str | None:
         if not task.name or "." in task.name:
             return "its name must be of at least one character and hold no dot"
+        if hasattr(nn.ModuleDict(), task.name):
+            return "torch keeps this name for itself: choose another"
         if task.kind == "detection" and task.reads != "image":
             return f"it detects, so it reads the image alone, not {task.reads!r}"
         if task.kind != "detection" and task.num_attributes is not None:
