@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from tests.recipes.shop import digests, trivium
 from trivium.bundle import Bundle
-from trivium.data.labelled import read_tables
+from trivium.data.labelled import LabelledRows, read_tables
 from trivium.data.order import Draws
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
@@ -32,6 +32,7 @@ from trivium.methods.unit import UnitMethod
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.unit import PUBLISHED_TASKS, Unit, UnitConfig, UnitTask
 from trivium.recipes import RECIPES
+from trivium.recipes.predict import predict_by
 from trivium.recipes.tasks import TASKS, TaskData
 from trivium.recipes.unit import UnitRecipe, unit
 from trivium.recipes.unit_losses import on_held_out
@@ -108,6 +109,37 @@ def test_a_run_measures_every_task_that_has_data(trained: Path) -> None:
     streams = [line["stream"] for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
                if "stream" in line]  # fmt: skip
     assert set(streams) <= set(NAMES) and len(set(streams)) > 2
+
+
+def test_a_held_out_split_that_cannot_be_read_or_has_no_labels_costs_itself_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    scenes, sst2 = tmp_path / "data" / "scenes", tmp_path / "data" / "glue" / "SST-2"
+    shutil.rmtree(scenes / "coco" / "val2017")
+    (sst2 / "test.tsv").write_text("index\tsentence\n0\ta fine film\n")
+    for path in sorted((scenes / "vg" / "images").glob("500000*.jpg"))[:2]:  # of new scenes
+        path.unlink()
+    asked: list[str] = []
+
+    def watched(answers: Any, method: Any, rows: LabelledRows, *args: Any, **given: Any) -> Any:
+        asked.append(rows.row(0).file)
+        return predict_by(answers, method, rows, *args, **given)
+
+    monkeypatch.setattr(sys.modules[UnitRecipe.__module__], "predict_by", watched)
+    out = tmp_path / "run"
+    assert trivium("pretrain", "unit", "--out", out, *joint(tmp_path / "data"), *flags(train__evaluate_every=8)) == 0
+    said = capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())["results"]
+    assert not any(name.startswith(("COCO", "losses.coco")) for name in results)
+    assert {"VG detection.val.ap50", "VQAv2.dev.accuracy", "SST-2.dev.accuracy", "losses.sst2.final"} <= set(results)
+    assert "not measured: COCO detection, val2017: no picture of" in said
+    assert "not measured: VG detection, val: 2 of 8 pictures, which cannot be read; the first: " in said
+    assert "not measured: SST-2, test: it has no labels" in said
+    assert asked and not any(file.endswith("test.tsv") for file in asked)
+    measured = [line["results"]["figures"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+                if "results" in line]  # fmt: skip
+    assert len(measured) == 1 and "vg.val.ap50" in measured[0] and not any("coco" in name for name in measured[0])
 
 
 def test_losses_on_held_out_rows_are_those_of_a_step_and_their_chances_of_a_constant_guess(data: Path) -> None:
@@ -458,6 +490,31 @@ def test_a_task_of_ones_own_is_one_more_entry(data: Path, tmp_path: Path, monkey
     assert prepared.run.method.separate(batch, *prepared.run.method.embed(batch), {}, None)["moods"] > 0  # type: ignore[arg-type]
 
 
+def test_tables_of_a_task_are_read_as_the_task_says(data: Path, tmp_path: Path) -> None:
+    """Its answers stand under "answer", whatever other column could be one of labels."""
+    table = tmp_path / "asked.csv"
+    pictures = sorted((data / "scenes" / "vg" / "images").iterdir())
+    lines = "".join(f"{each},what is this?,{word},other\n" for each in pictures for word in ("sun", "moon"))
+    table.write_text("image,question,answer,category\n" + lines)
+    own = JointTask(20, task="question_answering", train=(str(table),), batch=4, min_questions=1)
+    recipe = with_flags(unit("tiny"), data)
+    prepared = replace(recipe, tasks=recipe.tasks | {"asked": own}).prepare("unit", {})
+    assert prepared.bundle.labels_of is not None and set(prepared.bundle.labels_of["asked"]) == {"sun", "moon"}
+
+
+def test_pictures_with_more_boxes_than_queries_are_told(data: Path) -> None:
+    recipe = set_leaves(with_flags(unit("tiny"), data), {"tasks.vg.num_queries": 3})
+    notes = recipe.prepare("unit", {}).notes
+    rows = next(task for task in recipe.prepare("unit", {}).tasks if task.name == "vg").data.train
+    most = [int(rows.usable_M[rows.of(row)].sum()) for row in range(len(rows))]
+    more = sum(each > 3 for each in most)
+    assert 0 < more < len(rows)
+    assert [note for note in notes if "queries" in note] == [
+        f"vg: {more} of 12 training pictures have more boxes than its 3 queries can find, at most {max(most)}:"
+        f" --tasks.vg.num-queries {max(most)} would hold them all"
+    ]
+
+
 def columns() -> object:
     from trivium.data.labelled import Columns
 
@@ -556,6 +613,9 @@ def test_the_text_encoder_starts_from_a_bert_or_with_the_rest(data: Path, traine
     assert any("the text encoder starts as" in note for note in prepared.notes)
     with pytest.raises(TriviumError, match=r"brings a text encoder, and so does .* leave out --init-text"):
         replace(recipe, init=str(trained)).prepare("unit", {})
+    Bundle("unit", start.model, None, start.transform).save(tmp_path / "no words")  # as released files are
+    with pytest.raises(TriviumError, match="brings a text encoder"):
+        replace(recipe, init=str(tmp_path / "no words")).prepare("unit", {})
 
 
 def test_base_is_the_published_recipe() -> None:
@@ -626,11 +686,14 @@ def test_boxes_are_measured_with_no_more_pictures_at_once_than_are_trained(
     monkeypatch.setattr(Unit, "detect", watched)
     figures = []
     for rows, expected in ((3, [2, 2, 2, 2]), (64, [8])):
-        recipe = set_leaves(with_flags(unit("tiny"), data), {"train.micro_batch": rows, "tasks.vg.batch": 64})
+        changes = {"train.micro_batch": rows, "tasks.vg.batch": 64, "train.evaluate_every": 4}
+        recipe = set_leaves(with_flags(unit("tiny"), data), changes)
         recipe = replace(recipe, tasks={"vg": replace(recipe.tasks["vg"], root=str(data / "scenes" / "vg"))})
         recipe = replace(recipe, data=replace(recipe.data, scenes=None, glue=None))
         prepared = recipe.prepare("unit", {})
-        figures.append(prepared.measures(prepared.recipe)(prepared.run.method)["figures"])
+        measure = prepared.measures(prepared.recipe)
+        assert measure is not None
+        figures.append(measure(prepared.run.method)["figures"])
         assert at_once == expected
         at_once.clear()
     assert figures[0] == pytest.approx(figures[1], abs=1e-6)

@@ -62,7 +62,7 @@ def tell_held_out(
     reported = []
     printed = tuple(name for name in held_out if name == "dev_unseen") or ("dev",)
     for name, rows in held_out.items():
-        say(f"{task.title}: {name}, {len(rows):,} rows")
+        say(f"{title}: {name}, {len(rows):,} rows")
         try:
             predictions = predicted(rows)
         except TriviumError as error:  # the figures of the other splits are not lost for it

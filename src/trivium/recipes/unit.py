@@ -8,15 +8,17 @@ Which tasks there are: recipes/unit_tasks.py.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from trivium.bundle import Bundle
 from trivium.data.detection import Detection
 from trivium.data.detection_collate import Augmentation
-from trivium.data.labelled import is_labelled
+from trivium.data.labelled import LabelledRows, Splits, is_labelled
 from trivium.data.mixture import StreamMixture
 from trivium.data.task_collate import TaskCollate
 from trivium.data.tokenizer import Tokenizer
@@ -33,7 +35,7 @@ from trivium.models.bert import Bert
 from trivium.models.unit import SIZES, Unit, UnitConfig
 from trivium.recipes import limits, unit_losses
 from trivium.recipes.data import absolute
-from trivium.recipes.predict import predict_by
+from trivium.recipes.predict import predict_by, tell_held_out
 from trivium.recipes.prepared import Losses, Prepared
 from trivium.recipes.unit_start import FROZEN, at_random, from_bert, from_unit
 from trivium.recipes.unit_tasks import (
@@ -164,27 +166,34 @@ class PreparedUnit(Prepared):
     tasks: list[Opened]
     collates: dict[str, Any]
 
-    def measures(self, recipe: UnitRecipe) -> Callable[[Method], dict[str, Any]]:
-        """mAP of every task of detection, every metric of the others."""
+    def measures(self, recipe: UnitRecipe) -> Callable[[Method], dict[str, Any]] | None:
+        """mAP of every task of detection, every metric of the others, of what has labels and can be read. None where
+        it is not asked for between steps: when a run ends, `held_out` is made anyway."""
+        if recipe.train.evaluate_every is None:
+            return None
         bundle, tasks, collates = self.bundle, self.tasks, self.collates
+
+        def figures(method: UnitMethod, task: Opened, name: str) -> dict[str, float]:
+            if isinstance(task.data, Detection):
+                chosen = task.data.held_out[name].capped(recipe.measure)
+                seen, _ = detection.find(bundle, chosen, task.name, _pictures_at_once(task, recipe))
+                results = detection.measure(chosen, seen, task.data.classes, has_intervals=False)
+                return {figure: result.value for figure, result in results.items()}
+            assert task.of is not None
+            found = _predictions(method, task, task.data.held_out[name].capped(recipe.measure), collates, recipe)
+            return {metric: figures_of.figure(metric, found) for metric in task.of.metrics}
 
         def measure(method: Method) -> dict[str, Any]:
             assert isinstance(method, UnitMethod)
-            figures: dict[str, float] = {}
+            found: dict[str, float] = {}
             for task in tasks:
-                if isinstance(task.data, Detection):
-                    for name, rows in task.data.held_out.items():
-                        chosen = rows.capped(recipe.measure)
-                        seen, _ = detection.find(bundle, chosen, task.name, _pictures_at_once(task, recipe))
-                        results = detection.measure(chosen, seen, task.data.classes, has_intervals=False)
-                        figures |= {f"{task.name}.{name}.{each}": results[each].value for each in results}
-                    continue
-                assert task.of is not None
                 for name, split in task.data.held_out.items():
-                    if is_labelled(split):
-                        found = _predictions(method, task, name, collates, recipe)
-                        figures |= {f"{task.name}.{name}.{m}": figures_of.figure(m, found) for m in task.of.metrics}
-            return {"figures": figures}
+                    if not isinstance(split, LabelledRows) or is_labelled(split):
+                        # What cannot be read does not end the training: when it is over, that is told.
+                        with contextlib.suppress(TriviumError):
+                            of_split = figures(method, task, name)
+                            found |= {f"{task.name}.{name}.{figure}": value for figure, value in of_split.items()}
+            return {"figures": found}
 
         return measure
 
@@ -196,30 +205,49 @@ class PreparedUnit(Prepared):
                 found.not_applicable.append(f"{task.title}: its data has nothing that is held out")
             if isinstance(task.data, Detection):
                 self._boxes(found, task, task.data, say)
-                continue
-            assert task.of is not None
-            for name in task.data.held_out:
-                say(f"{task.title}: {name}")
-                predictions = _predictions(method, task, name, self.collates, self.recipe)
-                found.not_applicable += [f"a row of {name} that cannot be read: {bad}" for bad in predictions.bad]
-                if predictions.is_labelled:
-                    figures_of.tell(found, task.title, name, task.of.metrics, predictions)
-                    guesses = {f"{n}.majority": Result(found.chance[n]) for n in found.results if n in found.chance}
-                    found.results |= guesses
-                else:
-                    found.not_applicable.append(f"{task.title}, {name}: it has no labels")
+            else:
+                self._labels(found, task, task.data, say)
         losses, bad = unit_losses.on_held_out(
             method, self.tasks, self.collates, self.recipe.rows_at_once, self.recipe.measure, say
         )
         found.not_applicable += bad
         return found, losses
 
+    def _labels(self, found: Evaluation, task: Opened, data: Splits, say: Callable[[str], None]) -> None:
+        method, of = self.run.method, task.of
+        assert isinstance(method, UnitMethod) and of is not None
+        labelled = {}
+        for name, rows in data.held_out.items():
+            if is_labelled(rows):
+                labelled[name] = rows.capped(self.recipe.measure)
+            else:
+                found.not_applicable.append(
+                    f"{task.title}, {name}: it has no labels; trivium evaluate --suite unit writes what is said of it"
+                )
+        own = Evaluation()
+        predicted = partial(_predictions, method, task, collates=self.collates, recipe=self.recipe)
+        tell_held_out(own, of, task.title, labelled, predicted, None, say)
+        guesses = {f"{name}.majority": Result(own.chance[name]) for name in own.results if name in own.chance}
+        found.results |= own.results | guesses
+        found.chance |= own.chance
+        found.headline += own.headline
+        found.not_applicable += [f"{task.title}, {sentence}" for sentence in own.not_applicable]
+        found.is_final &= own.is_final
+
     def _boxes(self, found: Evaluation, task: Opened, data: Detection, say: Callable[[str], None]) -> None:
         for name, rows in data.held_out.items():
             say(f"{task.title}: {name}")
             chosen = rows.capped(self.recipe.measure)
-            seen, bad = detection.find(self.bundle, chosen, task.name, _pictures_at_once(task, self.recipe))
-            found.not_applicable += [f"a picture of {name} that cannot be read: {each}" for each in bad]
+            try:
+                seen, bad = detection.find(self.bundle, chosen, task.name, _pictures_at_once(task, self.recipe))
+            except TriviumError as error:  # the figures of all else are not lost for it
+                found.not_applicable.append(f"{task.title}, {name}: {error}")
+                continue
+            if bad:
+                found.not_applicable.append(
+                    f"{task.title}, {name}: {len(bad):,} of {len(chosen):,} pictures, which cannot be read; the first:"
+                    f" {bad[0]}"
+                )
             figures = detection.measure(chosen, seen, data.classes)
             found.results |= {f"{task.title}.{name}.{figure}": result for figure, result in figures.items()}
             if "ap" in figures:
@@ -252,7 +280,7 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
         raise TriviumError(
             f"{recipe.init_text} holds a {text.family}, and the text encoder starts from a BERT: give one"
         )
-    if text is not None and start is not None and start.tokenizer is not None:
+    if text is not None and start is not None and start.model.text is not None:
         raise TriviumError(
             f"{recipe.init} brings a text encoder, and so does {recipe.init_text}: leave out --init-text, or name a run"
             " of boxes alone"
@@ -370,10 +398,9 @@ def _pictures_at_once(task: Opened, recipe: UnitRecipe) -> int:
 
 
 def _predictions(
-    method: UnitMethod, task: Opened, split: str, collates: dict[str, TaskCollate], recipe: UnitRecipe
+    method: UnitMethod, task: Opened, rows: LabelledRows, collates: dict[str, TaskCollate], recipe: UnitRecipe
 ) -> Predictions:
     assert not isinstance(task.data, Detection)
-    rows = task.data.held_out[split].capped(recipe.measure)
     batch = recipe.rows_at_once(task.given.batch)
     return predict_by(
         method.answers, method, rows, collates[task.name], batch, task.data.labels, stream=task.name

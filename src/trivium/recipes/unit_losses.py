@@ -15,6 +15,7 @@ import torch
 from trivium.data.detection import Detection
 from trivium.data.labelled import is_labelled
 from trivium.data.loader import evaluation_batches
+from trivium.errors import TriviumError
 from trivium.evaluate import losses
 from trivium.methods.unit import UnitMethod
 from trivium.recipes.prepared import Losses
@@ -33,8 +34,8 @@ def on_held_out(
     rows: int | None,
     say: Callable[[str], None],
 ) -> tuple[Losses, list[str]]:
-    """Of each task that has labelled held-out rows, on its first such split; and a sentence for each row that cannot
-    be read. rows: at most so many, evenly spread."""
+    """Of each task that has labelled held-out rows, on its first such split; and a sentence on the rows of each that
+    cannot be read. rows: at most so many, evenly spread."""
     found: Losses = {}
     bad: list[str] = []
     for task in tasks:
@@ -48,10 +49,17 @@ def on_held_out(
         collate = replace(collates[task.name], train=False)
         samples = min(len(source), MOST_ROWS, MOST_ROWS if rows is None else rows)
         batches = evaluation_batches(source, collate, rows_at_once(task.given.batch), samples, task.name)
-        measured = step.measure(method, ([batch] for batch in _watched(batches, seen)), Key(0, task.name, 0))
+        try:
+            measured = step.measure(method, ([batch] for batch in _watched(batches, seen)), Key(0, task.name, 0))
+        except TriviumError as error:  # the losses of the other tasks are not lost for it
+            bad.append(f"losses of {task.title}, {name}: {error}")
+            continue
         chance = _chance(method, task, seen)
         found |= {loss: (value, chance.get(loss)) for loss, value in measured.items()}
-        bad += [f"a row of {name} that the losses leave out: {each}" for batch in seen for each in batch.bad]
+        if left_out := [each for batch in seen for each in batch.bad]:
+            bad.append(
+                f"{task.title}, {name}: {len(left_out):,} rows that the losses leave out; the first: {left_out[0]}"
+            )
     return found, bad
 
 
@@ -65,7 +73,8 @@ def _watched(batches: Iterator[Batch], seen: list[Batch]) -> Iterator[Batch]:
 def _chance(method: UnitMethod, task: Opened, seen: list[Batch]) -> dict[str, float]:
     """Of a guess from how often each label occurs. Boxes have none."""
     if isinstance(task.data, Detection):
-        return {f"{task.name}.class": _of_classes(method, task.name, seen)}
+        name = f"{task.name}.class"
+        return {name: _of_classes(method, task.name, seen)} if method.weights[name] else {}
     target = torch.cat([batch.targets[method.targets[task.name]] for batch in seen])
     if method.targets[task.name] == "label":
         return {task.name: losses.chance(target, len(task.data.labels))}

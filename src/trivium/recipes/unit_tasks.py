@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from trivium.data import embedded
 from trivium.data.detection import LAYOUTS, Detection, read_detection
 from trivium.data.detection_collate import Augmentation, DetectionCollate
@@ -30,7 +32,7 @@ from trivium.errors import TriviumError
 from trivium.methods.unit import Labels
 from trivium.models.unit import UnitTask
 from trivium.recipes.data import absolute
-from trivium.recipes.tasks import TASKS, Task, TaskData, guess
+from trivium.recipes.tasks import TASKS, Task, guess
 from trivium.train.protocol import Source
 
 TEXTS_FOR_VOCABULARY = 50_000  # of each task
@@ -182,11 +184,24 @@ class Opened:
         )
 
     def cut(self, collate: TaskCollate | DetectionCollate) -> list[str]:
-        """Sentences on texts of each split that are longer than what is read of them."""
+        """Sentences on texts of each split that are longer than what is read of them, and on pictures of training with
+        more boxes than can be found."""
         if isinstance(self.data, Detection) or isinstance(collate, DetectionCollate):
-            return []
+            return self._beyond_queries()
         splits = {"train": self.data.train, **self.data.held_out}
         return [f"{self.name}, {split}: {said}" for split, rows in splits.items() for said in collate.cut(rows)]
+
+    def _beyond_queries(self) -> list[str]:
+        assert isinstance(self.data, Detection)
+        rows, queries = self.data.train, self.given.num_queries
+        boxes_N = np.diff(np.append(0, np.cumsum(rows.usable_M))[rows.starts])
+        if not (more := int((boxes_N > queries).sum())):
+            return []
+        flag = f"--tasks.{self.name.replace('_', '-')}.num-queries"
+        return [
+            f"{self.name}: {more:,} of {len(rows):,} training pictures have more boxes than its {queries} queries can"
+            f" find, at most {boxes_N.max()}: {flag} {boxes_N.max()} would hold them all"
+        ]
 
 
 def known() -> list[str]:
@@ -272,7 +287,9 @@ def opened(tasks: Mapping[str, JointTask]) -> list[Opened]:
         if of.gives not in ("class", "answers") or of.num_pictures > 1:
             what = "two pictures" if of.num_pictures > 1 else f"a {of.gives}"
             raise TriviumError(f"{of.title} is about {what}, and a UniT answers with classes: leave out {name}")
-        rows = TaskData(given.root, given.train, given.dev, min_questions=given.min_questions)
+        rows = replace(
+            of.data, root=given.root, train=given.train, dev=given.dev, min_questions=given.min_questions
+        )  # fmt: skip
         try:
             splits = of.open(rows).checked()
         except TriviumError as error:
