@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tracemalloc
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -151,6 +152,18 @@ def test_a_model_without_matching_is_told_so(bundle: Bundle, evaluation: Evaluat
     embedded.match(found, Bundle("towers", Towers(), None, bundle.transform), noto, noto, 0.5)
     assert found.not_applicable == ["image-text matching: Towers has no `match`"]
     assert not found.results
+
+
+def test_a_head_of_matching_that_no_loss_has_reached_is_not_asked(
+    bundle: Bundle, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Flava, "match", None)
+    found = embedded.run(replace(bundle, fusion_trained=False))
+    asked = {name for name in evaluation.results if "reranked" in name or name.startswith("itm.")}
+    assert len(asked) > 2 and {name for name in evaluation.results if name not in asked} == set(found.results)
+    assert "image-text matching, and re-ranking by it: no loss has trained what this model reads" in " ".join(
+        found.not_applicable
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the page

@@ -34,7 +34,7 @@ from trivium.data.embedded import HELD_OUT_STYLE, STYLES, Emoji, concept_numbers
 from trivium.evaluate import features, knn, linear_probe, matching, reconstruction, retrieval, zero_shot
 from trivium.evaluate.features import ImageFeatures
 from trivium.evaluate.reconstruction import Reconstruction
-from trivium.evaluate.reranking import rerank
+from trivium.evaluate.reranking import UNTRAINED, judges, rerank
 from trivium.evaluate.results import Results, mean_of
 from trivium.evaluate.walls import Wall, picture_wall, text_wall
 from trivium.models.encoded import EncodesText, Matches
@@ -117,7 +117,7 @@ def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = l
                 names_BD = features.of_texts(bundle, [record.name for record in held_out.records])
             with part("retrieval"):
                 retrieve(found, held_out, images_BD, names_BD)
-            if isinstance(bundle.model, Matches):
+            if judges(bundle):
                 with part("re-ranking"):
                     _reranking(found, bundle, held_out, images_BD, names_BD)
             with part("zero-shot classification"):
@@ -293,6 +293,9 @@ def match(found: Evaluation, bundle: Bundle, noto: Drawings, validation: Drawing
     model = bundle.model
     if not isinstance(model, Matches):
         found.not_applicable.append(f"image-text matching: {type(model).__name__} has no `match`")
+        return
+    if not judges(bundle):
+        found.not_applicable.append(f"image-text matching, and re-ranking by it: {UNTRAINED}")
         return
     records = validation.records + [record for record in noto.records if record.split == "val"]
     pixels = validation.pixels + [noto.pixels[row] for row in noto.split("val").nonzero()[:, 0].tolist()]

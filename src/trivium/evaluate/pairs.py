@@ -29,7 +29,7 @@ from trivium.data.task_collate import cut
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import features, retrieval
 from trivium.evaluate.embedded import Evaluation
-from trivium.evaluate.reranking import SHORTLIST, judges, rerank
+from trivium.evaluate.reranking import SHORTLIST, UNTRAINED, judges, rerank
 from trivium.evaluate.results import mean_of
 from trivium.manifest import write_whole
 from trivium.models.encoded import Matches
@@ -90,9 +90,7 @@ def measure(
     ]
     again = None
     if shortlist and isinstance(bundle.model, Matches) and not judges(bundle):
-        found.not_applicable.append(
-            "re-ranking by matching: no loss has trained what this model reads pictures and texts together with"
-        )
+        found.not_applicable.append(f"re-ranking by matching: {UNTRAINED}")
     elif shortlist and judges(bundle):
         cosine_IT = retrieval.scores(shown.images_ID, shown.texts_TD)
         again = rerank(bundle, shown.picture, shown.captions, cosine_IT, shortlist)

@@ -31,6 +31,7 @@ SHORTLIST = 32
 TEXTS_AT_ONCE = 256  # beside one picture
 PICTURES_AT_ONCE = 64
 TEXTS_ENCODED = 512
+UNTRAINED = "no loss has trained what this model reads pictures and texts together with"
 
 
 @dataclass(frozen=True)

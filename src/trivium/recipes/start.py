@@ -10,6 +10,7 @@ from torch import nn
 from trivium.bundle import Bundle
 from trivium.data.tokenizer import Tokenizer
 from trivium.errors import TriviumError
+from trivium.evaluate.reranking import UNTRAINED
 from trivium.load import load, open_own
 from trivium.models.finetuned import Reads
 from trivium.recipes.data import Sources, make_tokenizer
@@ -46,18 +47,17 @@ def open_trained(init: str | None, resume_from: Path | None) -> Bundle:
 def told_of_fusion(start: Bundle, reads: Reads) -> list[str]:
     """A sentence where no loss has trained what a model reads pictures and texts together with, on what its head reads
     in place of that, or reads through it all the same."""
-    why = "no loss has trained what this model reads pictures and texts together with"
     if start.fusion_trained is not False:
         return []
     if reads == "concatenated":
         return [
-            f"{why}, so the head reads both vectors side by side; --head.fusion fused is the head on the fused class"
-            " token all the same"
+            f"{UNTRAINED}, so the head reads both vectors side by side; --head.fusion fused is the head on the fused"
+            " class token all the same"
         ]
     if reads in ("states", "two_pictures"):
         return [
-            f"{why}, and this head reads through it all the same: the rows of this task are the first to teach it, so"
-            " pretrain with ITM or masked words before"
+            f"{UNTRAINED}, and this head reads through it all the same: the rows of this task are the first to teach"
+            " it, so pretrain with ITM or masked words before"
         ]
     return []
 
