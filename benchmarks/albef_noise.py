@@ -21,6 +21,7 @@ import side_by_side
 from albef_runs import Photographs, compared, mean_over, per_cent, run, spread, units
 
 from trivium.evaluate.outcomes import Outcomes
+from trivium.evaluate.reranking import SHORTLIST
 from trivium.train import config
 
 WAYS = {"without": 0.0, "with": 0.4}
@@ -81,9 +82,9 @@ def sum_up(out: Path, noise: float, steps: int) -> None:
         f"# ALBEF with the captions of {noise:.0%} of the photographs exchanged",
         "",
         f"Tiny, {steps:,} updates, seeds {', '.join(map(str, seeds))}; zero-shot on the 1,000 clean dev photographs"
-        " of Flickr8k; per cent, with 95 % intervals over these, those of differences over the seeds too; better or"
-        " worse where these are beyond 0 and every seed has that sign. At this size there is no queue: the contrastive"
-        " loss and its soft labels are over the batch.",
+        f" of Flickr8k; re-ranked are the {SHORTLIST} in front; per cent, with 95 % intervals over the photographs,"
+        " those of differences over the seeds too; better or worse where these are beyond 0 and every seed has that"
+        " sign. At this size there is no queue: the contrastive loss and its soft labels are over the batch.",
         "",
         "| | without | with distillation | with less without |",
         "|---|---|---|---|",
