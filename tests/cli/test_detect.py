@@ -120,6 +120,17 @@ def test_mistakes_are_sentences_and_nothing_is_written(
     assert picture.read_bytes() == before
 
 
+def test_a_picture_of_ones_own_is_not_replaced(
+    model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "holiday.png"
+    Image.new("RGB", (4, 4), "red").save(out)
+    before = out.read_bytes()
+    assert trivium("detect", model, picture, "--out", out) == 2
+    assert f"{out} exists already, and no holiday.json beside it" in capsys.readouterr().err
+    assert out.read_bytes() == before and not (tmp_path / "holiday.json").exists()
+
+
 def test_a_file_of_ones_own_is_not_replaced_by_the_list(
     model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,8 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
       trivium detect runs/unit photo.jpg --out found.png
 
     The JSON beside the picture (found.json) lists label, score, box (left, top, right, bottom in pixels) and, where the
-    model has them, attribute of each object, the surest first. A list from before is replaced, another file is not.
+    model has them, attribute of each object, the surest first. A list from before is replaced with its picture; a
+    picture without one, or another file, is not.
 
     Args:
         path: the model: a run folder, a model folder, or weights of another library.
@@ -41,6 +42,10 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
     listed = out.with_suffix(".json")
     if listed.exists() and not _is_list(listed):
         raise TriviumError(f"{listed}, where the objects would be listed, holds something else: name another --out")
+    if out.exists() and not listed.exists():
+        raise TriviumError(
+            f"{out} exists already, and no {listed.name} beside it says that it is from here: name another --out"
+        )
     from PIL import Image
 
     from trivium.data.decode import decode
@@ -68,9 +73,10 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
         for row in range(len(found.scores_Q))
     ]
     page = Image.fromarray(drawn(decode(picture.read_bytes()), found, classes, attributes))
+    found_json = json.dumps({"picture": str(picture), "objects": objects}, indent=1, ensure_ascii=False) + "\n"
     with file_beside(out) as beside:
         page.save(beside, FORMATS[out.suffix.lower()])
-    write_whole(listed, json.dumps({"picture": str(picture), "objects": objects}, indent=1, ensure_ascii=False) + "\n")
+        write_whole(listed, found_json)  # before the picture, which would be taken for another's without it
     for each in objects:
         left, top, right, bottom = each["box"]
         word = f"{each['attribute']} " if "attribute" in each else ""
