@@ -107,6 +107,8 @@ def test_numbers_too_large_to_be_added_lie_beyond_the_picture(tmp_path: Path) ->
         ([box(1, [1, 2, float("nan"), 4])], {}, r"annotations, entry 0\): its \"bbox\" \[1, 2, nan, 4\] is not four"),
         ([box(1, [1, 2, 3])], {}, r"entry 0\): its \"bbox\" \[1, 2, 3\] is not four numbers"),
         ([box(1, [1, 2, 3, 4]), box(1, [1, 2, 3, 4], 2)], {}, r"entry 1\): its category 2 is not listed"),
+        ([box(1, [1, 2, 10**400, 4])], {}, r"entry 0\): its \"bbox\" \[1, 2, 10+, 4\] is not four numbers"),
+        ([box(1, [1, 2, 3, 4], area=-(10**400))], {}, r"annotations, entry 0\): its \"area\" is no number"),
         ([box(9, [1, 2, 3, 4])], {}, r"entry 0\): its picture 9 is not listed"),
         ([], {}, "no annotations, so there is no box"),
         ([box(1, [1, 2, 3, 4])], {"categories": [{"id": 1, "name": "cup"}] * 2}, "its id 1 is that of cup already"),
@@ -154,6 +156,34 @@ def test_attributes_without_names_may_have_other_numbers_in_the_other_half(tmp_p
         names = [names[0], names[1] | {"name": "green"}, names[2]]
     with pytest.raises(TriviumError, match="lists other categories"):
         read_detection("vg", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "sentence"),
+    [
+        ([1, True], "is no list of at most 16 whole numbers"),
+        ([1.0], "is no list of at most 16 whole numbers"),
+        ([0] * 17, "is no list of at most 16 whole numbers"),
+        ([2, -2, -1], "-2 is no number of an attribute, and -1 where there is none"),
+        ([10**9], "1000000000 is no number of an attribute"),
+        ([10**30], "10+ is no number of an attribute"),
+    ],
+)
+def test_attributes_that_cannot_be_meant_are_refused(tmp_path: Path, attributes: list[Any], sentence: str) -> None:
+    for more in ({}, {"attCategories": [{"id": 1, "name": "red"}]}):
+        file = write(tmp_path, [box(1, [1, 2, 3, 4], attribute_ids_max16=attributes)], **more)
+        file.rename(file.with_name("instances_train_split_by_coco_2017.json"))
+        with pytest.raises(TriviumError, match=rf"annotations, entry 0\): .*{sentence}"):
+            read_detection("vg", str(tmp_path))
+
+
+def test_boxes_without_any_attribute_are_told(tmp_path: Path) -> None:
+    for more, told in (({}, True), ({"attribute_ids_max16": [-1] * 16}, True), ({"attribute_ids_max16": [0]}, False)):
+        file = write(tmp_path, [box(1, [1, 2, 3, 4]), box(2, [1, 2, 3, 4], **more)])
+        assert not read_detection("coco", str(tmp_path)).notes, "COCO's have none"
+        file = file.rename(file.with_name("instances_train_split_by_coco_2017.json"))
+        note = f'{file}: none of its 2 boxes has an attribute ("attribute_ids_max16"), so it teaches none'
+        assert read_detection("vg", str(tmp_path)).notes == [note] * told
 
 
 def test_the_validation_half_is_found_in_the_folder_of_its_own(tmp_path: Path) -> None:

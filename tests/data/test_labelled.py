@@ -142,9 +142,10 @@ def test_values_of_a_regression_are_centred_for_the_model_alone(tmp_path: Path) 
     splits = opened([train], [train], regression=True)
     assert (splits.center, splits.scale, splits.labels) == (25.0, pytest.approx(125**0.5), ())
     assert [row.value for row in splits.train.good()] == [10, 20, 30, 40]
-    bad = table(tmp_path / "bad.csv", [{"text": "a", "score": "high"}, {"text": "b", "score": 1}])
-    with pytest.raises(BadSample, match='its "score" is no number'):
-        opened([bad], [train], regression=True).train.read(0, 0)
+    bad = table(tmp_path / "bad.jsonl", [{"text": "a", "score": s} for s in ("high", 10**400, 1)])
+    for row in (0, 1):
+        with pytest.raises(BadSample, match='its "score" is no number'):
+            opened([bad], [train], regression=True).train.read(row, row)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def test_a_proposed_box_that_is_none_is_named(box: Any, sentence: str, tmp_path:
         ([60, 20, 30, 15], "lies outside its picture of 80 x 60 pixels"),
         ([10, 20, 0, 15], "has no area"),
         ([10, 20, float("nan"), 15], r"is not \[left, top, width, height\]"),
+        ([10, 20, 10**400, 15], r"is not \[left, top, width, height\]"),
         (None, r"is not \[left, top, width, height\]"),
     ],
 )

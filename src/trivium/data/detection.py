@@ -12,7 +12,6 @@ M boxes of all pictures, A places for attributes.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from trivium.data.files import RowSource
-from trivium.data.records import Record, json_object
+from trivium.data.records import Record, is_number, json_object
 from trivium.errors import BadSample, TriviumError
 from trivium.train.protocol import Sample
 
 MAX_ATTRIBUTES = 16  # of one box, in VG's file
 ATTRIBUTES = "attribute_ids_max16"
+NUMBERS = 100_000  # that classes may have, and attributes
 LEAST_SIDE = 1e-6  # pixels that a box keeps inside its picture; with less it has no area
 
 
@@ -280,7 +280,7 @@ def _numbered(records: Iterator[Record]) -> Names:
     found: dict[int, str] = {}
     for record in records:
         number = record.integer("id")
-        if not 0 <= number < 100_000:
+        if not 0 <= number < NUMBERS:
             raise record.bad(f"its id {number} is no number of a class")
         if number in found:
             raise record.bad(f"its id {number} is that of {found[number]} already")
@@ -337,9 +337,11 @@ class _Boxes:
 
     def _attributes(self, record: Record) -> list[int]:
         given = record.items(ATTRIBUTES) if ATTRIBUTES in record.fields else []
-        known = [each for each in given if isinstance(each, int) and not isinstance(each, bool) and each >= 0]
-        if len(given) > MAX_ATTRIBUTES or any(not isinstance(each, int) for each in given):
-            raise record.bad(f'its "{ATTRIBUTES}" is no list of at most {MAX_ATTRIBUTES} numbers')
+        if len(given) > MAX_ATTRIBUTES or any(type(each) is not int for each in given):
+            raise record.bad(f'its "{ATTRIBUTES}" is no list of at most {MAX_ATTRIBUTES} whole numbers')
+        known = [each for each in given if each != -1]
+        if wrong := [each for each in known if not 0 <= each < NUMBERS]:
+            raise record.bad(f"{wrong[0]} is no number of an attribute, and -1 where there is none")
         if self.names and any(each >= len(self.names) or not self.names[each] for each in known):
             raise record.bad(f"one of its attributes {known} is not listed under attCategories")
         return known + [-1] * (MAX_ATTRIBUTES - len(known))
@@ -362,6 +364,10 @@ class _Boxes:
 
     def notes(self, file: str) -> list[str]:
         found = []
+        if self.layout.has_attributes and not any(number != -1 for each in self.attributes for number in each):
+            found.append(
+                f'{file}: none of its {len(self.boxes):,} boxes has an attribute ("{ATTRIBUTES}"), so it teaches none'
+            )
         if self.left_out:
             found.append(
                 f"{file}: {len(self.left_out):,} of {len(self.boxes):,} boxes have no area inside their picture and are"
@@ -378,9 +384,6 @@ class _Boxes:
 def _four(record: Record) -> tuple[float, ...]:
     """The box. Raises BadSample."""
     given: list[Any] = record.items("bbox")
-    right = len(given) == 4 and all(
-        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in given
-    )
-    if not right:
+    if len(given) != 4 or not all(map(is_number, given)):
         raise record.bad(f'its "bbox" {given} is not four numbers (left, top, width, height)')
     return tuple(map(float, given))

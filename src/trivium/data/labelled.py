@@ -338,7 +338,7 @@ def _picture_path(record: Record, column: str) -> str:
 def _number(record: Record, column: str | None, given: Any) -> float:
     try:
         value = float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: a whole number beyond all floats
         value = math.nan
     if isinstance(given, bool) or not math.isfinite(value):
         raise record.bad(f'its "{column}" is no number ({given})')

@@ -11,8 +11,8 @@ import codecs
 import csv
 import gzip
 import json
-import math
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +69,7 @@ class Record:
     def number(self, name: str) -> float:
         """Raises BadSample."""
         value = self.value(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_number(value):
             raise self.bad(f'its "{name}" is no number')
         return value
 
@@ -86,6 +86,11 @@ class Record:
         if not isinstance(value, list):
             raise self.bad(f'its "{name}" is no list')
         return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def records(file: str, quoted_tsv: bool = False) -> Iterator[Record | BadSample]:

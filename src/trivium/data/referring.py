@@ -14,7 +14,6 @@ all below one folder. Scenes have such a folder for each half, train/ and val/; 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from trivium.data.read_rows import ReadRows
-from trivium.data.records import Record, json_elements, json_object
+from trivium.data.records import Record, is_number, json_elements, json_object
 from trivium.data.unpickling import read_pickle
 from trivium.errors import BadSample, TriviumError
 
@@ -310,7 +309,7 @@ class _Folder:
 def _box(record: Record, box: Any, picture: Mapping[str, Any], cut: bool = False) -> Box:
     """Four numbers inside a picture. cut: what reaches over its edges is cut off. Raises BadSample."""
     numbers = box[:4] if isinstance(box, list) else []
-    if len(numbers) < 4 or not all(type(each) in (int, float) and math.isfinite(each) for each in numbers):
+    if len(numbers) < 4 or not all(map(is_number, numbers)):
         raise record.bad(f"its box {json.dumps(box)[:60]} is not [left, top, width, height]")
     left, top, width, height = (float(each) for each in numbers)
     across, down = picture["width"], picture["height"]
