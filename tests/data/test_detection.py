@@ -7,6 +7,7 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from trivium.data.detection import find_val, read_detection, read_val
 from trivium.data.detection_collate import Augmentation, DetectionCollate, resized
-from trivium.data.loader import StreamReader
+from trivium.data.loader import StreamReader, read
 from trivium.data.order import Draws
 from trivium.data.scene_files import write_scenes
 from trivium.data.scene_formats import ATTRIBUTES
@@ -218,7 +219,14 @@ def test_scenes_are_read_as_they_were_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((480, 640), (800, 1066)), ((640, 480), (1066, 800)), ((300, 900), (444, 1332)), ((800, 1000), (800, 1000))],
+    [
+        ((480, 640), (800, 1066)),
+        ((640, 480), (1066, 800)),
+        ((300, 900), (444, 1332)),
+        ((800, 1000), (800, 1000)),
+        ((2, 20_000), (1, 1333)),
+        ((20_000, 2), (1333, 1)),
+    ],
 )
 def test_the_shorter_side_is_set_and_the_longer_one_capped(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert shortest_size(*size, 800, 1333) == expected
@@ -332,6 +340,17 @@ def test_a_picture_of_another_size_than_its_boxes_refer_to_is_replaced() -> None
     collate = DetectionCollate(ImageTransform(20, crop="shortest"), PLAIN)
     with pytest.raises(BadSample, match="has 40 x 20 pixels, not 20 x 40 as stated"):
         collate.prepare(sample(20, 40, [[0, 0, 1, 1]], size=(40, 20)), Draws(0, "coco", 0))
+
+
+def test_a_picture_that_its_crop_would_blow_up_is_replaced() -> None:
+    collate = DetectionCollate(ImageTransform(20, crop="shortest", longest=40), replace(Augmentation(), crop=1.0))
+    reader: Any = SimpleNamespace(read=lambda *rows: sample(2, 10_000, []))
+    with pytest.raises(
+        BadSample, match=r"a row: its 10,000 x 2 pixels would become \d,\d00,000 x \d00 with \d00 on the shorter"
+    ):
+        read(reader, collate, 0, 0, Draws(0, "coco", 0))
+    still = replace(collate, augmentation=PLAIN).prepare(sample(2, 10_000, []), Draws(0, "coco", 0))
+    assert still.pixels_CHW.shape == (3, 1, 40), "without a crop it is none too large"
 
 
 def test_in_evaluation_nothing_is_drawn() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trivium.data.codes import picture_digest
-from trivium.data.decode import decode
+from trivium.data.decode import MAX_PIXELS, decode
 from trivium.data.decoded import Decoded
 from trivium.data.masking import block_mask
 from trivium.data.order import Draws
@@ -108,7 +108,7 @@ class CropCollate:
     crops: MultiCrop
     patch: int  # pixels on a side
     masked: bool = False
-    max_pixels: int = 64_000_000  # of a picture as stored: larger ones are refused from the header alone
+    max_pixels: int = MAX_PIXELS  # of a picture as stored: larger ones are refused from the header alone
     cache_bytes: int = 0  # memory of each worker for decoded pictures; changes the speed alone
     false_pairs: float = field(default=0.0, init=False)
     sort_by_length: bool = field(default=False, init=False)

@@ -23,6 +23,7 @@ except ImportError:  # Pillow stands in: the same pixels, more slowly
     simplejpeg = None
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 64_000_000  # of one picture, where nothing else is said
 ORIENTATION = 0x0112  # the EXIF tag of the rotation; 1 = upright
 
 # `warnings.catch_warnings` changes the whole process, so one thread at a time; never held across a fork.
@@ -36,7 +37,7 @@ class DecodeError(ValueError):
     """These bytes are no usable picture. The text says why; the file's name is known to the caller alone."""
 
 
-def decode(data: bytes, *, max_pixels: int = 64_000_000, min_side: int | None = None) -> np.ndarray:
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int | None = None) -> np.ndarray:
     """The first picture in `data`: uint8 [H, W, 3] RGB, upright, on white where it is transparent.
 
     Takes PNG, JPEG, WebP, GIF, BMP, TIFF and PPM; grey, palette, alpha, CMYK, 16 bits a channel. Raises DecodeError.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trivium.data.decode import decode
+from trivium.data.decode import MAX_PIXELS, DecodeError, decode
 from trivium.data.order import Draws
 from trivium.data.task_collate import stacked
 from trivium.data.transforms import ImageTransform, Recoloring, recolored, resize, shortest_size
@@ -39,7 +39,7 @@ class Augmentation:
         self, rng: np.random.Generator, image_HWC: np.ndarray, boxes_M4: np.ndarray, longest: int | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """boxes_M4: (left, top, right, bottom) in pixels; afterwards those of the new picture, which may have no area
-        left."""
+        left. Raises DecodeError, as `resized`."""
         if rng.random() < self.flip:
             width = image_HWC.shape[1]
             image_HWC = image_HWC[:, ::-1]
@@ -73,9 +73,15 @@ class Augmentation:
 def resized(
     image_HWC: np.ndarray, boxes_M4: np.ndarray, short: int, longest: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Picture and boxes with so many pixels on the shorter side (see `transforms.shortest_size`)."""
+    """Picture and boxes with so many pixels on the shorter side (see `transforms.shortest_size`). Raises DecodeError
+    where that makes too large a picture, as of one of 1 x 10,000 pixels without a longest side."""
     height, width, _ = image_HWC.shape
     new = shortest_size(height, width, short, longest)
+    if new[0] * new[1] > MAX_PIXELS:
+        raise DecodeError(
+            f"its {width:,} x {height:,} pixels would become {new[1]:,} x {new[0]:,} with {short} on the shorter side,"
+            f" more than the {MAX_PIXELS:,} allowed"
+        )
     if new != (height, width):
         image_HWC = resize(np.ascontiguousarray(image_HWC), new, filter="bilinear")
     return image_HWC, boxes_M4 * np.array([new[1] / width, new[0] / height] * 2)

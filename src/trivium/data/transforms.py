@@ -108,7 +108,9 @@ def shortest_size(height: int, width: int, short: int, longest: int | None) -> t
     DETR's rule, which UniT takes over (its readers of VQA round a cap down instead, a pixel at most)."""
     low, high = min(height, width), max(height, width)
     if longest is not None and high / low * short > longest:
-        short = max(1, round(longest * low / high))
+        short = round(longest * low / high)
+        if short == 0:  # a strip, which would keep its length with one pixel on the shorter side
+            return (longest, 1) if width < height else (1, longest)
     if low == short:
         return height, width
     return (int(short * height / width), short) if width < height else (short, int(short * width / height))

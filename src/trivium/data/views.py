@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trivium.data.decode import decode
+from trivium.data.decode import MAX_PIXELS, decode
 from trivium.data.order import keyed_generator
 from trivium.data.transforms import CropBox, Filter, crop_and_resize, random_crop_box
 
@@ -37,7 +37,7 @@ class Views:
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height; (1, 1): squares, as `_square_in` draws them
     flip: float = 0.0  # probability of a mirrored view
-    max_pixels: int = 64_000_000  # of a picture as stored: larger ones are refused from the header alone
+    max_pixels: int = MAX_PIXELS  # of a picture as stored: larger ones are refused from the header alone
     scaled_decode: bool = False  # large JPEGs at a half, quarter or eighth of their size: faster, other pixels
 
     def decode(self, data: bytes) -> np.ndarray:
