@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,21 +17,23 @@ from torch import Tensor
 
 import trivium
 from tests.parity.test_unit_plain import SMALL_TASKS, TINY, draw_weights
+from trivium.bundle import Bundle
 from trivium.cli import main
 from trivium.convert.places import give
 from trivium.convert.unit import (
-    LABELS,
+    TRANSFORM,
     config_beside,
     detr_places,
     from_detr,
     from_mmf,
-    labels_of,
     to_detr,
     to_mmf,
 )
+from trivium.convert.unit_labels import LABELS, labels_of
 from trivium.data.glue import GLUE
 from trivium.data.image_text_tasks import ENTAILMENT
-from trivium.data.tokenizer import BERT_SPECIALS
+from trivium.data.tokenizer import BERT_SPECIALS, Tokenizer
+from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.load import load
 from trivium.models.unit import Unit, UnitConfig, UnitTask
@@ -123,6 +126,52 @@ def test_what_no_shape_shows_is_as_released_unless_a_config_says_it() -> None:
     assert (found.num_heads, found.text_heads, found.dilated, found.backbone_eps) == (2, 4, False, 0.0)
 
 
+OWN = {"residual": False, "eps": 1e-6, "text_eps": 1e-5, "pad_id": 7, "dropout": 0.3}  # of a model
+
+
+@pytest.mark.parametrize("decoder", ["shared", "separate"])
+def test_a_model_with_settings_of_its_own_comes_back_as_it_was(decoder: str) -> None:
+    coco, vg, vqa, entailment, *_ = SMALL_TASKS
+    tasks = (
+        replace(entailment, number=11, text="all", max_length=5, gives="answers"), replace(vg, number=0),
+        replace(vqa, reads="text", max_length=None), replace(coco, number=12),
+    )  # fmt: skip
+    config = replace(TINY, tasks=tasks, decoder=decoder, **OWN)  # type: ignore[arg-type]
+    model = Unit(config)
+    draw_weights(model, 0.05)
+    beside = json.loads(json.dumps(config_beside(config)))
+    found, tensors = from_mmf(to_mmf(model.state_dict(), config), beside)
+    assert found == config
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_detr_with_settings_and_a_task_of_its_own_comes_back_as_it_was() -> None:
+    task = replace(DETR.tasks[0], name="mugs", number=3)
+    config = replace(DETR, tasks=(task,), **{**OWN, "residual": False})
+    model = Unit(config)
+    draw_weights(model, 0.05)
+    found, tensors = from_detr(to_detr(model.state_dict(), config), json.loads(json.dumps(config_beside(config))))
+    assert found == config
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_decoder_of_its_only_task_is_written_as_that_of_a_detr() -> None:
+    config = replace(DETR, decoder="separate")
+    model = Unit(config)
+    draw_weights(model, 0.05)
+    found, tensors = from_detr(to_detr(model.state_dict(), config), config_beside(config))
+    assert found == DETR
+    own = {name.replace("decoders.coco.", "decoders.shared."): t for name, t in model.state_dict().items()}
+    assert own.keys() == tensors.keys() and all(torch.equal(tensors[name], tensor) for name, tensor in own.items())
+
+
+@pytest.mark.parametrize("tasks", [["coco"], {"coco": 3}, {"coco": {"num_labels": 3}}, None])
+def test_a_config_that_says_of_tasks_what_cannot_be_is_refused(tasks: Any) -> None:
+    for read, state in ((from_mmf, released(TINY)), (from_detr, detr())):
+        with pytest.raises(TriviumError, match="must say of tasks, by name, one or more of number, reads"):
+            read(state, {"tasks": tasks})
+
+
 def test_categories_of_coco_have_their_numbers() -> None:
     names = labels_of(UnitConfig())["coco"]
     assert len([name for name in names if name]) == 80
@@ -185,6 +234,8 @@ def test_what_does_not_fit_is_refused(change: Callable[[State], object], sentenc
     ("changes", "sentence"),
     [
         ({"tasks": (UnitTask("memes", "labels", "both", 2, 4),)}, "no data set for the task memes"),
+        ({"tasks": (UnitTask("coco", "labels", "image", 2, 0),)}, "no data set for the task coco of labels"),
+        ({"tasks": (UnitTask("vqav2", "detection", "image", 2, 0),)}, "no data set for the task vqav2 of detection"),
         ({"backbone_norm": "group"}, "no place for such a backbone"),
     ],
 )
@@ -228,6 +279,36 @@ def test_the_verb_brings_both_layouts_in_and_out_again(tmp_path: Path, capsys: p
         assert torch.equal(found["queries.coco.weight"], expected[
             "query_embed.weight" if name == "detr" else f"{BASE}query_embeds.detection.detection_coco.weight"
         ])  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["mmf-unit", "detr"])
+def test_words_and_names_lie_beside_the_weights(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of COCO's 91 classes, too, whose names a file without any would be given."""
+    words = [*BERT_SPECIALS, "what", "is", "it", "a", "Cat"]
+    words += [f"w{n}" for n in range(TINY.vocab_size - len(words))]
+    coco = replace(SMALL_TASKS[0], num_labels=91)
+    if to == "detr":
+        config, tokenizer = replace(DETR, tasks=(coco,)), None
+    else:
+        config, tokenizer = replace(TINY, tasks=(*SMALL_TASKS[1:4], coco)), Tokenizer.wordpiece(words, lowercase=False)
+    names = {task.name: [f"{task.name} {n} é" for n in range(task.num_labels)] for task in config.tasks}
+    for size, longest, told in ((800, 1333, False), (480, 800, True)):
+        transform = ImageTransform(**(TRANSFORM | {"size": size, "longest": longest}))
+        bundle = Bundle("unit", Unit(config), tokenizer, transform, max_length=9, labels_of=names)
+        bundle.save(tmp_path / f"{size}")
+        out = tmp_path / f"{size}-{to}"
+        assert main(["convert", str(tmp_path / f"{size}"), "--to", to, "--out", str(out)]) == 0
+        said = capsys.readouterr().out
+        assert ("left out" in said) is told
+        if told:
+            assert "prepares them with size 800, longest 1333, and this model was made for size 480, longest 800" in (
+                said
+            )
+        back = trivium.load(out)
+        assert back.labels_of == names and back.model.config == config
+        if tokenizer is not None:
+            assert back.tokenizer is not None and back.max_length == 9
+            assert back.tokenizer.encode(["what is a Cat w20 dog"], 9) == tokenizer.encode(["what is a Cat w20 dog"], 9)
 
 
 def test_a_detr_in_the_dark_is_taken_for_dc5_and_says_so(tmp_path: Path) -> None:

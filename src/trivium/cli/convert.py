@@ -169,6 +169,8 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
             _write_tokenizer(bundle, folder, {})
         elif to == "open-clip" and bundle.tokenizer is not None:
             bundle.tokenizer.save(folder / "tokenizer.json")
+        elif to in ("mmf-unit", "detr"):
+            _write_unit_files(bundle, folder, to)
         elif to == "hf-vit":
             _write_json(folder / "preprocessor_config.json", processor.vit_processor_to_hf(**asdict(bundle.transform)))
     if bundle.head is not None and whole is None:
@@ -187,6 +189,24 @@ def _write_processor(bundle: Bundle, folder: Path, name: str) -> None:
         preprocessor |= processor.masks_and_codebook_to_hf(grid, grid * stride)
     preprocessor |= {"processor_class": name, "image_processor_type": name.replace("Processor", "ImageProcessor")}
     _write_json(folder / "preprocessor_config.json", preprocessor)
+
+
+def _write_unit_files(bundle: Bundle, folder: Path, to: str) -> None:
+    """What `trivium.load` reads beside the weights of a UniT or a DETR: tokenizer and names of labels."""
+    from trivium.convert.unit import TRANSFORM
+    from trivium.data.transforms import ImageTransform
+
+    if bundle.model.config.text_layers:  # type: ignore[union-attr]
+        _write_tokenizer(bundle, folder, {})
+    if bundle.labels_of is not None:
+        _write_json(folder / "labels.json", bundle.labels_of)
+    published, own = asdict(ImageTransform(**TRANSFORM)), asdict(bundle.transform)
+    if differing := [name for name in own if own[name] != published[name]]:
+        here, there = (", ".join(f"{name} {each[name]}" for name in differing) for each in (own, published))
+        print(
+            f"left out: {to} has no place for how pictures are prepared; whoever reads it back prepares them with"
+            f" {there}, and this model was made for {here}"
+        )
 
 
 def _write_tokenizer(bundle: Bundle, folder: Path, settings: dict[str, str]) -> None:

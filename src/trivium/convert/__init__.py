@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trivium.convert import albef, beit, bert, clip, dalle, flava, processor, torchmultimodal, unit, vit
+from trivium.convert.unit_labels import labels_of
 from trivium.convert.weights import PICKLES, State, read_json, read_weights
 from trivium.errors import TriviumError
 from trivium.models.albef import Albef
@@ -267,7 +268,7 @@ def _unit(config: UnitConfig, state: State, beside: Mapping[str, Any], said: lis
     if "dilated" not in beside:
         said = [*said, "no tensor shows whether the last stage is dilated (DC5): it is taken to be, as in all released"
                 ' UniTs; where it is not, put a config.json with {"dilated": false} beside the weights']  # fmt: skip
-    labels = unit.labels_of(config)
+    labels = labels_of(config)
     return Foreign(
         "unit", unit.build(config, state), None, said, config.max_length, unit.TRANSFORM, labels_of=labels or None
     )

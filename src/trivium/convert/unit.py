@@ -12,7 +12,7 @@
 
 What is left out on the way in: BERT's pooler, which nothing reads. The oldest file calls the base detr_model. Tasks
 are told by the names of the data sets, which are MMF's; the sizes by shapes. What no shape shows is as in all released
-files, unless a config.json beside the weights says it: {"num_heads", "text_heads", "dilated", "backbone_eps"}.
+files, unless a config.json beside the weights says it, as `config_beside` writes it: all of it or any part.
 """
 
 from __future__ import annotations
@@ -42,24 +42,7 @@ MMF_NAMES = {  # of our tasks: the type and the data set that they are filed und
     "sst2": ("glue", "glue_sst2"),
     "qqp": ("glue", "glue_qqp"),
 }
-_COCO = """
-person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, , stop sign,
-parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, , backpack, umbrella, , ,
-handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
-surfboard, tennis racket, bottle, , wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
-broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, , dining table, , , toilet, , tv,
-laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, , book, clock, vase,
-scissors, teddy bear, hair drier, toothbrush
-"""
-LABELS = {  # by number; "" where a data set has no such category
-    "coco": ["", *(name.strip() for name in _COCO.split(","))],
-    "snli_ve": ["entailment", "neutral", "contradiction"],
-    "qnli": ["entailment", "not_entailment"],
-    "mnli": ["entailment", "neutral", "contradiction"],
-    "sst2": ["negative", "positive"],
-    "qqp": ["not_duplicate", "duplicate"],
-}
-TRANSFORM = {  # of pictures at evaluation: the shorter side 800 pixels, the longer one at most 1333
+TRANSFORM: dict[str, Any] = {  # of pictures at evaluation: the shorter side 800 pixels, the longer one at most 1333
     "size": 800, "crop": "shortest", "longest": 1333, "filter": "bilinear",
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
 }  # fmt: skip
@@ -74,6 +57,9 @@ _TABLES: dict[Side, str] = {  # of task tokens
     "image": f"{_BASE}transformer.task_embeddings_enc.weight", "text": "task_embeddings_lang.weight",
 }  # fmt: skip
 NO_OBJECT = 0.1  # the last number of the weights of classes that those files carry
+# What no shape shows: of a model, and of each of its tasks.
+UNSEEN = ("num_heads", "text_heads", "dilated", "backbone_eps", "residual", "eps", "text_eps", "pad_id", "dropout")
+UNSEEN_OF_TASK = ("number", "reads", "text", "gives", "max_length")
 
 
 # ------------------------------------------------------------------------------------------------ in and out
@@ -108,7 +94,8 @@ def to_mmf(state: Mapping[str, Tensor], config: UnitConfig) -> State:
     Raises:
         TriviumError: a model that MMF has no place for.
     """
-    unknown = [task.name for task in config.tasks if task.name not in MMF_NAMES]
+    filed = {name: "detection" if kind == "detection" else "labels" for name, (kind, _) in MMF_NAMES.items()}
+    unknown = [f"{task.name} of {task.kind}" for task in config.tasks if filed.get(task.name) != task.kind]
     has_shape = config.backbone_norm == "frozen" and config.bottleneck and config.text_layers
     if unknown or not has_shape or not config.has_published_places:
         what = "such a backbone or text encoder" if not has_shape else "anchors or such positions"
@@ -135,16 +122,18 @@ def from_detr(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[U
     """
     state = {name: tensor for name, tensor in state.items() if not _IGNORED.search(name)}
     labels, queries = (_shape(state, name, "DETR")[0] for name in ("class_embed.weight", "query_embed.weight"))
+    name, said = next(iter(tasks_beside(config).items()), ("coco", {}))
     ours = replace(
         _image_config(state, "", "transformer.decoder.", config, "DETR"),
-        tasks=(UnitTask("coco", "detection", "image", labels - 1, 0, queries),),
+        tasks=(replace(UnitTask(name, "detection", "image", labels - 1, 0, queries), **said),),
         text_layers=0, num_task_tokens=0, residual=False,
     )  # fmt: skip
     return ours, take(state, detr_places(ours), _shapes(ours), "DETR")
 
 
 def to_detr(state: Mapping[str, Tensor], config: UnitConfig) -> State:
-    """What `from_detr` gave, back. Tensors may be views.
+    """What `from_detr` gave, back. A decoder of the task's own is the only one, and comes back as a shared one. Tensors
+    may be views.
 
     Raises:
         TriviumError: a model that is no DETR.
@@ -192,17 +181,20 @@ def build(config: UnitConfig, state: Mapping[str, Tensor]) -> Unit:
     return model
 
 
-def labels_of(config: UnitConfig) -> dict[str, list[str]]:
-    """The names of classes, of each task whose files do not leave them to a list of their own (answers of VQA, the
-    categories of Visual Genome)."""
-    sizes = {task.name: task.num_labels for task in config.tasks}
-    return {name: names for name, names in LABELS.items() if sizes.get(name) == len(names)}
-
-
 def config_beside(config: UnitConfig) -> dict[str, Any]:
-    """What of our config no shape shows, for the config.json beside the weights."""
-    return {"num_heads": config.num_heads, "text_heads": config.text_heads, "dilated": config.dilated,
-            "backbone_eps": config.backbone_eps}  # fmt: skip
+    """What of our config no shape shows, for the config.json beside the weights. Tasks keep their order: the first is
+    meant where none is named."""
+    tasks = {task.name: {field: getattr(task, field) for field in UNSEEN_OF_TASK} for task in config.tasks}
+    return {field: getattr(config, field) for field in UNSEEN} | {"tasks": tasks}
+
+
+def tasks_beside(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of tasks, by name. Raises TriviumError for what cannot be said of one."""
+    tasks = config.get("tasks", {})
+    said = list(tasks.values()) if isinstance(tasks, dict) else [tasks]
+    if not all(isinstance(each, dict) and each.keys() <= set(UNSEEN_OF_TASK) for each in said):
+        raise TriviumError(f"its config.json must say of tasks, by name, one or more of {', '.join(UNSEEN_OF_TASK)}")
+    return dict(tasks)
 
 
 # ------------------------------------------------------------------------------------------------ the sizes
@@ -215,8 +207,9 @@ def config_of_mmf(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Uni
     if unknown := sorted(filed.keys() - known.keys()):
         raise TriviumError(f"this UniT was trained on {unknown[0]}, which is none of {', '.join(known)}: its task"
                            " has no number here, so it cannot be opened")  # fmt: skip
-    tasks = []
-    for task in PUBLISHED_TASKS:
+    tasks, beside = [], tasks_beside(config)
+    place = {name: n for n, name in enumerate(beside)}
+    for task in sorted(PUBLISHED_TASKS, key=lambda task: place.get(task.name, len(place))):
         kind, dataset = MMF_NAMES[task.name]
         if dataset not in filed:
             continue
@@ -227,6 +220,7 @@ def config_of_mmf(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Uni
             num_labels=_shape(state, head, "UniT")[0] - (kind == "detection"),
             num_queries=_shape(state, f"{_BASE}query_embeds.{kind}.{dataset}.weight", "UniT")[0],
             num_attributes=None if attributes is None else len(attributes),
+            **beside.get(task.name, {}),
         ))  # fmt: skip
     if not tasks:
         raise TriviumError("this UniT checkpoint has the queries of no task")
@@ -267,15 +261,13 @@ def _image_config(
     )
     return UnitConfig(
         width=width,
-        num_heads=config.get("num_heads", UnitConfig.num_heads),
         mlp_width=_shape(state, f"{decoder}layers.0.linear1.weight", family)[0],
         decoder_layers=_count(state, rf"{re.escape(decoder)}layers\.(\d+)\."),
         image_width=image_width,
         image_layers=_count(state, rf"{re.escape(base)}transformer\.encoder\.layers\.(\d+)\."),
         backbone_widths=tuple(_shape(state, f"{body}layer{n}.0.conv2.weight", family)[0] for n in stages),
         backbone_blocks=tuple(_count(state, rf"{re.escape(body)}layer{n}\.(\d+)\.") for n in stages),
-        dilated=config.get("dilated", UnitConfig.dilated),
-        backbone_eps=config.get("backbone_eps", UnitConfig.backbone_eps),
+        **{field: config[field] for field in UNSEEN if field in config},
     )
 
 
@@ -335,7 +327,7 @@ def detr_places(config: UnitConfig) -> Iterator[Place]:
     """Where every tensor of a DETR stands here."""
     [task] = config.tasks
     yield from _image_places(config, "")
-    yield from _decoder_places(config, "shared", ("transformer.decoder.",))
+    yield from _decoder_places(config, "shared" if config.decoder == "shared" else task.name, ("transformer.decoder.",))
     yield Place(f"queries.{task.name}.weight", ("query_embed.weight",))
     yield from _detection_places(task, "class_embed", "bbox_embed", "")
 
