@@ -112,6 +112,10 @@ def test_answers_are_written_ranked_and_asked_for(
     words = ("--image", data / "0.png", "--question", "what colour is it?", "-k", 1)
     assert run("ask", out, *words) == 0
     assert capsys.readouterr().out.split()[1] == "red"
+    assert run("convert", out, "--to", "albef", "--out", tmp_path / "official") == 0  # words and answers go with it
+    capsys.readouterr()
+    assert run("ask", tmp_path / "official", *words) == 0
+    assert capsys.readouterr().out.split()[1] == "red"
     (tmp_path / "list.json").write_text('["green", "dark blue"]')
     assert run("ask", out, *words, "--answers", tmp_path / "list.json") == 0
     assert len(capsys.readouterr().out.splitlines()) == 1

@@ -169,6 +169,10 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
             _write_tokenizer(bundle, folder, {})
         elif to == "open-clip" and bundle.tokenizer is not None:
             bundle.tokenizer.save(folder / "tokenizer.json")
+        elif adapter.family == "albef":
+            _write_tokenizer(bundle, folder, {})
+            if whole is not None and bundle.head_config.gives == "text":  # type: ignore[union-attr]
+                _write_json(folder / "answer_list.json", list(bundle.labels or ()))
         elif to in ("mmf-unit", "detr"):
             _write_unit_files(bundle, folder, to)
         elif to == "hf-vit":
