@@ -428,6 +428,8 @@ def test_captions_are_read_without_marks_and_end_open(tmp_path: Path) -> None:
     other = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert other.encode("A dog.").ids == [101, 1037, 3899]  # and other programs do as it says
     assert again.for_captions().encode(["A dog."], 9) == [[101, 1037, 3899]]
+    answer = ["dog's, 5:30"]  # marks stay, however often it was made one for captions
+    assert again.for_captions().for_answers().encode(answer, 20) == plain.encode(answer, 20)
     assert plain.encode(["a dog."], 9) == [[101, 1037, 3899, 1012, 102]]
 
 

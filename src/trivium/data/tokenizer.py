@@ -192,7 +192,10 @@ class Tokenizer:
     def for_captions(self) -> Tokenizer:
         """The same vocabulary as ALBEF reads captions with (Li et al. 2021, the public code): small letters, no marks
         of punctuation, a hyphen or slash parts words; [CLS] in front and no [SEP] at the end. Its file says all that.
+        One that does so already is left as it is.
         """
+        if not self._closes and self._after_caption_steps() is not None:
+            return self
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         copy.normalizer = normalizers.Sequence([*_caption_steps(), *([copy.normalizer] if copy.normalizer else [])])
         first = self._tokenizer.id_to_token(self.cls_id)
@@ -207,14 +210,18 @@ class Tokenizer:
         if self._closes:
             return self
         state = json.loads(self._tokenizer.to_str())
-        added = json.loads(normalizers.Sequence(_caption_steps()).__getstate__())["normalizers"]
-        steps = (state["normalizer"] or {}).get("normalizers", [])
-        if steps[: len(added)] == added:
-            state["normalizer"] = {"type": "Sequence", "normalizers": steps[len(added) :]}
+        if (steps := self._after_caption_steps()) is not None:
+            state["normalizer"] = {"type": "Sequence", "normalizers": steps}
         copy = tokenizers.Tokenizer.from_str(json.dumps(state))
         ends = (self.specials["sep"], self.sep_id), (self.specials["cls"], self.cls_id)
         copy.post_processor = processors.BertProcessing(*ends)
         return Tokenizer(copy, self._origin)
+
+    def _after_caption_steps(self) -> list[object] | None:
+        """How a text is made normal once it was read as a caption; None: it is not read as one."""
+        added = json.loads(normalizers.Sequence(_caption_steps()).__getstate__())["normalizers"]
+        steps = (json.loads(self._tokenizer.to_str())["normalizer"] or {}).get("normalizers", [])
+        return steps[len(added) :] if steps[: len(added)] == added else None
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Ids of each text as [CLS] … [SEP], at most `max_length` of them: a text is cut, its [SEP] is kept. Without
