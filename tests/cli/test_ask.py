@@ -116,6 +116,14 @@ def test_answers_are_written_ranked_and_asked_for(
     capsys.readouterr()
     assert run("ask", tmp_path / "official", *words) == 0
     assert capsys.readouterr().out.split()[1] == "red"
+    official = trivium.load(tmp_path / "official")  # type: ignore[operator]
+    for name in ("task", "ranked", "first_word_twice"):
+        assert getattr(official.head_config, name) == getattr(bundle.head_config, name)
+    assert official.max_length == bundle.max_length
+    (tmp_path / "official" / "tokenizer.json").unlink()  # who reads vocab.txt and its settings reads the same
+    assert trivium.load(tmp_path / "official").tokenizer.encode(["What COLOUR?"], 9) == bundle.tokenizer.encode(  # type: ignore[operator]
+        ["what colour"], 9
+    )
     (tmp_path / "list.json").write_text('["green", "dark blue"]')
     assert run("ask", out, *words, "--answers", tmp_path / "list.json") == 0
     assert len(capsys.readouterr().out.splitlines()) == 1

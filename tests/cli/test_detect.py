@@ -66,7 +66,9 @@ def test_the_picture_and_the_list_say_what_was_found(
     out = tmp_path / "found.png"
     assert trivium("detect", model, picture, "--out", out) == 0
     cup = {"label": "cup", "score": 0.7, "box": [40.0, 20.0, 120.0, 60.0]}
-    assert json.loads((tmp_path / "found.json").read_text()) == {"picture": str(picture), "objects": [cup, cup]}
+    assert json.loads((tmp_path / "found.json").read_text()) == {
+        "picture": str(picture), "drawn": "found.png", "objects": [cup, cup]
+    }  # fmt: skip
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "0.70  cup  from (40.0, 20.0) to (120.0, 60.0)"
     assert said[2] == f"2 objects with a score of 0.5 or more: {out}, {tmp_path / 'found.json'}"

@@ -96,6 +96,7 @@ def test_a_run_measures_every_task_that_has_data(trained: Path) -> None:
                  "SST-2.dev.macro_f1"):  # fmt: skip
         assert 0 <= results[name]["value"] <= 1
     assert results["SST-2.dev.accuracy.majority"]["value"] == 0.5
+    assert results["SST-2"] == results["SST-2.dev.accuracy"]
     page = (trained / "report.html").read_text()
     assert "COCO detection: what it finds" in page and "data:image/png" in page
     assert f"trivium detect {trained} photo.jpg" in page and "trivium search" not in page
@@ -662,6 +663,9 @@ def test_losses_of_boxes_weigh_what_the_recipe_says(data: Path) -> None:
         assert found == {"class": 3, "box": 5, "giou": 4} | ({"attributes": 1} if task == "vg" else {})
     with pytest.raises(TriviumError, match=r"--objectives\.box -1"):
         replace(recipe, objectives=replace(recipe.objectives, box=-1)).prepare("unit", {})
+    none = {f"objectives.{name}": 0.0 for name in ("classes", "box", "giou", "attributes")}
+    with pytest.raises(TriviumError, match=r"every loss of boxes has weight 0.* leave it out, --tasks\.coco\.ratio 0"):
+        set_leaves(recipe, none).prepare("unit", {})
 
 
 def test_a_run_without_any_data_makes_scenes_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

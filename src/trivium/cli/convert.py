@@ -147,6 +147,8 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
     if adapter.write_head is not None and bundle.head is not None and bundle.head_config is not None:
         whole = adapter.write_head(model, bundle.head, bundle.head_config, bundle.labels or ())
     state, config = whole or write(model, image_tokenizer)
+    if adapter.family == "albef":
+        config["max_length"] = bundle.max_length
     if adapter.lacks is not None and (lacking := adapter.lacks(model, bundle.head_config if whole else None)):
         print(f"left out: {to} has no place here for {', '.join(lacking)}; whoever reads it back draws them at random")
     with written_beside(out) as folder:
@@ -171,8 +173,8 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
             bundle.tokenizer.save(folder / "tokenizer.json")
         elif adapter.family == "albef":
             _write_tokenizer(bundle, folder, {})
-            if whole is not None and bundle.head_config.gives == "text":  # type: ignore[union-attr]
-                _write_json(folder / "answer_list.json", list(bundle.labels or ()))
+            if whole is not None and bundle.head_config.gives == "text" and bundle.labels:  # type: ignore[union-attr]
+                _write_json(folder / "answer_list.json", list(bundle.labels))
         elif to in ("mmf-unit", "detr"):
             _write_unit_files(bundle, folder, to)
         elif to == "hf-vit":

@@ -40,9 +40,10 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
         raise TriviumError(f"--score {score:g}: it lies between 0 and 1")
     check_can_write(out)
     listed = out.with_suffix(".json")
-    if listed.exists() and not _is_list(listed):
+    before = _list(listed) if listed.exists() else {}
+    if before is None:
         raise TriviumError(f"{listed}, where the objects would be listed, holds something else: name another --out")
-    if out.exists() and not listed.exists():
+    if out.exists() and before.get("drawn") != out.name:
         raise TriviumError(
             f"{out} exists already, and no {listed.name} beside it says that it is from here: name another --out"
         )
@@ -73,7 +74,8 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
         for row in range(len(found.scores_Q))
     ]
     page = Image.fromarray(drawn(decode(picture.read_bytes()), found, classes, attributes))
-    found_json = json.dumps({"picture": str(picture), "objects": objects}, indent=1, ensure_ascii=False) + "\n"
+    listing = {"picture": str(picture), "drawn": out.name, "objects": objects}
+    found_json = json.dumps(listing, indent=1, ensure_ascii=False) + "\n"
     with file_beside(out) as beside:
         page.save(beside, FORMATS[out.suffix.lower()])
         write_whole(listed, found_json)  # before the picture, which would be taken for another's without it
@@ -84,10 +86,10 @@ def detect(path: Path, picture: Path, *, out: Path | None = None, score: float =
     print(f"{len(objects)} objects with a score of {score:g} or more: {out}, {listed}")
 
 
-def _is_list(file: Path) -> bool:
-    """Whether a file is what `detect` writes."""
+def _list(file: Path) -> dict[str, Any] | None:
+    """What `detect` wrote into a file; None: it is something else."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.keys() == {"picture", "objects"}
+        return None
+    return content if isinstance(content, dict) and content.keys() == {"picture", "drawn", "objects"} else None

@@ -220,7 +220,7 @@ def _read_albef(state: State, config: Mapping[str, Any]) -> Foreign:
     ours, tensors, layout = albef.from_official(state, config)
     model, drawn = albef.build(ours, tensors)
     of_head = {name: tensor.float() for name, tensor in tensors.items() if name.startswith("head.")}
-    head, head_config, labels = None, albef.head_config(ours, layout, tensors), albef.LABELS.get(layout.head)
+    head, head_config, labels = None, albef.head_config(ours, layout, tensors, config), albef.LABELS.get(layout.head)
     if head_config is not None:
         head = head_config.build().eval()
         head.load_state_dict({name.removeprefix("head."): tensor for name, tensor in of_head.items()})
@@ -228,7 +228,8 @@ def _read_albef(state: State, config: Mapping[str, Any]) -> Foreign:
     said = [f"left out, since the model has no place for it: {', '.join(beside)}"] if beside else []
     if drawn:
         said.append(f"not in the file and therefore drawn at random (seed 0): {', '.join(drawn)}")
-    length = ours.max_length if layout.head else min(ours.max_length, albef.CAPTION_TOKENS)
+    length = ours.max_length if layout.head else albef.CAPTION_TOKENS
+    length = min(ours.max_length, config.get("max_length", length))
     return Foreign(
         "albef", model, None, said, length, {"size": ours.image_size}, captions=True, head=head,
         head_config=head_config, labels=None if labels is None else list(labels), tuned_for=albef.tuned_for(layout),
@@ -255,7 +256,10 @@ def _write_albef_head(
     if layout is None:
         return None
     ordered = albef.in_official_order(head.state_dict(), labels, layout)
-    return albef.state_as(layout, model, ordered), {"num_attention_heads": model.config.num_heads}
+    beside: dict[str, Any] = {"num_attention_heads": model.config.num_heads}
+    if config.gives == "text":
+        beside["head"] = {name: getattr(config, name) for name in albef.UNSEEN_OF_WRITER}
+    return albef.state_as(layout, model, ordered), beside
 
 
 def _albef_lacks(model: Albef, head: HeadConfig | None) -> list[str]:

@@ -43,6 +43,7 @@ from trivium.models.albef_heads import AnswerDecoder, TwoPictures, decoder_confi
 from trivium.models.bert import BertConfig
 from trivium.models.finetuned import HeadConfig
 
+UNSEEN_OF_WRITER = ("task", "ranked", "first_word_twice")  # of a head that writes answers
 CAPTION_TOKENS = 30  # that are read of a caption where the public code measures retrieval
 _IGNORED = re.compile(r"(^|\.)position_ids$")
 _LAYER = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.")
@@ -173,14 +174,18 @@ def without_place(layout: Layout, model: Albef) -> list[str]:
     return sorted({name.partition(".")[0] for name in model.state_dict() if name not in named})
 
 
-def head_config(config: AlbefConfig, layout: Layout, state: Mapping[str, Tensor]) -> HeadConfig | None:
+def head_config(
+    config: AlbefConfig, layout: Layout, state: Mapping[str, Tensor], beside: Mapping[str, Any]
+) -> HeadConfig | None:
     """Of the head of a fine-tuned file, as its own task has it (recipes/tasks.py); of a writer the list of its answers
-    lies elsewhere. None of a file without one. Raises TriviumError for labels whose names nobody knows."""
+    lies elsewhere, and a config.json beside may say under "head" what no tensor shows. None of a file without one.
+    Raises TriviumError for labels whose names nobody knows."""
     if not layout.head:
         return None
     width, blocks = config.width, decoder_config(config)
     if layout.head == "text_decoder.":
-        return HeadConfig("vqa", "states", "text", width, 0, blocks=blocks)
+        said = {name: beside["head"][name] for name in UNSEEN_OF_WRITER if name in beside.get("head", {})}
+        return replace(HeadConfig("vqa", "states", "text", width, 0, blocks=blocks), **said)
     num_labels, labels = len(state["head.decoder.weight"]), LABELS[layout.head]
     if num_labels != len(labels):
         raise TriviumError(

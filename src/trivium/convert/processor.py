@@ -177,7 +177,9 @@ def tokenizer_to_hf(tokenizer: Mapping[str, Any], specials: Mapping[str, str], m
     config: dict[str, Any] = {"model_max_length": max_length}
     config |= {f"{role}_token": name for role, name in specials.items()}
     if tokenizer["model"]["type"] == "WordPiece":
-        normalizer = tokenizer.get("normalizer") or {}
+        whole: Mapping[str, Any] = tokenizer.get("normalizer") or {}
+        steps: list[Mapping[str, Any]] = whole.get("normalizers", [whole])  # of captions several, BERT's among them
+        normalizer: Mapping[str, Any] = next((step for step in steps if step.get("type") == "BertNormalizer"), {})
         return config | {
             "tokenizer_class": "BertTokenizer",
             "do_lower_case": normalizer.get("lowercase", False),

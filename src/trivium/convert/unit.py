@@ -60,6 +60,7 @@ NO_OBJECT = 0.1  # the last number of the weights of classes that those files ca
 # What no shape shows: of a model, and of each of its tasks.
 UNSEEN = ("num_heads", "text_heads", "dilated", "backbone_eps", "residual", "eps", "text_eps", "pad_id", "dropout")
 UNSEEN_OF_TASK = ("number", "reads", "text", "gives", "max_length")
+_WORDS = {"reads": ("image", "text", "both"), "text": ("class", "all"), "gives": ("class", "answers")}
 
 
 # ------------------------------------------------------------------------------------------------ in and out
@@ -122,7 +123,10 @@ def from_detr(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[U
     """
     state = {name: tensor for name, tensor in state.items() if not _IGNORED.search(name)}
     labels, queries = (_shape(state, name, "DETR")[0] for name in ("class_embed.weight", "query_embed.weight"))
-    name, said = next(iter(tasks_beside(config).items()), ("coco", {}))
+    beside = tasks_beside(config) or {"coco": {}}
+    if len(beside) > 1:
+        raise TriviumError(f"a DETR has one task, and its config.json names {', '.join(beside)}")
+    [(name, said)] = beside.items()
     ours = replace(
         _image_config(state, "", "transformer.decoder.", config, "DETR"),
         tasks=(replace(UnitTask(name, "detection", "image", labels - 1, 0, queries), **said),),
@@ -192,9 +196,18 @@ def tasks_beside(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json says of tasks, by name. Raises TriviumError for what cannot be said of one."""
     tasks = config.get("tasks", {})
     said = list(tasks.values()) if isinstance(tasks, dict) else [tasks]
-    if not all(isinstance(each, dict) and each.keys() <= set(UNSEEN_OF_TASK) for each in said):
+    if not all(map(_is_of_task, said)):
         raise TriviumError(f"its config.json must say of tasks, by name, one or more of {', '.join(UNSEEN_OF_TASK)}")
     return dict(tasks)
+
+
+def _is_of_task(said: object) -> bool:
+    if not isinstance(said, dict) or said.keys() - set(UNSEEN_OF_TASK):
+        return False
+    return all(
+        value in _WORDS[field] if field in _WORDS else type(value) is int or (field, value) == ("max_length", None)
+        for field, value in said.items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the sizes

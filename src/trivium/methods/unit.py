@@ -101,7 +101,7 @@ class UnitMethod(MethodOfPictures):
         return {f"{task.name}.{part}": value for part, value in sums.items() if self._has(task, part)}
 
     def _has(self, task: UnitTask, part: str) -> bool:
-        """Whether a loss of detection is computed."""
+        """Whether a loss of detection counts, so that what it alone depends on is trained."""
         return self.weights.get(f"{task.name}.{part}", 0.0) != 0
 
     def objects(self, batch: Batch, task: UnitTask) -> Objects:

@@ -221,9 +221,7 @@ class PreparedUnit(Prepared):
             if is_labelled(rows):
                 labelled[name] = rows.capped(self.recipe.measure)
             else:
-                found.not_applicable.append(
-                    f"{task.title}, {name}: it has no labels; trivium evaluate --suite unit writes what is said of it"
-                )
+                found.not_applicable.append(f"{task.title}, {name}: it has no labels, so nothing is asked of it here")
         own = Evaluation()
         predicted = partial(_predictions, method, task, collates=self.collates, recipe=self.recipe)
         tell_held_out(own, of, task.title, labelled, predicted, None, say)
@@ -271,6 +269,9 @@ def _prepare(recipe: UnitRecipe, name: str, arguments: dict[str, Any], resume_fr
         raise TriviumError(f"{FROZEN}: name one with --init, or train from a random start with --size small")
     given = with_data(recipe.tasks, recipe.data)
     tasks = opened(given)
+    if boxes := [task.name for task in tasks if task.of is None and not any(recipe.objectives.parts.values())]:
+        flag = f"--tasks.{boxes[0].replace('_', '-')}.ratio 0"
+        raise TriviumError(f"every loss of boxes has weight 0, so {boxes[0]} would teach nothing: leave it out, {flag}")
     notes = [f"{task.name}: {note}" for task in tasks for note in task.data.notes]
     start = open_own(resume_from) if resume_from is not None else None if recipe.init is None else load(recipe.init)
     if start is not None and not isinstance(start.model, Unit):
