@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 from unittest import mock
@@ -42,7 +42,7 @@ from trivium.convert.unit import to_mmf
 from trivium.layers import resnet
 from trivium.methods.pixels import Pixels
 from trivium.methods.unit import UnitMethod
-from trivium.models import unit, unit_transformer
+from trivium.models import unit_image, unit_transformer
 from trivium.models.unit import PUBLISHED_TASKS, Unit, UnitConfig
 from trivium.train import precision
 from trivium.train.memory import keep_freed
@@ -170,33 +170,25 @@ def attention_of_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
-def norm_apart(self: resnet.Convolution, x: Tensor, out_mask: Tensor | None) -> Tensor:
+def norm_apart(self: resnet.Convolution, x_PC: Tensor, before: resnet.Reach, after: resnet.Reach) -> Tensor:
     assert isinstance(self.norm, resnet.FrozenBatchNorm)
-    scale, shift = (part.view(1, -1, 1, 1) for part in self.norm.scale_and_shift())
-    return self.conv(x) * scale + shift
-
-
-@contextmanager
-def norms_apart() -> Iterator[None]:
-    with (
-        mock.patch.object(resnet.Convolution, "forward", norm_apart),
-        mock.patch.object(resnet.ResNet, "folded_once", return_value=nullcontext()),
-    ):
-        yield
+    scale_C, shift_C = self.norm.scale_and_shift()
+    if resnet.is_one_product(self.conv, before):
+        return F.linear(x_PC, self.conv.weight.flatten(1)) * scale_C + shift_C
+    return resnet.positions([self.conv(x_BCHW) for x_BCHW in before.maps(x_PC)]) * scale_C + shift_C
 
 
 WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
-    "frozen norm multiplied into the weights": norms_apart,
-    "channels last": lambda: mock.patch.object(resnet, "LAYOUT", torch.contiguous_format),
+    "frozen norm multiplied into the weights": lambda: mock.patch.object(resnet.Convolution, "forward", norm_apart),
     "fused attention": lambda: mock.patch.object(unit_transformer, "attend", written_out),
     "backward of attention by whole products": lambda: mock.patch.object(
         unit_transformer, "attend", attention_of_torch
     ),
     "other sizes apart, in place of all padded to the largest": lambda: mock.patch.object(
-        unit, "goes_apart", return_value=False
+        unit_image, "goes_apart", return_value=False
     ),
-    "one product of weights and norms for all sizes": lambda: mock.patch.object(
-        resnet.ResNet, "folded_once", return_value=nullcontext()
+    "convolutions of 1 x 1 as one product for all sizes": lambda: mock.patch.object(
+        resnet, "is_one_product", return_value=False
     ),
 }
 

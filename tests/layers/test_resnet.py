@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trivium.layers.resnet import Convolution, FrozenBatchNorm, ResNet, inside
+from trivium.layers.resnet import Convolution, FrozenBatchNorm, Reach, ResNet, inside, positions
 
 # Odd and even sides, a picture of one pixel, one as large as the batch, one whose map has a single place.
 SIZES = [(53, 37), (64, 31), (1, 1), (33, 64), (64, 64), (17, 2)]
@@ -33,6 +33,13 @@ def network(norm: str, bottleneck: bool, dilated: bool = True, dtype: torch.dtyp
     return drawn(ResNet((8, 16, 24), (1, 2, 2), bottleneck, norm, 1e-5, dilated), dtype)  # type: ignore[arg-type]
 
 
+def through(resnet: ResNet, pixels: Tensor, sizes_B2: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The map of a single run, [B, C, H, W], and the sizes of the pictures in it."""
+    x_PC, reach = resnet([pixels], sizes_B2)
+    [x_BCHW] = reach.maps(x_PC)
+    return x_BCHW, reach.sizes_B2
+
+
 def padded(sizes: list[tuple[int, int]], fill: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
     """A batch with anything in its padding, the sizes, and each picture alone."""
     draw = torch.Generator().manual_seed(5)
@@ -53,10 +60,10 @@ def test_a_padded_picture_gives_what_it_gives_alone(
 ) -> None:
     resnet = network(norm, bottleneck, dilated, dtype)
     pixels, sizes_B2, alone = padded(SIZES, float("nan"), dtype)
-    maps, map_sizes = resnet(pixels, sizes_B2)
+    maps, map_sizes = through(resnet, pixels, sizes_B2)
     assert map_sizes is not None
     for row, picture in enumerate(alone):
-        expected, none = resnet(picture)
+        expected, none = through(resnet, picture)
         assert none is None
         assert map_sizes[row].tolist() == list(expected.shape[2:])
         found = maps[row, :, : expected.shape[2], : expected.shape[3]]
@@ -68,9 +75,10 @@ def test_a_padded_picture_gives_what_it_gives_alone(
 def test_fifty_layers_give_of_a_padded_picture_what_it_gives_alone() -> None:
     resnet = drawn(ResNet((64, 128, 256, 512), (3, 4, 6, 3), True, "frozen", 1e-5, True), torch.float32)
     pixels, sizes_B2, alone = padded([(96, 130), (128, 80), (33, 47)], 9.0, torch.float32)
-    maps, map_sizes = resnet(pixels, sizes_B2)
+    maps, map_sizes = through(resnet, pixels, sizes_B2)
+    assert map_sizes is not None
     for row, picture in enumerate(alone):
-        [expected], _ = resnet(picture)
+        [expected], _ = through(resnet, picture)
         assert map_sizes[row].tolist() == list(expected.shape[1:])
         found = maps[row, :, : expected.shape[1], : expected.shape[2]]
         assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
@@ -81,7 +89,8 @@ def test_gradients_of_a_padded_batch_are_those_of_its_pictures_one_by_one(norm: 
     resnet = network(norm, bottleneck=norm == "frozen")
     pixels, sizes_B2, alone = padded(SIZES, 7.0, torch.float64)
     pixels.requires_grad_()
-    maps, map_sizes = resnet(pixels, sizes_B2)
+    maps, map_sizes = through(resnet, pixels, sizes_B2)
+    assert map_sizes is not None
     weight = torch.randn(maps.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     real = inside(map_sizes, *maps.shape[2:])[:, None]
     names = [name for name, _ in resnet.named_parameters()]
@@ -89,7 +98,7 @@ def test_gradients_of_a_padded_batch_are_those_of_its_pictures_one_by_one(norm: 
     mine = {name: p.grad.clone() for name, p in resnet.named_parameters()}
     resnet.zero_grad()
     for row, picture in enumerate(alone):
-        expected = resnet(picture)[0]
+        expected = through(resnet, picture)[0]
         (expected.square() * weight[row : row + 1, :, : expected.shape[2], : expected.shape[3]]).sum().backward()
     for name in names:
         wanted = resnet.get_parameter(name).grad
@@ -100,36 +109,70 @@ def test_gradients_of_a_padded_batch_are_those_of_its_pictures_one_by_one(norm: 
 
 def test_without_the_zeros_padding_would_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tests above are about: the same network that leaves padding as the norms make it."""
-    monkeypatch.setattr("trivium.layers.resnet.without_padding", lambda x, mask: x)
+    monkeypatch.setattr("trivium.layers.resnet.without_padding", lambda x, reach: x)
     resnet = network("frozen", bottleneck=True)
     pixels, sizes_B2, alone = padded(SIZES, 0.0, torch.float64)
-    maps, _ = resnet(pixels, sizes_B2)
-    expected = resnet(alone[0])[0]
+    maps, _ = through(resnet, pixels, sizes_B2)
+    expected = through(resnet, alone[0])[0]
     assert float((maps[0, :, : expected.shape[2], : expected.shape[3]] - expected[0]).abs().max()) > 1e-2
 
 
+RUNS = [(2, 64, 48), (1, 33, 64), (3, 17, 2), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("dilated", [True, False])
 @pytest.mark.parametrize("norm", ["frozen", "group"])
-@pytest.mark.parametrize("fill", [0.0, float("nan")])
-def test_convolutions_get_what_they_are_fastest_with_beside_padding_too(norm: str, fill: float) -> None:
-    """Channels last in memory, from the first to the last: each that does not get it makes a copy."""
+@pytest.mark.parametrize("bottleneck", [True, False])
+def test_runs_of_several_sizes_give_values_and_gradients_of_each_alone(
+    norm: str, bottleneck: bool, dilated: bool
+) -> None:
+    """Convolutions of 1 x 1 take all runs as one product; frozen norms are multiplied into weights once for all."""
+    resnet = network(norm, bottleneck, dilated)
+    draw = torch.Generator().manual_seed(8)
+    pictures = [torch.randn(n, 3, h, w, generator=draw, dtype=torch.float64).requires_grad_() for n, h, w in RUNS]
+    parameters = list(resnet.parameters())
+    x_PC, reach = resnet(pictures)
+    alone = [through(resnet, pixels)[0] for pixels in pictures]
+    assert reach.runs == tuple((len(x), *x.shape[2:]) for x in alone)
+    expected = positions(alone)
+    torch.testing.assert_close(x_PC, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+    weight = torch.randn(x_PC.shape, generator=draw, dtype=torch.float64)
+    mine, wanted = (torch.autograd.grad((y.square() * weight).sum(), [*parameters, *pictures])
+                    for y in (x_PC, expected))  # fmt: skip
+    for found, gradient in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=0, atol=1e-11 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("norm", ["frozen", "group"])
+@pytest.mark.parametrize("fill", [0.0, float("nan"), None])
+def test_convolutions_get_what_they_are_fastest_with(
+    norm: str, fill: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels last in memory, from the first to the last, beside padding and in runs: each that does not get it makes
+    a copy."""
     resnet = network(norm, bottleneck=True, dtype=torch.float32)
     layouts: list[bool] = []
-    for module in resnet.modules():
-        if isinstance(module, nn.Conv2d | Convolution):
-            module.register_forward_pre_hook(
-                lambda _, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
-            )
-    pixels, sizes_B2, _ = padded(SIZES, fill, torch.float32)
-    resnet(pixels, sizes_B2)
+    plain = F.conv2d
+
+    def watched(x: Tensor, *rest: Any) -> Tensor:
+        layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+        return plain(x, *rest)
+
+    monkeypatch.setattr("trivium.layers.resnet.F.conv2d", watched)
+    if fill is None:
+        resnet([torch.randn(*run[:1], 3, *run[1:]) for run in RUNS])
+    else:
+        pixels, sizes_B2, _ = padded(SIZES, fill, torch.float32)
+        resnet([pixels], sizes_B2)
     assert layouts and all(layouts)
 
 
 def test_sizes_without_padding_are_no_padding() -> None:
     resnet = network("group", bottleneck=False)
     pixels = torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    maps, sizes = resnet(pixels, torch.tensor([[32, 48], [32, 48]]))
+    maps, sizes = through(resnet, pixels, torch.tensor([[32, 48], [32, 48]]))
     assert sizes is None
-    assert torch.equal(maps, resnet(pixels)[0])
+    assert torch.equal(maps, through(resnet, pixels)[0])
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
@@ -141,7 +184,8 @@ def test_a_frozen_norm_multiplied_into_the_weights_is_torchs_batch_norm(eps: flo
     x = torch.randn(2, 5, 9, 11, dtype=torch.float64)
     raw = F.conv2d(x, ours.conv.weight, None, 2, 2, 2)
     expected = F.batch_norm(raw, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, eps)
-    found = ours(x, None)
+    before = Reach(((2, 9, 11),), None)
+    [found] = before.halved().maps(ours(positions([x]), before, before.halved()))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     weight = torch.randn_like(found)
     mine, theirs = (torch.autograd.grad((y * weight).sum(), ours.conv.weight)[0] for y in (found, expected))
@@ -157,4 +201,4 @@ def test_resnet_50_has_its_parameters_and_dc5_its_strides_and_dilations() -> Non
     assert [conv.stride for conv in inner] == [(1, 1)] * 3
     # As torchvision's replace_stride_with_dilation: the first block still looks at its neighbours.
     assert [conv.dilation for conv in inner] == [(1, 1), (2, 2), (2, 2)]
-    assert resnet(torch.empty(1, 3, 800, 1333, device="meta"))[0].shape == (1, 2048, 50, 84)
+    assert through(resnet, torch.empty(1, 3, 800, 1333, device="meta"))[0].shape == (1, 2048, 50, 84)

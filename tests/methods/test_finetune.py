@@ -135,7 +135,7 @@ def test_padded_pictures_say_of_a_unit_what_each_says_alone(
     reads: Reads, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One picture, or a text and two, of which the second ones are padded to another size than the first ones."""
-    monkeypatch.setattr("trivium.models.unit.goes_apart", lambda device: way == "apart")
+    monkeypatch.setattr("trivium.models.unit_image.goes_apart", lambda device: way == "apart")
     batch = unit.make_batch("vqav2", 4)
     if reads == "image":
         batch = replace(batch, texts=())

@@ -42,7 +42,7 @@ def test_a_step_means_the_same_in_any_micro_batches(task: str) -> None:
 def test_pictures_of_different_sizes_in_one_batch_give_what_each_gives_alone(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trivium.models.unit.goes_apart", lambda device: way == "apart")
+    monkeypatch.setattr("trivium.models.unit_image.goes_apart", lambda device: way == "apart")
     method, batch = unit_method(random_unit()), make_batch("vg", 4)
 
     def alone(row: int) -> Batch:

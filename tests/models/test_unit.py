@@ -67,7 +67,7 @@ def test_the_published_model_has_as_many_parameters_as_are_published() -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How pictures of different sizes are encoded: as on a processor, and as on a GPU."""
     if request.param == "all together":
-        monkeypatch.setattr("trivium.models.unit.goes_apart", lambda device: False)
+        monkeypatch.setattr("trivium.models.unit_image.goes_apart", lambda device: False)
     return str(request.param)
 
 
@@ -108,7 +108,7 @@ def test_pictures_of_one_size_go_through_together_and_norms_into_the_weights_onc
     model = make(replace(GROUP, backbone_norm="frozen"), torch.float32)
     pixels, sizes_B2 = padded([*pictures(torch.float32), *pictures(torch.float32)])
     seen: list[tuple[int, ...]] = []
-    model.image.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    model.image.backbone.register_forward_pre_hook(lambda _, inputs: seen.extend(tuple(x.shape) for x in inputs[0]))
     folded = mock.Mock(side_effect=Convolution.folded, autospec=True)
     monkeypatch.setattr(Convolution, "folded", lambda *arguments: folded(*arguments))
     with torch.autocast("cpu", torch.bfloat16):
@@ -116,7 +116,6 @@ def test_pictures_of_one_size_go_through_together_and_norms_into_the_weights_onc
         assert sorted(seen) == sorted((2, 3, *size) for size in SIZES)
         convolutions = [each for each in model.modules() if isinstance(each, Convolution)]
         assert folded.call_count == len(convolutions)
-        assert all(each._folded is None for each in convolutions)
         alone = [model.encode_image(picture, None, "coco") for picture in pictures(torch.float32)]
     assert apart.mask is not None
     for row, one in enumerate([*alone, *alone]):

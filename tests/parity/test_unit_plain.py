@@ -223,7 +223,7 @@ def test_tiny_agrees_in_float64(name: str, decoder: str) -> None:
 
 def pad_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of all sizes in one pass, as on a GPU: a processor takes those of each size apart."""
-    monkeypatch.setattr("trivium.models.unit.goes_apart", lambda device: False)
+    monkeypatch.setattr("trivium.models.unit_image.goes_apart", lambda device: False)
 
 
 @pytest.mark.parametrize("name", ["coco", "vqav2"])

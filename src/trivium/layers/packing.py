@@ -4,11 +4,14 @@ Norms, linear maps and activations know nothing of neighbours, so they take the 
 batch with zeros for those that were left out, which nobody may attend, and what it gives there is dropped. Of captions
 a third and more of a padded batch are pads.
 
+Sequences of several lengths may also come in runs, each of one length, and then nothing is padded.
+
 B batch, L positions, N positions that are taken of all samples, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,3 +53,17 @@ class Packing:
         """[B, L, D], zeros where nothing was taken."""
         padded = x_ND.new_zeros(self.mask_BL.numel(), x_ND.shape[1]).index_copy_(0, self.index_N, x_ND)
         return padded.unflatten(0, self.mask_BL.shape)
+
+
+Runs = Sequence[tuple[int, int]]  # of each run: how many sequences, how many positions
+
+
+def packed(states: Sequence[Tensor]) -> Tensor:
+    """[n, L, D] of each run -> [N, D]."""
+    return torch.cat([x_BLD.flatten(0, 1) for x_BLD in states])
+
+
+def unpacked(x_ND: Tensor, runs: Runs) -> list[Tensor]:
+    """[N, D] -> [n, L, D] of each run."""
+    parts = x_ND.split([number * length for number, length in runs])
+    return [x.unflatten(0, run) for x, run in zip(parts, runs, strict=True)]

@@ -5,13 +5,16 @@ and there is more than zeros in it after the first norm; so padding is set to ze
 that looks at neighbours. How far a picture reaches after a layer of stride 2 follows the convolution's own arithmetic:
 half its size, rounded up, each time. GroupNorm counts what is no padding.
 
-B batch, C channels, H height, W width, G groups of channels.
+Pictures may also come in runs, of one size each, and then nothing is padded: convolutions go through run by run, but
+for those of 1 x 1, which know nothing of neighbours and take the positions of all runs as one matrix.
+
+B batch, P positions of all pictures, one after the other and row by row, C channels, H height, W width, G groups of
+channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -22,7 +25,6 @@ from torch.nn import functional as F
 
 Norm = Literal["frozen", "group"]
 CHANNELS_OF_A_GROUP = 8
-LAYOUT = torch.channels_last  # in memory: what convolutions are fastest with
 
 
 class FrozenBatchNorm(nn.Module):
@@ -50,7 +52,6 @@ class Convolution(nn.Module):
     picture is its own; gradients are those of the two apart."""
 
     norm: FrozenBatchNorm | nn.GroupNorm
-    _folded: tuple[Tensor, Tensor] | None = None  # within ResNet.folded_once
 
     def __init__(
         self, channels: int, out_channels: int, side: int, norm: Norm, eps: float, stride: int = 1, dilation: int = 1
@@ -64,19 +65,32 @@ class Convolution(nn.Module):
         else:
             self.norm = nn.GroupNorm(max(1, out_channels // CHANNELS_OF_A_GROUP), out_channels, eps)
 
-    def forward(self, x_BCHW: Tensor, out_mask: Tensor | None) -> Tensor:
-        """out_mask: bool [B, 1, H, W] of the result, True = no padding; None: no padding anywhere."""
+    def forward(self, x_PC: Tensor, before: Reach, after: Reach) -> Tensor:
+        """[P, C] of the result. before, after: how far pictures reach in what comes in, and in the result."""
         conv, norm = self.conv, self.norm
-        if isinstance(norm, FrozenBatchNorm):
-            weight, shift = self._folded or self.folded(norm)
-            return F.conv2d(x_BCHW, weight, shift, conv.stride, conv.padding, conv.dilation)
-        x_BCHW = conv(x_BCHW)
-        return norm(x_BCHW) if out_mask is None else group_norm(x_BCHW, out_mask, norm)
+        weight, shift = self.folded(norm, x_PC.dtype) if isinstance(norm, FrozenBatchNorm) else (conv.weight, None)
+        if is_one_product(conv, before):
+            x_PC = F.linear(x_PC, weight.flatten(1), shift)
+        else:
+            x_PC = positions([F.conv2d(x_BCHW, weight, shift, conv.stride, conv.padding, conv.dilation)
+                              for x_BCHW in before.maps(x_PC)])  # fmt: skip
+        if isinstance(norm, nn.GroupNorm):
+            maps = after.maps(x_PC)
+            x_PC = positions([norm(x) if after.mask is None else group_norm(x, after.mask, norm) for x in maps])
+        return x_PC
 
-    def folded(self, norm: FrozenBatchNorm) -> tuple[Tensor, Tensor]:
-        """Weights that have the norm in them, and the bias."""
+    def folded(self, norm: FrozenBatchNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weights that have the norm in them, and the bias, brought to a precision and to the layout of the maps once
+        for all runs."""
         scale, shift = norm.scale_and_shift()
-        return self.conv.weight * scale.view(-1, 1, 1, 1), shift
+        weight = self.conv.weight * scale.view(-1, 1, 1, 1)
+        return weight.to(dtype=dtype, memory_format=torch.channels_last), shift.to(dtype)
+
+
+def is_one_product(conv: nn.Conv2d, reach: Reach) -> bool:
+    """Whether a convolution is one product of matrices for all runs. A single run is left to the library, which has the
+    bias and the layout of the weights in the same pass."""
+    return len(reach.runs) > 1 and conv.kernel_size == conv.stride == (1, 1)
 
 
 def group_norm(x_BCHW: Tensor, mask_B1HW: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -91,9 +105,17 @@ def group_norm(x_BCHW: Tensor, mask_B1HW: Tensor, norm: nn.GroupNorm) -> Tensor:
     return (normed * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)).to(x_BCHW.dtype)
 
 
-def without_padding(x_BCHW: Tensor, mask_B1HW: Tensor | None) -> Tensor:
+def without_padding(x_PC: Tensor, reach: Reach) -> Tensor:
     """Zeros in the padding."""
-    return x_BCHW if mask_B1HW is None else x_BCHW * mask_B1HW.to(x_BCHW.dtype)
+    if reach.mask is None:
+        return x_PC
+    return x_PC * reach.mask.flatten()[:, None].to(x_PC.dtype)
+
+
+def positions(maps: Sequence[Tensor]) -> Tensor:
+    """[n, C, H, W] of each run -> [P, C]. A view where there is one, in memory channels last."""
+    flat = [x_BCHW.permute(0, 2, 3, 1).flatten(0, 2) for x_BCHW in maps]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 class Block(nn.Module):
@@ -125,18 +147,18 @@ class Block(nn.Module):
         if stride != 1 or channels != out_channels:
             self.shortcut = Convolution(channels, out_channels, 1, norm, eps, stride)
 
-    def forward(self, x_BCHW: Tensor, mask: Tensor | None, out_mask: Tensor | None) -> Tensor:
-        """mask, out_mask: bool [B, 1, H, W] of input and output, True = no padding."""
-        added = x_BCHW if self.shortcut is None else self.shortcut(x_BCHW, out_mask)
+    def forward(self, x_PC: Tensor, before: Reach, after: Reach) -> Tensor:
+        """[P, C]. before, after: how far pictures reach in what comes in, and in the result."""
+        added_PC = x_PC if self.shortcut is None else self.shortcut(x_PC, before, after)
         convolutions: Iterable[Any] = self.convolutions
         for number, convolution in enumerate(convolutions):
             if number > 0:
-                x_BCHW = F.relu(x_BCHW, inplace=True)
+                x_PC = F.relu(x_PC)
             if convolution.looks_around:
-                x_BCHW = without_padding(x_BCHW, mask)
-            mask = mask if convolution.conv.stride[0] == 1 else out_mask
-            x_BCHW = convolution(x_BCHW, mask)
-        return F.relu(x_BCHW + added, inplace=True)
+                x_PC = without_padding(x_PC, before)
+            out = before if convolution.conv.stride[0] == 1 else after
+            x_PC, before = convolution(x_PC, before, out), out
+        return F.relu(x_PC + added_PC, inplace=True)
 
 
 class ResNet(nn.Module):
@@ -166,67 +188,59 @@ class ResNet(nn.Module):
             self.stages.append(blocks)
         self.out_channels = channels
 
-    @contextmanager
-    def folded_once(self) -> Iterator[None]:
-        """Within it frozen norms are multiplied into the weights once for all calls, and the product is brought to the
-        precision of autocast once."""
-        frozen = [each for each in self.modules() if isinstance(each, Convolution)]
-        frozen = [each for each in frozen if isinstance(each.norm, FrozenBatchNorm)]
-        try:
-            for each in frozen:
-                weight, shift = each.folded(each.norm)  # type: ignore[arg-type]
-                device = weight.device.type
-                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-                each._folded = weight.to(dtype), shift.to(dtype)
-            yield
-        finally:
-            for each in frozen:
-                each._folded = None
+    def forward(self, pictures: Sequence[Tensor], sizes_B2: Tensor | None = None) -> tuple[Tensor, Reach]:
+        """The positions of the last feature maps, [P, C], and how far pictures reach in them.
 
-    def forward(self, pixels_BCHW: Tensor, sizes_B2: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The last feature map, [B, C, H, W], and the sizes of the pictures in it, int64 [B, 2]; None: no padding.
-
-        sizes_B2: (height, width) of each picture; what lies beyond has no effect.
+        Args:
+            pictures: float [n, 3, H, W] of each run.
+            sizes_B2: (height, width) of each picture of a single run; what lies beyond has no effect. None: no padding.
         """
-        height, width = pixels_BCHW.shape[2:]
-        if sizes_B2 is not None and bool((sizes_B2 == torch.tensor([height, width], device=sizes_B2.device)).all()):
-            sizes_B2 = None
-        device = pixels_BCHW.device
-        reach = Reach(None if sizes_B2 is None else sizes_B2.to(device, non_blocking=True), height, width)
-        x_BCHW = pixels_BCHW
-        if reach.mask is not None:
-            x_BCHW = x_BCHW.masked_fill(~reach.mask, 0.0)  # not by a product: anything may stand there
-        x_BCHW = x_BCHW.contiguous(memory_format=LAYOUT)  # after it, since it would not keep the layout
-        reach = reach.halved()
-        x_BCHW = without_padding(F.relu(self.stem(x_BCHW, reach.mask), inplace=True), reach.mask)
-        x_BCHW = F.max_pool2d(x_BCHW, 3, 2, 1)
-        reach = reach.halved()
+        assert sizes_B2 is None or len(pictures) == 1, "runs have no padding"
+        runs = tuple((len(pixels), *pixels.shape[2:]) for pixels in pictures)
+        if sizes_B2 is not None:
+            whole_2 = torch.tensor(runs[0][1:], device=sizes_B2.device)
+            sizes_B2 = None if bool((sizes_B2 == whole_2).all()) else sizes_B2
+        reach = Reach(runs, None if sizes_B2 is None else sizes_B2.to(pictures[0].device, non_blocking=True))
+        if reach.mask is not None:  # not by a product: anything may stand there
+            pictures = [pixels.masked_fill(~reach.mask, 0.0) for pixels in pictures]
+        after = reach.halved()
+        x_PC = F.relu(self.stem(positions(pictures), reach, after))
+        pooled = [F.max_pool2d(x_BCHW, 3, 2, 1) for x_BCHW in after.maps(without_padding(x_PC, after))]
+        x_PC, reach = positions(pooled), after.halved()
         for stage in self.stages:
             blocks: Iterable[Any] = stage  # type: ignore[assignment]
             for block in blocks:
                 after = reach.halved() if block.stride == 2 else reach
-                x_BCHW = block(x_BCHW, reach.mask, after.mask)
-                reach = after
-        return x_BCHW, reach.sizes_B2
+                x_PC, reach = block(x_PC, reach, after), after
+        return x_PC, reach
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far pictures reach in a feature map. sizes_B2: int64; None: to its end, all of them."""
+    """How far pictures reach in feature maps.
 
+    runs: (number, height, width) of the maps of each run. sizes_B2: int64, of the pictures of a single run; None: to
+    the end of their maps, all of them.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
     sizes_B2: Tensor | None
-    height: int
-    width: int
 
     @cached_property
     def mask(self) -> Tensor | None:
         """bool [B, 1, H, W], True = no padding; None: none anywhere."""
-        return None if self.sizes_B2 is None else inside(self.sizes_B2, self.height, self.width)[:, None]
+        return None if self.sizes_B2 is None else inside(self.sizes_B2, *self.runs[0][1:])[:, None]
 
     def halved(self) -> Reach:
         """After a convolution of stride 2 (with padding of half its side), or after the pooling."""
         sizes_B2 = None if self.sizes_B2 is None else (self.sizes_B2 + 1) // 2
-        return Reach(sizes_B2, (self.height + 1) // 2, (self.width + 1) // 2)
+        return Reach(tuple((number, (h + 1) // 2, (w + 1) // 2) for number, h, w in self.runs), sizes_B2)
+
+    def maps(self, x_PC: Tensor) -> list[Tensor]:
+        """[n, C, H, W] of each run, in memory channels last, which convolutions are fastest with."""
+        lengths = [number * height * width for number, height, width in self.runs]
+        parts = [x_PC] if len(lengths) == 1 else x_PC.split(lengths)
+        return [x.unflatten(0, run).permute(0, 3, 1, 2) for x, run in zip(parts, self.runs, strict=True)]
 
 
 def inside(sizes_B2: Tensor, height: int, width: int) -> Tensor:

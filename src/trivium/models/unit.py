@@ -20,7 +20,7 @@ How it is used, by name of a task in `config.tasks`:
     logits_BK = model.heads["vqav2"](hidden_LBQD[-1, :, 0])   # or all of it: model.label("vqav2", image, text)
     found = model.heads["coco"](model.decode("coco", image))  # Detections: logits_LBQK, boxes_LBQ4
 
-B batch, R rows of it, U sizes of pictures, C channels, H height, W width, N image tokens, T text tokens, S positions of
+B batch, C channels, H height, W width, N image tokens, T text tokens, S positions of
 the decoder's memory, L decoder layers, Q queries, P points, E width of the image encoder, D width of the decoder,
 K classes.
 """
@@ -34,15 +34,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from trivium.errors import TriviumError
-from trivium.layers.embeddings import sine_positions, sines
+from trivium.layers.embeddings import sines
 from trivium.layers.heads import MaskedHead
-from trivium.layers.resnet import ResNet, inside
+from trivium.layers.resnet import ResNet
 from trivium.models.bert import Bert, BertConfig
 from trivium.models.encoded import Encoded, Found
 from trivium.models.unit_heads import DetectionHead, likeliest
+from trivium.models.unit_image import ImageEncoder
 from trivium.models.unit_transformer import Decoder, EncoderBlock, TaskTokens
 
 
@@ -191,73 +191,6 @@ SIZES = {
 }  # fmt: skip
 
 
-def goes_apart(device: torch.device) -> bool:
-    """Whether pictures of one size are encoded together and others apart: on a processor, where arithmetic decides and
-    padding is a third of it. A GPU is faster with all of them in one pass."""
-    return device.type == "cpu"
-
-
-class ImageEncoder(nn.Module):
-    """ResNet, and a transformer over its feature map."""
-
-    def __init__(self, config: UnitConfig) -> None:
-        super().__init__()
-        self.place_temperature = config.place_temperature
-        self.place_scale = config.place_scale
-        self.residual = config.residual
-        self.backbone = ResNet(
-            config.backbone_widths, config.backbone_blocks, config.bottleneck, config.backbone_norm,
-            config.backbone_eps, config.dilated,
-        )  # fmt: skip
-        self.projection = nn.Linear(self.backbone.out_channels, config.image_width)
-        self.task_tokens = config.make_tokens("image", config.image_width)
-        self.blocks = nn.ModuleList(
-            EncoderBlock(config.image_width, config.num_heads, config.mlp_width, config.eps, config.dropout)
-            for _ in range(config.image_layers)
-        )
-
-    def forward(self, pixels_BCHW: Tensor, sizes_B2: Tensor | None, task: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """States and places, [B, N, E] each (places [1, N, E] where all pictures are of one size), and the mask; None:
-        all are real. Positions of a picture stand row by row, and where all go together as in the padded map."""
-        if sizes_B2 is None or not goes_apart(pixels_BCHW.device):
-            return self.together(pixels_BCHW, sizes_B2, task)
-        kinds_U2, kind_B = torch.unique(sizes_B2, dim=0, return_inverse=True)
-        if len(kinds_U2) < 2:
-            height, width = kinds_U2[0].tolist() if len(kinds_U2) else pixels_BCHW.shape[2:]
-            return self.together(pixels_BCHW[:, :, :height, :width], None, task)
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        with self.backbone.folded_once():
-            for kind, (height, width) in enumerate(kinds_U2.tolist()):
-                rows = (kind_B == kind).nonzero()[:, 0].tolist()
-                states_RNE, places_1NE, _ = self.together(pixels_BCHW[rows, :, :height, :width], None, task)
-                found |= {row: (states_NE, places_1NE[0]) for row, states_NE in zip(rows, states_RNE, strict=True)}
-        states, places = ([found[row][part] for row in range(len(found))] for part in (0, 1))
-        lengths_B = torch.tensor([len(each) for each in states])
-        mask_BN = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
-        padded = pad_sequence(states, batch_first=True), pad_sequence(places, batch_first=True)
-        return *padded, None if bool(mask_BN.all()) else mask_BN
-
-    def together(self, pixels_BCHW: Tensor, sizes_B2: Tensor | None, task: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """All pictures in one pass, padded to the largest, and so are their maps."""
-        map_BCHW, sizes_B2 = self.backbone(pixels_BCHW, sizes_B2)
-        height, width = map_BCHW.shape[2:]
-        source_BNE = self.projection(map_BCHW.flatten(2).transpose(1, 2))
-        mask_BN = None if sizes_B2 is None else inside(sizes_B2, height, width).flatten(1)
-        whole_B2 = torch.tensor([[height, width]], device=source_BNE.device) if sizes_B2 is None else sizes_B2
-        channels, dtype = source_BNE.shape[2], self.projection.weight.dtype
-        places = self.place_scale * sine_positions(whole_B2, height, width, channels, dtype, self.place_temperature)
-        x, x_places, x_mask = source_BNE, places, mask_BN
-        if self.task_tokens is not None:
-            x = self.task_tokens.before(x, task)
-            x_places = F.pad(places, (0, 0, 1, 0))
-            x_mask = None if mask_BN is None else F.pad(mask_BN, (1, 0), value=True)
-        for block in self.blocks:
-            x = block(x, x_places, x_mask)
-        if self.task_tokens is not None:
-            x = x[:, 1:]
-        return source_BNE + x if self.residual else x, places, mask_BN
-
-
 class Unit(nn.Module):
     """Both encoders, the decoder or decoders, queries and heads of every task."""
 
@@ -265,7 +198,17 @@ class Unit(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.image = ImageEncoder(config)
+        self.image = ImageEncoder(
+            ResNet(
+                config.backbone_widths, config.backbone_blocks, config.bottleneck, config.backbone_norm,
+                config.backbone_eps, config.dilated,
+            ),
+            config.image_width,
+            config.make_tokens("image", config.image_width),
+            [EncoderBlock(config.image_width, config.num_heads, config.mlp_width, config.eps, config.dropout)
+             for _ in range(config.image_layers)],
+            place_temperature=config.place_temperature, place_scale=config.place_scale, residual=config.residual,
+        )  # fmt: skip
         same = config.image_width == width
         self.image_to_decoder = nn.Identity() if same else nn.Linear(config.image_width, width)
         self.image_places = nn.Identity() if same else nn.Linear(config.image_width, width)

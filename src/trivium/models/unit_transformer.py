@@ -1,8 +1,8 @@
 """The transformer of DETR (Carion et al., ECCV 2020, appendix A.3), which UniT takes over: positions are added to
 queries and keys in every layer, never to values; norms stand after what they norm.
 
-B batch, N image tokens, S positions of the decoder's memory, L decoder layers, Q queries, E width of the image encoder,
-D width of the decoder.
+B batch, N image tokens, P those of all pictures, one after the other, S positions of the decoder's memory, L decoder
+layers, Q queries, E width of the image encoder, D width of the decoder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.layers.attention import attend
+from trivium.layers.packing import Runs, packed, unpacked
 
 
 class Attention(nn.Module):
@@ -28,9 +29,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, query_BQD: Tensor, key_BSD: Tensor, value_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-        """[B, Q, D]. mask_BS: bool, True = may be attended."""
-        D = query_BQD.shape[2]
+    def forward(
+        self, query_BQD: Tensor, key_BSD: Tensor, value_BSD: Tensor, mask_BS: Tensor | None, runs: Runs | None = None
+    ) -> Tensor:
+        """[B, Q, D]. mask_BS: bool, True = may be attended. runs: of what comes as [P, D] and goes so."""
+        D = query_BQD.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
         parts = [2 * D, D] if query_BQD is key_BSD else [D, D, D]
         # Split and not cut out one by one, whose gradients would each be as large as the whole and mostly zeros.
@@ -40,9 +43,17 @@ class Attention(nn.Module):
         else:
             query, key = F.linear(query_BQD, *placed[0]), F.linear(key_BSD, *placed[1])
         value = F.linear(value_BSD, *value_map)
-        query, key, value = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+        if runs is None:
+            return self.out(self._attend(query, key, value, mask_BS))
+        by_run = zip(*(unpacked(x, runs) for x in (query, key, value)), strict=True)
+        return self.out(packed([self._attend(q, k, v, None) for q, k, v in by_run]))
+
+    def _attend(self, query_BQD: Tensor, key_BSD: Tensor, value_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+        query, key, value = (
+            x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query_BQD, key_BSD, value_BSD)
+        )
         attended = attend(query, key, value, mask_BS, self.dropout if self.training else 0.0)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        return attended.transpose(1, 2).flatten(2)
 
 
 class EncoderBlock(nn.Module):
@@ -57,10 +68,11 @@ class EncoderBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BNE: Tensor, places_BNE: Tensor, mask_BN: Tensor | None) -> Tensor:
+    def forward(self, x_BNE: Tensor, places_BNE: Tensor, mask_BN: Tensor | None, runs: Runs | None = None) -> Tensor:
+        """[B, N, E]. runs: of pictures of different sizes without padding; then x, places and the result are [P, E]."""
         placed_BNE = x_BNE + places_BNE
-        x_BNE = self.attention_norm(x_BNE + self.dropout(self.attention(placed_BNE, placed_BNE, x_BNE, mask_BN)))
-        return self._mlp(x_BNE)
+        attended_BNE = self.attention(placed_BNE, placed_BNE, x_BNE, mask_BN, runs)
+        return self._mlp(self.attention_norm(x_BNE + self.dropout(attended_BNE)))
 
     def _mlp(self, x: Tensor) -> Tensor:
         inside = self.dropout(F.relu(self.mlp_in(x), inplace=True))
