@@ -183,8 +183,20 @@ def test_boxes_without_any_attribute_are_told(tmp_path: Path) -> None:
         file = write(tmp_path, [box(1, [1, 2, 3, 4]), box(2, [1, 2, 3, 4], **more)])
         assert not read_detection("coco", str(tmp_path)).notes, "COCO's have none"
         file = file.rename(file.with_name("instances_train_split_by_coco_2017.json"))
-        note = f'{file}: none of its 2 boxes has an attribute ("attribute_ids_max16"), so it teaches none'
+        note = f'{file}: none of its 2 boxes has an attribute ("attribute_ids_max16"): none is learned from it'
+        note += ", nor measured on it"
         assert read_detection("vg", str(tmp_path)).notes == [note] * told
+
+
+def test_pictures_of_visual_genome_lie_in_the_two_folders_that_it_comes_in(tmp_path: Path) -> None:
+    file = write(tmp_path, [box(1, [1, 2, 3, 4]), box(2, [1, 2, 3, 4])])
+    file.rename(file.with_name("instances_train_split_by_coco_2017.json"))
+    for number, folder in ((1, "VG_100K"), (2, "VG_100K_2")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (30, 20), (number, 0, 0)).save(tmp_path / folder / f"{number}.png")
+    rows = read_detection("vg", str(tmp_path)).train
+    found = [Image.open(io.BytesIO(rows.picture(row))).getpixel((0, 0)) for row in range(2)]
+    assert found == [(1, 0, 0), (2, 0, 0)]
 
 
 def test_the_validation_half_is_found_in_the_folder_of_its_own(tmp_path: Path) -> None:

@@ -366,7 +366,8 @@ class _Boxes:
         found = []
         if self.layout.has_attributes and not any(number != -1 for each in self.attributes for number in each):
             found.append(
-                f'{file}: none of its {len(self.boxes):,} boxes has an attribute ("{ATTRIBUTES}"), so it teaches none'
+                f'{file}: none of its {len(self.boxes):,} boxes has an attribute ("{ATTRIBUTES}"): none is learned from'
+                " it, nor measured on it"
             )
         if self.left_out:
             found.append(
