@@ -170,15 +170,20 @@ def attention_of_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
-def norm_apart(self: resnet.Convolution, x_PC: Tensor, before: resnet.Reach, after: resnet.Reach) -> Tensor:
+def norm_apart(self: resnet.Convolution, x: Tensor, before: resnet.Reach, after: resnet.Reach) -> Tensor:
     assert isinstance(self.norm, resnet.FrozenBatchNorm)
-    scale_C, shift_C = self.norm.scale_and_shift()
+    scale, shift = self.norm.scale_and_shift()
     if resnet.is_one_product(self.conv, before):
-        return F.linear(x_PC, self.conv.weight.flatten(1)) * scale_C + shift_C
-    return resnet.positions([self.conv(x_BCHW) for x_BCHW in before.maps(x_PC)]) * scale_C + shift_C
+        x = F.linear(x, self.conv.weight.flatten(1))
+    else:
+        x = resnet.together([self.conv(x_BCHW) for x_BCHW in before.maps(x)])
+    return x * scale + shift if x.ndim == 2 else x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
 WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
+    "weights laid out as maps are, once for all sizes": lambda: mock.patch.object(
+        resnet, "LAYOUT", torch.contiguous_format
+    ),
     "frozen norm multiplied into the weights": lambda: mock.patch.object(resnet.Convolution, "forward", norm_apart),
     "fused attention": lambda: mock.patch.object(unit_transformer, "attend", written_out),
     "backward of attention by whole products": lambda: mock.patch.object(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trivium.layers.resnet import Convolution, FrozenBatchNorm, Reach, ResNet, inside, positions
+from trivium.layers.resnet import Convolution, FrozenBatchNorm, Reach, ResNet, inside, together
 
 # Odd and even sides, a picture of one pixel, one as large as the batch, one whose map has a single place.
 SIZES = [(53, 37), (64, 31), (1, 1), (33, 64), (64, 64), (17, 2)]
@@ -35,8 +36,7 @@ def network(norm: str, bottleneck: bool, dilated: bool = True, dtype: torch.dtyp
 
 def through(resnet: ResNet, pixels: Tensor, sizes_B2: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The map of a single run, [B, C, H, W], and the sizes of the pictures in it."""
-    x_PC, reach = resnet([pixels], sizes_B2)
-    [x_BCHW] = reach.maps(x_PC)
+    x_BCHW, reach = resnet([pixels], sizes_B2)
     return x_BCHW, reach.sizes_B2
 
 
@@ -109,7 +109,7 @@ def test_gradients_of_a_padded_batch_are_those_of_its_pictures_one_by_one(norm: 
 
 def test_without_the_zeros_padding_would_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tests above are about: the same network that leaves padding as the norms make it."""
-    monkeypatch.setattr("trivium.layers.resnet.without_padding", lambda x, reach: x)
+    monkeypatch.setattr("trivium.layers.resnet.without_padding", lambda x, mask: x)
     resnet = network("frozen", bottleneck=True)
     pixels, sizes_B2, alone = padded(SIZES, 0.0, torch.float64)
     maps, _ = through(resnet, pixels, sizes_B2)
@@ -120,50 +120,60 @@ def test_without_the_zeros_padding_would_leak(monkeypatch: pytest.MonkeyPatch) -
 RUNS = [(2, 64, 48), (1, 33, 64), (3, 17, 2), (1, 1, 1)]
 
 
+def in_runs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(8)
+    return [torch.randn(n, 3, h, w, generator=draw, dtype=torch.float64).to(dtype) for n, h, w in RUNS]
+
+
 @pytest.mark.parametrize("dilated", [True, False])
 @pytest.mark.parametrize("norm", ["frozen", "group"])
 @pytest.mark.parametrize("bottleneck", [True, False])
-def test_runs_of_several_sizes_give_values_and_gradients_of_each_alone(
-    norm: str, bottleneck: bool, dilated: bool
-) -> None:
-    """Convolutions of 1 x 1 take all runs as one product; frozen norms are multiplied into weights once for all."""
+def test_several_runs_give_values_and_gradients_of_each_alone(norm: str, bottleneck: bool, dilated: bool) -> None:
     resnet = network(norm, bottleneck, dilated)
-    draw = torch.Generator().manual_seed(8)
-    pictures = [torch.randn(n, 3, h, w, generator=draw, dtype=torch.float64).requires_grad_() for n, h, w in RUNS]
-    parameters = list(resnet.parameters())
+    pictures = [pixels.requires_grad_() for pixels in in_runs()]
     x_PC, reach = resnet(pictures)
     alone = [through(resnet, pixels)[0] for pixels in pictures]
     assert reach.runs == tuple((len(x), *x.shape[2:]) for x in alone)
-    expected = positions(alone)
-    torch.testing.assert_close(x_PC, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
-    weight = torch.randn(x_PC.shape, generator=draw, dtype=torch.float64)
-    mine, wanted = (torch.autograd.grad((y.square() * weight).sum(), [*parameters, *pictures])
+    expected = together(alone)
+    torch.testing.assert_close(x_PC, expected, rtol=0, atol=1e-12 * float(expected.detach().abs().max()))
+    weight = torch.randn(x_PC.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    mine, wanted = (torch.autograd.grad((y.square() * weight).sum(), [*resnet.parameters(), *pictures])
                     for y in (x_PC, expected))  # fmt: skip
     for found, gradient in zip(mine, wanted, strict=True):
         torch.testing.assert_close(found, gradient, rtol=0, atol=1e-11 * float(gradient.abs().max()))
 
 
+def test_of_several_runs_what_knows_no_neighbours_is_one_product_and_weights_are_made_ready_once() -> None:
+    resnet = network("frozen", bottleneck=True, dtype=torch.float32)
+    with (
+        mock.patch("trivium.layers.resnet.F.conv2d", side_effect=F.conv2d) as by_run,
+        mock.patch("trivium.layers.resnet.F.linear", side_effect=F.linear) as at_once,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        resnet(in_runs(torch.float32))
+    convolutions = [each.conv for each in resnet.modules() if isinstance(each, Convolution)]
+    pointwise = [conv for conv in convolutions if conv.kernel_size == conv.stride == (1, 1)]
+    assert pointwise and at_once.call_count == len(pointwise)
+    assert by_run.call_count == len(RUNS) * (len(convolutions) - len(pointwise))
+    weights = [call.args[1] for call in by_run.call_args_list]
+    assert len({id(weight) for weight in weights}) == len(convolutions) - len(pointwise)
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert {weight.dtype for weight in weights[len(RUNS) :]} == {torch.bfloat16}, "of all but the first"
+
+
 @pytest.mark.parametrize("norm", ["frozen", "group"])
-@pytest.mark.parametrize("fill", [0.0, float("nan"), None])
-def test_convolutions_get_what_they_are_fastest_with(
-    norm: str, fill: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Channels last in memory, from the first to the last, beside padding and in runs: each that does not get it makes
-    a copy."""
+@pytest.mark.parametrize("fill", [0.0, float("nan")])
+def test_convolutions_get_what_they_are_fastest_with_beside_padding_too(norm: str, fill: float) -> None:
+    """Channels last in memory, from the first to the last: each that does not get it makes a copy."""
     resnet = network(norm, bottleneck=True, dtype=torch.float32)
     layouts: list[bool] = []
-    plain = F.conv2d
-
-    def watched(x: Tensor, *rest: Any) -> Tensor:
-        layouts.append(x.is_contiguous(memory_format=torch.channels_last))
-        return plain(x, *rest)
-
-    monkeypatch.setattr("trivium.layers.resnet.F.conv2d", watched)
-    if fill is None:
-        resnet([torch.randn(*run[:1], 3, *run[1:]) for run in RUNS])
-    else:
-        pixels, sizes_B2, _ = padded(SIZES, fill, torch.float32)
-        resnet([pixels], sizes_B2)
+    for module in resnet.modules():
+        if isinstance(module, Convolution):
+            module.register_forward_pre_hook(
+                lambda _, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    pixels, sizes_B2, _ = padded(SIZES, fill, torch.float32)
+    resnet([pixels], sizes_B2)
     assert layouts and all(layouts)
 
 
@@ -185,7 +195,7 @@ def test_a_frozen_norm_multiplied_into_the_weights_is_torchs_batch_norm(eps: flo
     raw = F.conv2d(x, ours.conv.weight, None, 2, 2, 2)
     expected = F.batch_norm(raw, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, eps)
     before = Reach(((2, 9, 11),), None)
-    [found] = before.halved().maps(ours(positions([x]), before, before.halved()))
+    found = ours(x, before, before.halved())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     weight = torch.randn_like(found)
     mine, theirs = (torch.autograd.grad((y * weight).sum(), ours.conv.weight)[0] for y in (found, expected))

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from tests.flava_batches import STREAMS, TINY, assert_close, flava_method, gradients, make_batch, random_flava
 from trivium.methods.flava import FlavaMethod
+from trivium.models.unit import Unit, UnitConfig
 from trivium.train.compilation import compile_blocks
 from trivium.train.protocol import Batch, Key
 from trivium.train.step import backward
@@ -51,3 +52,24 @@ def test_blocks_stay_compiled_while_lengths_and_masks_vary(width: int) -> None:
     assert counters["frames"]["ok"] == counters["frames"]["total"], "a form of a block runs uncompiled"
     assert not counters["graph_break"]
     assert graphs[-1] == graphs[-2] > 8, graphs  # lengths vary, and nothing is compiled any more
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_blocks_of_unit_are_compiled_once_for_whatever_sizes_pictures_have() -> None:
+    torch.manual_seed(0)
+    plain = Unit(UnitConfig.of_size("tiny")).double()
+    compiled = deepcopy(plain)
+    compile_blocks(compiled.image.blocks, backend="eager")
+    draw = torch.Generator().manual_seed(4)
+    sizes_K2 = torch.tensor([(48, 64), (64, 48), (48, 80), (80, 48), (64, 64), (32, 80)])
+    graphs = []
+    for rows in (5, 6, 7, 8, 5, 6, 7, 8):
+        sizes_B2 = sizes_K2[torch.randint(6, (rows,), generator=draw)]
+        pixels = torch.randn(rows, 3, 80, 80, generator=draw, dtype=torch.float64)
+        found, expected = (model.encode_image(pixels, sizes_B2, "coco").states for model in (compiled, plain))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        found.sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert counters["frames"]["ok"] == counters["frames"]["total"], "a form of a block runs uncompiled"
+    assert graphs[-1] == graphs[3] > 1, graphs

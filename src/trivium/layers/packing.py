@@ -55,15 +55,24 @@ class Packing:
         return padded.unflatten(0, self.mask_BL.shape)
 
 
-Runs = Sequence[tuple[int, int]]  # of each run: how many sequences, how many positions
+@dataclass(frozen=True)
+class Runs:
+    """Sequences of several lengths in runs of one length each, one after the other: [N, D]. shapes: of each run, how
+    many sequences and how many positions."""
 
+    shapes: tuple[tuple[int, int], ...]
 
-def packed(states: Sequence[Tensor]) -> Tensor:
-    """[n, L, D] of each run -> [N, D]."""
-    return torch.cat([x_BLD.flatten(0, 1) for x_BLD in states])
+    @classmethod
+    def of(cls, states: Sequence[Tensor]) -> Runs:
+        """states: [n, L, D] of each run."""
+        return cls(tuple((len(x_BLD), x_BLD.shape[1]) for x_BLD in states))
 
+    def pack(self, states: Sequence[Tensor]) -> Tensor:
+        """[n or 1, L, D] of each run, where 1 is for all of it -> [N, D]."""
+        rows = zip(states, self.shapes, strict=True)
+        return torch.cat([x_BLD.expand(number, -1, -1).flatten(0, 1) for x_BLD, (number, _) in rows])
 
-def unpacked(x_ND: Tensor, runs: Runs) -> list[Tensor]:
-    """[N, D] -> [n, L, D] of each run."""
-    parts = x_ND.split([number * length for number, length in runs])
-    return [x.unflatten(0, run) for x, run in zip(parts, runs, strict=True)]
+    def unpack(self, x_ND: Tensor) -> list[Tensor]:
+        """[n, L, D] of each run."""
+        parts = x_ND.split([number * length for number, length in self.shapes])
+        return [x.unflatten(0, shape) for x, shape in zip(parts, self.shapes, strict=True)]

@@ -5,11 +5,11 @@ and there is more than zeros in it after the first norm; so padding is set to ze
 that looks at neighbours. How far a picture reaches after a layer of stride 2 follows the convolution's own arithmetic:
 half its size, rounded up, each time. GroupNorm counts what is no padding.
 
-Pictures may also come in runs, of one size each, and then nothing is padded: convolutions go through run by run, but
-for those of 1 x 1, which know nothing of neighbours and take the positions of all runs as one matrix.
+Pictures may also come in several runs, of one size each, and then nothing is padded. Their maps are kept as positions,
+[P, C], one after the other and row by row: convolutions go through run by run, but for those of 1 x 1, which know
+nothing of neighbours and take all positions as one matrix. Of a single run the map stays [B, C, H, W].
 
-B batch, P positions of all pictures, one after the other and row by row, C channels, H height, W width, G groups of
-channels.
+B batch, n pictures of a run, P positions of all runs, C channels, H height, W width, G groups of channels.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 Norm = Literal["frozen", "group"]
 CHANNELS_OF_A_GROUP = 8
+LAYOUT = torch.channels_last  # in memory: what convolutions are fastest with, and how positions lie
 
 
 class FrozenBatchNorm(nn.Module):
@@ -65,26 +66,26 @@ class Convolution(nn.Module):
         else:
             self.norm = nn.GroupNorm(max(1, out_channels // CHANNELS_OF_A_GROUP), out_channels, eps)
 
-    def forward(self, x_PC: Tensor, before: Reach, after: Reach) -> Tensor:
-        """[P, C] of the result. before, after: how far pictures reach in what comes in, and in the result."""
+    def forward(self, x: Tensor, before: Reach, after: Reach) -> Tensor:
+        """x and the result: [B, C, H, W], or of several runs [P, C]. before, after: how far pictures reach in them."""
         conv, norm = self.conv, self.norm
-        weight, shift = self.folded(norm, x_PC.dtype) if isinstance(norm, FrozenBatchNorm) else (conv.weight, None)
+        weight, shift = self.folded(norm, x.dtype) if isinstance(norm, FrozenBatchNorm) else (conv.weight, None)
         if is_one_product(conv, before):
-            x_PC = F.linear(x_PC, weight.flatten(1), shift)
+            x = F.linear(x, weight.flatten(1), shift)
         else:
-            x_PC = positions([F.conv2d(x_BCHW, weight, shift, conv.stride, conv.padding, conv.dilation)
-                              for x_BCHW in before.maps(x_PC)])  # fmt: skip
+            x = together([F.conv2d(x_BCHW, weight, shift, conv.stride, conv.padding, conv.dilation)
+                          for x_BCHW in before.maps(x)])  # fmt: skip
         if isinstance(norm, nn.GroupNorm):
-            maps = after.maps(x_PC)
-            x_PC = positions([norm(x) if after.mask is None else group_norm(x, after.mask, norm) for x in maps])
-        return x_PC
+            mask = after.mask
+            x = together([norm(x_BCHW) if mask is None else group_norm(x_BCHW, mask, norm) for x_BCHW in after.maps(x)])
+        return x
 
     def folded(self, norm: FrozenBatchNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Weights that have the norm in them, and the bias, brought to a precision and to the layout of the maps once
-        for all runs."""
+        """Weights that have the norm in them, and the bias, in the precision and the layout of what comes in: once for
+        all runs."""
         scale, shift = norm.scale_and_shift()
         weight = self.conv.weight * scale.view(-1, 1, 1, 1)
-        return weight.to(dtype=dtype, memory_format=torch.channels_last), shift.to(dtype)
+        return weight.to(dtype=dtype, memory_format=LAYOUT), shift.to(dtype)
 
 
 def is_one_product(conv: nn.Conv2d, reach: Reach) -> bool:
@@ -105,17 +106,14 @@ def group_norm(x_BCHW: Tensor, mask_B1HW: Tensor, norm: nn.GroupNorm) -> Tensor:
     return (normed * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)).to(x_BCHW.dtype)
 
 
-def without_padding(x_PC: Tensor, reach: Reach) -> Tensor:
+def without_padding(x_BCHW: Tensor, mask_B1HW: Tensor | None) -> Tensor:
     """Zeros in the padding."""
-    if reach.mask is None:
-        return x_PC
-    return x_PC * reach.mask.flatten()[:, None].to(x_PC.dtype)
+    return x_BCHW if mask_B1HW is None else x_BCHW * mask_B1HW.to(x_BCHW.dtype)
 
 
-def positions(maps: Sequence[Tensor]) -> Tensor:
-    """[n, C, H, W] of each run -> [P, C]. A view where there is one, in memory channels last."""
-    flat = [x_BCHW.permute(0, 2, 3, 1).flatten(0, 2) for x_BCHW in maps]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
+def together(maps: Sequence[Tensor]) -> Tensor:
+    """[n, C, H, W] of each run -> [P, C]; a single one stays as it is."""
+    return maps[0] if len(maps) == 1 else torch.cat([x_BCHW.permute(0, 2, 3, 1).flatten(0, 2) for x_BCHW in maps])
 
 
 class Block(nn.Module):
@@ -147,18 +145,18 @@ class Block(nn.Module):
         if stride != 1 or channels != out_channels:
             self.shortcut = Convolution(channels, out_channels, 1, norm, eps, stride)
 
-    def forward(self, x_PC: Tensor, before: Reach, after: Reach) -> Tensor:
-        """[P, C]. before, after: how far pictures reach in what comes in, and in the result."""
-        added_PC = x_PC if self.shortcut is None else self.shortcut(x_PC, before, after)
+    def forward(self, x: Tensor, before: Reach, after: Reach) -> Tensor:
+        """x and the result: [B, C, H, W], or of several runs [P, C]. before, after: how far pictures reach in them."""
+        added = x if self.shortcut is None else self.shortcut(x, before, after)
         convolutions: Iterable[Any] = self.convolutions
         for number, convolution in enumerate(convolutions):
             if number > 0:
-                x_PC = F.relu(x_PC)
+                x = F.relu(x, inplace=True)
             if convolution.looks_around:
-                x_PC = without_padding(x_PC, before)
-            out = before if convolution.conv.stride[0] == 1 else after
-            x_PC, before = convolution(x_PC, before, out), out
-        return F.relu(x_PC + added_PC, inplace=True)
+                x = without_padding(x, before.mask)
+            reached = before if convolution.conv.stride[0] == 1 else after
+            x, before = convolution(x, before, reached), reached
+        return F.relu(x + added, inplace=True)
 
 
 class ResNet(nn.Module):
@@ -189,30 +187,29 @@ class ResNet(nn.Module):
         self.out_channels = channels
 
     def forward(self, pictures: Sequence[Tensor], sizes_B2: Tensor | None = None) -> tuple[Tensor, Reach]:
-        """The positions of the last feature maps, [P, C], and how far pictures reach in them.
+        """The last feature map, [B, C, H, W], or of several runs [P, C], and how far pictures reach in it.
 
         Args:
             pictures: float [n, 3, H, W] of each run.
             sizes_B2: (height, width) of each picture of a single run; what lies beyond has no effect. None: no padding.
         """
-        assert sizes_B2 is None or len(pictures) == 1, "runs have no padding"
+        assert sizes_B2 is None or len(pictures) == 1, "several runs have no padding"
         runs = tuple((len(pixels), *pixels.shape[2:]) for pixels in pictures)
-        if sizes_B2 is not None:
-            whole_2 = torch.tensor(runs[0][1:], device=sizes_B2.device)
-            sizes_B2 = None if bool((sizes_B2 == whole_2).all()) else sizes_B2
+        if sizes_B2 is not None and bool((sizes_B2 == torch.tensor(runs[0][1:], device=sizes_B2.device)).all()):
+            sizes_B2 = None
         reach = Reach(runs, None if sizes_B2 is None else sizes_B2.to(pictures[0].device, non_blocking=True))
         if reach.mask is not None:  # not by a product: anything may stand there
             pictures = [pixels.masked_fill(~reach.mask, 0.0) for pixels in pictures]
+        x = together([pixels.contiguous(memory_format=LAYOUT) for pixels in pictures])
         after = reach.halved()
-        x_PC = F.relu(self.stem(positions(pictures), reach, after))
-        pooled = [F.max_pool2d(x_BCHW, 3, 2, 1) for x_BCHW in after.maps(without_padding(x_PC, after))]
-        x_PC, reach = positions(pooled), after.halved()
+        x = without_padding(F.relu(self.stem(x, reach, after), inplace=True), after.mask)
+        x, reach = together([F.max_pool2d(x_BCHW, 3, 2, 1) for x_BCHW in after.maps(x)]), after.halved()
         for stage in self.stages:
             blocks: Iterable[Any] = stage  # type: ignore[assignment]
             for block in blocks:
                 after = reach.halved() if block.stride == 2 else reach
-                x_PC, reach = block(x_PC, reach, after), after
-        return x_PC, reach
+                x, reach = block(x, reach, after), after
+        return x, reach
 
 
 @dataclass(frozen=True)
@@ -236,11 +233,12 @@ class Reach:
         sizes_B2 = None if self.sizes_B2 is None else (self.sizes_B2 + 1) // 2
         return Reach(tuple((number, (h + 1) // 2, (w + 1) // 2) for number, h, w in self.runs), sizes_B2)
 
-    def maps(self, x_PC: Tensor) -> list[Tensor]:
-        """[n, C, H, W] of each run, in memory channels last, which convolutions are fastest with."""
-        lengths = [number * height * width for number, height, width in self.runs]
-        parts = [x_PC] if len(lengths) == 1 else x_PC.split(lengths)
-        return [x.unflatten(0, run).permute(0, 3, 1, 2) for x, run in zip(parts, self.runs, strict=True)]
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """[n, C, H, W] of each run. x: [B, C, H, W], or of several runs [P, C]."""
+        if len(self.runs) == 1:
+            return [x]
+        parts = x.split([number * height * width for number, height, width in self.runs])
+        return [part.unflatten(0, run).permute(0, 3, 1, 2) for part, run in zip(parts, self.runs, strict=True)]
 
 
 def inside(sizes_B2: Tensor, height: int, width: int) -> Tensor:

@@ -20,9 +20,8 @@ How it is used, by name of a task in `config.tasks`:
     logits_BK = model.heads["vqav2"](hidden_LBQD[-1, :, 0])   # or all of it: model.label("vqav2", image, text)
     found = model.heads["coco"](model.decode("coco", image))  # Detections: logits_LBQK, boxes_LBQ4
 
-B batch, C channels, H height, W width, N image tokens, T text tokens, S positions of
-the decoder's memory, L decoder layers, Q queries, P points, E width of the image encoder, D width of the decoder,
-K classes.
+B batch, H height, W width, N image tokens, T text tokens, S positions of the decoder's memory, L decoder layers,
+Q queries, P points, E width of the image encoder, D width of the decoder, K classes.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from trivium.layers.embeddings import sine_positions
-from trivium.layers.packing import packed, unpacked
+from trivium.layers.packing import Runs
 from trivium.layers.resnet import ResNet
 from trivium.models.unit_transformer import EncoderBlock, TaskTokens
 
@@ -31,7 +31,7 @@ def goes_apart(device: torch.device) -> bool:
 def by_size(pixels_BCHW: Tensor, sizes_B2: Tensor) -> tuple[list[Tensor], list[int]]:
     """Pictures of one size in a run of their own, [n, C, H, W] each without padding, and where among all of them, run
     after run, each picture of the batch is."""
-    kinds_U2, kind_B = torch.unique(sizes_B2, dim=0, return_inverse=True)
+    kinds_U2, kind_B = torch.unique(sizes_B2.cpu(), dim=0, return_inverse=True)
     order_B = kind_B.argsort(stable=True)
     rows = order_B.split(kind_B.bincount().tolist())
     pictures = [pixels_BCHW[of_run, :, :h, :w] for of_run, (h, w) in zip(rows, kinds_U2.tolist(), strict=True)]
@@ -68,10 +68,14 @@ class ImageEncoder(nn.Module):
         if sizes_B2 is not None and len(sizes_B2) and goes_apart(pixels_BCHW.device):
             pictures, of_B = by_size(pixels_BCHW, sizes_B2)
             sizes_B2 = None
-        map_PC, reach = self.backbone(pictures, sizes_B2)
-        sources = unpacked(self.projection(map_PC), [(number, h * w) for number, h, w in reach.runs])
+        x, reach = self.backbone(pictures, sizes_B2)
         places = [self._places(height, width, reach.sizes_B2) for _, height, width in reach.runs]
         mask_BN = None if reach.mask is None else reach.mask.flatten(1)
+        if len(pictures) == 1:
+            sources = [self.projection(x.flatten(2).transpose(1, 2))]
+        else:
+            shapes = tuple((number, height * width) for number, height, width in reach.runs)
+            sources = Runs(shapes).unpack(self.projection(x))
         states = self._transformed(sources, places, mask_BN, task)
         if self.residual:
             states = [source + x for source, x in zip(sources, states, strict=True)]
@@ -100,13 +104,12 @@ class ImageEncoder(nn.Module):
             states = [self.task_tokens.before(x, task) for x in states]
             places = [F.pad(x, (0, 0, 1, 0)) for x in places]
             mask_BN = None if mask_BN is None else F.pad(mask_BN, (1, 0), value=True)
-        runs = None
-        [x, *others], at = states, places[0]
-        if others:
-            runs = [(len(each), each.shape[1]) for each in states]
-            x = packed(states)
-            at = packed([of_run.expand(number, -1, -1) for of_run, (number, _) in zip(places, runs, strict=True)])
+        if len(states) == 1:
+            [x], [at], runs = states, places, None
+        else:
+            runs = Runs.of(states)
+            x, at = runs.pack(states), runs.pack(places)
         for block in self.blocks:
             x = block(x, at, mask_BN, runs)
-        states = [x] if runs is None else unpacked(x, runs)
+        states = [x] if runs is None else runs.unpack(x)
         return [x[:, 1:] for x in states] if self.task_tokens is not None else states

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.layers.attention import attend
-from trivium.layers.packing import Runs, packed, unpacked
+from trivium.layers.packing import Runs
 
 
 class Attention(nn.Module):
@@ -45,8 +45,12 @@ class Attention(nn.Module):
         value = F.linear(value_BSD, *value_map)
         if runs is None:
             return self.out(self._attend(query, key, value, mask_BS))
-        by_run = zip(*(unpacked(x, runs) for x in (query, key, value)), strict=True)
-        return self.out(packed([self._attend(q, k, v, None) for q, k, v in by_run]))
+        return self.out(self._attend_in_runs(query, key, value, runs))
+
+    @torch.compiler.disable  # or there would be a program for each number of runs
+    def _attend_in_runs(self, query_PD: Tensor, key_PD: Tensor, value_PD: Tensor, runs: Runs) -> Tensor:
+        of_runs = zip(runs.unpack(query_PD), runs.unpack(key_PD), runs.unpack(value_PD), strict=True)
+        return runs.pack([self._attend(query, key, value, None) for query, key, value in of_runs])
 
     def _attend(self, query_BQD: Tensor, key_BSD: Tensor, value_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
         query, key, value = (
