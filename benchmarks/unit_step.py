@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trivium.convert.unit import to_mmf
-from trivium.layers import resnet
+from trivium.layers import resnet, shelves
 from trivium.methods.pixels import Pixels
 from trivium.methods.unit import UnitMethod
 from trivium.models import unit_image, unit_transformer
@@ -195,6 +195,7 @@ WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
     "convolutions of 1 x 1 as one product for all sizes": lambda: mock.patch.object(
         resnet, "is_one_product", return_value=False
     ),
+    "convolutions of 3 x 3 over maps side by side": lambda: mock.patch.object(shelves, "CALL", -1),
 }
 
 

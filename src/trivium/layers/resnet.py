@@ -6,8 +6,9 @@ that looks at neighbours. How far a picture reaches after a layer of stride 2 fo
 half its size, rounded up, each time. GroupNorm counts what is no padding.
 
 Pictures may also come in several runs, of one size each, and then nothing is padded. Their maps are kept as positions,
-[P, C], one after the other and row by row: convolutions go through run by run, but for those of 1 x 1, which know
-nothing of neighbours and take all positions as one matrix. Of a single run the map stays [B, C, H, W].
+[P, C], one after the other and row by row: convolutions of 1 x 1 know nothing of neighbours and take all positions as
+one matrix, those of stride 1 take maps side by side (`shelves.py`), the rest go through run by run. Of a single run the
+map stays [B, C, H, W].
 
 B batch, n pictures of a run, P positions of all runs, C channels, H height, W width, G groups of channels.
 """
@@ -16,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from trivium.layers.shelves import in_shelves
 
 Norm = Literal["frozen", "group"]
 CHANNELS_OF_A_GROUP = 8
@@ -59,8 +62,8 @@ class Convolution(nn.Module):
     ) -> None:
         super().__init__()
         self.looks_around = side > 1
-        padding = dilation * (side // 2)
-        self.conv = nn.Conv2d(channels, out_channels, side, stride, padding, dilation, bias=False)
+        self.padding = dilation * (side // 2)
+        self.conv = nn.Conv2d(channels, out_channels, side, stride, self.padding, dilation, bias=False)
         if norm == "frozen":
             self.norm = FrozenBatchNorm(out_channels, eps)
         else:
@@ -73,8 +76,14 @@ class Convolution(nn.Module):
         if is_one_product(conv, before):
             x = F.linear(x, weight.flatten(1), shift)
         else:
-            x = together([F.conv2d(x_BCHW, weight, shift, conv.stride, conv.padding, conv.dilation)
-                          for x_BCHW in before.maps(x)])  # fmt: skip
+            convolve = partial(
+                F.conv2d, weight=weight, bias=shift, stride=conv.stride, padding=conv.padding, dilation=conv.dilation
+            )
+            maps = before.maps(x)
+            if conv.stride == (1, 1):
+                x = together(in_shelves(convolve, maps, self.padding))
+            else:
+                x = together([convolve(x_BCHW) for x_BCHW in maps])
         if isinstance(norm, nn.GroupNorm):
             mask = after.mask
             x = together([norm(x_BCHW) if mask is None else group_norm(x_BCHW, mask, norm) for x_BCHW in after.maps(x)])
