@@ -173,10 +173,7 @@ def attention_of_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
 def norm_apart(self: resnet.Convolution, x: Tensor, before: resnet.Reach, after: resnet.Reach) -> Tensor:
     assert isinstance(self.norm, resnet.FrozenBatchNorm)
     scale, shift = self.norm.scale_and_shift()
-    if resnet.is_one_product(self.conv, before):
-        x = F.linear(x, self.conv.weight.flatten(1))
-    else:
-        x = resnet.together([self.conv(x_BCHW) for x_BCHW in before.maps(x)])
+    x = self.convolved(x, before, self.conv.weight, None)
     return x * scale + shift if x.ndim == 2 else x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
@@ -195,7 +192,7 @@ WITHOUT: dict[str, Callable[[], AbstractContextManager]] = {
     "convolutions of 1 x 1 as one product for all sizes": lambda: mock.patch.object(
         resnet, "is_one_product", return_value=False
     ),
-    "convolutions of 3 x 3 over maps side by side": lambda: mock.patch.object(shelves, "CALL", -1),
+    "convolutions of 3 x 3 over small maps side by side": lambda: mock.patch.object(shelves, "POSITIONS", 0),
 }
 
 

@@ -7,17 +7,17 @@ half its size, rounded up, each time. GroupNorm counts what is no padding.
 
 Pictures may also come in several runs, of one size each, and then nothing is padded. Their maps are kept as positions,
 [P, C], one after the other and row by row: convolutions of 1 x 1 know nothing of neighbours and take all positions as
-one matrix, those of stride 1 take maps side by side (`shelves.py`), the rest go through run by run. Of a single run the
-map stays [B, C, H, W].
+one matrix, others of stride 1 take small maps side by side (`shelves.py`), the rest go through run by run. Of a single
+run the map stays [B, C, H, W].
 
 B batch, n pictures of a run, P positions of all runs, C channels, H height, W width, G groups of channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -62,8 +62,8 @@ class Convolution(nn.Module):
     ) -> None:
         super().__init__()
         self.looks_around = side > 1
-        self.padding = dilation * (side // 2)
-        self.conv = nn.Conv2d(channels, out_channels, side, stride, self.padding, dilation, bias=False)
+        padding = dilation * (side // 2)
+        self.conv = nn.Conv2d(channels, out_channels, side, stride, padding, dilation, bias=False)
         if norm == "frozen":
             self.norm = FrozenBatchNorm(out_channels, eps)
         else:
@@ -71,23 +71,29 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, before: Reach, after: Reach) -> Tensor:
         """x and the result: [B, C, H, W], or of several runs [P, C]. before, after: how far pictures reach in them."""
-        conv, norm = self.conv, self.norm
-        weight, shift = self.folded(norm, x.dtype) if isinstance(norm, FrozenBatchNorm) else (conv.weight, None)
-        if is_one_product(conv, before):
-            x = F.linear(x, weight.flatten(1), shift)
-        else:
-            convolve = partial(
-                F.conv2d, weight=weight, bias=shift, stride=conv.stride, padding=conv.padding, dilation=conv.dilation
-            )
-            maps = before.maps(x)
-            if conv.stride == (1, 1):
-                x = together(in_shelves(convolve, maps, self.padding))
-            else:
-                x = together([convolve(x_BCHW) for x_BCHW in maps])
+        norm = self.norm
+        weight, shift = self.folded(norm, x.dtype) if isinstance(norm, FrozenBatchNorm) else (self.conv.weight, None)
+        x = self.convolved(x, before, weight, shift)
         if isinstance(norm, nn.GroupNorm):
             mask = after.mask
             x = together([norm(x_BCHW) if mask is None else group_norm(x_BCHW, mask, norm) for x_BCHW in after.maps(x)])
         return x
+
+    def convolved(self, x: Tensor, before: Reach, weight: Tensor, shift: Tensor | None) -> Tensor:
+        """Without the norm."""
+        conv = self.conv
+        if is_one_product(conv, before):
+            return F.linear(x, weight.flatten(1), shift)
+
+        def convolve(x_BCHW: Tensor) -> Tensor:
+            return F.conv2d(x_BCHW, weight, shift, conv.stride, conv.padding, conv.dilation)
+
+        maps = before.maps(x)
+        if not self.looks_around:
+            return together([convolve(x_BCHW) for x_BCHW in maps])
+        if conv.stride == (1, 1):
+            return together(in_shelves(convolve, maps, int(conv.padding[0])))
+        return together([without_narrow_maps(convolve, x_BCHW) for x_BCHW in maps])
 
     def folded(self, norm: FrozenBatchNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weights that have the norm in them, and the bias, in the precision and the layout of what comes in: once for
@@ -101,6 +107,14 @@ def is_one_product(conv: nn.Conv2d, reach: Reach) -> bool:
     """Whether a convolution is one product of matrices for all runs. A single run is left to the library, which has the
     bias and the layout of the weights in the same pass."""
     return len(reach.runs) > 1 and conv.kernel_size == conv.stride == (1, 1)
+
+
+def without_narrow_maps(convolve: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> Tensor:
+    """What a convolution of stride 2 gives of maps that may be narrower than 3. Of those oneDNN (AMX, bfloat16) leaves
+    parts of the result and of the weights' gradient unwritten; with zeros beyond their border the first column is the
+    same."""
+    width = x_BCHW.shape[3]
+    return convolve(x_BCHW) if width >= 3 else convolve(F.pad(x_BCHW, (0, 3 - width)))[..., :1]
 
 
 def group_norm(x_BCHW: Tensor, mask_B1HW: Tensor, norm: nn.GroupNorm) -> Tensor:

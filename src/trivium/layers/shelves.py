@@ -1,8 +1,8 @@
-"""Feature maps of several sizes side by side in few larger ones, for convolutions of stride 1 on a processor.
+"""Small feature maps of several sizes side by side in few larger ones, for convolutions of stride 1 on a processor.
 
-However small a picture is, each call makes weights ready and writes their whole gradient: with 512 channels (AMX,
-bfloat16) a third of the time that 16 x 24 positions take. Between two maps there are as many zeros as the convolution
-looks beyond a border, so that each gives what it gives alone; what comes out there is dropped.
+However small a map is, each call makes weights ready and writes their whole gradient. Between two maps there are as
+many zeros as the convolution looks beyond a border, so that each gives what it gives alone; what comes out there is
+dropped. A map is copied to its place, which is worth it where there are few positions beside the channels.
 
 n maps of a run, C channels, h, w height and width of its maps, H, W those of all side by side.
 """
@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CALL = 256  # positions that are rather computed in vain than a call more is made
+# With AMX in bfloat16 and 512 channels three maps of 16 x 22 take 22 us a position, forward and backward, and one of
+# 16 x 24 takes 34: so much for a call. Both grow with the square of the channels.
+CALL = 192  # positions that are rather computed in vain than a call more is made
+POSITIONS = (
+    2  # of a map for each channel, at most: its copies grow with the channels, what a call costs with their square
+)
 
 
 def in_shelves(convolve: Callable[[Tensor], Tensor], maps: Sequence[Tensor], gap: int) -> list[Tensor]:
@@ -26,26 +31,31 @@ def in_shelves(convolve: Callable[[Tensor], Tensor], maps: Sequence[Tensor], gap
         gap: how far it looks beyond a border.
     """
     found: dict[int, Tensor] = {}
-    for shelf in shelves([(len(x), *x.shape[2:]) for x in maps], gap):
-        if len(shelf) == 1:
-            found[shelf[0]] = convolve(maps[shelf[0]])
-            continue
+    for shelf in shelves([(len(x), *x.shape[2:]) for x in maps], maps[0].shape[1], gap):
         of_shelf = [maps[number] for number in shelf]
-        found |= zip(shelf, _taken_apart(convolve(_side_by_side(of_shelf, gap)), of_shelf, gap), strict=True)
+        if len(shelf) == 1:
+            outs = [convolve(of_shelf[0])]
+        else:
+            outs = _taken_apart(convolve(_side_by_side(of_shelf, gap)), of_shelf, gap)
+        found |= zip(shelf, outs, strict=True)
     return [found[number] for number in range(len(maps))]
 
 
-def shelves(runs: Sequence[tuple[int, int, int]], gap: int) -> list[list[int]]:
+def shelves(runs: Sequence[tuple[int, int, int]], channels: int, gap: int) -> list[list[int]]:
     """Which runs stand side by side, the tallest first. runs: (n, h, w) of each."""
-    found: list[list[int]] = []
-    height = 0
-    for number in sorted(range(len(runs)), key=lambda number: -runs[number][1]):
+    small = [number for number, (_, h, w) in enumerate(runs) if h * w <= POSITIONS * channels]
+    found = [[number] for number in range(len(runs)) if number not in small]
+    shelf: list[int] = []
+    height = in_vain = 0
+    for number in sorted(small, key=lambda number: -runs[number][1]):
         count, h, w = runs[number]
-        if found and count * ((height - h) * w + height * gap) <= CALL:
-            found[-1].append(number)
+        more = count * (height * (w + gap) - h * w)
+        if shelf and in_vain + more <= CALL * len(shelf):
+            shelf.append(number)
+            in_vain += more
         else:
-            found.append([number])
-            height = h
+            shelf, height, in_vain = [number], h, count * h * gap
+            found.append(shelf)
     return found
 
 

@@ -32,6 +32,9 @@ def by_size(pixels_BCHW: Tensor, sizes_B2: Tensor) -> tuple[list[Tensor], list[i
     """Pictures of one size in a run of their own, [n, C, H, W] each without padding, and where among all of them, run
     after run, each picture of the batch is."""
     kinds_U2, kind_B = torch.unique(sizes_B2.cpu(), dim=0, return_inverse=True)
+    if len(kinds_U2) == 1:
+        height, width = kinds_U2[0].tolist()
+        return [pixels_BCHW[:, :, :height, :width]], list(range(len(pixels_BCHW)))
     order_B = kind_B.argsort(stable=True)
     rows = order_B.split(kind_B.bincount().tolist())
     pictures = [pixels_BCHW[of_run, :, :h, :w] for of_run, (h, w) in zip(rows, kinds_U2.tolist(), strict=True)]
@@ -71,7 +74,8 @@ class ImageEncoder(nn.Module):
         x, reach = self.backbone(pictures, sizes_B2)
         places = [self._places(height, width, reach.sizes_B2) for _, height, width in reach.runs]
         mask_BN = None if reach.mask is None else reach.mask.flatten(1)
-        if len(pictures) == 1:
+        del pictures  # copies, where there are several runs
+        if len(reach.runs) == 1:
             sources = [self.projection(x.flatten(2).transpose(1, 2))]
         else:
             shapes = tuple((number, height * width) for number, height, width in reach.runs)
@@ -79,7 +83,7 @@ class ImageEncoder(nn.Module):
         states = self._transformed(sources, places, mask_BN, task)
         if self.residual:
             states = [source + x for source, x in zip(sources, states, strict=True)]
-        if len(pictures) == 1:
+        if len(states) == 1:
             return states[0], places[0], mask_BN
         each = [(x_NE, places_1NE[0]) for x, places_1NE in zip(states, places, strict=True) for x_NE in x]
         of_each, places_of_each = zip(*(each[at] for at in of_B), strict=True)
