@@ -511,7 +511,7 @@ OFFICIAL = {  # task -> its files, by the last part of their names; what stands 
 
 def splits_of(verb: str, folder: Path) -> list[str]:
     """The held-out splits that a task's reader makes of its official files."""
-    if verb == "vqav2":
+    if verb in ("vqav2", "vqa"):
         test = Path(vqa(folder)) / "v2_OpenEnded_mscoco_test-dev2015_questions.json"
         (folder / test.name.replace("-dev", "")).write_bytes(test.read_bytes())
         (folder / "annotations").mkdir()
@@ -535,6 +535,16 @@ def test_a_suite_asks_for_figures_under_the_names_that_fine_tuning_gives_them(tm
         known = {"", *(f"{split}.{metric}" for split in names for metric in task.metrics)}
         for figure in each.figures:
             assert known >= {figure.result, figure.instead, figure.first}, (each.name, figure)
+
+
+def test_albefs_suite_fine_tunes_with_albefs_settings_where_there_are_some(bundle: Bundle, tmp_path: Path) -> None:
+    """`visual_entailment` and `vqa` are SNLI-VE and VQAv2 once more, with ALBEF's own settings."""
+    distilled = {task.title: name for name, task in TUNED.items() if task.distillation.alpha}
+    named = {task.prefix: task.verb for task in SUITES["albef"] if task.verb in TUNED}
+    assert named == {title: distilled[title] for title in ("VQAv2", "NLVR2", "SNLI-VE")}
+    asked = next(task for task in SUITES["albef"] if task.name == "VQAv2")
+    [found] = suite.run([asked], bundle, None, tmp_path).tasks
+    assert "trivium finetune vqa --init" in found.notes[0]
 
 
 def test_fine_tuned_retrieval_takes_the_re_ranked_figures_where_there_are_some(bundle: Bundle, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class PaperTask:
     protocol: str  # likewise
     figures: tuple[Figure, ...]
     title: str = ""  # under which `trivium finetune` leaves its results; "": the name
-    verb: str = ""  # the task's name there, or of detection in the model; "": it is not built
+    verb: str = ""  # the task's name there, with the suite's settings, or of detection in the model; "": not built
     expected: str = ""  # of data that `trivium finetune` reads: the official layout
     owners: str = ""
     beside: tuple[str, ...] = ()  # other protocols whose numbers the paper sets beside its own
@@ -179,7 +179,7 @@ ALBEF = (
     PaperTask(
         "VQAv2", "multimodal", "fine-tuning", "fine-tune",
         (Figure("VQA accuracy", "test_dev.accuracy", splits=("test-dev",), instead="dev.accuracy"),
-         Figure("VQA accuracy", "test.accuracy", splits=("test-std",))), "VQAv2", "vqav2", *VQA,
+         Figure("VQA accuracy", "test.accuracy", splits=("test-std",))), "VQAv2", "vqa", *VQA,
     ),
     PaperTask(
         "NLVR2", "multimodal", "fine-tuning", "fine-tune",
