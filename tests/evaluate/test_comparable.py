@@ -1,4 +1,4 @@
-"""Figures that rest on a part of what papers measured are found, each by its own split."""
+"""Figures that rest on other splits than what papers measured are found, each by its own split."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def task_of(suite: str, name: str) -> PaperTask:
         ("albef", "RefCOCO+", {"RefCOCO+.testA.accuracy": 5726, "RefCOCO+.testB.accuracy": 489}, ["", "489 of 4,889"]),
         ("multimodal", "HatefulMemes", {"Hateful Memes.dev_unseen.auroc": 540}, [""]),
         ("vision", "DTD", {"DTD.linear_probe.accuracy": 1850, "DTD.knn.accuracy": 1850}, ["1,850 of 1,880"]),
+        ("vision", "EuroSAT", {"EuroSAT.linear_probe.accuracy": 5400}, ["5,400, the paper's 5,000"]),
+        ("vision", "SUN397", {"SUN397.linear_probe.accuracy": 108_754}, ["108,754, the paper's 19,850"]),
+        ("vision", "EuroSAT", {"EuroSAT.linear_probe.accuracy": 5040}, [""]),
+        ("language", "QNLI", {"QNLI": 5732}, ["5,732, the paper's 5,463"]),
     ],
 )
 def test_each_figure_by_the_rows_of_its_own_split(
@@ -53,6 +57,12 @@ def test_a_probe_learns_from_training_pictures_and_zero_shot_from_none() -> None
         f"{name}.accuracy": "trained on 10,000 of 1,281,167" for name in ("linear_probe", "knn")
     }
     assert parts(TaskRun(task, "measured", results), trained=1_281_167) == {}
+
+
+@pytest.mark.parametrize(("trained", "told"), [(39_209, {"trained on 39,209, the paper's 26,640"}), (26_700, set())])
+def test_a_probe_of_more_training_pictures_is_another_figure(trained: int, told: set[str]) -> None:
+    found = TaskRun(task_of("vision", "GTSRB"), "measured", {"GTSRB.linear_probe.accuracy": Result(0.5, n=12_630)})
+    assert set(parts(found, trained=trained).values()) == told
 
 
 def test_every_task_of_fine_tuning_has_its_sizes() -> None:

@@ -10,7 +10,7 @@ from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
 from trivium.evaluate.paper_tasks import Figure
 from trivium.evaluate.task_runs import TaskRun
 
-NEARLY = 0.99  # of the published samples: a few that cannot be read do not make another figure
+NEARLY = 0.99  # of the published samples: a few that cannot be read do not make another figure, nor a few more
 
 # Rows of each held-out split that published figures rest on, by the task's name and the split's in our results; of
 # retrieval pictures. Those of RefCOCO+ are recalled.
@@ -42,12 +42,12 @@ def parts(
             told[figure] = f"at most {rows:,} of each split"
         elif found.task.protocol == "zero-shot" and tuple(tuned_for) == (found.task.name,):
             told[figure] = "of a model that was tuned for it"
-        elif of_split := _part_of_split(found, figure) or _part_of_training(found, figure, trained):
+        elif of_split := _other_split(found, figure) or _other_training(found, figure, trained):
             told[figure] = of_split
     return told
 
 
-def _part_of_split(found: TaskRun, figure: Figure) -> str:
+def _other_split(found: TaskRun, figure: Figure) -> str:
     """What is reported under a task's title alone is of all its splits together."""
     task, results = found.task, found.results
     if task.kind in ("fine-tuning", "grounding"):
@@ -65,12 +65,19 @@ def _part_of_split(found: TaskRun, figure: Figure) -> str:
         )  # fmt: skip
         counted = list(results.values())
     measured = min((result.n for result in counted if result.n is not None), default=None)
-    return f"{measured:,} of {whole:,}" if measured is not None and whole and measured < NEARLY * whole else ""
+    return _unlike(measured, whole) if measured is not None and whole else ""
 
 
-def _part_of_training(found: TaskRun, figure: Figure, trained: int | None) -> str:
+def _other_training(found: TaskRun, figure: Figure, trained: int | None) -> str:
     """Zero-shot takes no training picture."""
     if trained is None or figure.protocol == "zero-shot":
         return ""
-    whole = layouts.BY_NAME[found.task.name].train_size
-    return f"trained on {trained:,} of {whole:,}" if trained < NEARLY * whole else ""
+    unlike = _unlike(trained, layouts.BY_NAME[found.task.name].train_size)
+    return f"trained on {unlike}" if unlike else ""
+
+
+def _unlike(count: int, published: int) -> str:
+    """Both, where they are not nearly as many: another split of the same data is another figure, a larger one too."""
+    if count < NEARLY * published:
+        return f"{count:,} of {published:,}"
+    return f"{count:,}, the paper's {published:,}" if count > published / NEARLY else ""
