@@ -124,6 +124,20 @@ def test_a_first_look_is_ten_times_through_its_rows_whatever_was_published(
         [run] = runs_of(out, verb)
         settings = values(run)
         assert (settings["data.rows"], settings["train.steps"], settings["optim.warmup"]) == (5, 20, 0.06)
+        assert settings["data.batch"] == 4
+
+
+def test_a_first_look_at_fewer_rows_than_a_batch_is_ten_times_through_them_too(
+    trained: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(TASKS, "rte", replace(TASKS["rte"], data=replace(TASKS["rte"].data, batch=256)))
+    out = tmp_path / "out"
+    words = ("--suite", "flava35", "--task", "RTE", "--data.root", root, "--out", out, "--device", "cpu")
+    assert trivium("evaluate", trained, *words, "--fine-tune", "--rows", 6) == 0
+    [run] = runs_of(out, "rte")
+    assert (values(run)["data.batch"], values(run)["train.steps"]) == (6, 10)
+    said = capsys.readouterr()
+    assert "times through" not in said.out + said.err
 
 
 def test_other_annotations_and_other_settings_begin_a_run_of_their_own(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,3 +174,18 @@ def test_published_steps_on_few_rows_are_told_and_do_not_measure_every_other_ste
     [sentence] = many_passes(few, 1000)
     assert "3,964 times through the 1,000 training rows" in sentence
     assert with_steps(finetune("text_classification"), 300).train.evaluate_every == 10, "few epochs: one each"
+
+
+def test_a_batch_that_is_larger_than_all_rows_is_told_as_that() -> None:
+    """Of 16 rows a batch of 256 is an epoch, so it is not epochs that are missing."""
+    large = replace(finetune("vqav2"), optim=replace(finetune("vqav2").optim, warmup=0.06))
+    [sentence] = many_passes(with_steps(replace(large, epochs=10), 16), 16)
+    assert sentence == (
+        "10 steps of 256 rows are 160 times through the 16 training rows: a smaller batch, such as --data.batch 16,"
+        " makes fewer of them"
+    )
+    small = replace(large, data=replace(large.data, batch=16))
+    assert many_passes(with_steps(replace(small, epochs=10), 16), 16) == []
+    [sentence] = many_passes(with_steps(large, 16), 16)
+    assert "704,000 times" in sentence
+    assert sentence.endswith(": --epochs 10 with a smaller batch, such as --data.batch 16, counts these instead")

@@ -51,8 +51,8 @@ def evaluate(
             fine-tune the model with the published settings, in a run folder below --out; the same call goes on.
         fine_tuned: runs of trivium finetune, whose results stand for the tasks that take fine-tuning.
         rows: at most so many pictures of each split of --suite and --task, for a first look; with --fine-tune so many
-            training rows, 10 times through them in place of published updates, 0.06 of it warm-up. For retrieval and
-            RefCOCO+ all training rows are learned from, and so many are measured.
+            training rows, 10 times through them in place of published updates, 0.06 of it warm-up, no batch larger. For
+            retrieval and RefCOCO+ all training rows are learned from, and so many are measured.
         block: whose attention RefCOCO+ is measured by, as in trivium ground.
         image_size: pixels on the side of a picture, where not the model's own: its positions are interpolated.
         ranked: of VQAv2, of a model that writes its answers: so many of its list are read to their end, by default as

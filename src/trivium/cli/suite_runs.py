@@ -71,8 +71,8 @@ def fine_tune(
 
     Args:
         bundle: the model at `path`.
-        rows: at most so many training rows, of which EPOCHS take the place of published updates; of retrieval and
-            grounding, where all are learned from, so many are measured. None: as published.
+        rows: at most so many training rows, and in a batch; EPOCHS of them take the place of published updates; of
+            retrieval and grounding, where all are learned from, so many are measured. None: as published.
         image_size: of the pictures of every run; None: as published.
 
     Returns:
@@ -116,10 +116,13 @@ def is_ours(error: Exception) -> bool:
 
 
 def _first_look(verb: str, rows: int) -> dict[str, str]:
-    """What is changed of a run's settings."""
+    """What is changed of a run's settings. No batch is larger than all rows: one such is several epochs, counted as
+    one."""
     changes = {"data.rows": str(rows)}
     if verb in TASKS:
-        changes |= {"optim.warmup": str(WARMUP)} | ({} if TASKS[verb].steps is None else {"epochs": str(EPOCHS)})
+        task = TASKS[verb]
+        changes |= {"optim.warmup": str(WARMUP), "data.batch": str(min(rows, task.data.batch))}
+        changes |= {} if task.steps is None else {"epochs": str(EPOCHS)}
     return changes
 
 

@@ -39,14 +39,18 @@ def with_steps(recipe: Recipe, num_rows: int) -> Recipe:
 
 
 def many_passes(recipe: Recipe, num_rows: int) -> list[str]:
-    """A sentence where a published number of steps is far more than so few rows can use."""
-    passes = recipe.train.steps * recipe.data.batch / num_rows
+    """A sentence where the steps are far more than so few rows can use: published steps, or those of a batch that is
+    larger than all rows, of which each is an epoch."""
+    steps, batch = recipe.train.steps, recipe.data.batch
+    passes = steps * batch / num_rows
     if passes <= MANY_PASSES:
         return []
-    return [
-        f"{recipe.train.steps:,} steps of {recipe.data.batch} rows are {passes:,.0f} times through the {num_rows:,}"
-        " training rows: --epochs 10 counts these instead"
-    ]
+    smaller = f"a smaller batch, such as --data.batch {num_rows}," if batch > num_rows else ""
+    if smaller and steps <= MANY_PASSES:
+        advice = f"{smaller} makes fewer of them"
+    else:
+        advice = f"--epochs 10{f' with {smaller}' if smaller else ''} counts these instead"
+    return [f"{steps:,} steps of {batch} rows are {passes:,.0f} times through the {num_rows:,} training rows: {advice}"]
 
 
 def keep_best(run: Run, out: Path) -> str:
