@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -296,6 +297,16 @@ def test_leakage_is_found_exactly_and_nearly_and_reported_only(tmp_path: Path) -
     across = duplicates.near_across(*duplicates.arrays(prints[:200]), *duplicates.arrays(prints[200:]))
     assert {(one, 200 + other) for one, other in across.tolist()} == {p for p in inside if p[0] < 200 <= p[1]}
     assert rng is not None
+
+
+def test_pictures_of_shards_are_told_by_the_folder_of_their_split(bundle: Bundle, tmp_path: Path) -> None:
+    """Training and test number their shards, and what is in them, alike."""
+    miniatures.webdataset(tmp_path / "wds_fer2013")
+    shutil.copy(tmp_path / "wds_fer2013" / "train" / "0.tar", tmp_path / "wds_fer2013" / "test" / "0.tar")
+    [found] = suite.run([TASKS["FER2013"]], bundle, tmp_path, tmp_path / "cache").tasks
+    [leak] = [note for note in found.notes if "equal to the pixel" in note]
+    assert leak.endswith("the first: test/0.tar s000000000 and train/0.tar s000000000")
+    assert "zero-shot: 1 template, of the copy or the user's" in found.notes
 
 
 def test_many_alike_pictures_are_compared_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

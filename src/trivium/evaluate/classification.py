@@ -93,7 +93,7 @@ def classification(
                 right_N = zero_shot.among_nearest(shown_ND, classes_KD, labels_N, TOP)
                 found.results[f"zero_shot.top{TOP}_accuracy"] = mean_of(right_N.numpy(), test.units)
             of = "of the copy or the user's" if data.templates else "short ones of our own, not CLIP's"
-            found.notes.append(f"zero-shot: {len(templates)} templates, {of}")
+            found.notes.append(f"zero-shot: {len(templates)} template{'s' if len(templates) > 1 else ''}, {of}")
         else:
             found.notes.append(
                 f"no zero-shot: the files have no words for the classes, which they call {', '.join(data.classes[:2])}"

@@ -79,6 +79,25 @@ def test_every_layout_is_in_the_table_with_its_owners_and_no_two_take_the_same_f
     assert all(layout.owners.startswith("http") for layout in BY_NAME.values())
 
 
+def test_whose_data_is_missing_is_offered_a_copy_in_tar_shards(tmp_path: Path) -> None:
+    for layout in VISION:
+        missing = find(layout, tmp_path)
+        assert isinstance(missing, Missing) and "/{train,test}/*.tar" in missing.expected, layout.name
+    miniatures.webdataset(tmp_path / "wds_ucf101")
+    assert opened("UCF101", tmp_path).splits == "the splits of the copy in tar shards"
+
+
+@pytest.mark.parametrize("form", ["tar", "parquet"])
+def test_too_few_names_for_the_labels_of_a_copy_are_the_fault_of_their_file(tmp_path: Path, form: str) -> None:
+    if form == "tar":
+        miniatures.webdataset(folder := tmp_path / "wds_fer2013", ("glad", "sad"))
+    else:
+        miniatures.parquet(folder := tmp_path / "fer2013", ())
+        (folder / "classnames.txt").write_text("glad\nsad\n")
+    with pytest.raises(TriviumError, match=rf"^{folder}/classnames.txt has 2 lines for 3 classes: one line a class"):
+        find(BY_NAME["FER2013"], tmp_path)
+
+
 def test_classes_and_prompts_are_words(tmp_path: Path) -> None:
     for name in ("Pets", "EuroSAT", "Food101", "CIFAR100", "SUN397", "UCF101"):
         BUILDERS[name](tmp_path)
@@ -296,7 +315,7 @@ def test_a_users_own_names_and_templates_come_first(tmp_path: Path) -> None:
     data = opened("CIFAR10", tmp_path)
     assert data.prompts == ("plane", "car", "bird") and data.templates == ("a blurry {}",)
     (folder / "classnames.txt").write_text("plane\ncar\n")
-    with pytest.raises(TriviumError, match=r"CIFAR10: classnames.txt has 2 lines for 3 classes"):
+    with pytest.raises(TriviumError, match=r"^\S+/cifar-10-batches-py/classnames.txt has 2 lines for 3 classes"):
         find(BY_NAME["CIFAR10"], tmp_path)
     (folder / "classnames.txt").unlink()
     (folder / "zeroshot_classification_templates.txt").write_text("a blurry thing\n")
@@ -390,7 +409,7 @@ def too_high_a_label(root: Path) -> None:
         ("KITTI", break_kitti, r"000003.txt \(line 1\) is no object of KITTI"),
         ("Aircraft", break_aircraft, r"images_variant_val.txt \(line 7\): 1000099 Concorde names no variant"),
         ("CIFAR10", break_cifar, "test_batch is no batch of CIFAR"),
-        ("CIFAR10", too_high_a_label, "CIFAR10: the test split has labels from 0 to 7, but there are 3 classes"),
+        ("CIFAR10", too_high_a_label, "batches-py: the test split has labels from 0 to 7, but there are 3 classes"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_sentence(name: str, damage, says: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -30,13 +30,13 @@ def find(layout: Layout, root: Path) -> DataSet | Missing:
     for place in layout.places:
         folder = root / place
         if any(next(folder.glob(marker), None) for marker in layout.markers):
-            return _checked(layout, _with_own_prompts(layout.read(folder), folder))
+            return _checked(layout, _with_own_prompts(layout.read(folder), folder), folder)
     for name in (layout.name, *(f"{prefix}{copy}" for copy in layout.copies for prefix in ("wds_", ""))):
         for folder in dict.fromkeys((root / name, root / name.lower())):
             if any(folder.glob("t*/*.tar")):
-                return _checked(layout, copies.webdataset(folder))
+                return _checked(layout, copies.webdataset(folder), folder)
             if any(folder.glob("train*.parquet")) or any(folder.glob("data/train*.parquet")):
-                return _checked(layout, copies.parquet(folder))
+                return _checked(layout, copies.parquet(folder), folder)
     wds = f"; or wds_{layout.copies[0]}/{{train,test}}/*.tar" if layout.copies else ""
     return Missing(f"{layout.expected}{wds}; or {layout.name.lower()}/{{train,test}}*.parquet", layout.owners)
 
@@ -49,23 +49,23 @@ def _with_own_prompts(data: DataSet, folder: Path) -> DataSet:
     )
 
 
-def _checked(layout: Layout, data: DataSet) -> DataSet:
+def _checked(layout: Layout, data: DataSet, folder: Path) -> DataSet:
     """What figures would rest on: labels that are classes, as many prompts as classes; sizes are noted."""
     notes = list(data.notes)
     if data.prompts and len(data.prompts) != len(data.classes):
         raise TriviumError(
-            f"{layout.name}: {copies.CLASS_NAMES} has {len(data.prompts)} lines for {len(data.classes)} classes: one"
-            " line a class, in the order of the labels"
+            f"{folder / copies.CLASS_NAMES} has {len(data.prompts)} lines for {len(data.classes)} classes: one line a"
+            " class, in the order of the labels"
         )
     for name, split in (("training", data.train), ("validation", data.validation), ("test", data.test)):
         if split is None:
             continue
         if not len(split):
-            raise TriviumError(f"{layout.name}: its {name} split holds no picture: unpack the data set again")
+            raise TriviumError(f"{folder}: its {name} split holds no picture: unpack the data set again")
         low, high = int(split.labels_N.min()), int(split.labels_N.max())
         if low < 0 or high >= len(data.classes):
             raise TriviumError(
-                f"{layout.name}: the {name} split has labels from {low} to {high}, but there are {len(data.classes)}"
+                f"{folder}: the {name} split has labels from {low} to {high}, but there are {len(data.classes)}"
                 " classes, which are numbered from 0: labels and classes are not of the same copy"
             )
     trained = np.unique(data.train.labels_N)

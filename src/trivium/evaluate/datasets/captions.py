@@ -206,7 +206,7 @@ def _noted(layout: CaptionLayout, found: Captioned) -> Captioned:
     notes = list(found.notes)
     for row, captions in enumerate(found.captions):
         if not captions:
-            raise TriviumError(f"{layout.name}: {found.pictures.name(row)} has no caption: fetch the list again")
+            raise TriviumError(f"{found.pictures.name(row)} has no caption in {found.splits}: fetch it again")
     more = sum(len(captions) > CAPTIONS for captions in found.captions)
     fewer = sum(len(captions) < CAPTIONS for captions in found.captions)
     if more:

@@ -33,7 +33,7 @@ def webdataset(folder: Path) -> DataSet:
     if not {"train", "test"} <= splits.keys():
         raise TriviumError(f"{folder} must hold tar shards in the folders train and test: fetch both")
     prompts, templates, tables = own_prompts(folder)
-    classes = prompts or tuple(map(str, range(1 + max(int(split.labels_N.max()) for split in splits.values()))))
+    classes = _named(prompts, 1 + max(int(split.labels_N.max()) for split in splits.values()))
     notes = [note for split in splits.values() for note in _notes(split)]
     validation = next((splits[name] for name in VALIDATION if name in splits), None)
     return DataSet(
@@ -80,7 +80,6 @@ def parquet(folder: Path) -> DataSet:
                 f" {_nth(other, number)} in the one and {_nth(named, number)} in the other; fetch both again"
             )
     splits = {name: parquet_split(found[name], image, label) for name in used}
-    named = named or prompts
     count = 1 + max(int(split.labels_N.max()) for split in splits.values())
     validation, test, which = splits.get(checked or ""), splits.get("test"), "the splits of the copy in Parquet files"
     if validation is not None and (test is None or bool((test.labels_N < 0).all())):
@@ -88,9 +87,14 @@ def parquet(folder: Path) -> DataSet:
         test, validation, which = validation, None, f"{which}; measured on its validation split, since test {why}"
     assert test is not None
     return DataSet(
-        named or tuple(map(str, range(count))), splits["train"], test, validation, tables=tables,
+        named or _named(prompts, count), splits["train"], test, validation, tables=tables,
         prompts=prompts or named, templates=templates, splits=which,
     )  # fmt: skip
+
+
+def _named(prompts: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """So many classes by the user's names for them; where those are too few by their numbers, and `find` refuses."""
+    return prompts if len(prompts) >= count else tuple(map(str, range(count)))
 
 
 def _schema(path: Path) -> pa.Schema:

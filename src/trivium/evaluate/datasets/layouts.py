@@ -122,7 +122,7 @@ VISION = (
         ("*/v_*",),
         "UCF-101/<class>/<video>.jpg (the middle frame of each video), ucfTrainTestlist/"
         "{trainlist01,testlist01,classInd}.txt",
-        "https://www.crcv.ucf.edu/data/UCF101.php",
+        "https://www.crcv.ucf.edu/data/UCF101.php", ("ucf101",),
     ),
     Layout(
         "CLEVR", 8, 70_000, 15_000, lists.clevr, ("clevr/CLEVR_v1.0", "CLEVR_v1.0"), ("scenes",),

@@ -138,8 +138,8 @@ class ShardPictures:
         return len(self.shards)
 
     def name(self, row: int) -> str:
-        file, key = self.shards.where(row)
-        return f"{Path(file).name} {key}"
+        file, key = self.shards.where(row)  # every split numbers its shards from 0: its folder is part of the name
+        return f"{Path(file).parent.name}/{Path(file).name} {key}"
 
     def read(self, row: int) -> np.ndarray:
         try:
