@@ -27,6 +27,7 @@ from trivium.data.transforms import ImageTransform
 from trivium.evaluate import results
 from trivium.invariance import albef, clip, flava
 from trivium.recipes.retrieval import RETRIEVAL
+from trivium.recipes.retrieval_data import RetrievalData, open_splits
 from trivium.train.config import set_leaves
 from trivium.train.optim import build
 
@@ -136,6 +137,46 @@ def test_the_official_files_train_albef_and_both_orders_are_measured(
     assert "test, re-ranked by matching: R@1 / 5 / 10 of texts" in capsys.readouterr().out
     again = {name: value for name, value in figures(out).items() if not name.startswith("seconds.")}
     assert again == pytest.approx({name: found[name] for name in found if not name.startswith("seconds.")}, abs=1e-9)
+
+
+@pytest.mark.parametrize("begins", ["flickr30k", "coco"])
+def test_karpathys_list_gives_what_albefs_lists_give(begins: str, tmp_path: Path) -> None:
+    """Training has a row for each caption, his restval is trained on too, and a held-out picture has all captions."""
+    splits = ["train", "restval", "val", "test"] if begins == "coco" else ["train", "train", "val", "test"]
+    images = []
+    for n, split in enumerate(splits):
+        folder = ("train2014" if split == "train" else "val2014") if begins == "coco" else "flickr30k-images"
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{n}.jpg").write_bytes(drawn_picture(n))
+        sentences = [{"raw": f"picture {n}, caption {k}", "tokens": []} for k in range(6)]
+        images.append({"filename": f"{n}.jpg", "split": split, "sentences": sentences})
+        if begins == "coco":
+            images[-1]["filepath"] = folder
+    (tmp_path / f"dataset_{begins}.json").write_text(json.dumps({"images": images}))
+
+    def rows(data: RetrievalData) -> dict[str, list[tuple[object, ...]]]:
+        title, sources = open_splits(data, f"retrieval_{begins}")
+        assert title == {"flickr30k": "Flickr30K retrieval", "coco": "COCO retrieval"}[begins]
+        read = {split: [source.read(row, row) for row in range(len(source))] for split, source in sources.items()}
+        return {
+            split: [(each["image"], each["same_image"], each.get("text"), each.get("texts")) for each in samples]
+            for split, samples in read.items()
+        }
+
+    data = RetrievalData(root=str(tmp_path))
+    found = rows(data)
+    for split, parts in (("train", splits[:2]), ("val", ["val"]), ("test", ["test"])):
+        entries = []
+        for image in (each for each in images if each["split"] in parts):
+            path = f"{image.get('filepath', 'flickr30k-images')}/{image['filename']}"
+            texts = [each["raw"] for each in image["sentences"]]
+            entries += [{"image": path, "caption": c} for c in (texts if split == "train" else [texts])]
+        (tmp_path / f"{begins}_{split}.json").write_text(json.dumps(entries))
+    own = rows(data)
+    assert {split: len(each) for split, each in found.items()} == {"train": 12, "dev": 1, "test": 1}
+    for split in own:
+        assert [(image, *texts) for image, _, *texts in found[split]] == [(i, *texts) for i, _, *texts in own[split]]
+    assert len({number for _, number, *_ in found["train"]}) == 2, "rows of one picture share its number"
 
 
 def test_a_head_that_nothing_trains_chooses_no_checkpoint(

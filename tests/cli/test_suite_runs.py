@@ -15,6 +15,7 @@ import torch
 
 from tests.data.drawn import drawn_picture
 from tests.recipes.shop import checkpoint, trivium
+from trivium.recipes.retrieval import RETRIEVAL
 from trivium.recipes.tasks import TASKS
 from trivium.train import trainer
 from trivium.train.run import Run
@@ -138,6 +139,27 @@ def test_a_first_look_at_fewer_rows_than_a_batch_is_ten_times_through_them_too(
     assert (values(run)["data.batch"], values(run)["train.steps"]) == (6, 10)
     said = capsys.readouterr()
     assert "times through" not in said.out + said.err
+
+
+def test_retrieval_is_learned_from_the_list_that_it_is_measured_by(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Karpathy's one file holds all splits, training among them."""
+    name, root, out = "retrieval_flickr30k", tmp_path / "data", tmp_path / "out"
+    recipe = RETRIEVAL[name]
+    short = replace(recipe, data=replace(recipe.data, batch=4), train=replace(recipe.train, steps=2), epochs=None)
+    monkeypatch.setitem(RETRIEVAL, name, short)
+    (root / "flickr30k" / "flickr30k-images").mkdir(parents=True)
+    images = []
+    for n, split in enumerate(["train", "train", "train", "train", "val", "val", "test", "test"]):
+        (root / "flickr30k" / "flickr30k-images" / f"{n}.jpg").write_bytes(drawn_picture(n))
+        images.append({"filename": f"{n}.jpg", "split": split, "sentences": [{"raw": f"number {n}"}] * 5})
+    (root / "flickr30k" / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    words = ("--suite", "albef", "--task", "Flickr30K retrieval", "--data.root", root, "--out", out, "--device", "cpu")
+    assert trivium("evaluate", trained, *words, "--image-size", 64, "--fine-tune") == 0
+    [run] = runs_of(out, name)
+    assert values(run)["data.root"] == str(root / "flickr30k") and values(run)["data.image_size"] == 64
+    assert found(run)["Flickr30K retrieval.test.tr_r1"] == found(out)["Flickr30K retrieval.test.tr_r1"]
 
 
 def test_other_annotations_and_other_settings_begin_a_run_of_their_own(

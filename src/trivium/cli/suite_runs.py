@@ -19,6 +19,7 @@ from trivium.bundle.hashes import model_hash
 from trivium.cli.finetune import finetune
 from trivium.data.referring import find_referring
 from trivium.errors import BadSample, TriviumError
+from trivium.evaluate.datasets.captions import BY_NAME as CAPTIONED
 from trivium.evaluate.feature_store import stamp_of
 from trivium.evaluate.paper_tasks import PaperTask
 from trivium.evaluate.suite import lacks
@@ -143,7 +144,7 @@ def _data(
         if place is None:
             return None
         folder, files = place, annotation_files(task, place)
-        learns = any("train" in file.name for file in files)
+        learns = task.name in CAPTIONED or any("train" in file.name for file in files)
     if not learns:
         say(f"{task.name}: {folder} holds no training rows, so it is not fine-tuned")
         return None

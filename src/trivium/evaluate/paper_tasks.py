@@ -168,12 +168,14 @@ ALBEF = (
     _retrieval("Flickr30K retrieval", _RERANKED),
     PaperTask(
         "Flickr30K retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
-        verb="retrieval_flickr30k", expected="flickr30k_{train,val,test}.json, flickr30k-images/*.jpg",
+        verb="retrieval_flickr30k",
+        expected="flickr30k_{train,val,test}.json (ALBEF) or dataset_flickr30k.json (Karpathy), flickr30k-images/*.jpg",
         owners=captions.BY_NAME["Flickr30K retrieval"].owners, shortlist=128,
     ),
     PaperTask(
         "COCO retrieval", "multimodal", "fine-tuning", "fine-tune", _TUNED_RECALLS,
-        verb="retrieval_coco", expected="coco_{train,val,test}.json, {train2014,val2014}/*.jpg",
+        verb="retrieval_coco",
+        expected="coco_{train,val,test}.json (ALBEF) or dataset_coco.json (Karpathy), {train2014,val2014}/*.jpg",
         owners=captions.BY_NAME["COCO retrieval"].owners, shortlist=256,
     ),
     PaperTask(

@@ -50,7 +50,7 @@ Predicted = Callable[[LabelledRows], Predictions]
 
 ROWS_AT_ONCE = 32
 # By a task's title: folders below the root of all data; patterns of which one must match there; and those of all files
-# that say what its rows are, with "train" in the names of those to learn from.
+# that say what its rows are, with "train" in the names of those to learn from; Karpathy's are all splits in one.
 PLACES: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
     "VQAv2": (
         ("vqav2", "VQAv2", "vqa", "coco", "."), ("v2_OpenEnded_mscoco_*_questions.json", "vqa_*.json"),
@@ -65,7 +65,10 @@ PLACES: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
     ),
     "Hateful Memes": (("hateful_memes", "hateful-memes"), ("dev*.jsonl", "test*.jsonl"), ("*.jsonl",)),
     **{
-        each.name: (each.folders, (each.albef.replace("_test", "_train"),), (each.albef.replace("_test", "_*"),))
+        each.name: (
+            each.folders, (each.albef.replace("_test", "_train"), each.karpathy),
+            (each.albef.replace("_test", "_*"), each.karpathy),
+        )
         for each in RETRIEVAL
     },
     **{

@@ -13,7 +13,6 @@ the dev pictures is the one that counts (mean of R@1, 5 and 10, both ways; re-ra
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,6 @@ from trivium.bundle import Bundle
 from trivium.data import leakage
 from trivium.data.collate import ImageInput, PairCollate, TextInput
 from trivium.data.random_augment import RandomAugment
-from trivium.data.sources import open_source
 from trivium.data.views import Views
 from trivium.errors import TriviumError
 from trivium.evaluate import pairs, retrieval
@@ -43,46 +41,15 @@ from trivium.models.flava import Flava
 from trivium.recipes import limits
 from trivium.recipes.albef import check_pools, optim_of, queue_rows
 from trivium.recipes.chosen import keep_best, many_passes, steps_per_epoch, with_steps
-from trivium.recipes.data import Sources, absolute
+from trivium.recipes.data import Sources
 from trivium.recipes.notices import cut_captions, noticed
 from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
+from trivium.recipes.retrieval_data import RetrievalData, open_splits
 from trivium.recipes.start import open_trained
 from trivium.train.config import leaves
 from trivium.train.optim import Optim
 from trivium.train.protocol import Method, Source, Stream
 from trivium.train.run import Train
-
-SPLITS = ("train", "val", "test")  # of the official files; val chooses the checkpoint
-OFFICIAL = {  # how the official files of a folder begin -> how papers call the data set
-    "flickr30k": "Flickr30K retrieval", "coco": "COCO retrieval",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RetrievalData:
-    """Captioned pictures, and what is done to each."""
-
-    root: str | None = None  # folder with flickr30k_{train,val,test}.json or coco_{train,val,test}.json, and pictures
-    train: tuple[str, ...] = ()  # one's own: CSV, TSV, JSONL, JSON, Parquet, tar shards, a folder
-    dev: tuple[str, ...] = ()  # to choose the checkpoint by
-    test: tuple[str, ...] = ()  # measured at the end
-    image_root: str | None = None  # what paths of pictures are relative to; None: the folder of their table
-    image_column: str | None = None  # None: found by its usual names
-    text_column: str | None = None
-    rows: int = 5000  # pictures of dev and of test, at most: the first ones
-    batch: int = 256  # pairs of one step, over all processes
-    max_length: int = 30  # tokens of a caption; longer ones are cut
-    image_size: int | None = 384  # side of the pictures in pixels; None: the model's own
-    crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the area that a random crop shows
-    flip: float = 0.5  # probability of a mirrored picture
-    random_changes: int = 2  # of shape and light, drawn for each picture (data/random_augment.py); 0: none
-    sort_by_length: bool = False  # captions inside a batch, so that micro-batches are padded less
-    cache_megabytes: int = 256  # of decoded pictures, in each worker
-
-    def with_absolute_paths(self) -> RetrievalData:
-        root, image_root = (None if path is None else absolute(path) for path in (self.root, self.image_root))
-        train, dev, test = (tuple(map(absolute, paths)) for paths in (self.train, self.dev, self.test))
-        return replace(self, root=root, image_root=image_root, train=train, dev=dev, test=test)
 
 
 @dataclass(frozen=True)
@@ -246,7 +213,7 @@ def _prepare(
         )
     if start.tokenizer is None:
         raise TriviumError(f"{recipe.init} came without a tokenizer: put its tokenizer.json or vocab.txt beside it")
-    title, sources = _open(data, arguments["task"])
+    title, sources = open_splits(data, arguments["task"])
     train = sources.pop("train")
     recipe = with_steps(recipe, len(train))
     pools_fit(recipe, model)
@@ -352,44 +319,3 @@ def pools_fit(recipe: Any, model: nn.Module) -> None:
     """As `check_pools`, of a model that matches. recipe: of retrieval or grounding."""
     if _trains_matching(recipe, model):
         check_pools(recipe)
-
-
-def _open(data: RetrievalData, task: str) -> tuple[str, dict[str, Source]]:
-    """What papers call the data set, and its splits: "train", "dev" and, where there is one, "test".
-
-    Of two data sets in one folder the one that the task is named after. Raises TriviumError where one is missing.
-    """
-    if data.root is None:
-        if not data.train:
-            raise TriviumError(
-                "no captioned pictures are given: name a table or a folder with --data.train, or with --data.root the"
-                " folder of Flickr30K or COCO in ALBEF's layout"
-            )
-        if not data.dev:
-            raise TriviumError(
-                "no checkpoint can be chosen without pictures that are not trained on: name some with --data.dev"
-            )
-        named = {"train": data.train, "dev": data.dev, "test": data.test}
-        return "retrieval", {split: _source(data, paths) for split, paths in named.items() if paths}
-    found = [begins for begins in OFFICIAL if os.path.isfile(os.path.join(data.root, f"{begins}_train.json"))]
-    asked = [begins for begins in OFFICIAL if task in ("retrieval", f"retrieval_{begins}")]
-    if len(there := [begins for begins in found if begins in asked]) > 1:
-        raise TriviumError(f"{data.root} holds two data sets: fine-tune on retrieval_{' or on retrieval_'.join(there)}")
-    if not there:
-        other = f", but there are files for retrieval_{found[0]}" if found else ""
-        wanted = " and no ".join(f"{begins}_train.json" for begins in asked)
-        raise TriviumError(
-            f"{data.root} holds no {wanted}{other}: give the folder with ALBEF's annotation files, and the pictures"
-            " below it or below --data.image-root; tables of your own go to --data.train"
-        )
-    files = {split: os.path.join(data.root, f"{there[0]}_{split}.json") for split in SPLITS}
-    if not os.path.isfile(files["val"]):
-        raise TriviumError(f"{data.root} holds no {os.path.basename(files['val'])}, by which a checkpoint is chosen")
-    splits = {("dev" if s == "val" else s): file for s, file in files.items() if os.path.isfile(file)}
-    return OFFICIAL[there[0]], {split: _source(data, (file,)) for split, file in splits.items()}
-
-
-def _source(data: RetrievalData, paths: tuple[str, ...]) -> Source:
-    return open_source(
-        "pairs", paths, image_column=data.image_column, text_column=data.text_column, root=data.image_root
-    )

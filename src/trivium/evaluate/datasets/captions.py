@@ -6,8 +6,9 @@ scores (25,000 captions of 5,000 pictures, where the file has 25,010).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ BY_NAME = {layout.name: layout for layout in RETRIEVAL}
 def find_captions(layout: CaptionLayout, root: Path) -> Captioned | None:
     """The test split, from whichever of its lists is there; None where none is. Raises TriviumError."""
     readers: tuple[tuple[str, Callable[[Path], list[Entry]]], ...] = (
-        (layout.karpathy, _karpathy), (layout.albef, _albef), (layout.flat, _flat),
+        (layout.karpathy, partial(_karpathy, ("test",))), (layout.albef, _albef), (layout.flat, _flat),
     )  # fmt: skip
     for name in layout.folders:
         folder = root / name
@@ -100,12 +101,17 @@ def find_captions(layout: CaptionLayout, root: Path) -> Captioned | None:
 Entry = tuple[str, list[str]]  # a picture's path as the list has it, its captions or some of them
 
 
-def _karpathy(table: Path) -> list[Entry]:
+def by_karpathy(layout: CaptionLayout, folder: Path, table: Path, splits: Sequence[str]) -> Captioned:
+    """Some of his splits, with all their captions, whose pictures lie below a folder. Raises TriviumError."""
+    return _with_files(folder, table, layout, _entries(table, partial(_karpathy, splits)), " and ".join(splits))
+
+
+def _karpathy(splits: Sequence[str], table: Path) -> list[Entry]:
     """{"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}]}]}"""
     found = []
     for number, fields in enumerate(json_of(table)["images"]):
         image = Record(str(table), f"image {number}", fields)
-        if image.value("split") == "test":
+        if image.value("split") in splits:
             path = "/".join(filter(None, (image.optional("filepath"), image.text("filename"))))
             captions = [Record(str(table), f"image {number}", each).text("raw") for each in image.items("sentences")]
             found.append((path, captions))
@@ -166,10 +172,12 @@ def _entries(table: Path, read: Callable[[Path], list[Entry]]) -> list[Entry]:
     return list(found.items())
 
 
-def _with_files(folder: Path, table: Path, layout: CaptionLayout, entries: list[Entry]) -> Captioned:
+def _with_files(
+    folder: Path, table: Path, layout: CaptionLayout, entries: list[Entry], split: str = "test"
+) -> Captioned:
     """Lists of different owners begin the paths of the pictures differently: the first form that is there is taken."""
     if not entries:
-        raise TriviumError(f"{table} holds no picture of the test split: fetch it again")
+        raise TriviumError(f"{table} holds no picture of the {split} split: fetch it again")
     first = entries[0][0]
     forms = {
         (inside, parts): folder / inside / "/".join(first.split("/")[-parts:])
@@ -183,7 +191,7 @@ def _with_files(folder: Path, table: Path, layout: CaptionLayout, entries: list[
     names = ["/".join(picture.split("/")[-parts:]) for picture, _ in entries]
     return Captioned(
         PictureFiles(folder / inside, names), tuple(tuple(captions) for _, captions in entries), (table,),
-        f"the test split of {table.name}",
+        f"the {split} split of {table.name}",
     )  # fmt: skip
 
 
