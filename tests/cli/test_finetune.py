@@ -103,6 +103,27 @@ def test_one_csv_is_enough_and_the_model_that_comes_out_is_used(bert: Path, revi
     assert (out / "report.html").is_file()
 
 
+def test_held_out_rows_of_a_class_that_training_lacks_are_wrong_and_told(
+    bert: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dev, out = tmp_path / "dev.csv", tmp_path / "run"
+    labels = [*3 * ["yes"], *2 * ["no"], *15 * ["perhaps"]]
+    dev.write_text(
+        "text,label\n" + "".join(f"the film was {word} {n % 7 * 'a '},{word}\n" for n, word in enumerate(labels))
+    )
+    found = finetune("text_classification", bert, out, "--data", reviews, "--data.dev", dev)
+    told = read(out / "results.json")["text classification.dev.accuracy"]
+    predictions = lines_of(out / "predictions" / "dev.jsonl")
+    assert told.n == 20 and [line["label"] for line in predictions] == labels
+    assert found["text classification"] == sum(line["prediction"] == line["label"] for line in predictions) / 20 <= 0.25
+    sentence = "15 of 20 rows of dev have a class that no training row has (perhaps): counted as wrong"
+    assert sentence in read_notes(out / "results.json")
+    said = capsys.readouterr()
+    assert sentence in said.err and sentence in said.out and "cannot be read" not in said.out
+    assert "where the commonest answer gives 0.1500" in said.out  # "perhaps" cannot be answered
+    assert sentence in (out / "report.html").read_text()
+
+
 def test_a_run_that_is_resumed_chooses_and_ends_as_one_that_was_not(bert: Path, reviews: str, tmp_path: Path) -> None:
     words = ("--data", reviews, "--train.save-every", 2, "--train.keep-last", 9)
     finetune("text_classification", bert, tmp_path / "straight", *words, dropout=0.1)

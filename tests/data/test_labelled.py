@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trivium.data.labelled import Columns, LabelledRows, Row, Splits, read_tables
+from trivium.data.labelled import UNSEEN, Columns, LabelledRows, Row, Splits, read_tables
 from trivium.data.order import Order
 from trivium.data.sources import open_source
 from trivium.errors import BadSample, TriviumError
@@ -52,13 +52,25 @@ def test_labels_that_are_words_true_or_false(tmp_path: Path) -> None:
     assert opened([train], [train]).labels == ("false", "maybe", "true")
 
 
-def test_a_label_that_training_never_had_is_a_bad_row_and_is_counted(tmp_path: Path) -> None:
+def test_a_held_out_row_whose_class_training_never_had_stays_and_is_told(tmp_path: Path) -> None:
     train = table(tmp_path / "train.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
-    dev = table(tmp_path / "dev.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": "z"}])
+    names = ["x", "new", *(f"c{n}" for n in range(6)), "new"]
+    dev = table(tmp_path / "dev.csv", [{"text": "a", "label": name} for name in names])
     splits = opened([train], [dev]).checked()
-    with pytest.raises(BadSample, match=r'dev.csv \(line 3\): its label "z" is that of no training row'):
-        splits.held_out["dev"].read(1, 1)
-    assert any(note.startswith("dev: 1 of 2 rows cannot be used") for note in splits.notes)
+    assert splits.labels == ("x", "y")
+    rows = splits.held_out["dev"]
+    assert labels_of(rows) == [0] + 8 * [UNSEEN] and rows.row(1).truths == ("new",)
+    assert labels_of(rows.of_known_classes()) == [0]
+    assert splits.notes == [
+        "8 of 9 rows of dev have a class that no training row has (new, c0, c1, c2, c3, and 2 more): counted as wrong"
+    ]
+
+
+def test_a_held_out_table_of_other_classes_alone_is_refused(tmp_path: Path) -> None:
+    train = table(tmp_path / "train.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    dev = table(tmp_path / "dev.csv", [{"text": "a", "label": "X"}, {"text": "b", "label": "Y"}])
+    with pytest.raises(TriviumError, match=r'no row of dev has a class that .*; the first: .*dev.csv \(line 2\), "X"'):
+        opened([train], [dev])
 
 
 def test_a_quote_in_a_tsv_is_a_plain_character(tmp_path: Path) -> None:

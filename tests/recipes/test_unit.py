@@ -491,6 +491,23 @@ def test_a_task_of_ones_own_is_one_more_entry(data: Path, tmp_path: Path, monkey
     assert prepared.run.method.separate(batch, *prepared.run.method.embed(batch), {}, None)["moods"] > 0  # type: ignore[arg-type]
 
 
+def test_losses_leave_out_rows_of_a_class_that_training_lacks(data: Path, tmp_path: Path) -> None:
+    """None is defined of them; what is said of them is wrong."""
+    for name, labels in (("train", "glad sad"), ("dev", "glad new sad new")):
+        rows = "".join(f"word {n},{label}\n" for n, label in enumerate(4 * labels.split()))
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + rows)
+    train, dev = ((str(tmp_path / f"{name}.csv"),) for name in ("train", "dev"))
+    own = JointTask(20, task="text_classification", train=train, dev=dev, batch=4)
+    recipe = with_flags(unit("tiny"), data)
+    prepared = replace(recipe, tasks={"moods": own}, measure=16).prepare("unit", {})
+    found, losses = prepared.held_out(lambda _: None, None)
+    final, chance = losses["moods"]
+    assert 0 < final < 10 and chance == pytest.approx(math.log(2))
+    figure = found.results["moods.dev.accuracy"]
+    assert figure.n == 16 and figure.value <= 0.5
+    assert found.notes == ["moods, 8 of 16 rows of dev have a class that no training row has (new): counted as wrong"]
+
+
 def test_tables_of_a_task_are_read_as_the_task_says(data: Path, tmp_path: Path) -> None:
     """Its answers stand under "answer", whatever other column could be one of labels."""
     table = tmp_path / "asked.csv"

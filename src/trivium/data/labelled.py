@@ -1,7 +1,8 @@
 """Labelled rows for fine-tuning: what every reader of a task gives, and the reader of one's own tables.
 
-A row that cannot be used (a field is missing, its label is unknown) keeps its place and raises BadSample when it is
-read: in training it is replaced and counted, in evaluation left out and named.
+A row that cannot be used (a field is missing, a label is none of the task's) keeps its place and raises BadSample when
+it is read: in training it is replaced and counted, in evaluation left out and named. One of a held-out table whose
+class no training row has can be used: every answer to it is wrong.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from trivium.train.protocol import Blocks, Sample, hash64
 LABEL_COLUMNS = ("label", "class", "category", "target", "score")
 TEXTS = (*TEXT_COLUMNS, "sentence", "sentence1", "question", "premise")
 SECOND_TEXTS = ("text2", "second_text", "sentence2", "hypothesis", "answer")
+NAMED = 5  # classes in a sentence
+UNSEEN = -1  # the label of a held-out row whose class no training row has; its name stands in `truths`
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,10 @@ class LabelledRows(ReadRows[Row]):
             sample["written"] = {answer: share * number for answer, number in Counter(row.truths).items()}
         return sample
 
+    def of_known_classes(self) -> LabelledRows:
+        """Without rows whose class training lacks: no loss is defined of them."""
+        return self.with_rows([row for row in self.rows if isinstance(row, BadSample) or row.label != UNSEEN])
+
     def good(self) -> Iterator[Row]:
         return (row for row in self.rows if isinstance(row, Row))
 
@@ -175,6 +182,17 @@ def is_labelled(rows: LabelledRows) -> bool:
     return any(row.is_labelled for row in rows.good())
 
 
+def of_unseen_classes(name: str, rows: LabelledRows) -> list[str]:
+    """A sentence on the rows of a held-out split whose class no training row has, where there are any."""
+    classes = [row.truths[0] for row in rows.good() if row.label == UNSEEN]
+    if not classes:
+        return []
+    names = list(dict.fromkeys(classes))
+    named = ", ".join([*names[:NAMED], *([f"and {len(names) - NAMED:,} more"] if len(names) > NAMED else [])])
+    what = f"{len(classes):,} of {len(rows):,} rows of {name} have a class that no training row has ({named})"
+    return [f"{what}: counted as wrong"]
+
+
 def wholly_labelled(rows: LabelledRows) -> LabelledRows:
     """A row without a label among others that have one cannot be measured; where none has one, all are predicted."""
     if not is_labelled(rows):
@@ -217,7 +235,7 @@ def read_tables(
     rows stay together. Labels are sorted, as numbers where all of them are. Paths of pictures are relative to their
     table.
 
-    Raises TriviumError for a column that is not there, or a label that is no number in a regression.
+    Raises TriviumError for a column that is not there, or a held-out table none of whose classes is one of training.
     """
     opened, notes = open_tables(train, dev, test, columns, kind, regression, held_out_share)
     if regression:
@@ -238,6 +256,12 @@ def read_tables(
         name: LabelledRows([_numbered(each, number_of, optional=name != "train") for each in found], kind)
         for name, found in opened.items()
     }
+    for name, rows in splits.items():
+        given = [row for row in rows.good() if row.label is not None]
+        if given and all(row.label == UNSEEN for row in given):
+            first = f'the first: {given[0].file} ({given[0].where}), "{given[0].truths[0]}"'
+            raise TriviumError(f"no row of {name} has a class that a training row has; {first}")
+        notes += of_unseen_classes(name, rows)
     return Splits(splits.pop("train"), splits, labels, notes=notes)
 
 
@@ -356,7 +380,7 @@ def _numbered(each: tuple[Row, str] | BadSample, number_of: Mapping[str, int], o
     if not label:
         return row if optional else BadSample(row.file, row.where, "it has no label")
     if label not in number_of:
-        return BadSample(row.file, row.where, f'its label "{label}" is that of no training row')
+        return replace(row, label=UNSEEN, truths=(label,))
     return replace(row, label=number_of[label])
 
 

@@ -63,7 +63,8 @@ class Evaluation:
     reconstructions: list[Reconstruction] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     headline: list[str] = field(default_factory=list)  # sentences that a page begins with, beside those of report.py
-    leakage: list[str] = field(default_factory=list)  # what held-out rows share with training, before all of these
+    # What is to be known of the figures, before all of these: what held-out rows share with training, say.
+    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # of each part, in order
     not_applicable: list[str] = field(default_factory=list)  # a sentence for each thing not measured, with the reason
     is_final: bool = True  # False: a row could not be read that may be another time

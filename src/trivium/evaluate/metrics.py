@@ -74,7 +74,7 @@ def spearman(answers_N: np.ndarray, truths_N: np.ndarray) -> float:
 
 
 def auroc(scores_N: np.ndarray, truths_N: np.ndarray) -> float:
-    """Chance that a sample of class 1 scores above one of class 0, an equal score counting half."""
+    """Chance that a sample of class 1 scores above one of class 0, an equal one half; other samples count nothing."""
     true, false = scores_N[truths_N == 1], scores_N[truths_N == 0]
     return matching.auroc(true, false) if len(true) and len(false) else 0.5
 

@@ -193,7 +193,7 @@ def render(report: Report) -> str:
 def headline(evaluation: Evaluation) -> list[str]:
     """What the model can do, in a few sentences with numbers."""
     results = evaluation.results
-    sentences = [*(f"{sentence}." for sentence in evaluation.leakage), *evaluation.headline]
+    sentences = [*(f"{sentence}." for sentence in evaluation.notes), *evaluation.headline]
     name = "retrieval.style.text_to_image_r10"
     if name in results:
         value, chance = results[name].value, evaluation.chance[name]

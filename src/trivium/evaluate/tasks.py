@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from trivium.data.answers import normalized
-from trivium.data.labelled import Row
+from trivium.data.labelled import UNSEEN, Row
 from trivium.evaluate import vqa
 from trivium.evaluate.embedded import Evaluation
 from trivium.evaluate.metrics import METRICS, measured
@@ -64,16 +64,18 @@ def result(metric: str, found: Predictions) -> Result:
 
 
 def chance(metric: str, found: Predictions) -> float | None:
-    """What always giving the commonest class or answer comes to; None where there is none, or it was not measured."""
+    """What always giving the commonest class or answer comes to, of those that can be given; None where there is none,
+    or it was not measured."""
     if found.rows[0].answers is not None:
         [(commonest, _)] = Counter(normalized(each) for row in found.rows for each in row.truths).most_common(1)
         return float(np.mean([vqa.score(commonest, row.truths) for row in found.rows]))
-    labels = [row.label for row in found.rows if row.label is not None]
+    labels = np.array([row.label for row in found.rows if row.label is not None], dtype=np.int64)
     if metric == "auroc":
         return 0.5
     if len(labels) < len(found.rows) or metric not in METRICS:
         return None
-    return float(METRICS[metric](np.full(len(labels), np.bincount(labels).argmax()), np.array(labels)))
+    commonest_class = np.bincount(labels[labels != UNSEEN], minlength=1).argmax()
+    return float(METRICS[metric](np.full(len(labels), commonest_class), labels))
 
 
 def told(metric: str, result: Result, chance: float | None) -> str:
@@ -122,7 +124,7 @@ def write_predictions(found: Predictions, path: Path) -> None:
         if found.labels:
             line["probability"] = round(float(probability), 6)
         if row.label is not None:
-            line["label"] = found.labels[row.label]
+            line["label"] = row.truths[0] if row.label == UNSEEN else found.labels[row.label]
         if row.value is not None:
             line["label"] = row.value
         lines.append(json.dumps(line, ensure_ascii=False))

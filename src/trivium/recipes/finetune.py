@@ -147,7 +147,7 @@ class PreparedTask(Prepared):
             )
         what, leaks = ("texts", leakage.of_texts) if self.task.reads == "text" else ("pictures", leakage.of_pictures)
         say(f"{what} that training and held-out rows have in common")
-        found.leakage = leaks(self.splits.train, self.splits.held_out)
+        found.notes += leaks(self.splits.train, self.splits.held_out)
 
         def predicted(rows: LabelledRows) -> Predictions:
             return predict(method, rows, self.collate, self.recipe.rows_at_once, self.splits.labels)

@@ -80,7 +80,7 @@ def write(
         version=__version__,
         machine=machine,
         seconds=seconds,
-        notes=found.leakage,
+        notes=found.notes,
     )
     page = out / "report.html"
     report.write(

@@ -118,7 +118,7 @@ class PreparedGrounding(PreparedMatching):
         found.not_applicable += measured.notes
         say("pictures that training and held-out rows have in common")
         rows = {split: ExpressionRows(self.expressions.good(split)) for split in self.expressions.splits}
-        found.leakage = leakage.of_pairs(rows.pop("train"), rows)
+        found.notes += leakage.of_pairs(rows.pop("train"), rows)
         for name, result in measured.results.items():
             if name in measured.chance:
                 split, _, figure = name.partition(".")

@@ -186,7 +186,7 @@ class OwnHead(OwnTask):
         if self.bundle.head_config is not None:
             beside = "picture and text vector side by side" if reads == "concatenated" else "the model's own states"
             how = f"trained for {self.bundle.head_config.task}, which reads {beside}"
-        notes = [f"by the model's own head, {how}", *self._ranking(), *found.not_applicable]
+        notes = [f"by the model's own head, {how}", *self._ranking(), *found.notes, *found.not_applicable]
         notes += [f"what it says of each row: {predictions}"] if any(predictions.glob("*.jsonl")) else []
         if not found.results:
             notes.insert(0, "there is no figure, since no row that can be read has a label: labelled ones are missing")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trivium.data.glue import GLUE
-from trivium.data.labelled import LabelledRows, is_labelled
+from trivium.data.labelled import LabelledRows, is_labelled, of_unseen_classes
 from trivium.data.loader import read
 from trivium.data.order import Draws
 from trivium.data.task_collate import TaskCollate
@@ -75,6 +75,7 @@ def tell_held_out(
             found.not_applicable.append(
                 f"{len(bad):,} of {len(rows):,} rows of {name}, which cannot be read; the first: {bad[0]}"
             )
+        found.notes += of_unseen_classes(name, rows)
         written = ""
         if folder is not None:
             try:

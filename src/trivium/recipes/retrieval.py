@@ -161,7 +161,7 @@ class PreparedRetrieval(PreparedMatching):
     def held_out(self, say: Callable[[str], None], final: dict[str, float] | None) -> tuple[Evaluation, Losses]:
         found = Evaluation()
         say("pictures that training and held-out rows have in common")
-        found.leakage = leakage.of_pairs(self.train, self.held)
+        found.notes += leakage.of_pairs(self.train, self.held)
         for split, source in self.held.items():
             say(f"{self.title}: {split}, {min(len(source), self.recipe.data.rows):,} pictures")
             prefix = f"{self.title}.{split}"

@@ -228,6 +228,7 @@ class PreparedUnit(Prepared):
         guesses = {f"{name}.majority": Result(own.chance[name]) for name in own.results if name in own.chance}
         found.results |= own.results | guesses
         found.chance |= own.chance
+        found.notes += [f"{task.title}, {sentence}" for sentence in own.notes]
         found.headline += own.headline
         found.not_applicable += [f"{task.title}, {sentence}" for sentence in own.not_applicable]
         found.is_final &= own.is_final

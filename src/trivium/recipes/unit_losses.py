@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trivium.data.detection import Detection
-from trivium.data.labelled import is_labelled
+from trivium.data.labelled import LabelledRows, is_labelled
 from trivium.data.loader import evaluation_batches
 from trivium.errors import TriviumError
 from trivium.evaluate import losses
@@ -43,7 +43,7 @@ def on_held_out(
         name = next((n for n, of in splits.items() if isinstance(task.data, Detection) or is_labelled(of)), None)
         if name is None:
             continue
-        source = splits[name]
+        source = splits[name].of_known_classes() if isinstance(splits[name], LabelledRows) else splits[name]
         say(f"{task.title}: losses on {name}")
         seen: list[Batch] = []
         collate = replace(collates[task.name], train=False)
