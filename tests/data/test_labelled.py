@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trivium.data.labelled import UNSEEN, Columns, LabelledRows, Row, Splits, read_tables
+from trivium.data.labelled import UNSEEN, Columns, LabelledRows, Row, Splits, is_labelled, read_tables
 from trivium.data.order import Order
 from trivium.data.sources import open_source
+from trivium.data.vqa import read_questions
 from trivium.errors import BadSample, TriviumError
 
 
@@ -64,6 +65,22 @@ def test_a_held_out_row_whose_class_training_never_had_stays_and_is_told(tmp_pat
     assert splits.notes == [
         "8 of 9 rows of dev have a class that no training row has (new, c0, c1, c2, c3, and 2 more): counted as wrong"
     ]
+
+
+def test_a_test_table_may_lack_the_label_column_that_is_named(tmp_path: Path) -> None:
+    """It is predicted; what is learned or chosen by needs it."""
+    rows = [{"image": "a.png", "text": "a", "klass": "x"}, {"image": "b.png", "text": "b", "klass": "y"}]
+    train = table(tmp_path / "train.csv", rows)
+    bare = table(tmp_path / "test.csv", [{"image": "c.png", "text": "c"}])
+    named = Columns(label="Klass")
+    splits = opened([train], [train], test=[bare], columns=named).checked()
+    assert labels_of(splits.held_out["test"]) == [None] and not is_labelled(splits.held_out["test"])
+    asked = read_questions([train], [train], [bare], named, 0.25).checked()
+    assert [row.truths for row in asked.held_out["test"].good()] == [()]
+    assert labels_of(opened([train], [train], test=[train], columns=named).held_out["test"]) == [0, 1]
+    for given in (([bare], [train]), ([train], [bare])):
+        with pytest.raises(TriviumError, match='has no column "klass"'):
+            opened(*given, columns=named)
 
 
 def test_a_held_out_table_of_other_classes_alone_is_refused(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def open_tables(
     """The rows of "train", "dev" and, where there is one, "test", and sentences on them. Raises TriviumError."""
     if not train:
         raise TriviumError("no training table is given: name one with --data.train (CSV, TSV, JSONL or Parquet)")
-    opened = {name: _read(files, columns, kind, regression) for name, files in
+    opened = {name: _read(files, columns, kind, regression, is_test=name == "test") for name, files in
               {"train": train, "dev": dev, "test": test}.items() if files}  # fmt: skip
     notes = []
     if "dev" not in opened:
@@ -295,7 +295,7 @@ def open_tables(
     return opened, notes
 
 
-def _read(files: Sequence[str], columns: Columns, kind: Kind, regression: bool) -> Found:
+def _read(files: Sequence[str], columns: Columns, kind: Kind, regression: bool, is_test: bool) -> Found:
     """Each row and the name of its label ("" where it has none)."""
     found: Found = []
     for file in files:
@@ -307,7 +307,7 @@ def _read(files: Sequence[str], columns: Columns, kind: Kind, regression: bool) 
             if names is None:
                 if not isinstance(record.fields, dict):
                     raise TriviumError(f"{file} holds no named columns: give a table with a header, or JSON objects")
-                names = _columns_of(file, list(record.fields), columns, kind)
+                names = _columns_of(file, list(record.fields), columns, kind, is_test)
             try:
                 found.append(_row(record, names, regression))
             except BadSample as bad:
@@ -317,18 +317,20 @@ def _read(files: Sequence[str], columns: Columns, kind: Kind, regression: bool) 
     return found
 
 
-def _columns_of(file: str, have: list[str], columns: Columns, kind: Kind) -> dict[str, str | None]:
+def _columns_of(file: str, have: list[str], columns: Columns, kind: Kind, is_test: bool) -> dict[str, str | None]:
     def find(named: str | None, usual: Sequence[str], option: str) -> str:
         return find_column(file, have, None if named is None else named.lower(), usual, option)
 
-    second = columns.second_text
+    second, label = columns.second_text, columns.label
+    of_labels = LABEL_COLUMNS if label is None else (label.lower(), *label.lower().split(","))
+    has_label = any(name in of_labels for name in have)
     return {
         "image": find(columns.image, IMAGE_COLUMNS, "image-column") if kind != "text" else None,
         "text": find(columns.text, TEXTS, "text-column") if kind != "images" else None,
         "second_text": None if second is None else find(second, SECOND_TEXTS, "second-text-column"),
-        # A table to be predicted has none.
-        "label": find(columns.label, LABEL_COLUMNS, "label-column")
-        if columns.label is not None or any(name in LABEL_COLUMNS for name in have)
+        # A table to be predicted has none, of whatever name.
+        "label": find(label, LABEL_COLUMNS, "label-column")
+        if has_label or (label is not None and not is_test)
         else None,
     }
 
