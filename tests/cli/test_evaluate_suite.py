@@ -57,6 +57,25 @@ def test_tasks_by_name(trained: Path, root: Path, tmp_path: Path) -> None:
     found = json.loads((out / "results.json").read_text())["results"]
     assert {name.split(".")[0] for name in found} == {"seconds", "DTD", "MNIST"}
     assert found["MNIST.knn.accuracy"]["n"] == 4
+    notes = json.loads((out / "results.json").read_text())["notes"]
+    assert notes[0] == "At most 4 pictures of each split were used: these are not the papers' figures."
+    assert "MNIST: at most 4 pictures of each split, drawn with a fixed seed: not the papers' figures" in notes
+
+
+def test_what_is_wrong_with_data_is_told_as_a_task_ends_and_beside_its_figures(
+    trained: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    lost = min((root / "dtd" / "images").glob("*/*_test_*.jpg"))  # the others stand in training as well
+    lost.write_bytes(b"no picture")
+    for _ in range(2):  # measured, and kept
+        assert trivium("evaluate", trained, "--task", "dtd", "--data.root", root, "--out", out) == 0
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("DTD: ")]
+        wrong = [line for line in told if "cannot be read" in line or "leakage" in line]
+        assert len(wrong) == 2 and lost.name in wrong[0] and "leakage: 8 of 8 test" in wrong[1]
+        assert not any("the official split" in line or "linear probe:" in line for line in told)
+        notes = json.loads((out / "results.json").read_text())["notes"]
+        assert {*wrong} < {*notes} and any("the official split" in note for note in notes)
 
 
 def test_what_is_kept_of_one_size_is_not_that_of_another(

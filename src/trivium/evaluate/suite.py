@@ -36,7 +36,7 @@ from trivium.evaluate.datasets.pictures import DataSet, with_rows
 from trivium.evaluate.feature_store import ModelEncoder, features, identity, stamp_of
 from trivium.evaluate.paper_tasks import PaperTask
 from trivium.evaluate.reranking import judges
-from trivium.evaluate.task_runs import SuiteRun, TaskRun
+from trivium.evaluate.task_runs import HAS_FIGURES, SuiteRun, TaskRun
 from trivium.evaluate.tuned_runs import TunedRun
 from trivium.models.encoded import Detects, EncodesImage, EncodesText
 from trivium.models.grounding import Grounds
@@ -110,6 +110,8 @@ def run(
             found = TaskRun(task, "failed", notes=[f"a mistake of ours ({error!r}): please report it"])
         if found.state not in ("kept", "read"):
             found.seconds = time.perf_counter() - begun
+        for note in found.warnings if found.state in HAS_FIGURES else []:
+            say(f"{task.name}: {note}")
         done.append(found)
     return SuiteRun(done)
 

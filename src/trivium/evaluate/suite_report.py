@@ -66,6 +66,7 @@ def write(out: Path, given: SuiteReport) -> Path:
         version=__version__,
         machine=given.machine,
         seconds=given.seconds,
+        notes=[*filter(None, [given.note]), *given.run.notes],
     )
     write_whole(out / "results.csv", as_csv(given.run, published))
     page = out / "report.html"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,10 @@ from trivium.manifest import write_whole
 State = Literal[
     "measured", "kept", "read", "unscored", "missing", "not applicable", "not fine-tuned", "damaged", "failed"
 ]
+# What readers and protocols say where something is wrong, so that of a kept task it is known too.
+WARNING = re.compile(
+    r"leakage: \d|cannot be (read|used)|are left out; the first|never (answered|learned)|counted as wrong"
+)
 HAS_FIGURES: tuple[State, ...] = ("measured", "kept", "read")
 
 
@@ -74,6 +79,11 @@ class TaskRun:
         self.notes.append(part)
 
     @property
+    def warnings(self) -> list[str]:
+        """Its notes on what is wrong with the data: leakage, what cannot be read, classes that are never answered."""
+        return [note for note in self.notes if WARNING.search(note)]
+
+    @property
     def is_comparable(self) -> bool:
         """Whether any of its figures may stand beside a published one."""
         return any(self.figure(figure) is not None and not self.is_other(figure) for figure in self.task.figures)
@@ -96,6 +106,13 @@ class SuiteRun:
     @property
     def results(self) -> Results:
         return {run.written(name): result for run in self.tasks for name, result in run.results.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of the figures, each with its task in front."""
+        return [
+            f"{self.title(run.task)}: {note}" for run in self.tasks if run.state in HAS_FIGURES for note in run.notes
+        ]
 
     def title(self, task: PaperTask) -> str:
         """A task's name, with its protocol where two of the name stand here."""
