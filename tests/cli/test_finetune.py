@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -382,7 +383,14 @@ def test_pictures_are_learned_and_a_broken_one_is_counted(
     told = capsys.readouterr().out
     assert "1 of 13 rows of dev, which cannot be read; the first: " in told
     assert "pictures.csv (line 14): it is no picture" in told
-    assert lines_of(out / "skipped.jsonl")
+    times = len(lines_of(out / "skipped.jsonl"))
+    assert times > 1
+    replaced = (
+        f"1 training sample could not be read and was replaced, {times} times in all; the first: {data} (line 14): "
+    )
+    [note] = [note for note in read_notes(out / "results.json") if "replaced" in note]
+    assert note.startswith(replaced) and f"{note}." in told
+    assert note in html.unescape((out / "report.html").read_text(encoding="utf-8"))
     assert ("side by side" in told) == bool(words)
     bundle = trivium.load(out)
     assert bundle.labels == ["blue", "red"]

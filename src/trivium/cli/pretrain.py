@@ -230,6 +230,7 @@ def run(prepared: Prepared, out: Path, begun: float, *, resume: bool | Path = Fa
                 say(chosen)
             final = (outcome.results or {}).get("losses")
             found, losses = finish.evaluate(prepared, say, final)
+            found.notes += finish.replaced(out)
             page = finish.write(
                 out,
                 found,

@@ -53,6 +53,17 @@ def evaluate(
     return found, losses
 
 
+def replaced(run: Path) -> list[str]:
+    """A sentence on the training samples in whose place a run took others, where there were any."""
+    times = [line["sample"] for line in report.read_lines(run / "skipped.jsonl")]
+    samples = list(dict.fromkeys(times))
+    if not samples:
+        return []
+    often = f", {len(times):,} times in all" if len(times) > len(samples) else ""
+    were = "sample could not be read and was" if len(samples) == 1 else "samples could not be read and were"
+    return [f"{len(samples):,} training {were} replaced{often}; the first: {samples[0]}"]
+
+
 def write(
     out: Path,
     found: Evaluation,
