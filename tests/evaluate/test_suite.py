@@ -239,6 +239,20 @@ def test_a_picture_that_cannot_be_read_is_counted_and_a_class_without_training_n
     )
 
 
+def test_a_class_whose_training_pictures_cannot_be_read_is_named(bundle: Bundle, tmp_path: Path) -> None:
+    """Unless the validation split, which the last fit takes too, has one that can."""
+    miniatures.dtd(tmp_path)
+    data = data_of("DTD", tmp_path)
+    sentence = "no training picture of blotchy can be read, so it is never answered"
+    for split, is_lost in (("train", False), ("val", True)):
+        for path in (tmp_path / "dtd" / "images").glob(f"blotchy/*_{split}_*.jpg"):
+            path.write_bytes(b"no picture")
+        notes = classification(data, ModelEncoder(bundle), tmp_path / "store", bundle).notes
+        assert (sentence in notes) == is_lost
+    [found] = suite.run([TASKS["DTD"]], bundle, tmp_path, tmp_path / "cache").tasks
+    assert sentence in found.warnings
+
+
 def test_what_the_disk_does_not_give_today_is_asked_for_again(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

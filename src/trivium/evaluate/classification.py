@@ -22,6 +22,7 @@ from trivium.bundle import Bundle
 from trivium.data import duplicates
 from trivium.evaluate import features as encoding
 from trivium.evaluate import knn, linear_probe, zero_shot
+from trivium.evaluate.datasets import never_answered
 from trivium.evaluate.datasets.copies import CLASS_NAMES
 from trivium.evaluate.datasets.pictures import DataSet, Split, held_out
 from trivium.evaluate.feature_store import Encoder, Features, features
@@ -70,6 +71,9 @@ def classification(
     for part in parts:
         found.notes += part.complaints
         found.is_final &= part.features.is_final
+    lost = np.setdiff1d(data.train.labels_N, whole.labels_N).tolist()
+    if lost:
+        found.notes.append(never_answered([data.classes[label] for label in lost], " can be read"))
     found.notes += leakage(whole, test)
     device = torch.device("cpu") if bundle is None else bundle.device
     say("linear probe")

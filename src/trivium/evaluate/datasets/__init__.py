@@ -71,7 +71,7 @@ def _checked(layout: Layout, data: DataSet, folder: Path) -> DataSet:
     trained = np.unique(data.train.labels_N)
     absent = [name for label, name in enumerate(data.classes) if label not in trained]
     if absent:
-        notes.append(f"no training picture of {_named(absent)}, so it is never answered")
+        notes.append(never_answered(absent))
     if len(data.classes) != layout.num_classes:
         notes.append(f"{len(data.classes)} classes where the data set has {layout.num_classes}")
     train_size = len(data.train) + (0 if data.validation is None else len(data.validation))
@@ -82,6 +82,11 @@ def _checked(layout: Layout, data: DataSet, folder: Path) -> DataSet:
         if found != official:
             notes.append(f"{found:,} {what} pictures where the whole data set has {official:,}")
     return replace(data, notes=tuple(notes))
+
+
+def never_answered(classes: list[str], that: str = "") -> str:
+    """A sentence on classes of which there is no training picture, or none of which is true what stands in `that`."""
+    return f"no training picture of {_named(classes)}{that}, so it is never answered"
 
 
 def _named(names: list[str], shown: int = 5) -> str:
