@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,8 +25,10 @@ import seeds
 
 from trivium.cli import main as trivium
 from trivium.cli.overrides import set_overrides, split_overrides
+from trivium.data.answers import normalized
+from trivium.data.labelled import LabelledRows
 from trivium.data.tokenizer import Tokenizer
-from trivium.evaluate import outcomes
+from trivium.evaluate import outcomes, vqa
 from trivium.evaluate.outcomes import Outcomes
 from trivium.evaluate.results import Result, mean_of
 from trivium.recipes import RECIPES
@@ -196,6 +199,20 @@ def units(out: Path, figures: Sequence[str]) -> Outcomes:
     several = [found[name] for name in figures]
     assert all(each.units == several[0].units for each in several), "figures of different units"
     return replace(several[0], values=np.mean([each.values for each in several], axis=0))
+
+
+def always_the_commonest(train: LabelledRows, test: LabelledRows) -> Result:
+    """What always giving the answer or class that is commonest in training comes to on labelled rows."""
+    classes = Counter(row.label for row in train.good() if row.label is not None)
+    answers = Counter(normalized(truth) for row in train.good() for truth in row.truths)
+    rows = list(test.good())
+    if classes:
+        [(label, _)] = classes.most_common(1)
+        right = [float(row.label == label) for row in rows]
+    else:
+        [(answer, _)] = answers.most_common(1)
+        right = [vqa.score(answer, row.truths) for row in rows]
+    return mean_of(np.array(right), groups=[f"{row.image} and {row.second_image}" for row in rows])
 
 
 def mean_over(several: Sequence[Outcomes]) -> Result:

@@ -53,6 +53,7 @@ TOKENS, QUEUE = 25, 65_536
 CASES = ("same_precision", "as_published")
 CPU = torch.device("cpu")
 ROWS = {"pairs": 128}  # of a step at size base on a GPU of 80 GB; halved where too many
+LADDER_ROUNDS = 4  # of each trick
 COMPARED = ("equal",)  # inputs on which the losses of both sides are compared
 
 
@@ -272,17 +273,17 @@ def queue_of(size: str, rows: int) -> int:
     return QUEUE if size == "base" else 64 * rows
 
 
-def compare_case(ours: side_by_side.Apart, peer: side_by_side.Apart, case: str) -> dict[str, Any]:
+def compare_case(ours: side_by_side.Apart, peer: side_by_side.Apart, case: str, rounds: int | None) -> dict[str, Any]:
     as_published = case == "as_published"
     steps = partial(ours, "step"), partial(peer, "step", as_published)
-    return compare(case, *steps, lambda: (ours("memory"), peer("memory", as_published)))
+    return compare(case, *steps, lambda: (ours("memory"), peer("memory", as_published)), rounds)
 
 
-def ladder(size: str, rows: int, rounds: int, ours: side_by_side.Apart) -> dict[str, float]:
+def ladder(size: str, rows: int, ours: side_by_side.Apart) -> dict[str, float]:
     """Of the fastest steps."""
     given_back = side_by_side.Apart(Ours, size, rows, False)
     without = {trick: partial(ours, "without", trick) for trick in WITHOUT} | {GIVEN_BACK: partial(given_back, "step")}
-    timed = partial(side_by_side.interleaved, rounds=rounds)
+    timed = partial(side_by_side.interleaved, rounds=LADDER_ROUNDS)
     rungs = side_by_side.ladder(partial(ours, "step"), without, of=min, timed=timed)
     given_back.end()
     return rungs
@@ -293,7 +294,8 @@ def main() -> None:
     parser.add_argument("--size", default="base", choices=("tiny", "base"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--case", choices=CASES, help="of these alone")
-    parser.add_argument("--rounds", type=int, default=4, help="of each trick of the ladder; 0: no ladder")
+    parser.add_argument("--rounds", type=int, help="of each case; None: 5, or 3 where a round takes over 30 s")
+    parser.add_argument("--no-ladder", action="store_true")
     arguments = parser.parse_args()
     size, rows = arguments.size, arguments.batch
     if size == "base":
@@ -303,9 +305,9 @@ def main() -> None:
     kind, results = ours("precision"), {}
     print(f"ours in {kind}", flush=True)
     for case in CASES if arguments.case is None else (arguments.case,):
-        results[case] = compare_case(ours, peer, case)
+        results[case] = compare_case(ours, peer, case, arguments.rounds)
     peer.end()
-    rungs = ladder(size, rows, arguments.rounds, ours) if arguments.rounds else {}
+    rungs = {} if arguments.no_ladder else ladder(size, rows, ours)
     if size == "base":
         same = {"precision": kind, "batch": rows, "tokens": TOKENS, "queue": queue_of(size, rows)}
         name = side_by_side.of_this_class("albef_step")

@@ -27,6 +27,7 @@ from albef_runs import (
     NO_QUEUE,
     Photographs,
     alone,
+    always_the_commonest,
     as_json,
     compared,
     mean_over,
@@ -39,7 +40,11 @@ from albef_runs import (
 )
 
 from trivium.cli import main as trivium
+from trivium.data.labelled_tables import Columns, read_tables
+from trivium.data.statements import read_nlvr2
+from trivium.data.vqa import read_vqa
 from trivium.evaluate.outcomes import Outcomes
+from trivium.evaluate.results import Result
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,21 @@ def main() -> None:
     table(cell, seeds, command)
 
 
+def commonest(cell: Cell) -> dict[str, Result]:
+    """What the answer that is commonest in training comes to, of each column that has one."""
+    paths = {split: [str(path)] for split, path in cell.photographs.entailment().items()}
+    judged = read_tables(
+        paths["train"], paths["dev"], paths["test"], Columns(), kind="pairs", regression=False, held_out_share=0.0
+    )
+    stated = read_nlvr2(str(cell.made_scenes("nlvr2")))
+    asked = read_vqa(str(cell.made_scenes("vqa")))
+    return {
+        "VE": always_the_commonest(judged.train, judged.held_out["test"]),
+        "NLVR2": always_the_commonest(stated.train, stated.held_out["dev"]),
+        "VQA": always_the_commonest(asked.train, asked.held_out["dev"]),
+    }
+
+
 FOLDERS = {"TR": "retrieval", "IR": "retrieval", "VE": "entailment", "NLVR2": "nlvr2", "VQA": "vqa"}
 HOLDS = {"better": "holds", "worse": "reversed"}
 
@@ -280,6 +300,8 @@ def table(cell: Callable[[str, int], Cell], seeds: list[int], command: str) -> N
             fewer = f", {len(several)} of {len(seeds)} seeds" if several and len(several) < len(seeds) else ""
             cells.append(f"{per_cent(result)}{fewer} ({facts.published[place]:.2f}{more})")
         lines.append(f"| {facts.title} | {' | '.join(cells)} |")
+    floors = commonest(any_cell)
+    lines.append(f"| commonest answer of training | {' | '.join(per_cent(floors.get(name)) for name in COLUMNS)} |")
     lines += ["", "| ordering | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     orderings: dict[str, Any] = {}
     of_seeds = {name: spread([list(row[name].values()) for row in found.values() if name in row]) for name in COLUMNS}
@@ -302,7 +324,8 @@ def table(cell: Callable[[str, int], Cell], seeds: list[int], command: str) -> N
             cells.append(f"{per_cent(gap)} {holds} (paper {papers:+.2f})")
         lines.append(f"| {ROWS[row].title} over {ROWS[other].title} | {' | '.join(cells)} |")
     print("\n".join(lines))
-    written = side_by_side.write("albef_table1", results, command=command, orderings=orderings)
+    written = side_by_side.write("albef_table1", results, command=command, orderings=orderings,
+                                commonest={name: as_json(result) for name, result in floors.items()})  # fmt: skip
     written.with_suffix(".md").write_text("\n".join([*lines, "", f"    {command}", ""]), encoding="utf-8")
 
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trivium.data.labelled import UNSEEN, Columns, LabelledRows, Row, Splits, is_labelled, read_tables
+from trivium.data.labelled import UNSEEN, LabelledRows, Row, Splits, is_labelled
+from trivium.data.labelled_tables import Columns, read_tables
 from trivium.data.order import Order
 from trivium.data.sources import open_source
 from trivium.data.vqa import read_questions

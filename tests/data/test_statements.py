@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.drawn import drawn_picture
 from tests.data.test_vqa import lines, write
-from trivium.data.labelled import Columns
+from trivium.data.labelled_tables import Columns
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
 from trivium.data.statements import read_assignments, read_nlvr2

@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from tests.recipes.shop import digests, trivium
 from trivium.bundle import Bundle
-from trivium.data.labelled import LabelledRows, read_tables
+from trivium.data.labelled import LabelledRows
+from trivium.data.labelled_tables import Columns, read_tables
 from trivium.data.order import Draws
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
@@ -478,7 +479,7 @@ def test_a_task_of_ones_own_is_one_more_entry(data: Path, tmp_path: Path, monkey
     table.write_text("text,label\n" + "".join(f"word {n},{'glad' if n % 2 else 'sad'}\n" for n in range(40)))
     own = replace(
         TASKS["text_classification"], name="moods", title="moods",
-        open=lambda given: read_tables(given.train, given.dev, (), columns(), kind="text", regression=False,
+        open=lambda given: read_tables(given.train, given.dev, (), Columns(), kind="text", regression=False,
                                        held_out_share=0.2),
     )  # fmt: skip
     monkeypatch.setitem(TASKS, "moods", own)
@@ -531,12 +532,6 @@ def test_pictures_with_more_boxes_than_queries_are_told(data: Path) -> None:
         f"vg: {more} of 12 training pictures have more boxes than its 3 queries can find, at most {max(most)}:"
         f" --tasks.vg.num-queries {max(most)} would hold them all"
     ]
-
-
-def columns() -> object:
-    from trivium.data.labelled import Columns
-
-    return Columns()
 
 
 def test_mistakes_are_one_sentence(data: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from trivium.data.labelled import Columns, LabelledRows, Row, Splits
+from trivium.data.labelled import LabelledRows, Row, Splits
+from trivium.data.labelled_tables import Columns
 from trivium.data.records import Record, json_elements, json_lines, records
 from trivium.data.tables import IMAGE_COLUMNS, TEXT_COLUMNS
 from trivium.errors import BadSample, TriviumError

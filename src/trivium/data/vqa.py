@@ -30,7 +30,8 @@ from dataclasses import replace
 from typing import Any
 
 from trivium.data.answers import normalized, soft_scores
-from trivium.data.labelled import Columns, LabelledRows, Row, Splits, good, open_tables
+from trivium.data.labelled import LabelledRows, Row, Splits
+from trivium.data.labelled_tables import Columns, good, open_tables
 from trivium.data.records import Record, json_elements, json_object
 from trivium.errors import BadSample, TriviumError
 

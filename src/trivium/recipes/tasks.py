@@ -25,7 +25,8 @@ import torch
 from trivium.data.files import Kind
 from trivium.data.glue import read_glue
 from trivium.data.image_text_tasks import read_hateful_memes, read_snli_ve
-from trivium.data.labelled import Columns, Splits, read_tables
+from trivium.data.labelled import Splits
+from trivium.data.labelled_tables import Columns, read_tables
 from trivium.data.small_vqa import read_daquar, read_easy_vqa
 from trivium.data.statements import read_assignments, read_nlvr2
 from trivium.data.vqa import read_questions, read_vqa
