@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,7 @@ def main() -> None:
     command += f" --tuning-steps {given.tuning_steps} --scenes {given.scenes}"
     seeds = sorted({*given.seeds, *(int(path.name.removeprefix("seed-")) for path in given.out.glob("seed-*"))})
     command += f" --seeds {' '.join(map(str, seeds))}"  # those of other processes too
-    table(cell, seeds, command)
+    table(cell, seeds, command, commonest(cell(next(iter(ROWS)), seeds[0])))
 
 
 def commonest(cell: Cell) -> dict[str, Result]:
@@ -254,8 +254,8 @@ FOLDERS = {"TR": "retrieval", "IR": "retrieval", "VE": "entailment", "NLVR2": "n
 HOLDS = {"better": "holds", "worse": "reversed"}
 
 
-def table(cell: Callable[[str, int], Cell], seeds: list[int], command: str) -> None:
-    """What is done, as a page and as numbers."""
+def table(cell: Callable[[str, int], Cell], seeds: list[int], command: str, floors: Mapping[str, Result]) -> None:
+    """What is done, as a page and as numbers. floors: by column, of what has learned nothing."""
     found: dict[str, dict[str, dict[int, Outcomes]]] = {}  # by row, column and seed
     for row in ROWS:
         for name, column in COLUMNS.items():
@@ -300,7 +300,6 @@ def table(cell: Callable[[str, int], Cell], seeds: list[int], command: str) -> N
             fewer = f", {len(several)} of {len(seeds)} seeds" if several and len(several) < len(seeds) else ""
             cells.append(f"{per_cent(result)}{fewer} ({facts.published[place]:.2f}{more})")
         lines.append(f"| {facts.title} | {' | '.join(cells)} |")
-    floors = commonest(any_cell)
     lines.append(f"| commonest answer of training | {' | '.join(per_cent(floors.get(name)) for name in COLUMNS)} |")
     lines += ["", "| ordering | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     orderings: dict[str, Any] = {}

@@ -12,9 +12,11 @@ import albef_table1
 import numpy as np
 import pytest
 import side_by_side
+from albef_runs import always_the_commonest
 
 from trivium.cli.overrides import set_overrides
-from trivium.evaluate import outcomes, results
+from trivium.data.labelled import LabelledRows, Row
+from trivium.evaluate import outcomes, results, vqa
 from trivium.evaluate.outcomes import Outcomes
 from trivium.evaluate.results import Result
 from trivium.recipes.albef import albef
@@ -55,7 +57,7 @@ def test_table_1_gives_verdicts_on_cells_of_all_seeds_and_marks_the_others(
             for folder in albef_table1.FOLDERS.values():
                 (cell(row, seed).folder / folder).mkdir(parents=True, exist_ok=True)
                 (cell(row, seed).folder / folder / "results.json").write_text("{}")
-    albef_table1.table(cell, [0, 1], "the command")
+    albef_table1.table(cell, [0, 1], "the command", {"VE": Result(0.34, 0.32, 0.36)})
     lines = (written / "albef_table1.md").read_text().splitlines()
     [full, part] = [line for line in lines if line.startswith(("| ITC + MLM + ITM |", "| ITC + MLM + ITM_hard |"))]
     assert full.startswith("| ITC + MLM + ITM | 50.5 [") and "of 2 seeds" not in full
@@ -67,6 +69,7 @@ def test_table_1_gives_verdicts_on_cells_of_all_seeds_and_marks_the_others(
     ]
     assert " (97.83, at 14M 98.70) |" in whole and " (97.83) |" in quarter
     assert any("statements and questions on scenes" in line for line in lines)
+    assert "| commonest answer of training | – | – | 34.0 [32.0, 36.0] | – | – |" in lines
     orderings = json.loads((written / "albef_table1.json").read_text())["orderings"]
     told = {name: {cell["verdict"] for cell in row.values()} for name, row in orderings.items()}
     assert told["itc over mlm-itm"] == {"holds"}
@@ -75,6 +78,24 @@ def test_table_1_gives_verdicts_on_cells_of_all_seeds_and_marks_the_others(
     assert orderings["itc over mlm-itm"]["TR"]["each seed"] == pytest.approx([0.3, 0.3])
     assert orderings["albef over quarter"]["TR"]["paper"] == pytest.approx(98.70 - 97.83)
     assert orderings["albef over full"]["TR"]["paper"] == pytest.approx(97.83 - 97.47)
+
+
+def test_the_commonest_of_training_is_tried_on_the_test_rows() -> None:
+    def rows(*several: Row) -> LabelledRows:
+        return LabelledRows(list(several), "pairs")
+
+    def judged(label: int) -> Row:
+        return Row("t.csv", "row", "0", image="a.png", label=label)
+
+    def asked(*truths: str) -> Row:
+        return Row("q.json", "entry", "0", image="a.png", answers={0: 1.0}, truths=truths)
+
+    of_classes = always_the_commonest(rows(judged(1), judged(1), judged(0)), rows(judged(0), judged(1), judged(0)))
+    assert of_classes.value == pytest.approx(1 / 3)  # not the commonest of the test rows
+    train = rows(asked("Two", "two", "2"), asked("red"))
+    test = rows(asked(*["2"] * 10), asked("two", *["red"] * 9), asked(*["red"] * 10))
+    assert always_the_commonest(train, test).value == pytest.approx((1 + vqa.score("2", test.row(1).truths) + 0) / 3)
+    assert 0 < vqa.score("2", test.row(1).truths) < 1  # one of ten said so
 
 
 def noisy(out: Path, mean: float, pairs: str, steps: int = 30) -> None:
