@@ -14,15 +14,22 @@ Runs that are done are not repeated, and all that are done are summed up. Writes
 from __future__ import annotations
 
 import argparse
-import json
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import side_by_side
-from albef_runs import ENTAILMENT, NO_QUEUE, Photographs, as_json, difference, mean_over, run, tiny_tuning, units
+from albef_runs import (
+    ENTAILMENT,
+    NO_QUEUE,
+    Photographs,
+    always_the_commonest,
+    as_json,
+    difference,
+    run,
+    tiny_tuning,
+    units,
+)
 
 from trivium.evaluate import results
 from trivium.evaluate.results import Result
@@ -96,14 +103,10 @@ def main() -> None:
 def beside(photographs: Photographs) -> dict[str, Result]:
     """What the photographs add to the hypotheses, and the answer that is commonest in training."""
     whole, blind = (units(photographs.out / FOLDERS[name], [ACCURACY]) for name in (WHOLE, BLIND))
-    paths = photographs.entailment()
-    labels = {split: [json.loads(line)["label"] for line in path.read_text().splitlines()]
-              for split, path in paths.items()}  # fmt: skip
-    [(commonest, _)] = Counter(labels["train"]).most_common(1)
-    always = replace(whole, values=np.array([float(label == commonest) for label in labels["test"]]))
+    commonest, always = always_the_commonest(photographs.judged(), "test")
     return {
         f"{WHOLE}, less hypothesis alone": difference([whole], [blind]),
-        f"{WHOLE}, always {commonest}": mean_over([always]),
+        f"{WHOLE}, always {commonest}": always,
     }
 
 

@@ -26,7 +26,8 @@ import seeds
 from trivium.cli import main as trivium
 from trivium.cli.overrides import set_overrides, split_overrides
 from trivium.data.answers import normalized
-from trivium.data.labelled import LabelledRows
+from trivium.data.labelled import Splits
+from trivium.data.labelled_tables import Columns, read_tables
 from trivium.data.tokenizer import Tokenizer
 from trivium.evaluate import outcomes, vqa
 from trivium.evaluate.outcomes import Outcomes
@@ -110,6 +111,11 @@ class Photographs:
             if not paths["test"].is_file():
                 self._write_entailment(folder, paths)
         return paths
+
+    def judged(self) -> Splits:
+        """The rows of these tables."""
+        train, dev, test = ([str(self.entailment()[split])] for split in ("train", "dev", "test"))
+        return read_tables(train, dev, test, Columns(), kind="pairs", regression=False, held_out_share=0.0)
 
     def _write_entailment(self, folder: Path, paths: dict[str, Path]) -> None:
         rows = pq.read_table(self.root / "flickr8k" / "entailment.parquet").to_pylist()
@@ -201,18 +207,18 @@ def units(out: Path, figures: Sequence[str]) -> Outcomes:
     return replace(several[0], values=np.mean([each.values for each in several], axis=0))
 
 
-def always_the_commonest(train: LabelledRows, test: LabelledRows) -> Result:
-    """What always giving the answer or class that is commonest in training comes to on labelled rows."""
-    classes = Counter(row.label for row in train.good() if row.label is not None)
-    answers = Counter(normalized(truth) for row in train.good() for truth in row.truths)
-    rows = list(test.good())
+def always_the_commonest(splits: Splits, split: str) -> tuple[str, Result]:
+    """The class or answer that is commonest in training, and what always giving it comes to on a held-out split."""
+    classes = Counter(row.label for row in splits.train.good() if row.label is not None)
+    rows = list(splits.held_out[split].good())
     if classes:
         [(label, _)] = classes.most_common(1)
-        right = [float(row.label == label) for row in rows]
+        name, right = splits.labels[label], [float(row.label == label) for row in rows]
     else:
-        [(answer, _)] = answers.most_common(1)
-        right = [vqa.score(answer, row.truths) for row in rows]
-    return mean_of(np.array(right), groups=[f"{row.image} and {row.second_image}" for row in rows])
+        answers = Counter(normalized(truth) for row in splits.train.good() for truth in row.truths)
+        [(name, _)] = answers.most_common(1)
+        right = [vqa.score(name, row.truths) for row in rows]
+    return name, mean_of(np.array(right), groups=[f"{row.image} and {row.second_image}" for row in rows])
 
 
 def mean_over(several: Sequence[Outcomes]) -> Result:

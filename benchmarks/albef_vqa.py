@@ -31,15 +31,27 @@ from typing import Any
 
 import numpy as np
 import side_by_side
-from albef_runs import as_json, difference, mean_over, per_cent, run, tenth, tiny_tuning, units, write_beside
+from albef_runs import (
+    always_the_commonest,
+    as_json,
+    difference,
+    mean_over,
+    per_cent,
+    run,
+    tenth,
+    tiny_tuning,
+    units,
+    write_beside,
+)
 
 from trivium.data.labelled import LabelledRows
 from trivium.data.scene_files import write_scenes
 from trivium.data.scenes import Scenes
 from trivium.data.small_vqa import PicturesInMemory, read_daquar, read_easy_vqa
+from trivium.data.statements import read_nlvr2
 from trivium.evaluate import results, vqa
 from trivium.evaluate.outcomes import Outcomes
-from trivium.evaluate.results import Result, mean_of
+from trivium.evaluate.results import Result
 
 TIMES = {"easy-vqa": 1, "daquar": 5}  # runs, each with its own seed, of DAQUAR with its own held-out tenth too
 ROOMS = {"data.image-size": 128, "data.crop-scale": [0.4, 1], "data.random-changes": 2}
@@ -226,10 +238,8 @@ def statements(out: Path, count: int, tuned: Any) -> dict[str, Result]:
         "statement alone": tuned("nlvr2-blind", "nlvr2", {**nlvr2, "data.blank-pictures": "true"}),
     }
     found = {name: results.read(each / "results.json")["NLVR2.dev.accuracy"] for name, each in runs.items()}
-    judged = [json.loads(line) for line in (folder / "nlvr2" / "data" / "dev.json").read_text().splitlines()]
-    [(commonest, _)] = Counter(each["label"] for each in judged).most_common(1)
-    right = np.array([float(each["label"] == commonest) for each in judged])
-    found[f"always {commonest}"] = mean_of(right, groups=[each["identifier"].rpartition("-")[0] for each in judged])
+    commonest, always = always_the_commonest(read_nlvr2(str(folder / "nlvr2")), "dev")
+    found[f"always {commonest}"] = always
     mine, other = (units(each, ["NLVR2.dev.accuracy"]) for each in list(runs.values())[:2])
     found["what text assignment adds"] = difference([mine], [other])
     assignment = results.read(assigned / "results.json")["text assignment.dev.accuracy"]

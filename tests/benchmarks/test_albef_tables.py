@@ -15,7 +15,7 @@ import side_by_side
 from albef_runs import always_the_commonest
 
 from trivium.cli.overrides import set_overrides
-from trivium.data.labelled import LabelledRows, Row
+from trivium.data.labelled import LabelledRows, Row, Splits
 from trivium.evaluate import outcomes, results, vqa
 from trivium.evaluate.outcomes import Outcomes
 from trivium.evaluate.results import Result
@@ -81,8 +81,8 @@ def test_table_1_gives_verdicts_on_cells_of_all_seeds_and_marks_the_others(
 
 
 def test_the_commonest_of_training_is_tried_on_the_test_rows() -> None:
-    def rows(*several: Row) -> LabelledRows:
-        return LabelledRows(list(several), "pairs")
+    def splits(train: list[Row], test: list[Row], labels: tuple[str, ...] = ()) -> Splits:
+        return Splits(LabelledRows(train, "pairs"), {"test": LabelledRows(test, "pairs")}, labels)
 
     def judged(label: int) -> Row:
         return Row("t.csv", "row", "0", image="a.png", label=label)
@@ -90,12 +90,14 @@ def test_the_commonest_of_training_is_tried_on_the_test_rows() -> None:
     def asked(*truths: str) -> Row:
         return Row("q.json", "entry", "0", image="a.png", answers={0: 1.0}, truths=truths)
 
-    of_classes = always_the_commonest(rows(judged(1), judged(1), judged(0)), rows(judged(0), judged(1), judged(0)))
-    assert of_classes.value == pytest.approx(1 / 3)  # not the commonest of the test rows
-    train = rows(asked("Two", "two", "2"), asked("red"))
-    test = rows(asked(*["2"] * 10), asked("two", *["red"] * 9), asked(*["red"] * 10))
-    assert always_the_commonest(train, test).value == pytest.approx((1 + vqa.score("2", test.row(1).truths) + 0) / 3)
-    assert 0 < vqa.score("2", test.row(1).truths) < 1  # one of ten said so
+    classes = splits([judged(1), judged(1), judged(0)], [judged(0), judged(1), judged(0)], ("no", "yes"))
+    name, result = always_the_commonest(classes, "test")
+    assert (name, result.value) == ("yes", pytest.approx(1 / 3))  # not the commonest of the test rows
+    mixed = asked("two", *["red"] * 9)
+    answers = splits([asked("Two", "two", "2"), asked("red")], [asked(*["2"] * 10), mixed, asked(*["red"] * 10)])
+    name, result = always_the_commonest(answers, "test")
+    assert (name, result.value) == ("2", pytest.approx((1 + vqa.score("2", mixed.truths) + 0) / 3))
+    assert 0 < vqa.score("2", mixed.truths) < 1  # one of ten said so
 
 
 def noisy(out: Path, mean: float, pairs: str, steps: int = 30) -> None:
