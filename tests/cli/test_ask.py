@@ -340,7 +340,7 @@ def vqa_of_albef(root: Path, entries: list[dict]) -> Path:
     (root / "vg_qa.json").write_text(json.dumps([genome]))
     (root / "vqa_val.json").write_text(json.dumps([good]))
     (root / "vqa_test.json").write_text(json.dumps([{**good, "answer": None, "question_id": 9}]))
-    (root / "answer_list.json").write_text(json.dumps(["red", "dark blue", "don't know", "plaid"]))
+    (root / "answer_list.json").write_text(json.dumps(["red", "dark blue", "don't know", "plaid", "red " * 40]))
     return root
 
 
@@ -363,8 +363,9 @@ def test_albefs_own_files_are_read_and_what_is_wrong_is_told_by_entry(
     assert "train: 1 texts have more than 12 tokens and are cut there; the first: " in told and "(entry 3)" in told
     assert "2 of 6 questions have no answer that is in the list" in told and '(entry 4), "green"' in told
     assert any("absent.png" in line["sample"] for line in lines_of(out / "skipped.jsonl"))
-    assert "1 of 4 answers hold what the vocabulary has no word piece for" in told and '"plaid"' in told
-    assert trivium.load(out).labels == ["red", "dark blue", "don't know", "plaid"]  # type: ignore[operator]
+    assert "answers of the list have more than" in told and '"red red red' in told
+    assert "1 of 5 answers hold what the vocabulary has no word piece for" in told and '"plaid"' in told
+    assert trivium.load(out).labels == ["red", "dark blue", "don't know", "plaid", ("red " * 40).strip()]  # type: ignore[operator]
     submission = json.loads((out / "predictions" / "test.json").read_text())
     assert [answer["question_id"] for answer in submission] == [9]
     assert figures(out)["VQAv2"] == found["VQAv2.dev.accuracy"]

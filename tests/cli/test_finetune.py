@@ -266,6 +266,18 @@ def test_a_test_split_without_its_pictures_costs_itself_alone(
     assert "test: none of its rows can be read; the first: " in told and "gone.png does not exist" in told
 
 
+def test_a_dev_split_without_its_pictures_is_found_before_training(
+    flava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out, dev = pictures(tmp_path), tmp_path / "run", tmp_path / "dev.csv"
+    dev.write_text("image,caption,label\ngone.png,a film,red\nlost.png,a film,blue\n")
+    words = ["--init", flava, "--out", out, "--data", data, "--data.dev", dev, *flags()]
+    assert run("finetune", "image_text_classification", *words) == 2
+    told = capsys.readouterr().err
+    assert "dev: none of its first 2 rows can be read; the first: " in told and "gone.png does not exist" in told
+    assert not out.exists()
+
+
 def test_what_training_and_held_out_rows_share_is_said(
     bert: Path, flava: Path, reviews: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

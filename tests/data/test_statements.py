@@ -128,7 +128,8 @@ def test_texts_are_assigned_by_the_columns_that_are_named_and_in_the_test_split_
 
 def test_one_answer_to_a_question(tmp_path: Path) -> None:
     lines(
-        tmp_path / "train.jsonl", *({"image": "a.png", "question": "what?", "answer": a} for a in ("no", "two", "no"))
+        tmp_path / "train.jsonl",
+        *({"image": "a.png", "question": "what?", "answer": a} for a in ("no", "two", "no", "")),
     )
     lines(tmp_path / "dev.jsonl", {"image": "a.png", "question": "what?", "answer": "six"},
           {"image": "a.png", "question": "what?", "answer": "two"}, {"image": "a.png", "answer": "two"})  # fmt: skip
@@ -140,6 +141,7 @@ def test_one_answer_to_a_question(tmp_path: Path) -> None:
     assert (known.answers, known.truths) == ({1: 1.0}, ("two",))
     assert '(line 1), "six"' in splits.notes[0]
     assert isinstance(splits.held_out["dev"].rows[2], BadSample)
+    assert "it has no answer" in str(splits.train.rows[3]), "it costs itself alone"
     (tmp_path / "a.png").write_bytes(drawn_picture(0))
     assert splits.train.read(0, 0)["written"] == {"no": 1.0}
 
@@ -165,3 +167,8 @@ def test_answers_of_albefs_files_have_the_weights_of_the_paper(tmp_path: Path) -
     assert splits.train.row(1).image == f"{tmp_path}/vg/a.png"
     assert splits.train.row(1).answers == {1: 1.0}  # in normal form it is in the list
     assert "neither a text nor a list" in str(splits.held_out["dev"].rows[1])
+    assert not any("stands there again" in note for note in splits.notes)
+    write(tmp_path / "answer_list.json", ["no", "2", "No ", "2"])
+    splits = read_vqa(str(tmp_path))
+    assert splits.labels == ("no", "2")
+    assert any('stands there again is left out: "No" (entry 2), as entry 0' in note for note in splits.notes)

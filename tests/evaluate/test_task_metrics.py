@@ -94,6 +94,16 @@ def test_an_interval_holds_the_value_and_narrows_with_more_samples() -> None:
     assert widths[1] < widths[0] / 5
 
 
+def test_the_commonest_answer_is_one_that_can_be_given() -> None:
+    def found(*truths: str) -> tasks.Predictions:
+        rows = [Row("vqa.json", f"entry {n}", str(n), answers={}, truths=(each,)) for n, each in enumerate(truths)]
+        nothing = np.zeros(len(rows))
+        return tasks.Predictions(rows, nothing.astype(int), nothing, nothing, ("Two", "red"), [])
+
+    assert tasks.chance("accuracy", found("zebra", "zebra", "red", "two", "2")) == 0.4
+    assert tasks.chance("accuracy", found("zebra")) is None
+
+
 def test_statements_on_one_pair_of_pictures_are_drawn_together() -> None:
     """Four to a pair, all right or all wrong, and two pairs that share their left picture."""
     rows = [

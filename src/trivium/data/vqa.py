@@ -180,7 +180,8 @@ def read_questions(
         )
     number_of = {answer: number for number, answer in enumerate(labels)}
     splits = {
-        name: LabelledRows([_one_answer(each, number_of) for each in found], "pairs") for name, found in opened.items()
+        name: LabelledRows([_one_answer(each, number_of, trained=name == "train") for each in found], "pairs")
+        for name, found in opened.items()
     }
     for name, rows in splits.items():
         outside = [row for row in rows.good() if row.truths and not row.answers]
@@ -192,10 +193,12 @@ def read_questions(
     return Splits(splits.pop("train"), splits, labels, notes=notes)
 
 
-def _one_answer(each: tuple[Row, str] | BadSample, number_of: Mapping[str, int]) -> Row | BadSample:
-    if isinstance(each, BadSample) or not each[1]:
-        return each if isinstance(each, BadSample) else each[0]
+def _one_answer(each: tuple[Row, str] | BadSample, number_of: Mapping[str, int], trained: bool) -> Row | BadSample:
+    if isinstance(each, BadSample):
+        return each
     row, answer = each
+    if not answer:
+        return BadSample(row.file, row.where, "it has no answer, and the model is trained on it") if trained else row
     answers = {number_of[answer]: 1.0} if answer in number_of else {}
     return replace(row, answers=answers, truths=(answer,))
 
@@ -217,7 +220,8 @@ def _read_albef(root: str, min_questions: int) -> Splits:
     }
     notes = []
     if os.path.isfile(listed := os.path.join(root, "answer_list.json")):
-        labels = _answer_list(listed)
+        labels, doubles = _answer_list(listed)
+        notes += doubles
     else:
         given = [row for name in ("train", "dev") for row in found[name] if isinstance(row, Row) and row.truths]
         counts = Counter(Counter(map(normalized, row.truths)).most_common(1)[0][0] for row in given)
@@ -245,16 +249,22 @@ def outside_list(name: str, rows: LabelledRows, answers: Collection[str]) -> lis
     ]
 
 
-def _answer_list(file: str) -> tuple[str, ...]:
-    """Raises TriviumError."""
-    labels = []
+def _answer_list(file: str) -> tuple[tuple[str, ...], list[str]]:
+    """Each answer once, whatever its case, since one that stands there twice is ranked twice, with a part of its share
+    each; and a sentence on those. Raises TriviumError."""
+    first: dict[str, tuple[str, str]] = {}
+    doubles = []
     for record in json_elements(file):
         if not isinstance(record.fields, str) or not record.fields.strip():
             raise TriviumError(f"{file} ({record.entry}) is no answer: the file must hold a list of texts")
-        labels.append(record.fields.strip())
-    if len(labels) < 2:
-        raise TriviumError(f"{file} holds {len(labels)} answers: two at least are needed")
-    return tuple(labels)
+        answer = record.fields.strip()
+        entry, _ = first.setdefault(answer.casefold(), (record.entry, answer))
+        if entry != record.entry:
+            doubles.append(f'"{answer}" ({record.entry}), as {entry}')
+    if len(first) < 2:
+        raise TriviumError(f"{file} holds {len(first)} answers: two at least are needed")
+    labels = tuple(answer for _, answer in first.values())
+    return labels, [f"{file}: what stands there again is left out: {doubles[0]}"] if doubles else []
 
 
 def _albef_rows(file: str) -> list[Row | BadSample]:

@@ -67,7 +67,11 @@ def chance(metric: str, found: Predictions) -> float | None:
     """What always giving the commonest class or answer comes to, of those that can be given; None where there is none,
     or it was not measured."""
     if found.rows[0].answers is not None:
-        [(commonest, _)] = Counter(normalized(each) for row in found.rows for each in row.truths).most_common(1)
+        given = {normalized(label) for label in found.labels}
+        truths = Counter(normalized(each) for row in found.rows for each in row.truths)
+        if not (can_be := {answer: number for answer, number in truths.items() if answer in given}):
+            return None
+        commonest = max(can_be, key=can_be.__getitem__)
         return float(np.mean([vqa.score(commonest, row.truths) for row in found.rows]))
     labels = np.array([row.label for row in found.rows if row.label is not None], dtype=np.int64)
     if metric == "auroc":

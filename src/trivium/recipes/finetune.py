@@ -19,7 +19,7 @@ from trivium.data import leakage
 from trivium.data.labelled import LabelledRows, Splits, is_labelled
 from trivium.data.random_augment import RandomAugment
 from trivium.data.small_vqa import as_answers
-from trivium.data.task_collate import TaskCollate, TaskImage, TaskText
+from trivium.data.task_collate import TaskCollate, TaskImage, TaskText, cut
 from trivium.data.tokenizer import ANSWER_TOKENS
 from trivium.data.views import Views
 from trivium.errors import TriviumError
@@ -39,7 +39,7 @@ from trivium.models.finetuned import FineTuned, Gives, HeadConfig, Reads, read, 
 from trivium.recipes import limits
 from trivium.recipes.chosen import keep_best, many_passes, steps_per_epoch, with_steps
 from trivium.recipes.grounding import GROUNDING, GroundingRecipe
-from trivium.recipes.predict import predict, tell_held_out, title_of
+from trivium.recipes.predict import check_readable, predict, tell_held_out, title_of
 from trivium.recipes.prepared import Losses, Prepared, Recipe, mixtures
 from trivium.recipes.retrieval import RETRIEVAL, RetrievalRecipe
 from trivium.recipes.start import open_trained, told_of_fusion
@@ -213,6 +213,9 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
                 f"{int(unknown.sum()):,} of {len(unknown):,} answers hold what the vocabulary has no word piece for,"
                 f' and cannot be written; the first: "{splits.labels[int(unknown.int().argmax())]}"'
             )
+        trained = {answer for row in splits.train.good() for answer in row.truths}  # said with the rows
+        listed = [(f'"{answer[:40]}"', answer) for answer in splits.labels if answer not in trained]
+        notes += cut("answers of the list", collate.writes, collate.answer_length, listed)
     made = Answering if config.gives == "text" else TextAssignment if task.name == "text_assignment" else FineTuning
     method = made(
         FineTuned(model, head, config, answers_KT), Pixels(transform.mean, transform.std),
@@ -227,6 +230,8 @@ def _prepare(recipe: FinetuneRecipe, name: str, arguments: dict[str, Any], resum
             f"there is no labelled dev split to choose a checkpoint by, only {', '.join(tests)}: give one, or choose by"
             f" --select-on {tests[0]}.{task.reported}"
         )
+    for split in named if task.reads != "text" else ():
+        check_readable(split, splits.held_out[split])
     select = recipe.select_on or f"{named[0]}.{task.reported}"
     if select not in (known := [f"{split}.{metric}" for split in _labelled(splits) for metric in task.metrics]):
         raise TriviumError(f"--select-on {select}: no such figure is measured: use one of {', '.join(known)}")

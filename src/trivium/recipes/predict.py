@@ -28,6 +28,8 @@ from trivium.models.finetuned import Reads
 from trivium.recipes.tasks import Task
 from trivium.train.protocol import Batch, Method
 
+FIRST_LOOKS = 100  # rows of a split whose pictures are looked for before the run
+
 
 class NoneReadable(TriviumError):
     """No row of a split can be read."""
@@ -35,6 +37,22 @@ class NoneReadable(TriviumError):
     def __init__(self, bad: list[str], is_final: bool) -> None:
         super().__init__(f"none of its rows can be read; the first: {bad[0] if bad else 'there is none'}")
         self.is_final = is_final  # False: one of them may be readable another time
+
+
+def check_readable(split: str, rows: LabelledRows) -> None:
+    """That one of the first pictures of a split is there, before hours are spent on what could not be measured. Raises
+    TriviumError."""
+    bad = []
+    for number in range(min(FIRST_LOOKS, len(rows))):
+        try:
+            rows.picture(number)
+            return
+        except UnreadableNow:  # another time it may be
+            return
+        except BadSample as error:
+            bad.append(error)
+    if bad:
+        raise TriviumError(f"{split}: none of its first {len(bad):,} rows can be read; the first: {bad[0]}")
 
 
 def tell_held_out(
