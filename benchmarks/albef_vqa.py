@@ -3,8 +3,8 @@
     pip download --no-deps easy-vqa --dest EASY
     python benchmarks/albef_vqa.py --easy-vqa EASY/easy_vqa-1.0-py3-none-any.whl --data.root DATA --out runs/albef-vqa
 
-    easy-vqa      the official test questions; answers written and ranked. Beside it: the same without the pictures, and
-                  the answer that is commonest in training
+    easy-vqa      the official test questions; answers written and ranked. Beside it: the same without the pictures, a
+                  linear model of the questions' words (scikit-learn), and the answer that is commonest in training
     daquar        questions with a single answer; likewise. Five runs, each of which holds out another tenth of the
                   photographs, those with md5(file) % 10 = 0 to 4: one tenth alone has 635 questions on 78 photographs,
                   which tell little apart. It begins from `--init`, which should have seen photographs:
@@ -61,6 +61,7 @@ PARTS = {  # and the runs of each below OUT
     "nlvr2": ("nlvr2-assigned", "nlvr2-prepared", "nlvr2-plain", "nlvr2-blind"),
 }  # fmt: skip
 ASKED = ("image", "question", "answer")  # columns
+LINEAR = "words of the question, linear"
 QUESTIONS = "question answering"  # how `trivium finetune` calls tables of one's own
 Line = tuple[str, str, str]  # picture below the folder, question, answer
 
@@ -174,7 +175,8 @@ def _lines(path: Path) -> list[Line]:
 
 
 def questions(part: str, folders: list[Path], values: dict[str, Any], tuned: Any) -> dict[str, Result]:
-    """Accuracy on all test tables together: of the model, of the same without pictures, and of the commonest answer."""
+    """Accuracy on all test tables together: of the model, of the same without pictures, of a linear model of the
+    questions' words, and of the commonest answer."""
 
     def right(number: int, name: str, blank: str) -> Outcomes:
         tables = {"data.train": folders[number] / "train.csv", "data.test": folders[number] / "test.csv"}
@@ -194,17 +196,35 @@ def questions(part: str, folders: list[Path], values: dict[str, Any], tuned: Any
         commonest = answer
         truths = [answer for _, _, answer in _lines(folder / "test.csv")]
         always.append(replace(each, values=np.array([vqa.exact(commonest, truth) for truth in truths])))
-    whole, blind, guessed = map(joined, (mine, other, always))
+    linear = [replace(each, values=from_words(folder)) for folder, each in zip(folders, mine, strict=True)]
+    whole, blind, words, guessed = map(joined, (mine, other, linear, always))
     found = {
         "ALBEF": mean_over([whole]),
         "question alone": mean_over([blind]),
+        LINEAR: mean_over([words]),
         f"always {commonest}": mean_over([guessed]),
         "ALBEF less question alone": difference([whole], [blind]),
+        f"ALBEF less {LINEAR}": difference([whole], [words]),
         f"ALBEF less always {commonest}": difference([whole], [guessed]),
     }
     if len(folders) > 1:
         found |= {f"less question alone, tenth {n}": difference([mine[n]], [other[n]]) for n in several}
     return found
+
+
+def from_words(folder: Path) -> np.ndarray:
+    """Whether each answer of the test table is right, of logistic regression on which words and pairs of neighbouring
+    words a question has."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    train, test = (_lines(folder / f"{split}.csv") for split in ("train", "test"))
+    words = CountVectorizer(ngram_range=(1, 2), token_pattern=r"\w+", binary=True)
+    model = make_pipeline(words, LogisticRegression(max_iter=1000))
+    model.fit([question for _, question, _ in train], [answer for _, _, answer in train])
+    given = model.predict([question for _, question, _ in test])
+    return np.array([vqa.exact(answer, truth) for answer, (_, _, truth) in zip(given, test, strict=True)])
 
 
 def joined(several: list[Outcomes]) -> Outcomes:
