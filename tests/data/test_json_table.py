@@ -68,8 +68,10 @@ def test_captions_are_strings_or_lists_and_pictures_paths(pictures: Path) -> Non
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
-        ({"image": "0.png"}, 'entry 1): it has no "caption"'),
-        ({"caption": "a"}, 'entry 1): it has no "image"'),
+        ({"image": "0.png"}, 'it has no "caption"'),
+        ({"image": "0.png", "title": "a"}, 'it has no "caption"'),
+        ({"caption": "a"}, 'it has no "image"'),
+        ({"url": "0.png", "caption": "a"}, 'it has no "image"'),
         ({"image": "9.png", "caption": "a"}, "9.png does not exist"),
         ({"image": "0.png", "caption": []}, "its text is empty"),
         ({"image": "0.png", "caption": ["a", 3]}, 'its column "caption" holds no text'),
@@ -77,13 +79,35 @@ def test_captions_are_strings_or_lists_and_pictures_paths(pictures: Path) -> Non
         (["0.png", "a"], "it is no JSON object"),
     ],
 )
-def test_an_entry_that_is_wrong_costs_itself_alone(pictures: Path, entry: Any, sentence: str) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_an_entry_that_is_wrong_costs_itself_alone(
+    pictures: Path, entry: Any, sentence: str, number: int, suffix: str
+) -> None:
+    """The first, too: it does not speak for its file."""
     good = {"image": "0.png", "caption": "good"}
-    source = open_source("pairs", [written(pictures, [good, entry, good])])
+    entries = [good, good, good]
+    entries[number] = entry
+    path = written(pictures, entries)
+    place = f"entry {number}"
+    if suffix == ".jsonl":
+        path = pictures / "coco.jsonl"
+        path.write_text("\n".join(map(json.dumps, entries)))
+        place = f"line {number + 1}"
+    source = open_source("pairs", [path])
     with pytest.raises(BadSample) as raised:
-        source.read(1, 1)
-    assert sentence in str(raised.value) and "coco.json (entry 1)" in str(raised.value)
+        source.read(number, number)
+    assert sentence in str(raised.value) and f"coco{suffix} ({place})" in str(raised.value)
     assert source.read(2, 2)["text"] == "good"
+
+
+def test_two_usual_names_in_most_objects_stay_for_the_user_to_choose_from(pictures: Path) -> None:
+    """Where one object lacks one of the two, that is no choice."""
+    both = {"image": "0.png", "caption": "a", "title": "b"}
+    path = written(pictures, [both, {"image": "0.png", "title": "b"}, both])
+    with pytest.raises(TriviumError, match=r"more than one column that may be meant \(caption, title\)"):
+        open_source("pairs", [path])
+    assert open_source("pairs", [path], text_column="caption").read(2, 2)["text"] == "a"
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,17 @@ def test_a_row_without_text_or_label_costs_itself_alone(tmp_path: Path) -> None:
     assert splits.train.read(4, 4)["label"] == 1
 
 
+@pytest.mark.parametrize("first", [{"label": "x"}, {"title": "a", "label": "x"}, {"text": "a"}, ["a", "x"]])
+def test_a_first_row_that_is_wrong_does_not_speak_for_its_file(tmp_path: Path, first: Any) -> None:
+    rows = [first, {"text": "b", "label": "y"}, {"text": "c", "label": "x"}]
+    train = table(tmp_path / "train.jsonl", rows)
+    splits = opened([train], [train])
+    assert [type(row).__name__ for row in splits.train.rows] == ["BadSample", "Row", "Row"]
+    with pytest.raises(BadSample, match=r"train.jsonl \(line 1\): it (has no|is no record)"):
+        splits.train.read(0, 0)
+    assert splits.labels == ("x", "y")
+
+
 def test_without_a_dev_table_equal_rows_stay_on_one_side(tmp_path: Path) -> None:
     rows = [{"text": f"text {n % 50}", "label": n % 2} for n in range(200)]
     splits = opened([table(tmp_path / "train.jsonl", rows)])

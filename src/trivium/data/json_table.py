@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import BinaryIO
 
 from trivium.data.files import readable
-from trivium.data.tables import TextTable, json_object
+from trivium.data.tables import ObjectTable
 from trivium.errors import TriviumError
 
 # Strings whole, so that a bracket inside one is none; and brackets. Everything between is passed over.
@@ -20,7 +20,7 @@ _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 _BLANK = b" \t\r\n"
 
 
-class Json(TextTable):
+class Json(ObjectTable):
     """A JSON list of objects. Messages count its entries from 0, as a list does."""
 
     def where(self, row: int) -> tuple[str, str]:
@@ -57,8 +57,8 @@ class Json(TextTable):
             elif token in (b"]", b"}"):
                 depth -= 1
                 if depth == 1:
-                    if not self.columns and (record := json_object(data[start : match.end()])):
-                        self.columns = list(record)
+                    if self._looks_on():
+                        self._look_at(data[start : match.end()])
                     stop = match.end()
                     yield start, stop, number
                     number += 1
@@ -66,9 +66,3 @@ class Json(TextTable):
                     between(stop, match.start())
                     return
         raise TriviumError(f"{name} (entry {number}) ends before its list does: is the file whole?")
-
-    def _parse(self, row: int, text: str) -> Mapping[str, Any]:
-        record = json_object(text.encode())
-        if record is None:
-            raise self.bad(row, "it is no JSON object")
-        return record

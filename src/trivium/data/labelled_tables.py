@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from trivium.data.files import Kind
 from trivium.data.labelled import UNSEEN, LabelledRows, Row, Splits, of_unseen_classes
 from trivium.data.records import Record, records
-from trivium.data.tables import IMAGE_COLUMNS, TEXT_COLUMNS, find_column
+from trivium.data.tables import IMAGE_COLUMNS, LOOKED_AT, TEXT_COLUMNS, find_column
 from trivium.errors import BadSample, TriviumError
 from trivium.train.protocol import hash64
 
@@ -114,14 +115,15 @@ def _read(files: Sequence[str], columns: Columns, kind: Kind, regression: bool, 
     found: Found = []
     for file in files:
         names: dict[str, str | None] | None = None
+        objects = list(islice(_named(file), LOOKED_AT))
         for record in records(file):
             if isinstance(record, BadSample):
                 found.append(record)
                 continue
             if names is None:
-                if not isinstance(record.fields, dict):
+                if not objects:
                     raise TriviumError(f"{file} holds no named columns: give a table with a header, or JSON objects")
-                names = _columns_of(file, list(record.fields), columns, kind, is_test)
+                names = _columns_of(file, objects, columns, kind, is_test)
             try:
                 found.append(_row(record, names, regression))
             except BadSample as bad:
@@ -131,9 +133,20 @@ def _read(files: Sequence[str], columns: Columns, kind: Kind, regression: bool, 
     return found
 
 
-def _columns_of(file: str, have: list[str], columns: Columns, kind: Kind, is_test: bool) -> dict[str, str | None]:
+def _named(file: str) -> Iterator[list[str]]:
+    """The names in each record that has some."""
+    for record in records(file):
+        if isinstance(record, Record) and isinstance(record.fields, dict) and record.fields:
+            yield list(record.fields)
+
+
+def _columns_of(
+    file: str, objects: Sequence[list[str]], columns: Columns, kind: Kind, is_test: bool
+) -> dict[str, str | None]:
+    have = list(dict.fromkeys(chain.from_iterable(objects)))
+
     def find(named: str | None, usual: Sequence[str], option: str) -> str:
-        return find_column(file, have, None if named is None else named.lower(), usual, option)
+        return find_column(file, have, None if named is None else named.lower(), usual, option, objects)
 
     second, label = columns.second_text, columns.label
     of_labels = LABEL_COLUMNS if label is None else (label.lower(), *label.lower().split(","))

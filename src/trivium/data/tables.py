@@ -16,7 +16,8 @@ import threading
 import zlib
 from abc import abstractmethod
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,14 +29,26 @@ from trivium.errors import BadSample, TriviumError
 
 IMAGE_COLUMNS = ("image", "file", "filepath", "path", "url")  # taken, in any case, where no column is named
 TEXT_COLUMNS = ("caption", "captions", "text", "title")
+LOOKED_AT = 100  # objects of a file without a header, whose names together are its columns
 
 _csv_lock = threading.Lock()
 os.register_at_fork(before=_csv_lock.acquire, after_in_parent=_csv_lock.release, after_in_child=_csv_lock.release)
 
 
-def find_column(path: str, columns: Sequence[str], named: str | None, usual: Sequence[str], option: str) -> str:
+def find_column(
+    path: str,
+    columns: Sequence[str],
+    named: str | None,
+    usual: Sequence[str],
+    option: str,
+    objects: Sequence[Collection[str]] = (),
+) -> str:
     """The column that was `named` ("a,b": the first that there is, for tables that differ), or the one with a `usual`
-    name. Raises TriviumError with the columns there are."""
+    name. Raises TriviumError with the columns there are.
+
+    objects: the names in each of the first objects of a file without a header. Where they differ, the column is the
+        one that most of them have, for one damaged object is not to speak for its file; of a tie the first decides.
+    """
     have = f"its columns are {', '.join(columns)}"
     if named is not None:
         known = next((name for name in (named, *named.split(",")) if name in columns), None)
@@ -43,6 +56,9 @@ def find_column(path: str, columns: Sequence[str], named: str | None, usual: Seq
             raise TriviumError(f'{path} has no column "{named}"; {have}: name one of them with --data.{option}')
         return known
     found = [column for column in columns if column.lower() in usual]
+    if len(found) > 1 and objects:
+        in_each = (tuple(column for column in found if column in names) for names in objects)
+        found = list(Counter(filter(None, in_each)).most_common(1)[0][0])
     if len(found) == 1:
         return found[0]
     trouble = (
@@ -141,6 +157,7 @@ class TextTable(Table):
         self.kind = kind
         self.root = os.path.dirname(path) if root is None else root  # not of `where`, which is for people
         self.columns: list[str] = []
+        self._objects: list[list[str]] = []  # the names in each of the first, where rows are objects
         self._file = RandomFile(str(path))
         self._last: tuple[int, Mapping[str, Any]] = (-1, {})
         starts, stops, lines = array("q"), array("q"), array("q")
@@ -151,12 +168,15 @@ class TextTable(Table):
                 lines.append(line)
         self._starts, self._stops, self._lines = (np.frombuffer(column, np.int64) for column in (starts, stops, lines))
         if kind != "text":
-            self.image_column = find_column(str(path), self.columns, image_column, IMAGE_COLUMNS, "image-column")
+            self.image_column = self._find(image_column, IMAGE_COLUMNS, "image-column")
         if kind != "images":
-            self.text_column = find_column(str(path), self.columns, text_column, TEXT_COLUMNS, "text-column")
+            self.text_column = self._find(text_column, TEXT_COLUMNS, "text-column")
         if not len(self):
             raise TriviumError(f"{path} has no rows below its header: give a table with at least one")
         self.refuse_web_addresses()
+
+    def _find(self, named: str | None, usual: Sequence[str], option: str) -> str:
+        return find_column(self._file.path, self.columns, named, usual, option, self._objects)
 
     @abstractmethod
     def _scan(self, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
@@ -263,7 +283,26 @@ class Tsv(Csv):
     dialect: Mapping[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 
 
-class Jsonl(TextTable):
+class ObjectTable(TextTable):
+    """What JSONL and a JSON list share: a row is an object, which names its cells itself."""
+
+    def _looks_on(self) -> bool:
+        return len(self._objects) < LOOKED_AT
+
+    def _look_at(self, data: bytes) -> None:
+        """Adds to `columns` the names in an object, if it is one."""
+        if record := json_object(data):
+            self._objects.append(list(record))
+            self.columns += [name for name in record if name not in self.columns]
+
+    def _parse(self, row: int, text: str) -> Mapping[str, Any]:
+        record = json_object(text.encode())
+        if record is None:
+            raise self.bad(row, "it is no JSON object")
+        return record
+
+
+class Jsonl(ObjectTable):
     """One JSON object a line; a caption may be a list of captions."""
 
     def _scan(self, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
@@ -274,17 +313,11 @@ class Jsonl(TextTable):
                 start, line = 3, line[3:]
             if not line.strip():
                 continue
-            if not self.columns and (record := json_object(line)):
-                self.columns = list(record)
+            if self._looks_on():
+                self._look_at(line)
             yield start, offset, number
         if not self.columns:
             raise TriviumError(f"{file.name} holds no JSON object: write one to a line, as {{...}}")
-
-    def _parse(self, row: int, text: str) -> Mapping[str, Any]:
-        record = json_object(text.encode())
-        if record is None:
-            raise self.bad(row, "it is no JSON object")
-        return record
 
 
 @contextmanager
