@@ -11,6 +11,7 @@ from drawn import DrawnSource, caption, drawn_picture, tokenizer
 
 from trivium.data import collate as collate_module
 from trivium.data.collate import ImageCollate, ImageInput, PairCollate, TextCollate, TextInput
+from trivium.data.embedded import bert_vocabulary
 from trivium.data.loader import read
 from trivium.data.masking import mask_tokens
 from trivium.data.order import Draws
@@ -249,3 +250,14 @@ def test_mistakes_are_told() -> None:
         ImageCollate(ImageInput(VIEWS, patch=4)).prepare(sample, draws)
     with pytest.raises(BadSample, match=r"a\.csv \(line 3\): has no text"):
         TextCollate(TextInput(TOKENIZER, 8)).prepare(sample, draws)
+
+
+@pytest.mark.parametrize("text", ["...", "?! -", "\u0301"])
+def test_a_text_of_marks_is_a_bad_sample_where_the_vocabulary_leaves_out_marks(text: str) -> None:
+    """It would be a bare [CLS]. Where marks are read it is a text like others."""
+    sample = Sample(name="a.csv (line 3)", same_image=0, same_text=0, text=text)
+    marks, no_marks = Tokenizer.wordpiece(bert_vocabulary()), Tokenizer.wordpiece(bert_vocabulary()).for_captions()
+    if text != "\u0301":  # BERT's own steps leave out accents that stand alone
+        assert marks.decode(TextCollate(TextInput(marks, 8)).prepare(sample, Draws(0, "text", 0)).ids)
+    with pytest.raises(BadSample, match=r"a\.csv \(line 3\): its text holds nothing that this model reads, only marks"):
+        TextCollate(TextInput(no_marks, 8)).prepare(sample, Draws(0, "text", 0))

@@ -70,6 +70,23 @@ def test_a_pair_is_one_sequence_with_segments_where_the_model_has_them() -> None
     assert plain.ids_BT[0].tolist() == TOKENIZER.encode(["a red mug it is red"], 32)[0]
 
 
+def test_a_task_s_texts_of_marks_are_a_bad_sample_where_all_of_them_are_left_out() -> None:
+    no_marks = TOKENIZER.for_captions()
+    bad: list[tuple[str, str | None]] = [("?!", None), ("...", "?"), ("...", "")]
+    for tokenizer, refused in ((TOKENIZER, []), (no_marks, bad)):
+        for segments in (False, True):
+            text = TaskText(tokenizer, 16, segments)
+            for first, second in [*bad, ("red", "..."), ("red", ""), ("!", "red"), ("5", None)]:
+                sample = Sample(name="vqa.json (entry 3)", text=first)
+                if second is not None:
+                    sample["second_text"] = second
+                if (first, second) in refused:
+                    with pytest.raises(BadSample, match=r"vqa.json \(entry 3\): its text holds nothing that this"):
+                        text.prepare(sample)
+                else:
+                    assert tokenizer.decode(text.prepare(sample)[0])
+
+
 def test_targets_of_each_kind() -> None:
     text = TaskText(TOKENIZER, 8, True)
     labels = batch_of(TaskCollate(text, None, 3), *(Sample(text="a", label=n) for n in (2, 0)))

@@ -367,6 +367,26 @@ def test_rows_that_name_one_picture_are_one_picture_with_several_captions(
     assert len([sentence for sentence in less.not_applicable if "cannot be read" in sentence]) == 3, "each of its rows"
 
 
+def test_captions_of_marks_that_the_model_leaves_out_are_no_queries(bundle: Bundle, tmp_path: Path) -> None:
+    assert bundle.tokenizer is not None
+    told = [["a dog", "..."], "?!", "a cat", "a red cat"]
+    for n in range(4):
+        Image.new("RGB", (40, 40), (60 * n, 9, 90)).save(tmp_path / f"{n}.png")
+    rows = [{"image": f"{n}.png", "caption": text} for n, text in zip((0, 1, 2, 1), told, strict=True)]
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps(rows))
+    found = pairs.run(replace(bundle, tokenizer=bundle.tokenizer.for_captions()), open_source("pairs", [path]))
+    assert found.results["retrieval.pairs.image_to_text_r1"].n == 3
+    kept = found.results["retrieval.pairs.text_to_image_r1"].outcomes
+    assert kept is not None
+    assert list(kept.units) == [f"{path} (entry {n}), caption 1" for n in (0, 2, 3)]
+    assert found.not_applicable == [
+        f"a pair that cannot be read: {path} (entry {n}), caption {number}: it holds nothing that this model reads,"
+        " only marks that it leaves out" for n, number in ((0, 2), (1, 1))
+    ]  # fmt: skip
+    assert pairs.run(bundle, open_source("pairs", [path])).not_applicable == []
+
+
 def test_rows_that_come_twice_count_once_and_that_is_said(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     table = tmp_path / "photos.csv"

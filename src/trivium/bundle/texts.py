@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from trivium.data.tokenizer import Tokenizer
+from trivium.data.tokenizer import UNREAD, Tokenizer
 from trivium.errors import TriviumError
 
 ANY_LENGTH = 2**30  # tokens
@@ -16,11 +16,9 @@ def check_read(text: str, tokenizer: Tokenizer, max_length: int, what: str) -> N
     Raises:
         TriviumError: nothing of it is read, as of marks alone where the vocabulary leaves out marks.
     """
+    if not tokenizer.reads(text):
+        raise TriviumError(f'the {what} "{text}" {UNREAD}: use words')
     words = tokenizer.words(text, ANY_LENGTH)
-    if not words:
-        raise TriviumError(
-            f'the {what} "{text}" holds nothing that this model reads, only marks that it leaves out: use words'
-        )
     last = max((end for _, _, end in tokenizer.words(text, max_length)), default=0)
     read = sum(end <= last for _, _, end in words)
     if read < len(words):

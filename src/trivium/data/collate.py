@@ -1,7 +1,7 @@
 """From a sample to its part of a batch: decode, crop, resize, mask; then many of them to one Batch.
 
 ``prepare`` runs once per sample, in a worker; every choice it makes comes from the ``Draws`` of the sample's place.
-``batch`` stacks, and tokenizes and masks the texts, whose choices come from the same draws. With ``train=False``
+``batch`` stacks, and masks the texts, whose choices come from the same draws. With ``train=False``
 nothing is cropped, flipped or recoloured; the loader then keys the draws by row instead of place, so that captions,
 masks and with them validation losses repeat.
 
@@ -23,7 +23,7 @@ from trivium.data.decoded import Decoded
 from trivium.data.masking import block_mask, mask_tokens
 from trivium.data.order import Draws
 from trivium.data.random_augment import RandomAugment
-from trivium.data.tokenizer import Tokenizer
+from trivium.data.tokenizer import UNREAD, Tokenizer
 from trivium.data.transforms import color_jitter
 from trivium.data.views import WHOLE, Views
 from trivium.errors import BadSample, TriviumError
@@ -42,6 +42,7 @@ class PreparedImage(NamedTuple):
 
 class PreparedText(NamedTuple):
     text: str
+    ids: list[int]  # not to be written to
     draws: Draws  # of its mask
     same: int
 
@@ -138,15 +139,15 @@ class Tokenized:
         """Texts that are kept."""
         return len(self._ids)
 
-    def get(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, not to be written to."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
-        found = dict(zip(new, self._tokenizer.encode(new, self._max_length), strict=True)) if new else {}
-        for text, ids in found.items():
-            if self._free_characters >= len(text):
-                self._ids[text] = ids
-                self._free_characters -= len(text)
-        return [found[text] if text in found else self._ids[text] for text in texts]
+    def get(self, text: str) -> list[int]:
+        """Its ids, not to be written to."""
+        if (kept := self._ids.get(text)) is not None:
+            return kept
+        [ids] = self._tokenizer.encode([text], self._max_length)
+        if self._free_characters >= len(text):
+            self._ids[text] = ids
+            self._free_characters -= len(text)
+        return ids
 
 
 @dataclass
@@ -168,13 +169,16 @@ class TextInput:
         if not captions:
             raise BadSample(sample["name"], "", "has no text")
         chosen = int(draws.generator("caption").random() * len(captions)) if len(captions) > 1 else 0
-        return PreparedText(captions[chosen], draws, sample["same_text"])
+        ids = self._tokenized.get(captions[chosen])
+        if self.tokenizer.is_bare(ids):
+            raise BadSample(sample["name"], "", f"its text {UNREAD}")
+        return PreparedText(captions[chosen], ids, draws, sample["same_text"])
 
     def batch(self, prepared: Sequence[PreparedText]) -> tuple[Texts, dict[str, Tensor]]:
         """The texts of a Batch, unmasked, padded to its longest; targets ``masked_ids`` and ``selected`` [B, T].
 
-        They are masked all at once, and those that were not met before are tokenized at once."""
-        sequences = self._tokenized.get([text.text for text in prepared])
+        They are masked all at once."""
+        sequences = [text.ids for text in prepared]
         ids_BT, mask_BT = self.tokenizer.pad(sequences)
         texts = Texts(ids_BT, mask_BT, torch.tensor([text.same for text in prepared], dtype=torch.int64))
         if self.probability is None:

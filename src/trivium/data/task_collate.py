@@ -16,7 +16,7 @@ from torch import Tensor
 from trivium.data.labelled import LabelledRows
 from trivium.data.order import Draws
 from trivium.data.random_augment import RandomAugment
-from trivium.data.tokenizer import ANSWER_TOKENS, Tokenizer
+from trivium.data.tokenizer import ANSWER_TOKENS, UNREAD, Tokenizer
 from trivium.data.transforms import ImageTransform, padded
 from trivium.data.views import Views
 from trivium.errors import BadSample
@@ -42,7 +42,11 @@ class TaskText:
         """Ids, and the segment of each. Raises BadSample."""
         if not sample.get("text"):
             raise BadSample(sample["name"], "", "has no text")
-        return self.tokenizer.encode_task(sample["text"], sample.get("second_text"), self.max_length, self.segments)
+        second = sample.get("second_text")
+        ids, segments = self.tokenizer.encode_task(sample["text"], second, self.max_length, self.segments)
+        if self.tokenizer.is_bare(ids):
+            raise BadSample(sample["name"], "", f"its text {UNREAD}")
+        return ids, segments
 
 
 @dataclass

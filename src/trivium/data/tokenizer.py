@@ -41,6 +41,7 @@ CLIP_WORDS = (
     rf"""{re.escape(CLIP_START)}|{re.escape(CLIP_END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"""
 )
 ANSWER_TOKENS = 32  # of an answer that is written (see `for_answers`), [CLS] and [SEP] among them
+UNREAD = "holds nothing that this model reads, only marks that it leaves out"  # what is said of a text (see `reads`)
 CLIP_MERGES = 49152 - 256 - 2  # of the published file, which holds more lines
 # The names under which each role is usually found: BERT's; SentencePiece's and RoBERTa's; CLIP's, which has no pad of
 # its own: whatever stands after the end token, no token before it sees.
@@ -230,6 +231,15 @@ class Tokenizer:
         cls, end = self.cls_id, [self.sep_id] if self._closes else []
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[cls, *encoding.ids[: max_length - 1 - len(end)], *end] for encoding in encodings]
+
+    def is_bare(self, ids: Sequence[int]) -> bool:
+        """Whether what `encode` or `encode_task` gave has no token of a text, as of marks alone where the vocabulary
+        leaves out marks."""
+        return all(number in (self.cls_id, self.sep_id) for number in ids)
+
+    def reads(self, text: str) -> bool:
+        """Whether anything of a text becomes a token."""
+        return not self.is_bare(self.encode([text], 3)[0])
 
     def words(self, text: str, max_length: int) -> list[tuple[str, int, int]]:
         """Each word of a text as it is read, with the place of its first token in `encode` and that after its last."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from trivium.bundle import Bundle
 from trivium.data.decode import DecodeError
 from trivium.data.task_collate import cut
+from trivium.data.tokenizer import UNREAD
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import features, retrieval
 from trivium.evaluate.embedded import Evaluation
@@ -183,6 +184,7 @@ def run(
     told: set[str] = set()  # names of the rows that were read, from the root
     known: dict[int, str] = {}  # pictures: what is wrong with each, if anything
     end = len(source)
+    tokenizer = bundle.tokenizer
 
     def pixels() -> Iterator[Tensor]:
         nonlocal end
@@ -197,6 +199,14 @@ def run(
                 repeated.append(name)
                 continue
             told.add(whole_name)
+            texts = []
+            for number, text in enumerate(sample.get("texts") or [sample["text"]], start=1):
+                if tokenizer is None or tokenizer.reads(text):
+                    texts.append((number, text))
+                else:
+                    bad.append(f"{name}, caption {number}: it {UNREAD}")
+            if not texts:
+                continue
             pixels_CHW = None
             if picture not in known:
                 if len(known) >= limit:
@@ -214,10 +224,9 @@ def run(
                 rows.append(row)
                 pictures.append(picture)
                 names.append(name)
-            texts = sample.get("texts") or [sample["text"]]
-            captions.extend(texts)
+            captions.extend(text for _, text in texts)
             picture_of_caption.extend([picture] * len(texts))
-            caption_names.extend(f"{name}, caption {number}" for number in range(1, len(texts) + 1))
+            caption_names.extend(f"{name}, caption {number}" for number, _ in texts)
             if pixels_CHW is not None:
                 yield pixels_CHW
         if not pictures:
