@@ -216,6 +216,10 @@ def test_without_words_for_the_classes_there_is_no_zero_shot_and_a_sentence_says
     (tmp_path / name.lower() / "classnames.txt").write_text("red\nblue\nmug\n")
     [found] = suite.run([TASKS[name]], bundle, tmp_path, tmp_path / "cache").tasks
     assert f"{name}.zero_shot.accuracy" in found.results and why not in found.notes
+    drawn = replace(bundle, untrained=("text_projection",))
+    [found] = suite.run([TASKS[name]], drawn, tmp_path, tmp_path / "cache").tasks  # the same tensors
+    assert f"{name}.knn.accuracy" in found.results and not any("zero_shot" in each for each in found.results)
+    assert any(note.startswith("no zero-shot: nothing has trained this model's projections") for note in found.notes)
 
 
 def test_a_picture_that_cannot_be_read_is_counted_and_a_class_without_training_named(
@@ -378,6 +382,9 @@ def test_retrieval_is_re_ranked_beside_and_albefs_table_takes_that(bundle: Bundl
     by_cosine = alone.figure(figure)
     assert by_cosine is not None and by_cosine.value == found.results["Flickr30K retrieval.zero_shot.ir_r1"].value
     assert any("no loss has trained what this model reads" in note for note in alone.notes)
+    [headless] = suite.run([task], replace(bundle, untrained=("itm_head",)), root, tmp_path).tasks
+    assert headless.figure(figure) == by_cosine
+    assert any("nothing has trained this model's matching head" in note for note in headless.notes)
 
 
 # --------------------------------------------------------------------------------------------------- suite

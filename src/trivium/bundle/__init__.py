@@ -22,6 +22,7 @@ from trivium.bundle.asked import Asked, asked_of, names_unknown, own_answers
 from trivium.bundle.heat import Heat, by_words
 from trivium.bundle.pictures import Picture, Pictures, check_sides, listed, normalised, read_picture
 from trivium.bundle.texts import check_read
+from trivium.bundle.untrained import no_cosine, no_matching
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform, padded
 from trivium.errors import TriviumError
@@ -52,6 +53,7 @@ class Bundle:
     max_length: int = 512  # tokens of a text, with [CLS] and [SEP]; longer ones are cut
     false_pairs: float | None = None  # share of them when matching was trained; None: not known
     fusion_trained: bool | None = None  # whether any loss reached the encoder that reads both; None: not known
+    untrained: tuple[str, ...] = ()  # of matching head and projections, those as they were drawn (untrained.py)
     head: nn.Module | None = None  # of a fine-tuned model
     head_config: HeadConfig | None = None
     labels_of: dict[str, list[str]] | None = None  # of a model of several tasks; attributes as "TASK.attributes"
@@ -80,7 +82,7 @@ class Bundle:
             pixels_BCHW = self._normalised(pixels_BCHW)
             with _evaluating(self.model):
                 sizes = () if sizes_B2 is None else (sizes_B2.to(self.device),)  # of a family that pads
-                yield model.encode_image(pixels_BCHW, *sizes).settled()
+                yield self._placed(model.encode_image(pixels_BCHW, *sizes)).settled()
 
     def encode_text(self, texts: Strings, batch: int = 64) -> Encoded:
         """One string or several -> `Encoded` of B rows, padded to the longest (at most `max_length` tokens)."""
@@ -97,7 +99,7 @@ class Bundle:
         parts = []
         for ids, mask in zip(ids_BT.split(batch), mask_BT.split(batch), strict=True):
             with _evaluating(self.model):
-                parts.append(model.encode_text(ids.to(self.device), mask.to(self.device)).settled())
+                parts.append(self._placed(model.encode_text(ids.to(self.device), mask.to(self.device))).settled())
         return self._joined(parts, "no text to encode")
 
     def fuse(self, image: Encoded, text: Encoded) -> Encoded:
@@ -112,8 +114,9 @@ class Bundle:
             return model.fuse(image.repeated(rows), text.repeated(rows)).settled()
 
     def match(self, pictures: Pictures | Encoded, texts: Strings | Encoded) -> Tensor:
-        """Probability [B] that picture and text of a row belong together."""
+        """Probability [B] that picture and text of a row belong together. Refused of a head that nothing trained."""
         model = self._able(Matches, "has no head that matches pictures with texts")  # type: ignore[type-abstract]
+        self._refuse(no_matching(self.untrained), "whether a picture and a text belong together")
         image = pictures if isinstance(pictures, Encoded) else self.encode_image(pictures)
         text = texts if isinstance(texts, Encoded) else self.encode_text(texts)
         fused = self.fuse(image, text)
@@ -156,12 +159,14 @@ class Bundle:
     ) -> list[Heat]:
         """Where in its picture each text is looked for, word by word: Grad-CAM of the matching head through the
         attention from words to patches (models/grounding.py). A single picture is paired with every text. Of a text
-        that is given alone it is told where it is cut, and refused where nothing of it is read.
+        that is given alone it is told where it is cut, and refused where nothing of it is read. Refused too is a
+        matching head that nothing trained.
 
         Args:
             block: of those in which words attend patches, counted from 0; None: the family's own choice.
         """
         model = self._able(Grounds, "has no attention from words to patches that a matching head judges")  # type: ignore[type-abstract]
+        self._refuse(no_matching(self.untrained), "where in a picture words are")
         image = pictures if isinstance(pictures, Encoded) else self.encode_image(pictures)
         if isinstance(texts, str):  # of many, as an evaluation has them, one that is empty must not stop the others
             if self.tokenizer is not None:
@@ -186,6 +191,7 @@ class Bundle:
         """Where the picture's own tower looks for each text, [n, n], row by row: the same of its class token's
         attention, for the cosine with the text (ALBEF's rows "itc")."""
         model = self._able(Compares, "has no picture's tower whose attention can be watched")  # type: ignore[type-abstract]
+        self._refuse(no_cosine(self.untrained), "by the cosine where in a picture words are")
         pixels, _ = self._stacked(pictures)
         text_BD = self.encode_text(texts).projected
         if len(pixels) != len(text_BD):
@@ -397,6 +403,15 @@ class Bundle:
             raise TriviumError(f"{nothing}: the list is empty")
         with _evaluating(self.model):
             return Encoded.joined(parts).settled()
+
+    def _placed(self, encoded: Encoded) -> Encoded:
+        """With a place in the space that pictures and texts share only where something trained the way there."""
+        return encoded if no_cosine(self.untrained) is None else encoded.unprojected()
+
+    def _refuse(self, why: str | None, what: str) -> None:
+        """Raises TriviumError where there is a reason why the model cannot say something."""
+        if why is not None:
+            raise TriviumError(f"{why}, so it cannot say {what}: train it, as by `trivium finetune retrieval`")
 
     def _able(self, ability: type[Ability], lacking: str) -> Ability:
         """The model as one that has this ability. Raises TriviumError where its family has not."""

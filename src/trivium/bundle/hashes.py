@@ -17,6 +17,8 @@ def model_hash(bundle: Bundle) -> str:
     """A name for exactly this model: sha256 over its settings, its transform, its tokenizer and its tensors."""
     settings = {"family": bundle.family, "transform": asdict(bundle.transform), "max_length": bundle.max_length}
     settings["model"] = bundle.model.config_dict()  # type: ignore[operator]
+    if bundle.untrained:  # what the same tensors do not say
+        settings["untrained"] = bundle.untrained
     if bundle.tokenizer is not None:
         settings["tokenizer"] = bundle.tokenizer.to_json()
     return _hash(settings, bundle.model)

@@ -38,6 +38,8 @@ def write(
     }
     if bundle.fusion_trained is not None:
         config["fusion_trained"] = bundle.fusion_trained
+    if bundle.untrained:
+        config["untrained"] = list(bundle.untrained)
     if bundle.tuned_for:
         config["tuned_for"] = list(bundle.tuned_for)
     if bundle.head is not None and bundle.head_config is not None:

@@ -149,7 +149,11 @@ def _write_foreign(bundle: Bundle, to: str, out: Path, shard_bytes: int) -> None
     state, config = whole or write(model, image_tokenizer)
     if adapter.family == "albef":
         config["max_length"] = bundle.max_length
-    if adapter.lacks is not None and (lacking := adapter.lacks(model, bundle.head_config if whole else None)):
+    lacking = [] if adapter.lacks is None else adapter.lacks(model, bundle.head_config if whole else None)
+    if drawn := [part for part in bundle.untrained if part not in lacking]:
+        print(f"left out: {to} has no place for untrained; that nothing has trained {', '.join(drawn)} is not known"
+              " there")  # fmt: skip
+    if lacking:
         print(f"left out: {to} has no place here for {', '.join(lacking)}; whoever reads it back draws them at random")
     with written_beside(out) as folder:
         apart = {name: tensor.clone() for name, tensor in state.items()}  # some stand there under two names

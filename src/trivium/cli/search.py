@@ -50,6 +50,7 @@ def search(
     if picture is not None and rerank:
         raise TriviumError("--rerank compares a text with pictures, so it needs a text as the query")
     from trivium.bundle.texts import check_read
+    from trivium.bundle.untrained import no_cosine, no_matching
     from trivium.cli.embed import check_can_write, open_model
     from trivium.search.embedding import find_pictures, unit_vectors
     from trivium.search.index import top_k
@@ -62,12 +63,13 @@ def search(
     bundle = open_model(path, image_size)
     if rerank and not hasattr(bundle.model, "match"):
         raise TriviumError(f"--rerank needs a matching head, and a model of the family {bundle.family} has none")
+    if rerank and (why := no_matching(bundle.untrained)) is not None:
+        raise TriviumError(f"--rerank needs a matching head, and {why}")
     looked_for = bundle.encode_image([picture]) if picture is not None else bundle.encode_text([query or ""])
     if picture is None and not looked_for.is_projected:
-        raise TriviumError(
-            f"this model ({bundle.family}) has no space that pictures and texts share: look for a picture, with"
-            " --picture"
-        )
+        why = no_cosine(bundle.untrained)
+        why = why or f"this model ({bundle.family}) has no space that pictures and texts share"
+        raise TriviumError(f"{why}: look for a picture, with --picture")
     if query is not None and bundle.tokenizer is not None:
         check_read(query, bundle.tokenizer, bundle.max_length, "text to look for")
     table = read_table(images, bundle) if files is None else embedded_folder(images, files, bundle)

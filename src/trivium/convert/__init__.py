@@ -42,6 +42,7 @@ class Foreign:
     head_config: HeadConfig | None = None
     labels: list[str] | None = None  # of its outputs
     tuned_for: tuple[str, ...] = ()  # tasks without a head, for one of which it was fine-tuned
+    drawn: list[str] = field(default_factory=list)  # parts of the model that the file lacks
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def _flava(config: FlavaConfig, state: State, image_tokenizer: DVae | None, said
     model, drawn = flava.build(config, state)
     if drawn:
         said = [*said, f"not in the file and therefore drawn at random (seed 0): {', '.join(drawn)}"]
-    return Foreign("flava", model, image_tokenizer, said, config.max_length, {"size": config.image_size})
+    transform = {"size": config.image_size}
+    return Foreign("flava", model, image_tokenizer, said, config.max_length, transform, drawn=drawn)
 
 
 def _read_hf(state: State, config: Mapping[str, Any]) -> Foreign:
@@ -233,6 +235,7 @@ def _read_albef(state: State, config: Mapping[str, Any]) -> Foreign:
     return Foreign(
         "albef", model, None, said, length, {"size": ours.image_size}, captions=True, head=head,
         head_config=head_config, labels=None if labels is None else list(labels), tuned_for=albef.tuned_for(layout),
+        drawn=drawn,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trivium.bundle import Bundle
+from trivium.bundle.untrained import no_cosine
 from trivium.data import duplicates
 from trivium.evaluate import features as encoding
 from trivium.evaluate import knn, linear_probe, zero_shot
@@ -103,6 +104,8 @@ def classification(
                 f"no zero-shot: the files have no words for the classes, which they call {', '.join(data.classes[:2])}"
                 f" and so on: put {CLASS_NAMES}, a line a class in that order, into the folder of the data"
             )
+    elif bundle is not None and (why := no_cosine(bundle.untrained)) is not None:
+        found.notes.append(f"no zero-shot: {why}")
     return found
 
 

@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from trivium.bundle import Bundle
+from trivium.bundle.untrained import no_cosine
 from trivium.data.decode import decode
 from trivium.data.embedded import HELD_OUT_STYLE, STYLES, Emoji, concept_numbers, emoji
 from trivium.evaluate import features, knn, linear_probe, matching, reconstruction, retrieval, zero_shot
 from trivium.evaluate.features import ImageFeatures
 from trivium.evaluate.reconstruction import Reconstruction
-from trivium.evaluate.reranking import UNTRAINED, judges, rerank
+from trivium.evaluate.reranking import judges, rerank, untrained
 from trivium.evaluate.results import Results, mean_of
 from trivium.evaluate.walls import Wall, picture_wall, text_wall
 from trivium.models.encoded import EncodesText, Matches
@@ -125,9 +126,8 @@ def run(bundle: Bundle, false_share: float = 0.5, say: Callable[[str], None] = l
                 _zero_shot(found, bundle, held_out, images_BD)
             found.walls.append(text_wall(held_out.records, names_BD, images_BD, held_out.concepts))
         else:
-            found.not_applicable.append(
-                f"retrieval by text and zero-shot classification: {type(bundle.model).__name__} reads no texts"
-            )
+            why = no_cosine(bundle.untrained) or f"{type(bundle.model).__name__} reads no texts"
+            found.not_applicable.append(f"retrieval by text and zero-shot classification: {why}")
         with part("retrieval by pictures"):
             _image_to_image(found, held_out, gallery)
         with part("nearest neighbours"):
@@ -296,7 +296,7 @@ def match(found: Evaluation, bundle: Bundle, noto: Drawings, validation: Drawing
         found.not_applicable.append(f"image-text matching: {type(model).__name__} has no `match`")
         return
     if not judges(bundle):
-        found.not_applicable.append(f"image-text matching, and re-ranking by it: {UNTRAINED}")
+        found.not_applicable.append(f"image-text matching, and re-ranking by it: {untrained(bundle)}")
         return
     records = validation.records + [record for record in noto.records if record.split == "val"]
     pixels = validation.pixels + [noto.pixels[row] for row in noto.split("val").nonzero()[:, 0].tolist()]

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from trivium.bundle import Bundle
+from trivium.bundle.untrained import no_cosine
 from trivium.data.decode import DecodeError
 from trivium.data.task_collate import cut
 from trivium.data.tokenizer import UNREAD
 from trivium.errors import BadSample, TriviumError
 from trivium.evaluate import features, retrieval
 from trivium.evaluate.embedded import Evaluation
-from trivium.evaluate.reranking import SHORTLIST, UNTRAINED, judges, rerank
+from trivium.evaluate.reranking import SHORTLIST, judges, rerank, untrained
 from trivium.evaluate.results import mean_of
 from trivium.manifest import write_whole
 from trivium.models.encoded import Matches
@@ -91,7 +92,7 @@ def measure(
     ]
     again = None
     if shortlist and isinstance(bundle.model, Matches) and not judges(bundle):
-        found.not_applicable.append(f"re-ranking by matching: {UNTRAINED}")
+        found.not_applicable.append(f"re-ranking by matching: {untrained(bundle)}")
     elif shortlist and judges(bundle):
         cosine_IT = retrieval.scores(shown.images_ID, shown.texts_TD)
         again = rerank(bundle, shown.picture, shown.captions, cosine_IT, shortlist)
@@ -171,8 +172,10 @@ def run(
         image_to_text, text_to_image, shortlist, folder: as `measure` takes them.
 
     Raises:
-        TriviumError: no row can be read.
+        TriviumError: no row can be read; nothing has trained what the cosine is taken of.
     """
+    if (why := no_cosine(bundle.untrained)) is not None:
+        raise TriviumError(f"{why}, so nothing can be found by cosine: train it, as by `trivium finetune retrieval`")
     rows: list[int] = []  # of each picture the first
     pictures: list[int] = []
     names: list[str] = []

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from trivium.bundle import Bundle
+from trivium.bundle.untrained import no_matching
 from trivium.evaluate.retrieval import CHUNK, front, ranks
 from trivium.models.encoded import Encoded, EncodesText, Matches
 
@@ -62,7 +63,12 @@ class Reranked:
 
 def judges(bundle: Bundle) -> bool:
     """Whether a model matches pictures with texts, and nothing says that no loss has reached what it does that with."""
-    return isinstance(bundle.model, Matches) and bundle.fusion_trained is not False
+    return isinstance(bundle.model, Matches) and untrained(bundle) is None
+
+
+def untrained(bundle: Bundle) -> str | None:
+    """Why nothing is to be asked of a model that matches; None where nothing says so."""
+    return UNTRAINED if bundle.fusion_trained is False else no_matching(bundle.untrained)
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ import torch
 
 from trivium.bundle import Bundle
 from trivium.bundle.hashes import model_hash
+from trivium.bundle.untrained import no_cosine, no_matching
 from trivium.data.detection import LAYOUTS, DetectionRows, find_val
 from trivium.data.referring import SPLITS, Referring, find_referring
 from trivium.errors import BadSample, TriviumError, UnreadableNow
@@ -150,6 +151,9 @@ def _one(
             return replace(read, missing=missing, notes=[f"{why}; {each}" for each in told])
         data = opened
     else:
+        untaught = _untrained(task, bundle)
+        if untaught is not None:
+            return TaskRun(task, "not applicable", notes=[untaught])
         data = _data(task, root)
     if isinstance(data, Missing):
         return TaskRun(task, "missing", missing=data)
@@ -237,6 +241,13 @@ def lacks(task: PaperTask, bundle: Bundle) -> str | None:
     if task.kind in ("retrieval", "grounding") and bundle.tokenizer is None:
         return "this checkpoint came without a tokenizer"
     return None
+
+
+def _untrained(task: PaperTask, bundle: Bundle) -> str | None:
+    """Why a model cannot do a task as it is, though a fine-tuning would teach it; None where it can."""
+    if task.kind == "grounding":
+        return no_matching(bundle.untrained)
+    return no_cosine(bundle.untrained) if task.kind == "retrieval" else None
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,10 @@ class Encoded:
         rows = self._projection(self.pooled)
         return nn.functional.normalize(rows.float() if rows.dtype == torch.bfloat16 else rows, dim=-1)
 
+    def unprojected(self) -> Encoded:
+        """The same without a place in the space that images and texts share."""
+        return Encoded(self.states, self.mask, self._norm, None, self.pooled_at_B, self.places, self.mean)
+
     def settled(self) -> Encoded:
         """The same, with everything computed that would be at first use: for whoever then records a gradient."""
         _ = self.tokens, self.pooled

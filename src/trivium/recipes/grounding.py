@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trivium.bundle import Bundle
+from trivium.bundle.untrained import no_matching
 from trivium.data import leakage
 from trivium.data.referring import SPLITS, ExpressionRows, Referring, read_referring
 from trivium.data.task_collate import cut
@@ -170,6 +171,8 @@ def _prepare(
     if resume_from is None and start.head is not None:
         notes.append("left out is the head that the model has: grounding has no use for it")
     method, bundle, stream = put_together(recipe, start, train, notes)
+    if (why := no_matching(bundle.untrained)) is not None:
+        raise TriviumError(f"{why}, and grounding is measured by it: choose --objectives.itm above 0")
     for split in data.splits:
         texts = [(f"{each.file} ({each.where})", each.text) for each in data.good(split)]
         notes += [f"{split}: {sentence}" for sentence in cut("expressions", start.tokenizer, bundle.max_length, texts)]

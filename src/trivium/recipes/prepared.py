@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from trivium.bundle import Bundle
+from trivium.bundle.untrained import no_cosine
 from trivium.data.mixture import StreamMixture, refuse_uneven_shares
 from trivium.evaluate import embedded, pairs
 from trivium.evaluate.embedded import Evaluation
@@ -210,6 +211,8 @@ def on_pairs(bundle: Bundle, data: PairData, sources: Sources, say: Callable[[st
         return on_drawings(bundle, say)
     if sources.validation_pairs is None:
         return Evaluation(not_applicable=[NOTHING_HELD_OUT])
+    if (why := no_cosine(bundle.untrained)) is not None:  # no error, at the end of a training
+        return Evaluation(not_applicable=[f"retrieval on the validation pairs: {why}"])
     say("retrieval on the validation pairs")
     return pairs.run(bundle, sources.validation_pairs)
 

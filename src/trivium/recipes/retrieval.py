@@ -21,6 +21,7 @@ from typing import Any, Literal, Self
 from torch import nn
 
 from trivium.bundle import Bundle
+from trivium.bundle.untrained import among, no_cosine
 from trivium.data import leakage
 from trivium.data.collate import ImageInput, PairCollate, TextInput
 from trivium.data.random_augment import RandomAugment
@@ -222,6 +223,8 @@ def _prepare(
         notes.append("left out is the head that the model has: retrieval has no use for it")
     method, bundle, stream = put_together(recipe, start, train, notes, data.crop_scale, data.sort_by_length)
     bundle = replace(bundle, tuned_for=(title,))
+    if (why := no_cosine(bundle.untrained)) is not None:
+        raise TriviumError(f"{why}, and retrieval is measured by cosine: choose --objectives.contrastive above 0")
     for split, source in {"train": train, **sources}.items():
         notes += cut_captions(split, source, start.tokenizer, bundle.max_length)
     return PreparedRetrieval.of(
@@ -257,6 +260,9 @@ def put_together(
     bundle = replace(
         start, model=model, transform=transform, max_length=max_length, head=None, head_config=None, labels=None,
         image_tokenizer=None, tuned_for=(),
+        untrained=among(
+            start.untrained, matching=_trains_matching(recipe, model), cosine=recipe.objectives.contrastive > 0
+        ),
     )  # fmt: skip
     if _trains_matching(recipe, model):
         bundle = replace(bundle, false_pairs=FALSE_SHARE, fusion_trained=True)
