@@ -253,6 +253,7 @@ def test_whether_fusion_was_trained_travels_and_where_no_folder_says_it_is_not_k
     for known in (True, False):
         replace(load(saved), fusion_trained=known).save(tmp_path / f"{known}")
         assert load(tmp_path / f"{known}").fusion_trained is known
+        assert load(tmp_path / f"{known}").untrained == (() if known else ("itm_head",)), "nor was what judges it"
 
 
 def test_a_run_takes_its_newest_sound_checkpoint_and_says_so(saved: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trivium.bundle import Bundle
 from trivium.bundle.model_folder import image_tokenizer_entry
-from trivium.bundle.untrained import among
+from trivium.bundle.untrained import MATCHING, among
 from trivium.convert import Foreign, bert, flava, read_foreign
 from trivium.convert.processor import transform_from_hf
 from trivium.convert.weights import State, listed, read_json, read_weights
@@ -191,7 +191,8 @@ def open_own(folder: Path) -> Bundle:
         max_length=int(config.get("max_length", getattr(model_config, "max_length", Bundle.max_length))),
         false_pairs=config.get("false_pairs"),  # folders of older versions do not say it
         fusion_trained=config.get("fusion_trained"),  # likewise
-        untrained=tuple(config.get("untrained", ())),
+        # Where no loss reached what reads both, none reached the head that judges it: older folders say the one alone.
+        untrained=tuple(config.get("untrained", MATCHING if config.get("fusion_trained") is False else ())),
         head=None if head is None else head.eval(),
         head_config=head_config,
         tuned_for=tuple(config.get("tuned_for", ())),

@@ -28,6 +28,7 @@ from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
 from trivium.evaluate import results, suite
 from trivium.evaluate.paper_tasks import SUITES
+from trivium.evaluate.reranking import judges
 from trivium.evaluate.tuned_runs import TunedRun
 from trivium.invariance.albef import TINY, random_albef
 from trivium.models.albef_heads import AnswerDecoder, TwoPictures
@@ -179,6 +180,9 @@ def test_it_is_told_where_a_head_of_albefs_own_reads_through_what_nothing_has_tr
         finetune(str(task), init, tmp_path / f"{number}", *words, train__steps=3)
         head = json.loads((tmp_path / f"{number}" / "model" / "config.json").read_text())["head"]
         assert (head["reads"], why in capsys.readouterr().err) == (reads, told)
+        tuned = trivium.load(tmp_path / f"{number}")  # type: ignore[operator]
+        assert tuned.fusion_trained is True
+        assert judges(tuned) == (init == albef), "these tasks train the fusion, and not the matching head"
 
 
 def test_a_model_with_labels_is_asked_too(albef: Path, flava: Path, tmp_path: Path) -> None:

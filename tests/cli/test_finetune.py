@@ -445,6 +445,8 @@ def test_of_a_flava_that_was_trained_by_contrast_alone_the_head_reads_both_vecto
     assert trivium.load(longer).fusion_trained is False
     joint = pretrained("joint", "--init", longer, **alone | {"objectives__mmm_text": 1})
     assert read(joint, "fused")[0] == "fused"
+    for model in (contrastive, tmp_path / "chosen" / "model", longer, joint):
+        assert trivium.load(model).untrained == ("itm_head",), "none of these has a loss of matching"
 
 
 def test_a_unit_is_fine_tuned_on_texts_and_on_pictures_with_texts(reviews: str, tmp_path: Path) -> None:

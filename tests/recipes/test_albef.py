@@ -19,6 +19,7 @@ from trivium.cli.overrides import set_overrides, split_overrides
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
 from trivium.errors import TriviumError
+from trivium.evaluate.reranking import judges
 from trivium.methods.albef import AlbefMethod
 from trivium.models.albef import Albef
 from trivium.models.bert import Bert
@@ -26,6 +27,7 @@ from trivium.models.finetuned import HeadConfig
 from trivium.models.vit import ViT
 from trivium.recipes import validation
 from trivium.recipes.albef import AlbefRecipe, PreparedAlbef, albef
+from trivium.recipes.prepared import on_pairs
 from trivium.train.config import leaves, set_leaves
 from trivium.train.initial import initialise
 from trivium.train.optim import build, learning_rate
@@ -188,6 +190,23 @@ def test_what_does_not_go_together_is_one_sentence(shop: Path, changes: dict, se
 def test_without_itm_a_micro_batch_may_hold_one_pair(shop: Path) -> None:
     recipe = recipe_on(shop, train__micro_batch=1, objectives__itm=0, objectives__pool=3)
     assert recipe.prepare("albef", {"size": "tiny"}).with_train(steps=7).run.train.micro_batch == 1
+
+
+def test_it_is_known_which_parts_no_loss_has_reached(shop: Path, prepared: PreparedAlbef, tmp_path: Path) -> None:
+    """Masked words train the fusion and not the matching head; a file may have come without either."""
+    assert prepared.bundle.untrained == ()
+    without = recipe_on(shop, objectives__itm=0).prepare("albef", {"size": "tiny"}).bundle
+    assert without.fusion_trained and without.untrained == ("itm_head",) and not judges(without)
+    projections = ("image_projection", "text_projection")
+    replace(prepared.bundle, untrained=("itm_head", *projections)).save(tmp_path / "start")
+    for off, left in (("itc", projections), ("itm", ("itm_head",)), ("mlm", ())):
+        recipe = recipe_on(shop, init=tmp_path / "start", **{f"objectives__{off}": 0})
+        again = recipe.prepare("albef", {"size": "tiny"})
+        assert again.bundle.untrained == left
+        if off == "itc":
+            found = on_pairs(again.bundle, recipe.data, again.sources, lambda _: None)
+            [why] = found.not_applicable
+            assert not found.results and "nothing has trained this model's projections" in why
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from trivium.bundle import Bundle
+from trivium.bundle.untrained import MATCHING, among
 from trivium.data.random_augment import RandomAugment
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
@@ -223,9 +224,11 @@ def _prepare(recipe: AlbefRecipe, name: str, arguments: dict[str, Any], resume_f
         negatives=objectives.negatives, pool=objectives.pool,
     )  # fmt: skip
     fusion_trained = bool(objectives.itm or objectives.mlm) or (False if start is None else start.fusion_trained)
+    before = MATCHING if start is None else start.untrained
+    untrained = among(before, matching=objectives.itm > 0, cosine=objectives.itc > 0)
     bundle = Bundle(
         "albef", model, tokenizer, transform, max_length=data.max_length, false_pairs=FALSE_SHARE,
-        fusion_trained=fusion_trained,
+        fusion_trained=fusion_trained, untrained=untrained,
     )  # fmt: skip
     streams, held_out = (_streams(recipe, sources, config, tokenizer, train) for train in (True, False))
     return PreparedAlbef.of_streams(

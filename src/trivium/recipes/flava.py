@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from trivium.bundle import Bundle
+from trivium.bundle.untrained import MATCHING, among
 from trivium.data.codes import CodeCache
 from trivium.data.tokenizer import Tokenizer
 from trivium.data.transforms import ImageTransform
@@ -248,9 +249,11 @@ def _prepare(recipe: FlavaRecipe, name: str, arguments: dict[str, Any], resume_f
     fusion_trained = False if start is None else start.fusion_trained
     if sources.pairs is not None and any(weights[loss] for loss in OF_BOTH):
         fusion_trained = True
+    matches = sources.pairs is not None and weights["itm"] > 0
+    untrained = among(MATCHING if start is None else start.untrained, matching=matches)  # files have the projections
     bundle = Bundle(
         "flava", model, tokenizer, transform, image_tokenizer, max_length=data.max_length, false_pairs=false_pairs,
-        fusion_trained=fusion_trained,
+        fusion_trained=fusion_trained, untrained=untrained,
     )  # fmt: skip
 
     patch = model_config.patch_size
